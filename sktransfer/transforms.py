@@ -1,0 +1,143 @@
+"""What a network expects its images to look like: size, crop, mean and standard deviation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, crop and normalise an image as the pretrained weights were evaluated.
+
+    Preprocessing belongs to the weights: two checkpoints of one architecture may differ in it.
+
+    Parameters
+    ----------
+    size : tuple of (int, int), default=(224, 224)
+        Height and width in pixels of what enters the network.
+    resize : tuple of (int, int), default=(256, 256)
+        Height and width in pixels to which an image is scaled before the crop, as `mode` says.
+    mode : {"center", "squash", "border"}, default="center"
+        `"center"` keeps the aspect ratio and covers `resize`, `"squash"` scales each side to
+        `resize`, `"border"` keeps the aspect ratio inside `resize` and pads with the mean
+        colour. All then crop the central `size`.
+    interpolation : {"bilinear", "bicubic"}, default="bilinear"
+        Always with antialiasing.
+    mean, std : tuple of 3 floats, default=those of ImageNet
+        Per channel (red, green, blue), for intensities in [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sktransfer.transforms import Preprocessing
+    >>> preprocessing = Preprocessing(size=(96, 96), resize=(110, 110))
+    >>> image = torch.zeros(3, 300, 200, dtype=torch.uint8)
+    >>> preprocessing.fit_size(image).shape
+    torch.Size([3, 96, 96])
+    """
+
+    size: tuple[int, int] = (224, 224)
+    resize: tuple[int, int] = (256, 256)
+    mode: str = "center"
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @classmethod
+    def from_torchvision(cls, preset: Any) -> Preprocessing:
+        """Read torchvision's `ImageClassification` preset of a published checkpoint."""
+        crop, resize = preset.crop_size[0], preset.resize_size[0]
+        return cls(
+            size=(crop, crop),
+            resize=(resize, resize),
+            interpolation=preset.interpolation.value,
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+        )
+
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """Read timm's data configuration, a dict with `input_size`, `crop_pct` and so on."""
+        size = tuple(config["input_size"][1:])
+        crop_pct = config.get("crop_pct") or 0.875
+        interpolation = config.get("interpolation", "bicubic")
+        return cls(
+            size=size,
+            resize=tuple(math.floor(side / crop_pct) for side in size),
+            mode=config.get("crop_mode") or "center",
+            interpolation=interpolation if interpolation in ("bilinear", "bicubic") else "bicubic",
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+
+    def with_size(self, size: int | tuple[int, int] | None) -> Preprocessing:
+        """Return the same preprocessing for another input size; the crop keeps its share."""
+        if size is None:
+            return self
+        height, width = (size, size) if not isinstance(size, (tuple, list)) else size
+        resize = (
+            max(height, round(self.resize[0] * height / self.size[0])),
+            max(width, round(self.resize[1] * width / self.size[1])),
+        )
+        return replace(self, size=(int(height), int(width)), resize=resize)
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that is equal for two preprocessings only if they do the same."""
+        return repr(self)
+
+    def fit_size(self, image: torch.Tensor) -> torch.Tensor:
+        """Scale and crop one image.
+
+        Parameters
+        ----------
+        image : uint8 tensor of shape (3, height, width)
+
+        Returns
+        -------
+        uint8 tensor of shape (3, *size)
+        """
+        image = F.resize(
+            image,
+            list(self._scaled_size(image.shape[1], image.shape[2])),
+            interpolation=InterpolationMode(self.interpolation),
+            antialias=True,
+        )
+        if self.mode == "border":
+            missing = [
+                max(0, want - have) for want, have in zip(self.size, image.shape[1:], strict=True)
+            ]
+            top, left = missing[0] // 2, missing[1] // 2
+            padding = [left, top, missing[1] - left, missing[0] - top]
+            fill = [float(round(255 * value)) for value in self.mean]
+            image = F.pad(image, padding, fill=fill)
+        return F.center_crop(image, list(self.size))
+
+    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        target_height, target_width = self.resize
+        if self.mode == "squash":
+            return self.resize
+        ratios = target_height / height, target_width / width
+        if self.mode == "border":
+            scale = min(ratios)
+            return max(1, round(height * scale)), max(1, round(width * scale))
+        # The side that decides is met exactly; the other is rounded down, as torchvision does.
+        if ratios[0] >= ratios[1]:
+            return target_height, max(target_width, int(target_height * width / height))
+        return max(target_height, int(target_width * height / width)), target_width
+
+    def normalize(self, batch: torch.Tensor) -> torch.Tensor:
+        """Turn a uint8 batch (n, 3, height, width) into the float32 input of the network."""
+        mean = torch.tensor(self.mean, device=batch.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=batch.device).view(1, -1, 1, 1)
+        return batch.to(torch.float32).div_(255).sub_(mean).div_(std)  # (n, 3, h, w)

@@ -1,0 +1,42 @@
+import os
+
+import numpy as np
+import pytest
+from networks import LOG
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+
+@pytest.fixture
+def run_log(tmp_path, monkeypatch):
+    """A function that returns the digests of all images that ran through a counted network."""
+    log = tmp_path / "runs.log"
+    log.touch()
+    monkeypatch.setenv(LOG, str(log))
+    return lambda: log.read_text().split()
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """The two photographs that scikit-learn ships: china.jpg and flower.jpg, (427, 640, 3)."""
+    return load_sample_images().images
+
+
+@pytest.fixture(scope="session")
+def sample_files():
+    return sorted(load_sample_images().filenames)
+
+
+@pytest.fixture(scope="session")
+def tiles(photos, tmp_path_factory):
+    """Forty JPEG files of 64 × 64 pixels, cut from the photographs, in two class folders."""
+    root = tmp_path_factory.mktemp("tiles")
+    paths = []
+    for name, photo in zip(("china", "flower"), photos, strict=True):
+        os.makedirs(root / name)
+        for i in range(20):
+            top, left = 64 * (i // 5), 90 * (i % 5)
+            tile = Image.fromarray(np.ascontiguousarray(photo[top : top + 64, left : left + 64]))
+            paths.append(str(root / name / f"{i:02}.jpg"))
+            tile.save(paths[-1], quality=92)
+    return root, paths, np.repeat(["china", "flower"], 20)

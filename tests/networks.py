@@ -1,0 +1,56 @@
+"""Small real networks for the tests."""
+
+import os
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import nn
+
+LOG = "SKTRANSFER_TEST_LOG"  # names the file that counted networks write to
+
+
+def count(x: torch.Tensor) -> torch.Tensor:
+    """Append the digest of every distinct image of a real batch to the log file."""
+    if os.environ.get(LOG) and x.device.type != "meta" and type(x) is torch.Tensor:
+        digests = {xxhash.xxh3_64_hexdigest(row.contiguous().numpy()) for row in x}
+        with Path(os.environ[LOG]).open("a") as log:
+            log.write("".join(f"{digest}\n" for digest in digests))
+    return x
+
+
+torch.fx.wrap("count")
+
+
+class Small(nn.Module):
+    """Three convolutions, a pooling and a head; every image that runs through it is counted."""
+
+    def __init__(self, n_classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(12, 16, 3, 2, 1))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(16, n_classes)
+
+    def forward(self, x):
+        x = self.body(self.stem(count(x)))
+        return self.head(self.pool(x).flatten(1))
+
+
+def small(seed: int = 0) -> Small:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Small()
+
+
+class Untraceable(nn.Module):
+    """What it does depends on the pixels, so it can't be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x + 1
+        return self.conv(x).mean((2, 3))
