@@ -1,0 +1,336 @@
+"""Compare classifiers on embeddings with pixels and the majority class, on repeated splits."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+from sklearn.base import BaseEstimator, clone
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
+from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
+from sklearn.svm import SVC, LinearSVC
+from tqdm.auto import tqdm
+
+from sktransfer._pretrained import PretrainedFeatureExtractor
+from sktransfer.io import load_image, load_image_folder
+from sktransfer.transforms import Preprocessing
+
+METRICS = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
+_PIXELS = 32  # side of the thumbnails that stand for "no transfer"
+
+
+@dataclass
+class Task:
+    """Images with labels, under one or several conventions of what the labels are.
+
+    Parameters
+    ----------
+    name : str
+    images : list of str
+        Paths.
+    targets : dict of str to ndarray of shape (n,)
+        The labels under each convention.
+    groups : ndarray of shape (n,) or None
+        Splits are stratified by label and, if given, by this as well.
+    published : list of dict
+        Figures of others: `convention`, `classifier`, and those of `METRICS` that they give.
+    note : str
+        Source and licence.
+    """
+
+    name: str
+    images: list[str]
+    targets: dict[str, np.ndarray]
+    groups: np.ndarray | None = None
+    published: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass
+class Result:
+    """One classifier on one representation under one convention, over all splits."""
+
+    convention: str
+    backbone: str
+    classifier: str
+    scores: dict[str, np.ndarray]  # metric: one value a split
+    fit_seconds: np.ndarray  # one value a split, tuning included
+    y_true: list[np.ndarray] = field(repr=False)  # of the test images of each split
+    y_pred: list[np.ndarray] = field(repr=False)
+    y_score: list[np.ndarray] = field(repr=False)  # (n,) for two classes, else (n, n_classes)
+    classes: np.ndarray = field(repr=False)
+
+
+@dataclass
+class Cost:
+    """What embedding all images cost, and what it costs again with a memory."""
+
+    backbone: str
+    n_images: int
+    n_computed: int  # fewer than n_images if the memory knew some
+    n_features: int
+    seconds: float
+    second_seconds: float
+
+
+@dataclass
+class Report:
+    """All that a comparison found."""
+
+    task: Task
+    results: list[Result]
+    costs: list[Cost]
+    n_splits: int
+
+
+# ------------------------------------------------------------------------------ tasks
+
+
+def load_elpv() -> Task:
+    """Load the ELPV solar cells: 2,624 electroluminescence photographs, 300 × 300 pixels.
+
+    Deitsch et al., "Automatic classification of defective photovoltaic module cells in
+    electroluminescence images", Solar Energy 185 (2019). Experts gave each cell a probability p of
+    being defective: 0, 1/3, 2/3 or 1.
+    """
+    try:
+        import elpv_dataset
+    except ImportError as error:
+        raise ImportError(
+            "The ELPV solar cells come with an extra: pip install 'sktransfer[demo]'. "
+            "Or name a folder of your own with one subfolder of images a class."
+        ) from error
+    data = Path(elpv_dataset.__file__).parent / "data"
+    table = [line.split() for line in (data / "labels.csv").read_text().splitlines() if line]
+    probability = np.array([float(p) for _, p, _ in table])
+    return Task(
+        "ELPV solar cells",
+        [str(data / name) for name, _, _ in table],
+        {
+            f"defective: p > {threshold}": np.where(probability > threshold, "defective", "sound")
+            for threshold in (0.5, 0)
+        },
+        np.array([kind for _, _, kind in table]),
+        [
+            {
+                "convention": "defective: p > 0.5",
+                "classifier": f"Deitsch et al. 2019, {classifier} (published)",
+                "accuracy": accuracy,
+                "roc_auc": auc,
+            }
+            for classifier, accuracy, auc in (
+                ("SVM on features", 0.824, 0.885),
+                ("fine-tuned VGG-19", 0.884, 0.944),
+            )
+        ],
+        "Images: elpv-dataset, CC BY-NC-SA 4.0. Splits 75/25, stratified by label and module "
+        "type. The published figures are of one split of the authors' own, and count p = 1/3 as "
+        "positive with weight 0.33.",
+    )
+
+
+def load_folder(folder: str) -> Task:
+    """Make a task of a folder with one subfolder of images a class."""
+    data = load_image_folder(folder)
+    labels = np.asarray(data.target_names)[data.target]
+    counts = Counter(labels.tolist())
+    rare = [f"{label!r} has {count}" for label, count in counts.items() if count < 8]
+    if len(counts) < 2 or rare:
+        problem = f"only {', '.join(rare)}" if rare else f"one class only, {list(counts)}"
+        raise ValueError(
+            f"{folder!r}: {problem}. A comparison needs at least two classes of 8 images each."
+        )
+    return Task(Path(folder).resolve().name, list(data.data), {"": labels})
+
+
+# ------------------------------------------------------------------------------ classifiers
+
+
+def classifiers() -> dict[str, BaseEstimator]:
+    """Return the classifiers of embeddings; each tunes itself inside its training split.
+
+    Embeddings are power-normalised, signed square roots scaled to unit length, as in Perronnin,
+    Sánchez and Mensink, "Improving the Fisher kernel for large-scale image classification" (2010).
+    """
+    grids: dict[str, tuple[Any, dict[str, Sequence[Any]]]] = {
+        "k-NN": (KNeighborsClassifier(), {"n_neighbors": [1, 5, 10, 20]}),
+        "logistic regression": (LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}),
+        "linear SVM": (LinearSVC(), {"C": [0.1, 1, 10]}),
+        "RBF SVM": (SVC(cache_size=1000), {"C": [3, 10, 30], "gamma": [2, 4, 8]}),
+    }
+    power = FunctionTransformer(_signed_root)
+    return {k: _tuned([power, Normalizer()], *grid) for k, grid in grids.items()}
+
+
+def _pixel_svm(n_features: int) -> BaseEstimator:
+    grid = {"C": [1, 3, 10], "gamma": [0.5 / n_features, 1 / n_features]}
+    return _tuned([StandardScaler()], SVC(cache_size=1000), grid)
+
+
+def _signed_root(X: np.ndarray) -> np.ndarray:
+    return np.sign(X) * np.sqrt(np.abs(X))
+
+
+def _tuned(steps: list[Any], model: Any, grid: dict[str, Sequence[Any]]) -> GridSearchCV:
+    """Search `grid` by 3-fold cross-validation inside the training data."""
+    pipeline = Pipeline([*((str(i), step) for i, step in enumerate(steps)), ("model", model)])
+    named = {f"model__{name}": values for name, values in grid.items()}
+    return GridSearchCV(pipeline, named, cv=3, n_jobs=-1)
+
+
+# ------------------------------------------------------------------------------ the comparison
+
+
+def compare(
+    task: Task,
+    backbones: Sequence[str] = ("efficientnet_lite0",),
+    *,
+    n_splits: int = 5,
+    memory: str | None = None,
+    random_state: int = 0,
+    verbose: int = 0,
+    **options: Any,
+) -> Report:
+    """Score every classifier on the embeddings of every backbone.
+
+    Parameters
+    ----------
+    task : Task
+    backbones : sequence of str
+        Names of :func:`sktransfer.list_models`.
+    n_splits : int, default=5
+        Random splits, a quarter of the images for the test.
+    memory : str or None, default=None
+        Folder that keeps embeddings; None for one that lasts as long as the comparison.
+    random_state : int, default=0
+        Of the splits.
+    verbose : int, default=0
+        1 shows progress bars.
+    **options
+        Further parameters of :class:`sktransfer.PretrainedFeatureExtractor`.
+
+    Returns
+    -------
+    Report
+    """
+    costs, features = [], {}
+    for name in backbones:
+        with tempfile.TemporaryDirectory() as folder:
+            extractor = PretrainedFeatureExtractor(
+                name, memory=memory or folder, verbose=verbose, **options
+            )
+            features[name], cost = _embed(extractor, task.images)
+            costs.append(cost)
+    candidates: list[tuple[str, str, Any, np.ndarray]] = [
+        ("none", "majority class", DummyClassifier(), np.zeros((len(task.images), 1))),
+    ]
+    pixels = _thumbnails(task.images)
+    svm = _pixel_svm(pixels.shape[1])
+    candidates.append(("none", f"RBF SVM on {_PIXELS} × {_PIXELS} pixels", svm, pixels))
+    for name, X in features.items():
+        candidates += [(name, k, model, X) for k, model in classifiers().items()]
+    results = []
+    total = len(task.targets) * len(candidates) * n_splits
+    with tqdm(total=total, desc="classifiers", unit="fit", disable=not verbose) as progress:
+        for convention, y in task.targets.items():
+            strata = y if task.groups is None else np.char.add(np.char.add(y, "/"), task.groups)
+            splitter = StratifiedShuffleSplit(n_splits, test_size=0.25, random_state=random_state)
+            splits = list(splitter.split(strata, strata))
+            for backbone, classifier, model, X in candidates:
+                result = _score(model, X, y, splits, progress)
+                results.append(Result(convention, backbone, classifier, **result))
+    return Report(task, results, costs, n_splits)
+
+
+def _embed(extractor: PretrainedFeatureExtractor, images: list[str]) -> tuple[np.ndarray, Cost]:
+    """Embed all images twice: the second time shows what the memory is worth."""
+    embedding, validated = extractor._embedding(), extractor._check_images(images, reset=False)
+    start = time.perf_counter()
+    X = embedding(validated)
+    seconds = time.perf_counter() - start
+    again = extractor.set_params(verbose=0)
+    start = time.perf_counter()
+    again.transform(images)
+    second = time.perf_counter() - start
+    name = str(extractor.backbone)
+    return X, Cost(name, len(images), embedding.n_computed, X.shape[1], seconds, second)
+
+
+def _thumbnails(images: list[str]) -> np.ndarray:
+    """Return the images as grey thumbnails, flat: (n, 32 * 32) in [0, 1]."""
+    preprocessing = Preprocessing((_PIXELS, _PIXELS), (_PIXELS, _PIXELS), mode="squash")
+
+    def thumbnail(image: str) -> np.ndarray:
+        small = preprocessing.fit_size(load_image(image))  # (3, 32, 32) uint8
+        return small.float().mean(0).flatten().numpy() / 255
+
+    with ThreadPoolExecutor() as threads:
+        return np.stack(list(threads.map(thumbnail, images)))
+
+
+def _score(
+    model: Any, X: np.ndarray, y: np.ndarray, splits: Sequence[tuple], progress: tqdm
+) -> dict[str, Any]:
+    """Fit and score on every split; the fields of a `Result`."""
+    seconds, y_true, y_pred, y_score = [], [], [], []
+    for train, test in splits:
+        start = time.perf_counter()
+        fitted = clone(model).fit(X[train], y[train])
+        seconds.append(time.perf_counter() - start)
+        y_true.append(y[test])
+        y_pred.append(fitted.predict(X[test]))
+        y_score.append(_scores(fitted, X[test]))
+        progress.update()
+    metrics = [_metrics(*one, fitted.classes_) for one in zip(y_true, y_pred, y_score, strict=True)]
+    return {
+        "scores": {metric: np.array([row[metric] for row in metrics]) for metric in METRICS},
+        "fit_seconds": np.array(seconds),
+        "y_true": y_true,
+        "y_pred": y_pred,
+        "y_score": y_score,
+        "classes": fitted.classes_,
+    }
+
+
+def positive_class(classes: np.ndarray) -> Any:
+    """Of two classes, the one that F1 and the ROC curve are about."""
+    return "defective" if "defective" in classes else classes[1]
+
+
+def _scores(fitted: Any, X: np.ndarray) -> np.ndarray:
+    """Return one score an image for two classes, else one a class that sum to 1."""
+    has_decision = hasattr(fitted, "decision_function")
+    raw = fitted.decision_function(X) if has_decision else fitted.predict_proba(X)
+    if len(fitted.classes_) > 2:
+        return softmax(raw, axis=1) if has_decision else raw
+    score = raw if raw.ndim == 1 else raw[:, 1] - raw[:, 0]
+    return score if positive_class(fitted.classes_) == fitted.classes_[1] else -score
+
+
+def _metrics(y: Any, predicted: Any, score: Any, classes: np.ndarray) -> dict[str, float]:
+    if len(classes) == 2:
+        positive = positive_class(classes)
+        f1 = f1_score(y, predicted, pos_label=positive, zero_division=0)
+        auc = roc_auc_score(y == positive, score)
+    else:
+        f1 = f1_score(y, predicted, average="macro", zero_division=0)
+        auc = roc_auc_score(y, score, multi_class="ovr", labels=classes)
+    return {
+        "accuracy": accuracy_score(y, predicted),
+        "balanced_accuracy": balanced_accuracy_score(y, predicted),
+        "f1": f1,
+        "roc_auc": auc,
+    }

@@ -1,0 +1,294 @@
+"""Show a comparison: as text, as CSV, and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from sktransfer._benchmark import METRICS, Report, Result, positive_class
+
+_TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced acc.",
+    "f1": "F1",
+    "roc_auc": "ROC AUC",
+}
+
+
+def as_text(report: Report) -> str:
+    """Return the tables as they are printed on a terminal."""
+    parts = [f"{report.task.name}: {len(report.task.images)} images, {report.n_splits} splits"]
+    for convention in report.task.targets:
+        if convention:
+            parts.append(f"\n{convention}  ({_shares(report, convention)})")
+        else:
+            parts.append(f"({_shares(report, convention)})")
+        parts.append(tabulate(_rows(report, convention), headers="keys", disable_numparse=True))
+    parts += ["", tabulate(_cost_rows(report), headers="keys", disable_numparse=True)]
+    parts += ["", f"Mean ± standard deviation over the splits. {report.task.note}".rstrip()]
+    return "\n".join(parts)
+
+
+def write(report: Report, folder: str) -> list[Path]:
+    """Write `results.csv` and `report.html`; return their paths."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = [target / "results.csv", target / "report.html"]
+    page = _page(report)  # first: without matplotlib nothing is written
+    with paths[0].open("w", newline="") as file:
+        rows = list(_csv_rows(report))
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    paths[1].write_text(page, encoding="utf-8")
+    return paths
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def _shares(report: Report, convention: str) -> str:
+    labels, counts = np.unique(report.task.targets[convention], return_counts=True)
+    shown = [f"{n} {label}" for label, n in zip(labels[:6], counts[:6], strict=True)]
+    more = f" and {len(labels) - 6} more classes" if len(labels) > 6 else ""
+    return ", ".join(shown) + more
+
+
+def _rows(report: Report, convention: str) -> list[dict[str, str]]:
+    rows = []
+    for result in _of(report, convention):
+        row = {"backbone": result.backbone, "classifier": result.classifier}
+        for metric, title in _TITLES.items():
+            values = result.scores[metric]
+            row[title] = f"{values.mean():.3f} ± {values.std():.3f}"
+        row["fit, s"] = f"{result.fit_seconds.mean():.1f}"
+        rows.append(row)
+    for figure in report.task.published:
+        if figure["convention"] == convention:
+            row = {"backbone": "", "classifier": figure["classifier"]}
+            row |= {t: f"{figure[m]:.3f}" if m in figure else "" for m, t in _TITLES.items()}
+            rows.append(row | {"fit, s": ""})
+    return rows
+
+
+def _cost_rows(report: Report) -> list[dict[str, str]]:
+    rows = []
+    for cost in report.costs:
+        known = cost.n_images - cost.n_computed
+        row = {"embedding by": cost.backbone, "features": str(cost.n_features)}
+        if cost.n_computed:
+            row["first run"] = f"{cost.seconds:.1f} s"
+            row["images/s"] = f"{cost.n_images / cost.seconds:.0f}"
+        else:
+            row["first run"], row["images/s"] = "all in the memory", ""
+        if known and cost.n_computed:
+            row["images/s"] += f" ({known} from the memory)"
+        row["second run"] = f"{cost.second_seconds:.2f} s"
+        rows.append(row)
+    return rows
+
+
+def _csv_rows(report: Report) -> Iterable[dict[str, Any]]:
+    costs = {cost.backbone: cost for cost in report.costs}
+    for result in report.results:
+        cost = costs.get(result.backbone)
+        row: dict[str, Any] = {
+            "task": report.task.name,
+            "convention": result.convention,
+            "backbone": result.backbone,
+            "classifier": result.classifier,
+            "source": "this run",
+            "n_splits": report.n_splits,
+        }
+        for metric in METRICS:
+            row[f"{metric}_mean"] = result.scores[metric].mean()
+            row[f"{metric}_std"] = result.scores[metric].std()
+        yield row | {
+            "fit_seconds": result.fit_seconds.mean(),
+            "n_images": len(report.task.images),
+            "n_embedded": cost.n_computed if cost else "",
+            "embedding_seconds": cost.seconds if cost else "",
+            "second_embedding_seconds": cost.second_seconds if cost else "",
+        }
+    for figure in report.task.published:
+        row = dict.fromkeys(row, "") | {
+            "task": report.task.name,
+            "convention": figure["convention"],
+            "classifier": figure["classifier"],
+            "source": "published",
+        }
+        yield row | {f"{metric}_mean": figure[metric] for metric in METRICS if metric in figure}
+
+
+def _of(report: Report, convention: str) -> list[Result]:
+    return [result for result in report.results if result.convention == convention]
+
+
+def _best(results: Sequence[Result]) -> Result:
+    return max(results, key=lambda result: result.scores["accuracy"].mean())
+
+
+# ------------------------------------------------------------------------------ the page
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1c2330; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #dfe3ea; }
+th { font-weight: 600; border-bottom-color: #8a93a3; }
+td:nth-child(1), td:nth-child(2), th:nth-child(1), th:nth-child(2) { text-align: left; }
+tr.best td { background: #eaf2fb; } tr.published td { color: #5b6474; font-style: italic; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; align-items: flex-start; }
+.plots img { max-width: 100%; height: auto; }
+p.note { color: #5b6474; font-size: .9rem; }
+"""
+
+
+def _page(report: Report) -> str:
+    sections = []
+    for convention in report.task.targets:
+        results = _of(report, convention)
+        plots = [
+            ("Accuracy against cost", _plot_cost(report, results)),
+            ("ROC curves", _plot_roc(results)),
+            ("Confusion matrix", _plot_confusion(_best(results))),
+        ]
+        images = "".join(f'<img alt="{title}" src="{source}">' for title, source in plots)
+        heading = html.escape(convention or "Classifiers")
+        sections.append(
+            f"<h2>{heading}</h2><p>{html.escape(_shares(report, convention))}</p>"
+            f"{_table(_rows(report, convention), _best(results).classifier)}"
+            f'<div class="plots">{images}</div>'
+        )
+    title = html.escape(f"{report.task.name}: {len(report.task.images)} images")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
+        f'<p class="note">Mean ± standard deviation over {report.n_splits} splits; '
+        f"fit: seconds for one training split, tuning included. {html.escape(report.task.note)}"
+        f"</p>{''.join(sections)}<h2>Cost of the embeddings</h2>{_table(_cost_rows(report))}"
+        f'<p class="note">sktransfer on {html.escape(machine)}.</p></body></html>\n'
+    )
+
+
+def _table(rows: Sequence[dict[str, str]], best: str = "") -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
+    body = []
+    for row in rows:
+        name = row.get("classifier", "")
+        kind = "published" if "(published)" in name else "best" if name and name == best else ""
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values())
+        body.append(f'<tr class="{kind}">{cells}</tr>')
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _figure(width: float = 5.2, height: float = 4.4) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "The report's plots need matplotlib: pip install 'sktransfer[demo]'"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _plot_cost(report: Report, results: Sequence[Result]) -> str:
+    """Seconds for all that it takes to get a classifier against its accuracy."""
+    figure, axes = _figure(6.2)
+    embedding = {cost.backbone: cost.seconds for cost in report.costs}
+    several = len(report.costs) > 1
+    for result in results:
+        seconds = embedding.get(result.backbone, 0) + result.fit_seconds.mean()
+        accuracy = result.scores["accuracy"]
+        label = result.classifier
+        if several and result.backbone != "none":
+            label += f" ({result.backbone})"
+        axes.errorbar(seconds, accuracy.mean(), accuracy.std(), fmt="o", capsize=3, label=label)
+    for figure_, style in zip(_published(report, results), ("--", ":", "-."), strict=False):
+        axes.axhline(
+            figure_["accuracy"], color="grey", linestyle=style, label=figure_["classifier"]
+        )
+    axes.set(
+        xscale="log",
+        xlabel="seconds: embedding all images, fitting one split",
+        ylabel="accuracy",
+        title="Accuracy against cost",
+    )
+    axes.legend(fontsize="x-small")
+    axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _published(report: Report, results: Sequence[Result]) -> list[dict[str, Any]]:
+    convention = results[0].convention
+    return [figure for figure in report.task.published if figure["convention"] == convention]
+
+
+def _plot_roc(results: Sequence[Result]) -> str:
+    """Two classes: a curve for each classifier. More: a curve for each class, of the best."""
+    from sklearn.metrics import RocCurveDisplay
+
+    figure, axes = _figure()
+    if len(results[0].classes) == 2:
+        positive = positive_class(results[0].classes)
+        curves = [
+            (result.classifier, np.concatenate(result.y_true) == positive, _ranks(result))
+            for result in results
+            if result.classifier != "majority class"
+        ]
+        title = f"ROC curves, all splits pooled: {positive!r}"
+    else:
+        best = _best(results)
+        scores, truth = np.concatenate(best.y_score), np.concatenate(best.y_true)
+        curves = [(str(c), truth == c, scores[:, i]) for i, c in enumerate(best.classes[:12])]
+        title = f"{best.classifier}: each class against the rest"
+    for name, truth, score in curves:
+        RocCurveDisplay.from_predictions(truth, score, ax=axes, name=name)
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=title)
+    axes.legend(fontsize="x-small", loc="lower right")
+    return _png(figure)
+
+
+def _ranks(result: Result) -> np.ndarray:
+    """Scores of all splits on one scale: classifiers of two splits differ in theirs."""
+    return np.concatenate([np.argsort(np.argsort(s)) / len(s) for s in result.y_score])
+
+
+def _plot_confusion(best: Result) -> str:
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    n = len(best.classes)
+    figure, axes = _figure(min(5 + 0.25 * n, 12), min(4.2 + 0.2 * n, 11))
+    ConfusionMatrixDisplay.from_predictions(
+        np.concatenate(best.y_true),
+        np.concatenate(best.y_pred),
+        labels=best.classes,
+        normalize="true",
+        values_format=".2f",
+        include_values=n <= 15,
+        xticks_rotation="vertical" if n > 4 else "horizontal",
+        cmap="Blues",
+        ax=axes,
+    )
+    axes.set_title(f"{best.classifier} (best accuracy)\nshare of each true class")
+    return _png(figure)

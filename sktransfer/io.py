@@ -1,0 +1,608 @@
+"""Images in any form (path, bytes, PIL image, array, tensor) become uint8 RGB tensors."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401  (registers torch.ops.image)
+import xxhash
+from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy.sparse import issparse
+from sklearn.utils import Bunch, check_array
+
+__all__ = ["ImageSequence", "OpenImage", "check_images", "load_image", "load_image_folder"]
+
+# HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
+_IMAGE_EXTENSIONS = tuple(
+    ".apng .avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm"
+    " .tga .tif .tiff .webp".split()
+)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "a path": (str, os.PathLike),
+    "encoded bytes": (bytes, bytearray, memoryview),
+    "a PIL image": (Image.Image,),
+    "an array": (np.ndarray,),
+    "a tensor": (torch.Tensor,),
+    "a list": (list, tuple),
+}
+_ONE_FILE = ("a path", "encoded bytes", "a PIL image")
+_ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
+
+
+class ImageSequence:
+    """A sequence of images that are read only when asked for; `check_images` makes it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sktransfer.io import check_images
+    >>> images = check_images(np.zeros((5, 32, 48, 3), dtype=np.uint8))
+    >>> len(images), images.load(0).shape
+    (5, torch.Size([3, 32, 48]))
+    >>> images[[3, 1]].digest(0) == images.digest(3)
+    True
+    """
+
+    def __init__(self, items: Any, rows: np.ndarray | None = None) -> None:
+        self._items = items
+        self._rows = np.arange(len(items)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, indices: Any) -> ImageSequence:
+        """Return the rows of a slice, a list of indices or a mask; errors keep their numbers."""
+        return ImageSequence(self._items, np.atleast_1d(self._rows[indices]))
+
+    def where(self, i: int) -> str:
+        """Return the words by which an error calls row `i`: its number and its file, if any."""
+        name = _file_name(self._items[self._rows[i]])
+        return f"row {self._rows[i]}" + (f" ({name})" if name else "")
+
+    def open(self, i: int) -> OpenImage:
+        """Return row `i`, its file read once, with `.digest` and `.decode()`. Thread-safe."""
+        return _open(self._items[self._rows[i]], self.where(i))
+
+    def digest(self, i: int) -> bytes:
+        """Return 16 bytes that stand for the content of row `i`.
+
+        They depend on a file's bytes, not its name; or on the upright RGB pixels of a PIL
+        image, an array or a tensor.
+        """
+        return self.open(i).digest
+
+    def load(self, i: int) -> torch.Tensor:
+        """Return row `i` as uint8 RGB of shape (3, height, width), or raise a `ValueError`."""
+        return self.open(i).decode()
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    """An image whose file was read: its bytes, or uint8 RGB pixels (height, width, 3)."""
+
+    content: Any
+    where: str
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that stand for the content."""
+        if isinstance(self.content, bytes):
+            return xxhash.xxh3_128_digest(self.content)
+        # The prefix keeps pixels apart from files, and 2×8 pixels apart from 4×4.
+        digest = xxhash.xxh3_128(f"uint8 RGB pixels {self.content.shape}".encode())
+        digest.update(np.ascontiguousarray(self.content).data)
+        return digest.digest()
+
+    def decode(self) -> torch.Tensor:
+        """Return uint8 RGB of shape (3, height, width), channels last in memory."""
+        if isinstance(self.content, bytes):
+            pixels = _guarded(_decode, self.content, self.where)
+            if isinstance(pixels, torch.Tensor):
+                return pixels
+            pixels = _from_array(pixels, self.where)
+        else:
+            pixels = self.content.copy("C")  # it may be the user's own array
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSequence:
+    """Check that `X` is a sequence of images, without reading files or copying arrays.
+
+    Parameters
+    ----------
+    X : sequence of images
+        Paths (list, array, Series or data frame of one column), encoded bytes, PIL images,
+        arrays (height, width[, channels]) of any sizes, tensors (channels, height, width); or one
+        array (n, height, width[, channels]) or tensor (n, channels, height, width). One to
+        four channels: grey, grey and alpha, RGB, RGBA; alpha is dropped. Pixels are uint8, other
+        integers in 0..255, bool, or floats in [0, 1], which are rounded to 8 bits.
+    image_shape : tuple of 2 or 3 ints, default=None
+        Height, width and perhaps channels of flat rows (n, n_features); one may be -1, as in
+        `reshape`. Only here are values out of range clipped, with a warning.
+
+    Returns
+    -------
+    ImageSequence
+        What is wrong with a single image is raised when that row is read.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the row, what came and the remedy.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sktransfer.io import check_images
+    >>> images = check_images(load_digits().data / 16, image_shape=(8, 8))
+    >>> len(images), images.load(0).shape
+    (1797, torch.Size([3, 8, 8]))
+    """
+    if isinstance(X, ImageSequence):
+        return X
+    if _kind(X) in _ONE_FILE:
+        raise TypeError(f"Expected a sequence of images, got {_kind(X)}: for one image, pass [X].")
+    if issparse(X) or (isinstance(X, torch.Tensor) and X.layout != torch.strided):
+        raise TypeError("Sparse input is not supported: pass X.toarray() (X.to_dense() in torch).")
+    if image_shape is not None:
+        return ImageSequence(_flat_rows(X, image_shape))
+    items = _items(X)
+    is_block = isinstance(items, np.ndarray) and items.dtype.kind not in "OSUT"
+    if is_block or isinstance(items, torch.Tensor):
+        _check_block(items)
+    if len(items) == 0:
+        raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
+    return ImageSequence(items)
+
+
+def load_image(source: Any) -> torch.Tensor:
+    """Decode one image to upright RGB, as Pillow would show it.
+
+    Palette, CMYK, 1-bit and animated images (their first frame) are converted, 16-bit grey is
+    scaled to 8 bits, EXIF orientation is applied and alpha is dropped.
+
+    Parameters
+    ----------
+    source : path, bytes, PIL image, array (height, width[, channels]) or tensor (channels, h, w)
+        Pixels are as in `check_images`.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8, of shape (3, height, width).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no such file, or it cannot be read, or is not an image.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sktransfer.io import load_image
+    >>> load_image(np.full((2, 3), 0.5)).shape
+    torch.Size([3, 2, 3])
+    """
+    return _open(source, _file_name(source) or "the image").decode()
+
+
+def load_image_folder(
+    path: str | os.PathLike,
+    *,
+    categories: Sequence[str] | None = None,
+    extensions: Sequence[str] | None = None,
+    on_error: str = "warn",
+) -> Bunch:
+    """List the images of a folder that has one sub-folder for each category.
+
+    The counterpart of `sklearn.datasets.load_files`. Images are listed, not loaded; the order is
+    that of the sorted paths. Hidden files and those with other extensions are passed over.
+
+    Parameters
+    ----------
+    path : path
+        The folder; images may also lie in sub-folders of a category's folder.
+    categories : list of str, default=None
+        The category folders to use; None means all but the hidden ones.
+    extensions : list of str, default=None
+        The file extensions of images, in lower case; None means the usual ones.
+    on_error : {"warn", "raise"}, default="warn"
+        What to do with files whose header Pillow can't read: leave them out, with a warning that
+        names them, or raise a `ValueError`. Damage behind the header shows when a file is decoded.
+
+    Returns
+    -------
+    sklearn.utils.Bunch
+        `data` and `filenames` (the paths, an array of str), `target` (integers into
+        `target_names`), `target_names` (the sorted folder names) and `unreadable` (the paths
+        that were left out).
+
+    Raises
+    ------
+    ValueError
+        If the folder, a category or its images are missing.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> from PIL import Image
+    >>> from sktransfer.io import load_image_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ["cracked/1.png", "intact/1.png", "intact/2.png"]:
+    ...         file = pathlib.Path(folder, name)
+    ...         file.parent.mkdir(exist_ok=True)
+    ...         Image.new("L", (8, 8)).save(file)
+    ...     data = load_image_folder(folder)
+    >>> data.target_names, data.target
+    (['cracked', 'intact'], array([0, 1, 1]))
+    """
+    if on_error not in ("warn", "raise"):
+        raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}.")
+    names = _category_names(Path(path), categories)
+    extensions = tuple(extensions or _IMAGE_EXTENSIONS)
+    listed = [(f, k) for k, name in enumerate(names) for f in _images_in(path, name, extensions)]
+    reasons = {file: reason for file, _ in listed if (reason := _header_error(file))}
+    if reasons:
+        _report(list(reasons.values()), on_error)
+    kept = [(file, k) for file, k in listed if file not in reasons]
+    target = np.array([k for _, k in kept], dtype=int)
+    empty = [os.path.join(path, names[k]) for k in sorted({*range(len(names))} - {*target})]
+    if empty:
+        raise ValueError(
+            f"No image in {empty}: looked for readable files that end in {', '.join(extensions)}. "
+            "Remove the folder, or set `categories`."
+        )
+    data = np.array([file for file, _ in kept], dtype=object)
+    return Bunch(
+        data=data, filenames=data, target=target, target_names=names, unreadable=list(reasons)
+    )
+
+
+# One image ------------------------------------------------------------------------------------
+
+
+def _file_name(item: Any) -> str:
+    return repr(str(os.fspath(item))) if isinstance(item, (str, os.PathLike)) else ""
+
+
+def _open(item: Any, where: str) -> OpenImage:
+    if isinstance(item, (str, os.PathLike)):
+        return OpenImage(_read(item, where), where)
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        if not item:
+            raise ValueError(f"{where}: the encoded image is empty (0 bytes); drop the row.")
+        return OpenImage(bytes(item), where)
+    if isinstance(item, Image.Image):
+        item = _guarded(_from_pillow, item, where)
+    if isinstance(item, torch.Tensor):
+        item = _as_numpy(item)
+        item = np.moveaxis(item, 0, -1) if item.ndim == 3 else item  # (height, width, channels)
+    if not isinstance(item, np.ndarray):
+        raise TypeError(f"{where} is {_kind(item)}: pass {_ACCEPTED}.")
+    return OpenImage(_from_array(item, where), where)
+
+
+def _read(path: str | os.PathLike, where: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError as error:
+        here = "" if os.path.isabs(path) else f" in {os.getcwd()!r}"
+        raise ValueError(f"{where}: there is no such file{here}; check the path.") from error
+    except (OSError, ValueError) as error:
+        reason = "this is a folder, use load_image_folder" if os.path.isdir(path) else str(error)
+        raise ValueError(f"{where}: the file cannot be read: {reason}.") from error
+    if not data:
+        raise ValueError(f"{where}: the file is empty (0 bytes); replace it or drop the row.")
+    return data
+
+
+def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
+    """Call `decode(source)`; its errors become a `ValueError` that says where and what to do."""
+    try:
+        return decode(source)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+        reason = f"the image cannot be decoded, it may be damaged or cut short ({error})"
+        remedy = "replace it, or drop the row"
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"Pillow knows no image that starts with {source[:12]!r}"
+        elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            reason = f"too many pixels ({error})"
+            remedy = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        raise ValueError(f"{where}: {reason}; {remedy}.") from error
+
+
+def _decode(data: bytes) -> torch.Tensor | np.ndarray:
+    """Decode JPEG with torchvision, which gives Pillow's pixels faster; the rest with Pillow."""
+    with Image.open(io.BytesIO(data)) as image:
+        if _is_plain_jpeg(image, data):
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            try:
+                # torchvision.io.decode_jpeg minus its warning that it will go some day; its PNG
+                # decoder crashes on damaged files. 3 means RGB, True means upright.
+                return torch.ops.image.decode_jpeg(encoded, 3, True)
+            except (AttributeError, RuntimeError):
+                pass  # it is gone, or the data is damaged: Pillow says how
+        return _from_pillow(image)
+
+
+def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
+    return (
+        image.format in ("JPEG", "MPO")
+        and image.mode in ("L", "RGB")
+        # Without the end-of-image marker, some versions of libjpeg fill the rest with grey.
+        and b"\xff\xd9" in data[-64:]
+        # torchvision reads the orientation from EXIF only.
+        and b"Orientation" not in image.info.get("xmp", b"")
+    )
+
+
+def _from_pillow(image: Image.Image) -> np.ndarray:
+    """Return upright uint8 RGB (height, width, 3), or 32-bit grey (height, width)."""
+    is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    image = ImageOps.exif_transpose(image)  # a copy, which has lost its format
+    if image.mode[0] not in "IF":
+        # Dropped with alpha anyway; convert would warn of a palette's transparency.
+        image.info.pop("transparency", None)
+        return np.array(image.convert("RGB"))
+    grey = np.array(image)  # convert would clip at 255
+    # Pillow, too, keeps the high byte of 16-bit colour.
+    return (grey >> 8).astype(np.uint8) if is_16_bit and image.mode != "F" else grey
+
+
+def _as_numpy(X: Any) -> Any:
+    if not isinstance(X, torch.Tensor):
+        return X
+    X = X.detach().cpu()
+    return (X.float() if X.is_floating_point() else X).numpy()  # NumPy has no bfloat16
+
+
+def _from_array(array: np.ndarray, where: str) -> np.ndarray:
+    """Return (height, width[, channels]) as uint8 (height, width, 3), itself if it is that."""
+    shape = array.shape
+    if array.ndim == 2:
+        array = array[:, :, None]  # (height, width, 1)
+    if array.ndim != 3 or not 1 <= array.shape[2] <= 4:
+        remedy = "(height, width) or (height, width, channels) with 1 to 4 channels"
+        if array.ndim == 3 and 1 <= array.shape[0] <= 4:
+            remedy += "; np.moveaxis(image, 0, -1) puts the channels last"
+        raise ValueError(f"{where}: got an image of shape {shape}; pass {remedy}.")
+    if array.size == 0:
+        raise ValueError(f"{where}: the image has no pixels (shape {shape}); drop the row.")
+    array = _to_uint8(array, where)
+    if array.shape[2] < 3:  # grey, perhaps with alpha
+        return np.repeat(array[:, :, :1], 3, axis=2)
+    return array[:, :, :3]
+
+
+def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:
+    _check_dtype(array.dtype, where)
+    if array.dtype == np.uint8:
+        return array
+    low, high, top = float(array.min()), float(array.max()), _top(array)
+    if not math.isfinite(low + high):
+        raise ValueError(f"{where}: the pixels hold NaN or infinity; mend them or drop the row.")
+    slack = 1e-5 if top == 1 else 0  # rounding errors of whoever scaled the image
+    if low < -slack or high > top + slack:
+        remedy = f"divide by {'255, or by ' if high <= 255 else ''}the largest possible value"
+        if low < 0:
+            remedy = "undo the standardisation, the estimator applies the network's own"
+        rule = "floats must lie in [0, 1]" if top == 1 else "integers must lie in 0..255"
+        raise ValueError(f"{where}: pixels from {low:g} to {high:g}, but {rule}; {remedy}.")
+    return _quantise(array)
+
+
+def _top(array: np.ndarray) -> int:
+    """Return the value of white."""
+    return 1 if array.dtype.kind in "fb" else 255
+
+
+def _quantise(array: np.ndarray) -> np.ndarray:
+    if array.dtype == bool:
+        return array * np.uint8(255)
+    if array.dtype.kind == "f":
+        return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
+    return np.clip(array, 0, 255).astype(np.uint8)
+
+
+def _check_dtype(dtype: np.dtype, where: str) -> None:
+    if dtype.kind == "c":
+        raise ValueError(f"{where}: Complex data not supported; pass the real part or magnitude.")
+    if dtype.kind not in "biuf":
+        raise TypeError(f"{where}: pixels of dtype {dtype}; pass uint8, or floats in [0, 1].")
+    if dtype == np.uint16:
+        remedy = "divide by the largest value the camera gives (255, 4095 or 65535)"
+        raise ValueError(f"{where}: the range of uint16 pixels is unknown; {remedy}.")
+
+
+# Many images ----------------------------------------------------------------------------------
+
+
+def _kind(item: Any) -> str:
+    for kind, types in _KINDS.items():
+        if isinstance(item, types):
+            return kind
+    nan = isinstance(item, float) and math.isnan(item)
+    if nan or type(item).__name__ in ("NoneType", "NAType", "NaTType"):
+        return f"a missing value ({item})"
+    number = isinstance(item, (Number, np.generic))
+    return "a number" if number else f"of type {type(item).__name__}"
+
+
+def _items(X: Any) -> Any:
+    """Unwrap `X` to a list of images, an array of strings or numbers, or a tensor."""
+    if hasattr(X, "columns") and hasattr(X, "shape") and X.shape[1] == 1:
+        X = X[X.columns[0]]  # the only column of a pandas or polars data frame
+    if hasattr(X, "to_list"):
+        X = X.to_list()  # a Series
+    if isinstance(X, torch.Tensor):
+        return X
+    if not isinstance(X, (list, tuple)) and hasattr(X, "__array__"):
+        X = np.asarray(X)
+    if isinstance(X, np.ndarray):
+        if X.dtype.kind not in "OSUT":
+            return X
+        if X.ndim == 2 and X.shape[1] == 1:
+            X = X[:, 0]
+        if X.ndim != 1:
+            return _numbers(X)
+        if X.dtype.kind != "O":
+            return X
+    elif not isinstance(X, Sequence):
+        raise TypeError(f"Expected a sequence of images, got {_kind(X)}: pass {_ACCEPTED}.")
+    return _numbers(X) if _common_kind(X) in ("a list", "a number") else X
+
+
+def _common_kind(items: Sequence[Any]) -> str:
+    first = _kind(items[0]) if len(items) else ""
+    for row, item in enumerate(items):
+        kind = _kind(item)
+        if kind != first:
+            raise TypeError(f"row {row} is {kind}, but row 0 is {first}: pass images of one kind.")
+    if first.startswith(("a missing", "of type")):
+        raise TypeError(f"row 0 is {first}, not an image: pass {_ACCEPTED}.")
+    return first
+
+
+def _numbers(X: Any) -> np.ndarray:
+    """Turn nested lists, or an array of objects, into an array of numbers."""
+    try:
+        array = np.array(X.tolist() if isinstance(X, np.ndarray) else X)
+    except ValueError as error:
+        raise TypeError(f"The rows are lists of unequal shapes: pass {_ACCEPTED}.") from error
+    if array.dtype.kind in "OSUT":
+        got = f"{array.dtype} of shape {array.shape}"
+        raise TypeError(f"Expected numbers, or one column of paths, got an array of {got}.")
+    return array
+
+
+def _check_block(X: np.ndarray | torch.Tensor) -> None:
+    """Check the shape and dtype of images that come as one array or tensor."""
+    shape, is_tensor = tuple(X.shape), isinstance(X, torch.Tensor)
+    _check_dtype(_as_numpy(X[:0] if shape else X).dtype, "X")
+    remedy = ""
+    if len(shape) < 2:
+        got = "1D array" if shape else "scalar array"
+        remedy = f"Expected 2D array, got {got} instead. Reshape your data: X.reshape(1, -1) is one"
+        remedy += " flat image (with image_shape), X.reshape(n, height, width) are n grey ones."
+    elif len(shape) == 2:
+        remedy = "These are flat rows or one grey image: pass image_shape=(height, width), or [X]."
+    elif is_tensor and len(shape) == 3:
+        remedy = "Pass X.unsqueeze(1) for grey images, or X.unsqueeze(0) for a single image."
+    elif is_tensor and len(shape) == 4 and not 1 <= shape[1] <= 4:
+        remedy = "A tensor has its 1 to 4 channels first: pass X.permute(0, 3, 1, 2)."
+    elif not is_tensor and len(shape) == 3 and shape[2] in (3, 4) and shape[1] > 8:
+        remedy = "If this is one colour image, pass [X]; if it is grey ones, X[..., np.newaxis]."
+    elif not is_tensor and len(shape) == 4 and not 1 <= shape[3] <= 4:
+        remedy = "An array has its 1 to 4 channels last"
+        remedy += ": pass X.transpose(0, 2, 3, 1)." if 1 <= shape[1] <= 4 else "."
+    elif len(shape) > 4:
+        remedy = "Images have at most 4 dimensions: (n, height, width, channels)."
+    if remedy:
+        raise ValueError(f"X has shape {shape}. {remedy}")
+
+
+def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
+    """Return flat rows as uint8 (n, height, width[, channels]); clip with a warning."""
+    if isinstance(X, (Sequence, np.ndarray)) and len(X):
+        first = _kind(X[0])
+        if first in _ONE_FILE:
+            raise ValueError(f"image_shape is for flat rows, but row 0 is {first}: leave it None.")
+    X = check_array(_as_numpy(X), dtype="numeric", ensure_all_finite=False, input_name="X")
+    shape = _resolve_shape(image_shape, X.shape[1])
+    low, high, top = X.min(axis=1), X.max(axis=1), _top(X)  # (n,)
+    broken = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high)))
+    if len(broken):
+        raise ValueError(f"Input X contains NaN or infinity in row {broken[0]}: mend or drop it.")
+    outside = np.flatnonzero((low < 0) | (high > top))
+    if len(outside):
+        row = outside[0]
+        warnings.warn(
+            f"{len(outside)} of {len(X)} rows have pixels outside [0, {top}] and are clipped; the "
+            f"first is row {row}, from {low[row]:g} to {high[row]:g}. Scale them, as in X / 16 for "
+            "scikit-learn's digits, or with MinMaxScaler(clip=True).",
+            UserWarning,
+            stacklevel=3,
+        )
+    return _quantise(X).reshape(len(X), *shape)
+
+
+def _resolve_shape(image_shape: Sequence[int], n_features: int) -> tuple[int, ...]:
+    shape = tuple(image_shape)
+    valid = all(isinstance(side, (int, np.integer)) and (side > 0 or side == -1) for side in shape)
+    if not valid or len(shape) not in (2, 3) or shape.count(-1) > 1:
+        raise ValueError(
+            "image_shape must be (height, width) or (height, width, channels), positive ints of "
+            f"which one may be -1, got {image_shape!r}."
+        )
+    known = abs(math.prod(shape))
+    if n_features % known if -1 in shape else n_features != known:
+        holds = f"a multiple of {known}" if -1 in shape else str(known)
+        raise ValueError(f"X has {n_features} features, but image_shape={shape} takes {holds}.")
+    shape = tuple(n_features // known if side == -1 else int(side) for side in shape)
+    if len(shape) == 3 and shape[2] > 4:
+        raise ValueError(f"image_shape={shape} has {shape[2]} channels, an image has 1 to 4.")
+    return shape
+
+
+# A folder of images ---------------------------------------------------------------------------
+
+
+def _category_names(folder: Path, categories: Sequence[str] | None) -> list[str]:
+    if not folder.is_dir():
+        reason = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{str(folder)!r} {reason}: pass the folder that holds the categories.")
+    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+    if not names:
+        raise ValueError(
+            f"{str(folder)!r} has no category folders: images are expected as "
+            f"{str(folder / 'category' / 'image.jpg')!r}."
+        )
+    missing = sorted(set(categories or []) - set(names))
+    if missing:
+        raise ValueError(f"{str(folder)!r} has no categories {missing}; it has {names}.")
+    return names if categories is None else [name for name in names if name in categories]
+
+
+def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) -> list[str]:
+    def refuse(error: OSError) -> None:  # os.walk would pass over what it can't list
+        raise ValueError(f"The folder {error.filename!r} cannot be listed: {error}") from error
+
+    found = []
+    for root, folders, files in os.walk(os.path.join(path, name), onerror=refuse):
+        folders[:] = [folder for folder in folders if folder[0] != "."]
+        files = [f for f in files if f[0] != "." and f.lower().endswith(extensions)]
+        found += [os.path.join(root, file) for file in files]
+    return sorted(found)
+
+
+def _header_error(file: str) -> str:
+    """Return why Pillow can't open a file, or nothing if it can."""
+    try:
+        with Image.open(file):
+            return ""
+    except UnidentifiedImageError:
+        reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+        reason = str(error)
+    return f"{file!r}: {reason}"
+
+
+def _report(reasons: list[str], on_error: str) -> None:
+    if on_error == "raise":
+        raise ValueError(f"{len(reasons)} unreadable images:\n" + "\n".join(reasons))
+    first = "\n".join(reasons[:5] + ["..."] * (len(reasons) > 5))
+    warnings.warn(f"{len(reasons)} unreadable images are left out:\n{first}", stacklevel=3)

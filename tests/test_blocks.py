@@ -1,0 +1,575 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sktransfer._blocks import TracedNetwork, TracingError
+
+# Number of blocks -> the classification networks of torchvision that have it.
+COUNTS = {
+    7: "alexnet",
+    8: "densenet121 densenet161 densenet169 densenet201",
+    9: "resnet18 squeezenet1_0 squeezenet1_1",
+    10: "vgg11 vgg11_bn",
+    12: "googlenet vgg13 vgg13_bn",
+    13: "vit_b_16 vit_b_32",
+    14: "maxvit_t mobilenet_v3_small",
+    15: "regnet_y_800mf vgg16 vgg16_bn",
+    16: "inception_v3 swin_t swin_v2_t",
+    17: "regnet_x_800mf regnet_y_400mf resnet34 resnet50 resnext50_32x4d wide_resnet50_2",
+    18: "efficientnet_b0 mobilenet_v3_large regnet_y_8gf shufflenet_v2_x0_5 "
+    "shufflenet_v2_x1_0 shufflenet_v2_x1_5 shufflenet_v2_x2_0 vgg19 vgg19_bn",
+    19: "mobilenet_v2 regnet_x_1_6gf regnet_y_16gf",
+    20: "mnasnet0_5 mnasnet0_75 mnasnet1_0 mnasnet1_3",
+    21: "regnet_y_32gf",
+    22: "convnext_tiny regnet_y_3_2gf",
+    23: "regnet_x_16gf regnet_x_400mf",
+    24: "regnet_x_32gf regnet_x_8gf",
+    25: "efficientnet_b1 efficientnet_b2 vit_l_16 vit_l_32",
+    26: "regnet_x_3_2gf",
+    28: "efficientnet_b3 regnet_y_128gf regnet_y_1_6gf swin_b swin_s swin_v2_b swin_v2_s",
+    33: "vit_h_14",
+    34: "efficientnet_b4 resnet101 resnext101_32x8d resnext101_64x4d wide_resnet101_2",
+    40: "convnext_base convnext_large convnext_small",
+    41: "efficientnet_b5",
+    42: "efficientnet_v2_s",
+    47: "efficientnet_b6",
+    51: "resnet152",
+    57: "efficientnet_b7",
+    59: "efficientnet_v2_m",
+    81: "efficientnet_v2_l",
+}
+N_BLOCKS = {name: count for count, names in COUNTS.items() for name in names.split()}
+TORCHVISION = torchvision.models.list_models(module=torchvision.models)
+LARGE = ["regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32", "convnext_large"]  # > 150 million
+
+# name -> number of blocks, image size and what makes the network take such small images
+TIMM = {
+    "resnet50": (17, 64, {}),
+    "convnextv2_tiny": (22, 64, {}),
+    "vit_small_patch14_dinov2": (13, 56, {"img_size": 56}),
+    "vit_small_patch16_dinov3": (13, 64, {"img_size": 64}),
+    "vit_base_patch16_clip_224": (13, 64, {"img_size": 64}),
+    "vit_base_patch16_siglip_224": (13, 64, {"img_size": 64}),
+    "deit3_small_patch16_224": (13, 64, {"img_size": 64}),
+    "deit_small_distilled_patch16_224": (13, 64, {"img_size": 64}),
+    "swin_tiny_patch4_window7_224": (16, 112, {"img_size": 112}),
+    "eva02_small_patch14_336": (13, 56, {"img_size": 56}),
+    "mobilenetv4_conv_small": (19, 64, {}),
+    "efficientvit_b1": (17, 64, {}),
+    "regnety_016": (28, 64, {}),
+    "nfnet_l0": (17, 64, {}),
+    "maxvit_tiny_tf_224": (13, 64, {"img_size": 64}),
+    "coatnet_0_rw_224": (15, 64, {"img_size": 64}),
+    "hiera_tiny_224": (13, 224, {}),
+    "caformer_s18": (23, 64, {}),
+    "tf_efficientnet_lite0": (18, 64, {}),
+    "dpn68": (23, 64, {}),
+    "hrnet_w18_small": (5, 64, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small take longer on several threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+class WithoutWeights(TorchFunctionMode):
+    """Makes empty tensors, as parameters are before they are drawn, on the meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def torchvision_network(name):
+    options = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": False}
+    return torchvision.models.get_model(name, weights=None, **options).eval()
+
+
+def torchvision_size(name):
+    if name.startswith(("vit", "maxvit")):
+        return (224, 224)
+    return (96, 96) if name == "inception_v3" else (64, 64)
+
+
+def draw(network):
+    """Give parameters that start as zeros, or nearly, values that matter."""
+    for parameter in network.parameters():
+        if parameter.detach().abs().max() < 1e-3:
+            nn.init.uniform_(parameter, -0.1, 0.1)
+    return network.eval()
+
+
+def trace_without_weights(name):
+    with WithoutWeights():
+        return TracedNetwork(torchvision_network(name))
+
+
+def assert_same(actual, expected):
+    assert actual.shape == expected.shape
+    assert expected.abs().max() > 0
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def check_slices(network, image_size, n_images=4):
+    """Every slice between neighbours, then the two slices at a cut in the middle."""
+    traced = TracedNetwork(network, image_size)
+    image = torch.rand(1, 3, *image_size)
+    activation = image
+    middle = len(traced.names) // 2
+    for position in range(1, traced.output + 1):
+        activation = traced.slice(position - 1, position)(activation)
+        assert tuple(activation.shape[1:]) == traced.shape(position)
+        if position == middle:
+            kept = activation
+    images = torch.cat([image, torch.rand(n_images - 1, 3, *image_size)])
+    expected = network(images)
+    assert_same(activation, expected[:1])
+    front = traced.slice(0, middle)(images)
+    if middle:
+        assert_same(front[:1], kept)
+    assert_same(traced.slice(middle, traced.output)(front), expected)
+    assert len(set(traced.names)) == len(traced.names)
+    return traced
+
+
+@pytest.mark.parametrize("name", sorted(set(TORCHVISION) - set(LARGE)))
+def test_torchvision(name):
+    torch.manual_seed(0)
+    traced = check_slices(draw(torchvision_network(name)), torchvision_size(name), n_images=2)
+    assert len(traced.names) == N_BLOCKS[name]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_torchvision_large(name):
+    traced = trace_without_weights(name)
+    assert len(traced.names) == N_BLOCKS[name]
+    assert traced.shape(traced.output) == (1000,)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name):
+    torch.manual_seed(0)
+    n_blocks, size, options = TIMM[name]
+    network = timm.create_model(name, pretrained=False, **options)
+    traced = check_slices(draw(network), (size, size))
+    assert len(traced.names) == n_blocks
+
+
+NAMES = {
+    "vgg16": "features.0 features.2 features.5 features.7 features.10 features.12 features.14 "
+    "features.17 features.19 features.21 features.24 features.26 features.28 "
+    "classifier.0 classifier.3",
+    "googlenet": "conv1 conv2 conv3 inception3a inception3b inception4a inception4b inception4c "
+    "inception4d inception4e inception5a inception5b",
+    "inception_v3": "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 Conv2d_3b_1x1 Conv2d_4a_3x3 "
+    "Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b "
+    "Mixed_7c",
+    "resnet18": "conv1 layer1.0 layer1.1 layer2.0 layer2.1 layer3.0 layer3.1 layer4.0 layer4.1",
+    "densenet121": "features.conv0 features.denseblock1 features.transition1 features.denseblock2 "
+    "features.transition2 features.denseblock3 features.transition3 features.denseblock4",
+    "vit_b_16": "conv_proj " + " ".join(f"encoder.layers.encoder_layer_{i}" for i in range(12)),
+    "squeezenet1_1": "features.0 features.3 features.4 features.6 features.7 features.9 "
+    "features.10 features.11 features.12",
+    "shufflenet_v2_x0_5": "conv1 stage2.0 stage2.1 stage2.2 stage2.3 stage3.0 stage3.1 stage3.2 "
+    "stage3.3 stage3.4 stage3.5 stage3.6 stage3.7 stage4.0 stage4.1 stage4.2 stage4.3 conv5",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(name):
+    assert trace_without_weights(name).names == tuple(NAMES[name].split())
+
+
+@pytest.mark.parametrize(
+    "name, last, embedding",
+    [
+        ("resnet50", (2048, 7, 7), (2048,)),
+        ("vit_b_16", (197, 768), (768,)),
+        ("vgg16", (4096,), (4096,)),
+        ("squeezenet1_0", (512, 13, 13), (512, 13, 13)),
+        ("maxvit_t", (512,), (512,)),
+    ],
+)
+def test_shapes_at_the_end(name, last, embedding):
+    traced = trace_without_weights(name)
+    assert traced.shape(0) == (3, 224, 224)
+    assert traced.shape(len(traced.names)) == last
+    assert traced.shape(traced.embedding) == embedding
+
+
+def test_shapes_inside():
+    assert trace_without_weights("vgg16").shape(13) == (512, 7, 7)  # before it is flattened
+    traced = trace_without_weights("resnet50")
+    assert traced.shape(1) == (64, 56, 56)  # the pooling belongs to the stem
+    assert traced.shape(1, image_size=(64, 96)) == (64, 16, 24)
+
+
+@pytest.mark.parametrize(
+    "name, n_prefix_tokens, last",
+    [
+        ("vit_small_patch14_dinov2", 1, (17, 384)),
+        ("vit_small_patch16_dinov3", 5, (21, 384)),
+        ("vit_base_patch16_siglip_224", 0, (16, 768)),
+        ("eva02_small_patch14_336", 1, (17, 384)),
+    ],
+)
+def test_tokens_stay_together(name, n_prefix_tokens, last):
+    _, size, options = TIMM[name]
+    with WithoutWeights():
+        traced = TracedNetwork(timm.create_model(name, **options).eval(), (size, size))
+    assert traced.n_prefix_tokens == n_prefix_tokens
+    assert traced.shape(len(traced.names)) == last
+    assert traced.names == ("patch_embed", *(f"blocks.{i}" for i in range(12)))
+
+
+def test_class_token_of_torchvision():
+    assert trace_without_weights("vit_b_32").n_prefix_tokens == 1
+    assert trace_without_weights("resnet18").n_prefix_tokens == 0
+
+
+def test_without_head():
+    network = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, img_size=64)
+    traced = check_slices(draw(network), (64, 64))
+    assert len(traced.names) == 13
+    assert traced.shape(traced.embedding) == traced.shape(traced.output) == (768,)
+    mobilenet = timm.create_model("mobilenetv4_conv_small", num_classes=0)
+    assert TracedNetwork(mobilenet.eval(), (64, 64)).names[-1] == "conv_head"
+    resnet = torchvision_network("resnet18")
+    resnet.fc = nn.Identity()
+    assert TracedNetwork(resnet, (64, 64)).names == tuple(NAMES["resnet18"].split())
+    vgg = torchvision_network("vgg11")
+    vgg.classifier[6] = nn.Identity()
+    assert TracedNetwork(vgg, (64, 64)).names[-1] == "classifier.3"
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torchvision_network("swin_v2_t"),
+        lambda: torchvision_network("densenet121"),
+        lambda: timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True),
+        lambda: timm.create_model("eva02_tiny_patch14_224", dynamic_img_size=True),
+        lambda: timm.create_model("vit_small_patch16_dinov3", dynamic_img_size=True),
+        lambda: timm.create_model("efficientvit_b0"),
+    ],
+    ids=["swin_v2_t", "densenet121", "vit", "eva02", "dinov3", "efficientvit"],
+)
+@torch.no_grad()
+def test_other_image_sizes(build):
+    network, size = draw(build()), (112, 224)
+    traced = TracedNetwork(network)
+    image = torch.rand(2, 3, *size)
+    activation = image
+    for position in range(1, traced.output + 1):
+        activation = traced.slice(position - 1, position, image_size=size)(activation)
+        assert tuple(activation.shape[1:]) == traced.shape(position, image_size=size)
+    assert_same(activation, network(image))
+
+
+def test_image_size_that_the_network_does_not_take():
+    traced = trace_without_weights("vit_b_32")
+    with pytest.raises(ValueError, match="VisionTransformer takes no images of 64 x 65 pixels"):
+        traced.shape(1, image_size=(64, 65))
+
+
+# --- Positions -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return trace_without_weights("resnet50")
+
+
+@pytest.mark.parametrize(
+    "layer, position",
+    [
+        (0, 1),
+        (16, 17),
+        (-1, 17),
+        (-17, 1),
+        ("conv1", 1),
+        ("layer1.0", 2),
+        ("layer1", 4),
+        ("layer4", 17),
+        ("auto", 18),
+        ("output", 19),
+    ],
+)
+def test_position(resnet, layer, position):
+    assert resnet.position(layer) == position
+
+
+def test_blocks(resnet):
+    assert resnet.blocks("layer4") == range(14, 17)
+    assert resnet.blocks("layer4.1") == range(15, 16)
+    assert resnet.blocks(-2) == range(15, 16)
+    assert trace_without_weights("vgg16").blocks("features") == range(13)
+
+
+def test_prefix_is_dotted():
+    network = nn.Sequential()
+    network.layer1 = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    network.layer10 = nn.Conv2d(4, 4, 3)
+    traced = TracedNetwork(network.eval(), (16, 16))
+    assert traced.names == ("layer1.0", "layer1.1", "layer10")
+    assert traced.position("layer1") == 2
+
+
+@pytest.mark.parametrize("layer", [17, -18])
+def test_number_out_of_range(resnet, layer):
+    with pytest.raises(ValueError, match=f"from -17 to 16; got {layer}"):
+        resnet.position(layer)
+
+
+def test_unknown_name(resnet):
+    with pytest.raises(ValueError, match=r"'layer5'. Did you mean .*'layer4'.* Blocks: conv1, l"):
+        resnet.position("layer5")
+
+
+@pytest.mark.parametrize("layer", [True, None, 1.0])
+def test_layer_of_another_type(resnet, layer):
+    with pytest.raises(TypeError, match="int or a str"):
+        resnet.position(layer)
+
+
+def test_impossible_slices(resnet):
+    with pytest.raises(ValueError, match="Positions are 0 to 19, got 20"):
+        resnet.slice(0, 20)
+    with pytest.raises(ValueError, match="cannot start at 3"):
+        resnet.slice(3, 2)
+
+
+# --- Networks of one's own -----------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, n_channels, in_place=False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_channels, n_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(n_channels, n_channels, 3, padding=1)
+        self.relu = nn.ReLU(inplace=in_place)
+
+    def forward(self, x):
+        y = self.relu(x)  # in place: the block changes what it was given
+        return x + self.conv2(self.conv1(y).relu())
+
+
+class Small(nn.Module):
+    def __init__(self, in_place=False, n_classes=5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.blocks = nn.Sequential(Residual(8, in_place), nn.Dropout(0.5), Residual(8, in_place))
+        self.fc = nn.Linear(8, n_classes)
+
+    def forward(self, x, scale=None):
+        x = self.blocks(self.norm(self.stem(x)))  # (n, 8, height, width)
+        if scale is not None:
+            x = x * scale
+        return self.fc(x.mean((2, 3)))
+
+
+def small(*args, **kwargs):
+    torch.manual_seed(0)
+    return Small(*args, **kwargs).eval()
+
+
+def test_own_network():
+    traced = check_slices(small(), (20, 30))
+    assert traced.names == ("stem", "blocks.0", "blocks.2")
+    assert [traced.shape(i) for i in (1, 3, 4, 5)] == [(8, 9, 14), (8, 9, 14), (8,), (5,)]
+
+
+def test_wrapped_network():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.rand(3, 1, 1))
+            self.vgg = torchvision.models.vgg11(num_classes=4)
+
+        def forward(self, x):
+            return self.vgg(x - self.mean)
+
+    with WithoutWeights():
+        wrapped = Wrapper().eval()
+    names = TracedNetwork(wrapped).names
+    assert len(names) == 10 and names[-1] == "vgg.classifier.3"
+
+
+def test_sequential():
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2), nn.Softmax(1)),
+    ).eval()
+    traced = check_slices(network, (16, 16))
+    assert traced.names == ("0", "3")
+    assert [traced.shape(i) for i in range(1, 5)] == [(4, 7, 7), (6, 5, 5), (6,), (2,)]
+    headless = check_slices(network[:7], (16, 16))
+    assert headless.names == ("0", "3")
+    assert headless.shape(headless.embedding) == headless.shape(headless.output) == (6,)
+
+
+def test_network_that_is_only_a_head():
+    traced = check_slices(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval(), (4, 4))
+    assert traced.names == ()
+    assert traced.position("auto") == 1
+    assert traced.shape(1) == (48,)
+    with pytest.raises(ValueError, match="no number: it has none"):
+        traced.position(0)
+    with pytest.raises(ValueError, match="Blocks: none"):
+        traced.position("1")
+
+
+def test_units_without_a_cut_between_them_are_one_block():
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3)
+            self.left = nn.Conv2d(4, 4, 1)
+            self.right = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.left(x) * self.right(x)
+
+    traced = check_slices(Parallel().eval(), (8, 8))
+    assert traced.names == ("stem", "left")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@torch.no_grad()
+def test_slices_leave_their_input_alone(in_place):
+    network = small(in_place)
+    traced = check_slices(network, (16, 16))
+    activation = traced.slice(0, 1)(torch.randn(2, 3, 16, 16))
+    before = activation.clone()
+    traced.slice(1, traced.output)(activation)
+    assert torch.equal(activation, before)
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return self.fc(x) if x.sum() > 0 else x
+
+
+class Pair(Small):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("network", [DataDependent(), Pair()], ids=["control flow", "pair"])
+def test_network_that_cannot_be_traced(network):
+    keys = [set(vars(module)) for module in network.modules()]
+    with pytest.raises(TracingError, match=r"(DataDependent|Pair) cannot .*layer='output'"):
+        TracedNetwork(network, (16, 16))
+    assert network.training
+    assert [set(vars(module)) for module in network.modules()] == keys
+
+
+# --- The network stays as it is ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "vit_b_32", "googlenet"])
+@torch.no_grad()
+def test_network_is_unchanged(name):
+    network = torchvision_network(name)
+    network.train()
+    next(network.children()).eval()
+    state = copy.deepcopy(network.state_dict())
+    modes = [module.training for module in network.modules()]
+    keys = [set(vars(module)) for module in network.modules()]
+    traced = TracedNetwork(network)
+    traced.slice(0, traced.output)
+    assert [module.training for module in network.modules()] == modes
+    assert [set(vars(module)) for module in network.modules()] == keys
+    assert list(network.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_parameters_are_shared_and_trained():
+    network = small()
+    traced = TracedNetwork(network, (16, 16))
+    end = traced.slice(1, traced.output)
+    inner = {id(parameter) for parameter in network.parameters()}
+    assert {id(parameter) for parameter in end.parameters()} < inner
+    end(torch.randn(2, 8, 7, 7)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.blocks.parameters())
+    assert network.stem.weight.grad is None
+    assert not any(module.training for module in end.modules())
+
+
+def test_slices_are_kept():
+    traced = TracedNetwork(small(), (16, 16))
+    assert traced.slice(1, 2) is traced.slice(1, 2, image_size=(16, 16))
+    assert traced.slice(1, 2) is not traced.slice(1, 2, image_size=(16, 24))
+
+
+@torch.no_grad()
+def test_precision_and_layout():
+    network = draw(timm.create_model("eva02_tiny_patch14_224", img_size=56))
+    traced = TracedNetwork(network, (56, 56))
+    slices = [(0, 6), (6, traced.output)]
+    image = torch.rand(2, 3, 56, 56)
+    front, end = (traced.slice(*cut) for cut in slices)
+    assert_same(end(front(image.to(memory_format=torch.channels_last))), network(image))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(end(front(image)), network(image))
+    network.double()  # replaces the buffers, as a move to another device does
+    front, end = (traced.slice(*cut) for cut in slices)
+    assert_same(end(front(image.double())), network(image.double()))
+
+
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "levit_128s"]
+)
+@torch.no_grad()
+def test_no_slice_depends_on_the_device_of_the_tracing(name):
+    network = timm.create_model(name).eval()
+    traced = TracedNetwork(network)
+    traced.slice(1, 5)
+    network.to("meta")
+    activation = torch.rand(3, 3, 224, 224, device="meta")
+    for position in range(1, traced.output + 1):
+        activation = traced.slice(position - 1, position)(activation)
+        assert activation.is_meta
+        assert tuple(activation.shape) == (3, *traced.shape(position))
+
+
+@torch.no_grad()
+def test_copies_of_slices():
+    traced = TracedNetwork(small(), (16, 16))
+    end = traced.slice(1, traced.output)
+    activation = torch.randn(2, 8, 7, 7)
+    twin = copy.deepcopy(end)
+    expected = end(activation)
+    for parameter in traced.network.parameters():
+        parameter.zero_()
+    assert_same(twin(activation), expected)
+
+
+def test_traced_on_the_meta_device():
+    with torch.device("meta"):
+        network = torchvision_network("vit_b_32")
+    traced = TracedNetwork(network)
+    assert len(traced.names) == 13
+    assert traced.shape(13) == (50, 768)

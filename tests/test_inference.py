@@ -1,0 +1,200 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+from networks import small
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+from sklearn.utils import shuffle
+
+from sktransfer import PretrainedFeatureExtractor
+from sktransfer._inference import layout_of
+
+
+def extractor(memory, **options):
+    return PretrainedFeatureExtractor(small(), image_size=32, memory=memory, **options)
+
+
+# ------------------------------------------------------------------------------ every image once
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_a_search_runs_every_image_once(tiles, tmp_path, run_log, n_jobs):
+    _, paths, labels = tiles
+    pipeline = make_pipeline(extractor(tmp_path / "m"), StandardScaler(), SVC())
+
+    def search(grid, X, y):
+        GridSearchCV(pipeline, grid, cv=5, n_jobs=n_jobs, error_score="raise").fit(X, y)
+
+    grid = {"svc__C": [0.1, 1, 10], "svc__kernel": ["rbf", "linear"]}
+    search(grid, paths[:-1], labels[:-1])
+    runs = Counter(run_log())
+    assert len(runs) == len(paths) - 1 and set(runs.values()) == {1}
+    search({"svc__C": [2, 3]}, paths[:-1], labels[:-1])
+    search(grid, *shuffle(paths[:-1], labels[:-1], random_state=0))
+    assert len(run_log()) == len(paths) - 1
+    search(grid, paths, labels)  # one image more: one run more
+    assert len(run_log()) == len(paths)
+
+
+def test_two_threads_share_the_work(tiles, tmp_path, run_log):
+    _, paths, _ = tiles
+    jobs = (joblib.delayed(extractor(tmp_path / "m").transform)(paths) for _ in range(2))
+    first, second = joblib.Parallel(2, backend="threading")(jobs)
+    np.testing.assert_array_equal(first, second)
+    assert set(Counter(run_log()).values()) == {1}
+
+
+def test_equal_images_run_once_in_one_call(tiles, tmp_path, run_log):
+    _, paths, _ = tiles
+    X = paths[:5] * 30
+    rows = extractor(tmp_path / "m").transform(X)
+    np.testing.assert_array_equal(rows, np.tile(rows[:5], (30, 1)))
+    assert len(run_log()) == 5
+
+
+@pytest.mark.parametrize("make", [str, lambda p: joblib.Memory(p, verbose=0)])
+def test_hits_by_content_whatever_else_differs(tiles, tmp_path, run_log, make):
+    _, paths, _ = tiles
+    memory = make(tmp_path / "m")
+    rows = extractor(memory).transform(paths)
+    assert len(run_log()) == 40
+    renamed = tmp_path / "another name.jpeg"
+    renamed.write_bytes(Path(paths[3]).read_bytes())
+    again = extractor(memory).transform([paths[7], renamed])
+    np.testing.assert_array_equal(again, rows[[7, 3]])
+    again = extractor(memory).transform([Path(paths[9]).read_bytes()])
+    np.testing.assert_array_equal(again, rows[[9]])
+    assert len(run_log()) == 40
+
+
+def test_what_shapes_the_result_is_part_of_the_key(tiles, tmp_path, run_log):
+    _, paths, _ = tiles
+    memory, X = tmp_path / "m", paths[:4]
+    extractor(memory).transform(X)
+    variants = [
+        {"image_size": 48},
+        {"pooling": "max", "layer": "stem"},
+        {"layer": "stem"},
+        {"layer": "output"},
+        {"precision": "bfloat16"},
+        {"backbone": small(1)},
+    ]
+    for n, options in enumerate(variants, 2):
+        extractor(memory).set_params(**options).transform(X)
+        assert len(run_log()) == 4 * n, options
+    for options in variants:
+        fresh = extractor(None).set_params(**options).transform(X)
+        kept = extractor(memory).set_params(**options).transform(X)
+        np.testing.assert_array_equal(fresh, kept)
+
+
+def test_a_changed_file_is_computed_again(tiles, tmp_path, run_log):
+    _, paths, _ = tiles
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes(Path(paths[0]).read_bytes())
+    first = extractor(tmp_path / "m").transform([copy])
+    copy.write_bytes(Path(paths[30]).read_bytes())
+    assert not np.allclose(extractor(tmp_path / "m").transform([copy]), first)
+    assert len(run_log()) == 2
+
+
+def test_pooling_is_no_part_of_the_key_where_there_is_nothing_to_pool(tiles, tmp_path, run_log):
+    _, paths, _ = tiles
+    extractor(tmp_path / "m", pooling="avg").transform(paths)
+    extractor(tmp_path / "m", pooling="max").transform(paths)
+    assert len(run_log()) == len(paths)
+
+
+# ------------------------------------------------------------------------------ faults
+
+
+def test_what_was_computed_before_a_bad_image_is_kept(tiles, tmp_path, run_log):
+    _, paths, _ = tiles
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"not an image")
+    model = extractor(tmp_path / "m", batch_size=4)
+    with pytest.raises(ValueError, match=r"row 30 .*bad\.jpg"):
+        model.transform([*paths[:30], str(bad), *paths[30:]])
+    before = len(run_log())
+    assert before >= 16
+    model.transform(paths)
+    assert len(run_log()) == len(paths)
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from networks import small
+from sktransfer import PretrainedFeatureExtractor
+import sktransfer._inference as inference
+fit = inference.Embedding._fit
+def slow(self, image):          # one image takes long enough for a person to press Ctrl-C
+    time.sleep(0.05)
+    return fit(self, image)
+inference.Embedding._fit = slow
+print("ready", flush=True)
+model = PretrainedFeatureExtractor(small(), image_size=32, memory={memory!r}, batch_size=2)
+model.transform({paths!r})
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_where_it_stopped(tiles, tmp_path, run_log, sent):
+    _, paths, _ = tiles
+    memory = str(tmp_path / "m")
+    script = SCRIPT.format(tests=str(Path(__file__).parent), memory=memory, paths=paths)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.readline()
+    deadline = time.monotonic() + 60
+    while len(run_log()) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child.pid, sent)
+    child.communicate(timeout=60)
+    assert child.returncode != 0
+    before = len(run_log())
+    assert 10 <= before < len(paths)
+    rows = extractor(memory).transform(paths)
+    again = len(run_log()) - len(paths)  # computed twice: what was in flight
+    assert again <= (0 if sent == signal.SIGINT else 12)
+    np.testing.assert_array_equal(rows, extractor(None).transform(paths))
+
+
+def test_an_unusable_memory_warns_once_and_computes(tiles, tmp_path):
+    _, paths, _ = tiles
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning) as caught:
+        rows = extractor(tmp_path / "file" / "memory").transform(paths)
+    assert len(caught) == 1 and "file" in str(caught[0].message)
+    np.testing.assert_array_equal(rows, extractor(None).transform(paths))
+
+
+# ------------------------------------------------------------------------------ layouts
+
+
+@pytest.mark.parametrize(
+    "shape, size, layout",
+    [
+        ((5,), (32, 32), "vector"),
+        ((50, 8), (32, 32), "tokens"),
+        ((8, 4, 4), (32, 32), "map"),
+        ((4, 4, 8), (32, 32), "map_last"),
+        ((8, 8, 8), (32, 32), "map"),
+        ((8, 4, 6), (32, 48), "map"),
+        ((4, 6, 8), (32, 48), "map_last"),
+        ((2, 3, 4, 5), (32, 32), "other"),
+    ],
+)
+def test_layouts(shape, size, layout):
+    assert layout_of(shape, size) == layout

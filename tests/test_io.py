@@ -1,0 +1,759 @@
+"""Every kind of image that people have, good and bad; real files, written by Pillow."""
+
+import io
+import os
+import pickle
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import scipy.sparse
+import torch
+from PIL import Image, ImageFile, ImageOps
+from sklearn.datasets import load_digits, load_sample_images
+from sklearn.model_selection import train_test_split
+
+from sktransfer.io import ImageSequence, check_images, load_image, load_image_folder
+
+CHINA, FLOWER = load_sample_images().images  # uint8 (427, 640, 3)
+SMALL = np.ascontiguousarray(FLOWER[100:340:8, 100:420:8])  # (30, 40, 3)
+
+
+def encode(image, format, **options):
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def hwc(tensor):
+    assert tensor.dtype == torch.uint8 and tensor.shape[0] == 3
+    return tensor.permute(1, 2, 0).numpy()
+
+
+def as_pillow_shows(data):
+    with Image.open(io.BytesIO(data)) as image:
+        image = ImageOps.exif_transpose(image)
+        image.info.pop("transparency", None)
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Three different small PNG files."""
+    files = [tmp_path / f"{name}.png" for name in "abc"]
+    for k, file in enumerate(files):
+        Image.fromarray(np.roll(SMALL, 3 * k, axis=0)).save(file)
+    return [str(file) for file in files]
+
+
+# What X may be ---------------------------------------------------------------------------------
+
+containers = {
+    "list": list,
+    "tuple": tuple,
+    "Path": lambda x: [Path(p) for p in x],
+    "numpy str": np.array,
+    "numpy str_": lambda x: list(np.array(x)),
+    "numpy object": lambda x: np.array(x, dtype=object),
+    "numpy column": lambda x: np.array(x, dtype=object)[:, None],
+    "pandas Series": pd.Series,
+    "pandas object": lambda x: pd.Series(x, dtype=object, index=[7, 5, 3]),
+    "pandas string": lambda x: pd.Series(x, dtype="string"),
+    "pandas category": lambda x: pd.Series(x, dtype="category"),
+    "pandas Index": pd.Index,
+    "pandas frame": lambda x: pd.DataFrame({"file": x}),
+    "polars Series": pl.Series,
+    "polars categorical": lambda x: pl.Series(x, dtype=pl.Categorical),
+    "polars frame": lambda x: pl.DataFrame({"file": x}),
+}
+
+
+@pytest.mark.parametrize("container", containers.values(), ids=containers)
+def test_containers_of_paths(paths, container):
+    images = check_images(container(paths))
+    assert isinstance(images, ImageSequence) and len(images) == 3
+    for k in range(3):
+        np.testing.assert_array_equal(hwc(images.load(k)), np.roll(SMALL, 3 * k, axis=0))
+
+
+item_kinds = {
+    "bytes": lambda a: encode(a, "PNG"),
+    "bytearray": lambda a: bytearray(encode(a, "PNG")),
+    "memoryview": lambda a: memoryview(encode(a, "PNG")),
+    "PIL": Image.fromarray,
+    "array": np.asarray,
+    "read-only": lambda a: np.broadcast_to(a, a.shape),
+    "Fortran": np.asfortranarray,
+    "int64": lambda a: a.astype(np.int64),
+    "float64": lambda a: a / 255,
+    "float32": lambda a: (a / 255).astype(np.float32),
+    "float16": lambda a: (a / 255).astype(np.float16),
+    "tensor": lambda a: torch.tensor(a).permute(2, 0, 1),
+    "float tensor": lambda a: (torch.tensor(a).permute(2, 0, 1) / 255).requires_grad_(),
+    "RGBA": lambda a: np.concatenate([a, a[..., :1]], axis=2),
+}
+
+
+@pytest.mark.parametrize("kind", item_kinds.values(), ids=item_kinds)
+@pytest.mark.parametrize("container", ["list", "object", "pandas", "frame", "polars"])
+def test_kinds_of_items_of_any_size(kind, container):
+    items = [kind(SMALL), kind(SMALL[:20, :33])]
+    if container == "object":
+        X = np.empty(2, dtype=object)
+        X[0], X[1] = items
+    elif container == "list":
+        X = items
+    elif container == "pandas":
+        X = pd.Series(items)
+    elif container == "frame":
+        X = pd.DataFrame({"image": pd.Series(items, dtype=object)})
+    else:
+        X = pl.Series(items, dtype=pl.Object)
+    images = check_images(X)
+    np.testing.assert_array_equal(hwc(images.load(0)), SMALL)
+    np.testing.assert_array_equal(hwc(images.load(1)), SMALL[:20, :33])
+    np.testing.assert_array_equal(hwc(load_image(items[1])), SMALL[:20, :33])
+
+
+def test_polars_binary_and_bytes_array():
+    data = encode(SMALL, "PNG")
+    for X in (pl.Series([data, data]), pl.DataFrame({"image": [data, data]}), np.array([data])):
+        np.testing.assert_array_equal(hwc(check_images(X).load(0)), SMALL)
+
+
+@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
+@pytest.mark.parametrize("torch_tensor", [False, True])
+def test_blocks(channels, torch_tensor):
+    X = np.random.RandomState(0).randint(0, 256, (4, 9, 7, channels or 1), dtype=np.uint8)
+    expected = X[..., :3] if (channels or 1) > 2 else np.repeat(X[..., :1], 3, axis=3)
+    if torch_tensor:
+        X = torch.tensor(X).permute(0, 3, 1, 2)
+    elif channels is None:
+        X = X[..., 0]
+    images = check_images(X)
+    assert len(images) == 4
+    for k in range(4):
+        np.testing.assert_array_equal(hwc(images.load(k)), expected[k])
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        torch.full((2, 3, 4, 5), 0.5, dtype=torch.bfloat16),
+        torch.full((2, 1, 4, 5), 0.5, dtype=torch.float16),
+        torch.full((2, 3, 4, 5), 0.5, dtype=torch.float64, requires_grad=True),
+        np.full((2, 4, 5), 0.5),
+        np.full((2, 4, 5), 0.5).tolist(),
+        np.full((2, 4, 5), 0.5).astype(object),
+        torch.full((2, 3, 4, 5), 128),
+        np.full((2, 4, 5), 128, dtype=np.int16),
+    ],
+)
+def test_values_are_quantised(X):
+    assert torch.equal(check_images(X).load(1), torch.full((3, 4, 5), 128, dtype=torch.uint8))
+
+
+def test_bool_and_rounding_errors():
+    image = np.array([[False, True]])
+    assert load_image(image)[0].tolist() == [[0, 255]]
+    assert load_image(torch.tensor(image))[0].tolist() == [[0, 255]]
+    assert load_image(np.array([[-1e-7, 1 + 1e-7]]))[0].tolist() == [[0, 255]]
+
+
+def test_arrays_are_not_copied_but_loaded_images_are():
+    X = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    images = check_images(X)
+    loaded = images.load(0)
+    X[0] = 7
+    assert loaded.max() == 0 and images.load(0).min() == 7
+
+
+def test_sequence_subset_and_pickle(paths):
+    images = check_images(paths)
+    assert check_images(images) is images
+    digests = [images.digest(k) for k in range(3)]
+    for indices in ([2, 0], np.array([2, 0]), slice(None, None, -2)):
+        subset = images[indices]
+        assert [subset.digest(k) for k in range(2)] == [digests[2], digests[0]]
+    mask = np.array([False, True, False])
+    assert len(images[mask]) == len(images[1]) == 1
+    assert images[1:][mask[1:] == 0].where(0) == f"row 2 ({paths[2]!r})"
+    assert pickle.loads(pickle.dumps(images)).digest(1) == digests[1]
+
+
+def test_paths_are_not_touched_until_read(tmp_path):
+    images = check_images([tmp_path / "later.png", tmp_path / "never.png"])
+    Image.fromarray(SMALL).save(tmp_path / "later.png")
+    np.testing.assert_array_equal(hwc(images.load(0)), SMALL)
+    with pytest.raises(ValueError, match=r"row 1 \('.*never.png'\): there is no such file"):
+        images.digest(1)
+
+
+def test_open_reads_a_file_once(paths):
+    image = check_images(paths).open(0)
+    os.remove(paths[0])
+    assert len(image.digest) == 16
+    np.testing.assert_array_equal(hwc(image.decode()), SMALL)
+
+
+# Flat rows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "image_shape, shape",
+    [
+        ((4, 6), (4, 6)),
+        ((1, -1), (1, 24)),
+        ((-1, 6), (4, 6)),
+        ((4, 2, 3), (4, 2)),
+        ((2, -1, 4), (2, 3)),
+        ((4, 6, -1), (4, 6)),
+        (np.array([4, 6]), (4, 6)),
+    ],
+)
+def test_flat_rows(image_shape, shape):
+    X = np.random.RandomState(0).randint(0, 256, (5, 24), dtype=np.uint8)
+    images = check_images(X, image_shape=image_shape)
+    assert images.load(0).shape == (3, *shape)
+    assert images.load(2)[0, 0, 0] == X[2, 0]
+
+
+def test_flat_rows_of_any_container():
+    X = load_digits().data[:6] / 16
+    expected = check_images(X, image_shape=(8, 8)).load(3)
+    assert expected.max() == round(255 * X[3].max())
+    others = (X.tolist(), list(X), pd.DataFrame(X), pl.DataFrame(X), X.astype(object))
+    for other in (*others, torch.tensor(X)):
+        assert torch.equal(check_images(other, image_shape=(8, 8)).load(3), expected)
+
+
+@pytest.mark.parametrize("dtype", [float, np.float32, int, np.int8, np.uint16])
+def test_flat_rows_out_of_range_are_clipped_with_one_warning(dtype):
+    X = np.zeros((4, 6), dtype=dtype)
+    X[2, 1], X[3, 0], X[1, 5] = 100, 1, 1
+    top = 1 if np.dtype(dtype).kind == "f" else 255
+    if top == 1:
+        message = r"1 of 4 rows .* outside \[0, 1\].* row 2, from 0 to 100\. Scale"
+    elif dtype is np.uint16:
+        X[2, 1] = 300
+        message = r"outside \[0, 255\].* row 2, from 0 to 300\."
+    else:
+        X[2, 1] = -100
+        message = r"row 2, from -100 to 0\."
+    with pytest.warns(UserWarning, match=message) as record:
+        image = check_images(X, image_shape=(2, 3)).load(2)
+    assert len(record) == 1
+    assert image[0, 0, 1] == (0 if X[2, 1] < 0 else 255)
+
+
+@pytest.mark.parametrize(
+    "X, image_shape, error, message",
+    [
+        (np.zeros((2, 5)), (2, 3), ValueError, r"5 features, but image_shape=\(2, 3\) takes 6"),
+        (np.zeros((2, 5)), (2, -1), ValueError, "takes a multiple of 2"),
+        (np.zeros((2, 10)), (1, 2, 5), ValueError, "5 channels"),
+        (np.zeros((2, 10)), (-1, -1), ValueError, "one may be -1"),
+        (np.zeros((2, 10)), (10,), ValueError, "must be"),
+        (np.zeros((2, 10)), (2.0, 5.0), ValueError, "must be"),
+        (np.zeros((2, 10)), (0, -1), ValueError, "must be"),
+        (np.zeros(4), (1, -1), ValueError, "Expected 2D array, got 1D array"),
+        (np.zeros((2, 2, 2)), (1, -1), ValueError, "dim 3"),
+        (np.zeros((0, 4)), (1, -1), ValueError, r"0 sample\(s\)"),
+        (np.zeros((4, 0)), (1, -1), ValueError, r"0 feature\(s\)"),
+        (np.zeros((4, 2)) + 1j, (1, -1), ValueError, "Complex data not supported"),
+        (np.array([[0, 0], [0, np.nan]]), (1, -1), ValueError, "NaN or infinity in row 1"),
+        (np.array([[-np.inf, np.inf], [0, 0]]), (1, -1), ValueError, "NaN or inf.* row 0"),
+        (np.array([[0, "a"]], dtype=object), (1, -1), ValueError, "could not convert"),
+        (scipy.sparse.eye(3).tocsr(), (1, -1), TypeError, "Sparse input is not supported.*toarray"),
+        (["a.jpg"], (1, -1), ValueError, "image_shape is for flat rows, but row 0 is a path"),
+    ],
+)
+def test_bad_flat_rows(X, image_shape, error, message):
+    with pytest.raises(error, match=message):
+        check_images(X, image_shape=image_shape)
+
+
+# What X may not be -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "X, error, message",
+    [
+        ("a.jpg", TypeError, r"a path: for one image, pass \[X\]"),
+        (Path("a.jpg"), TypeError, r"pass \[X\]"),
+        (b"\xff\xd8", TypeError, r"encoded bytes.*pass \[X\]"),
+        (Image.new("L", (2, 2)), TypeError, r"a PIL image.*pass \[X\]"),
+        (None, TypeError, "a sequence of images, got a missing value"),
+        (3, TypeError, "a sequence of images, got a number"),
+        ({"a": 1}, TypeError, "of type dict"),
+        ((p for p in "ab"), TypeError, "of type generator"),
+        ([], ValueError, r"0 sample\(s\)"),
+        (np.zeros((0, 8, 8)), ValueError, r"0 sample\(s\)"),
+        (np.array([], dtype=str), ValueError, r"0 sample\(s\)"),
+        (pd.Series([], dtype=object), ValueError, r"0 sample\(s\)"),
+        (np.zeros(5), ValueError, "Expected 2D array, got 1D array.*Reshape your data"),
+        ([0.1, 0.2], ValueError, "Expected 2D array, got 1D array"),
+        (pd.Series([1, 2]), ValueError, "Expected 2D array, got 1D array"),
+        (np.array(3.0), ValueError, "scalar array"),
+        (torch.tensor(3.0), ValueError, "scalar array"),
+        (np.zeros((5, 64)), ValueError, r"shape \(5, 64\).*image_shape=\(height, width\)"),
+        ([[0.1, 0.2], [0.3, 0.4]], ValueError, r"image_shape=\(height, width\)"),
+        (pd.DataFrame(np.zeros((3, 4))), ValueError, r"image_shape=\(height, width\)"),
+        (torch.zeros(5, 64), ValueError, "image_shape"),
+        (FLOWER, ValueError, r"\(427, 640, 3\).*one colour image, pass \[X\]"),
+        (np.zeros((2, 3, 32, 30)), ValueError, r"channels last: pass X\.transpose\(0, 2, 3, 1\)"),
+        (np.zeros((2, 8, 8, 8)), ValueError, "1 to 4 channels last"),
+        (np.zeros((2, 2, 3, 8, 8)), ValueError, "at most 4 dimensions"),
+        (torch.zeros(2, 32, 30, 3), ValueError, r"pass X\.permute\(0, 3, 1, 2\)"),
+        (torch.zeros(3, 32, 30), ValueError, r"unsqueeze\(1\).*unsqueeze\(0\)"),
+        (torch.zeros(2, 2, 3, 8, 8), ValueError, "at most 4 dimensions"),
+        (torch.eye(3).to_sparse(), TypeError, "Sparse input is not supported"),
+        (scipy.sparse.eye(3).tocsr(), TypeError, r"Sparse input is not supported.*toarray\(\)"),
+        (np.zeros((2, 4, 4), dtype=complex), ValueError, "Complex data not supported"),
+        (np.zeros((2, 4, 4), dtype=np.uint16), ValueError, "uint16 pixels is unknown; divide by"),
+        (np.zeros((2, 4, 4), dtype="M8[s]"), TypeError, "dtype datetime64"),
+        (["a.jpg", np.zeros((4, 4))], TypeError, "row 1 is an array, but row 0 is a path"),
+        (["a.jpg", None], TypeError, r"row 1 is a missing value \(None\)"),
+        (pd.Series(["a.jpg", None]), TypeError, "row 1 is a missing value"),
+        (pd.Series(["a.jpg", None], dtype="string"), TypeError, r"row 1 is a missing .*<NA>"),
+        ([b"a", "a.jpg"], TypeError, "row 1 is a path, but row 0 is encoded bytes"),
+        ([{"a": 1}], TypeError, "row 0 is of type dict, not an image"),
+        ([("a.jpg", 1)], TypeError, "Expected numbers, or one column of paths"),
+        ([[1, 2], [3]], TypeError, "unequal shapes"),
+        (pd.DataFrame({"a": ["x"], "b": ["y"]}), TypeError, "one column of paths"),
+        (pl.DataFrame({"a": ["x"], "b": ["y"]}), TypeError, "one column of paths"),
+        (np.array([["a.jpg", "b.jpg"]]), TypeError, "one column of paths"),
+    ],
+)
+def test_bad_sequences(X, error, message):
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        check_images(X)
+
+
+@pytest.mark.parametrize(
+    "image, error, message",
+    [
+        (
+            np.full((4, 4), 200.0),
+            ValueError,
+            r"from 200 to 200, but floats .* \[0, 1\]; divide by 255",
+        ),
+        (np.full((4, 4), 4000.0), ValueError, "; divide by the largest possible value"),
+        (np.full((4, 4), -1.0), ValueError, "floats.*undo the standardisation"),
+        (np.full((4, 4), 300), ValueError, r"integers must lie in 0\.\.255"),
+        (np.full((4, 4), -3), ValueError, r"from -3 to -3, but integers must lie in 0\.\.255"),
+        (np.full((4, 4), np.nan), ValueError, "NaN or infinity"),
+        (np.full((4, 4), np.inf), ValueError, "NaN or infinity"),
+        (torch.full((3, 4, 4), np.nan), ValueError, "NaN or infinity"),
+        (np.zeros((4, 4), dtype=complex), ValueError, "Complex data not supported"),
+        (np.zeros((4, 4), dtype=np.uint16), ValueError, "uint16"),
+        (np.array([["a"]]), TypeError, "dtype <U1"),
+        (np.zeros((0, 4)), ValueError, r"no pixels \(shape \(0, 4\)\)"),
+        (np.zeros((3, 9, 8)), ValueError, r"np\.moveaxis\(image, 0, -1\)"),
+        (np.zeros((9, 8, 7)), ValueError, "1 to 4 channels"),
+        (np.zeros(9), ValueError, r"shape \(9,\)"),
+    ],
+)
+def test_bad_arrays_name_their_row(image, error, message):
+    good = torch.zeros(3, 4, 4) if isinstance(image, torch.Tensor) else np.zeros((4, 4))
+    images = check_images([good, image])
+    images.load(0)
+    with pytest.raises(error, match="row 1.*" + message):
+        images.load(1)
+    with pytest.raises(error, match="the image.*" + message):
+        load_image(image)
+
+
+def test_load_image_refuses_other_things():
+    with pytest.raises(TypeError, match="the image is a number: pass paths, encoded bytes"):
+        load_image(3)
+
+
+# Broken files ----------------------------------------------------------------------------------
+
+
+def bad_file(tmp_path, data, name="bad.jpg"):
+    (tmp_path / name).write_bytes(data)
+    Image.fromarray(SMALL).save(tmp_path / "good.png")
+    return check_images([tmp_path / "good.png", tmp_path / name])
+
+
+def test_missing_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"row 0 \('no.jpg'\): there is no such file in '.*'; check"
+    ):
+        check_images(["no.jpg"]).load(0)
+    with pytest.raises(ValueError, match=r"row 0 \('0.5'\): there is no such file"):
+        check_images(np.array(["0.5"])).load(0)
+    with pytest.raises(ValueError, match="^'no.jpg': there is no such file") as info:
+        load_image("no.jpg")
+    assert isinstance(info.value.__cause__, FileNotFoundError)
+
+
+def test_files_that_are_no_images(tmp_path):
+    with pytest.raises(ValueError, match=r"row 0 \(.*the file cannot be read: this is a folder"):
+        check_images([tmp_path]).load(0)
+    with pytest.raises(ValueError, match=r"cannot be read: embedded null"):
+        check_images(["a\0b"]).load(0)
+    with pytest.raises(ValueError, match=r"row 1 \('.*bad.jpg'\): the file is empty \(0 bytes\)"):
+        bad_file(tmp_path, b"").load(1)
+    with pytest.raises(ValueError, match=r"row 1 .*no image that starts with b'hello world'"):
+        bad_file(tmp_path, b"hello world").load(1)
+    with pytest.raises(ValueError, match=r"row 0: the encoded image is empty"):
+        check_images([b""]).load(0)
+    with pytest.raises(ValueError, match=r"row 0: .*no image that starts with b'abc'; replace"):
+        check_images([b"abc"]).load(0)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_file_without_permission(paths):
+    os.chmod(paths[0], 0)
+    with pytest.raises(ValueError, match="row 0 .*Permission denied"):
+        check_images(paths).load(0)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.6, 0.95])
+def test_truncated_files(tmp_path, format, part):
+    data = encode(SMALL, format)
+    images = bad_file(tmp_path, data[: int(part * len(data))])
+    with pytest.raises(ValueError, match=r"row 1 \('.*bad.jpg'\): .*or drop the row") as info:
+        images.load(1)
+    assert info.value.__cause__ is not None
+    images.load(0)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_truncated_files_that_the_user_wants(format, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encode(FLOWER, format)
+    image = load_image(data[: len(data) // 2])
+    np.testing.assert_array_equal(hwc(image)[:100], as_pillow_shows(data)[:100])
+
+
+def test_damaged_png(tmp_path):
+    data = bytearray(encode(SMALL, "PNG"))
+    data[200:220] = b"\0" * 20
+    with pytest.raises(ValueError, match="row 1 .*damaged"):
+        bad_file(tmp_path, data).load(1)
+
+
+def test_decompression_bomb(monkeypatch, tmp_path):
+    images = bad_file(tmp_path, encode(SMALL, "PNG"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # half of 1200 is 600
+    with pytest.raises(
+        ValueError, match=r"row 1 \('.*'\): too many pixels .*1200 pix.*MAX_IMAGE_PIXELS"
+    ):
+        images.load(1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # Pillow warns up to twice that
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert images.load(1).shape == (3, 30, 40)
+
+
+# Pixels: torchvision and Pillow ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("photo", [CHINA, FLOWER], ids=["china", "flower"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90},
+        {"quality": 60, "progressive": True},
+        {"quality": 100, "subsampling": 0},
+        {"quality": 75, "subsampling": 1},
+        {"quality": 95, "subsampling": 2, "optimize": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_pixels_are_those_of_pillow(photo, options, mode):
+    # Odd sides: chroma is upsampled at the border. Measured: no pixel differs.
+    data = encode(Image.fromarray(photo[:425, :637]).convert(mode), "JPEG", **options)
+    difference = np.abs(hwc(load_image(data)).astype(int) - as_pillow_shows(data))
+    assert difference.mean() < 0.5 and difference.max() <= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"compress_level": 0}], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "RGBA", "P"])
+def test_png_pixels_are_those_of_pillow(options, mode):
+    data = encode(Image.fromarray(FLOWER[:151, :203]).convert(mode), "PNG", **options)
+    np.testing.assert_array_equal(hwc(load_image(data)), as_pillow_shows(data))
+
+
+def with_alpha(image):
+    image = image.convert("RGBA")
+    image.putalpha(Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (30, 1))))
+    return image
+
+
+def transparent_palette():
+    image = Image.fromarray(SMALL).quantize(16)
+    image.info["transparency"] = bytes(range(0, 256, 16))
+    return image
+
+
+modes = {
+    "L": lambda im: im.convert("L"),
+    "LA": lambda im: with_alpha(im).convert("LA"),
+    "P": lambda im: im.quantize(32),
+    "P with one transparent colour": lambda im: im.quantize(32),
+    "P with alpha": lambda im: transparent_palette(),
+    "RGBA": with_alpha,
+    "CMYK": lambda im: im.convert("CMYK"),
+    "YCbCr": lambda im: im.convert("YCbCr"),
+    "1": lambda im: im.convert("1"),
+    "HSV": lambda im: im.convert("HSV"),
+}
+
+
+not_written = {  # by Pillow
+    "PNG": ["CMYK", "YCbCr", "HSV"],
+    "TIFF": ["HSV"],
+    "GIF": ["P with alpha", "CMYK", "YCbCr", "HSV"],
+    "JPEG": ["LA", "P", "P with one transparent colour", "P with alpha", "RGBA", "HSV"],
+}
+formats = [None, "PNG", "TIFF", "WEBP", "GIF", "JPEG"]
+
+
+@pytest.mark.parametrize(
+    "format, mode", [(f, m) for f in formats for m in modes if m not in not_written.get(f, [])]
+)
+def test_modes(format, mode):
+    image = modes[mode](Image.fromarray(SMALL))
+    options = {"transparency": 3} if "one" in mode and format in ("PNG", "GIF") else {}
+    if format is None:
+        info = dict(image.info)
+        loaded, expected = load_image(image), image.copy()
+        assert image.info == info
+        expected.info.clear()
+        expected = np.asarray(expected.convert("RGB"))
+    else:
+        data = encode(image, format, **options)
+        loaded, expected = load_image(data), as_pillow_shows(data)
+    np.testing.assert_array_equal(hwc(loaded), expected)
+    assert np.abs(expected.astype(int) - SMALL).mean() < 100  # not inverted, not black
+
+
+def test_transparent_grey_png():
+    data = encode(Image.fromarray(SMALL).convert("L"), "PNG", transparency=7)
+    np.testing.assert_array_equal(hwc(load_image(data)), as_pillow_shows(data))
+
+
+def test_cmyk_jpeg_is_not_inverted():
+    data = encode(Image.fromarray(FLOWER).convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(hwc(load_image(data)).astype(int) - FLOWER).mean() < 5
+
+
+@pytest.mark.parametrize("format", [None, "PNG", "TIFF", "PPM", "JPEG2000"])
+def test_16_bit_grey_is_scaled(format):
+    grey = SMALL[..., 0]
+    image = Image.fromarray(grey.astype(np.uint16) * 257)
+    loaded = load_image(image if format is None else encode(image, format))
+    np.testing.assert_array_equal(hwc(loaded), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_32_bit_grey_counts_as_array():
+    grey = SMALL[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    for pixels in (grey.astype(np.int32), (grey / 255).astype(np.float32)):
+        image = Image.fromarray(pixels)
+        for source in (image, encode(image, "TIFF")):
+            np.testing.assert_array_equal(hwc(load_image(source)), expected)
+        too_bright = encode(Image.fromarray(pixels * 300), "TIFF")
+        with pytest.raises(ValueError, match="^row 0: pixels from .* must lie in .*; divide by"):
+            check_images([too_bright]).load(0)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_animations(format):
+    frames = [Image.fromarray(np.roll(SMALL, k, axis=1)) for k in (0, 9, 20)]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_array_equal(hwc(load_image(data)), as_pillow_shows(data))
+    assert np.abs(hwc(load_image(data)).astype(int) - SMALL).mean() < 20
+
+
+def test_mpo():
+    frames = [Image.fromarray(np.roll(FLOWER, k, axis=1)) for k in (0, 90)]
+    data = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(hwc(load_image(data)), as_pillow_shows(data))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(FLOWER, format, exif=exif)
+    loaded, expected = hwc(load_image(data)), as_pillow_shows(data)
+    assert loaded.shape[:2] == ((427, 640) if orientation < 5 else (640, 427))
+    np.testing.assert_array_equal(loaded, expected)
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(hwc(load_image(image)), expected)
+
+
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_exif_of_both_endiannesses(endian):
+    exif = Image.Exif()
+    exif.endian = endian
+    exif[0x0112] = 6
+    data = encode(FLOWER, "JPEG", exif=exif.tobytes())
+    np.testing.assert_array_equal(hwc(load_image(data)), as_pillow_shows(data))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP"])
+def test_xmp_orientation(format):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(FLOWER, format, xmp=xmp)
+    np.testing.assert_array_equal(hwc(load_image(data)), as_pillow_shows(data))
+
+
+# Digests ---------------------------------------------------------------------------------------
+
+
+def test_digest_of_a_file_is_that_of_its_bytes(paths, tmp_path):
+    images = check_images(paths)
+    digests = [images.digest(k) for k in range(3)]
+    assert len(set(digests)) == 3 and all(len(digest) == 16 for digest in digests)
+    data = [Path(path).read_bytes() for path in paths]
+    assert [check_images(data).digest(k) for k in range(3)] == digests
+    (tmp_path / "renamed.jpg").write_bytes(data[1])
+    assert check_images([tmp_path / "renamed.jpg"]).digest(0) == digests[1]
+    assert check_images([memoryview(data[2])]).digest(0) == digests[2]
+    Path(paths[0]).write_bytes(data[2])
+    assert images.digest(0) == digests[2]
+
+
+def test_digest_of_pixels():
+    decoded = [
+        SMALL,
+        SMALL[::-1][::-1],
+        SMALL / 255,
+        SMALL.astype(int),
+        Image.fromarray(SMALL),
+        torch.tensor(SMALL).permute(2, 0, 1),
+        np.concatenate([SMALL, SMALL[..., :1]], axis=2),
+    ]
+    digests = {check_images([image]).digest(0) for image in decoded}
+    assert len(digests) == 1
+    other = SMALL.copy()
+    other[0, 0, 0] ^= 1
+    others = [other, SMALL.reshape(40, 30, 3), SMALL[:, ::-1], SMALL.transpose(1, 0, 2)]
+    digests |= {check_images([image]).digest(0) for image in others}
+    digests |= {check_images([SMALL.tobytes()]).digest(0)}
+    assert len(digests) == 6
+
+
+def test_folds_hit():
+    X = np.random.RandomState(0).randint(0, 256, (20, 5, 4), dtype=np.uint8)
+    everything = check_images(X)
+    digests = {everything.digest(k) for k in range(20)}
+    for part in train_test_split(X, random_state=0):
+        fold = check_images(part)
+        assert {fold.digest(k) for k in range(len(fold))} < digests
+
+
+def test_threads(tmp_path):
+    rng = np.random.RandomState(0)
+    photos = [Image.fromarray(np.roll(FLOWER, k, axis=1)) for k in rng.randint(0, 640, 8)]
+    formats = ["JPEG", "PNG", "WEBP", "GIF"] * 2
+    for k, (photo, format) in enumerate(zip(photos, formats, strict=True)):
+        photo.save(tmp_path / f"{k}.{format.lower()}")
+    images = check_images(sorted(tmp_path.iterdir()) * 3)
+    alone = [images.load(k) for k in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(images.load, range(len(images))))
+        digests = list(pool.map(images.digest, range(len(images))))
+    assert all(torch.equal(image, alone[k % 8]) for k, image in enumerate(loaded))
+    assert len(set(digests)) == 8
+
+
+# Folders ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in "dog/b.png cat/2.JPG cat/10.jpg cat/deep/er/1.tif .hidden/x.png dog/.y.png".split():
+        file = tmp_path / "pets" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(SMALL).save(file)
+    (tmp_path / "pets/dog/notes.txt").write_text("a dog")
+    (tmp_path / "pets/readme.md").write_text("pets")
+    (tmp_path / "pets/dog/.thumbs").mkdir()
+    (tmp_path / "pets/dog/.thumbs/t.png").write_bytes(b"")
+    return tmp_path / "pets"
+
+
+def test_folder(folder):
+    data = load_image_folder(folder)
+    assert data.target_names == ["cat", "dog"]
+    names = [Path(file).relative_to(folder).as_posix() for file in data.data]
+    assert names == ["cat/10.jpg", "cat/2.JPG", "cat/deep/er/1.tif", "dog/b.png"]
+    assert data.target.tolist() == [0, 0, 0, 1] and data.unreadable == []
+    assert data.filenames is data.data and isinstance(data.data[0], str)
+    assert check_images(data.data).load(3).shape == (3, 30, 40)
+
+
+def test_folder_paths_are_relative_if_the_folder_is(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert load_image_folder("pets").data[-1] == os.path.join("pets", "dog", "b.png")
+
+
+def test_folder_categories_and_extensions(folder):
+    data = load_image_folder(folder, categories=["dog"])
+    assert data.target_names == ["dog"] and data.target.tolist() == [0]
+    assert len(load_image_folder(folder, extensions=[".jpg", ".png"]).data) == 3
+    with pytest.raises(ValueError, match=r"no categories \['cow'\]; it has \['cat', 'dog'\]"):
+        load_image_folder(folder, categories=["cow", "dog"])
+
+
+def test_folder_with_unreadable_images(folder):
+    (folder / "cat/0.jpg").write_bytes(b"")
+    (folder / "cat/1.png").write_text("text")
+    with pytest.warns(
+        UserWarning, match=r"(?s)2 unreadable.*0\.jpg': empty.*1\.png': not an im"
+    ) as record:
+        data = load_image_folder(folder)
+    assert len(record) == 1 and record[0].filename == __file__
+    assert data.unreadable == [str(folder / "cat/0.jpg"), str(folder / "cat/1.png")]
+    assert len(data.data) == len(data.target) == 4
+    with pytest.raises(ValueError, match=r"2 unreadable images:(?s:.*)0\.jpg(?s:.*)1\.png"):
+        load_image_folder(folder, on_error="raise")
+    for k in range(9):
+        (folder / f"dog/{k}.jpg").symlink_to(folder / "gone")
+    with pytest.warns(UserWarning, match=r"11 unreadable(?s:.*)\.\.\.$"):
+        load_image_folder(folder)
+
+
+def test_bad_folders(folder, tmp_path):
+    with pytest.raises(ValueError, match="nowhere' does not exist"):
+        load_image_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="readme.md' is a file, not a folder"):
+        load_image_folder(folder / "readme.md")
+    with pytest.raises(
+        ValueError, match="has no category folders: images are expected as '.*image"
+    ):
+        load_image_folder(folder / "cat/deep/er")
+    with pytest.raises(ValueError, match=r"on_error must be"):
+        load_image_folder(folder, on_error="ignore")
+    (folder / "zebra").mkdir()
+    with pytest.raises(ValueError, match=r"No image in \['.*zebra'\]: looked for .*\.png"):
+        load_image_folder(folder)
+    (folder / "zebra/z.png").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="No image in"):
+            load_image_folder(folder)
+
+
+def test_damaged_jpeg_of_which_pillow_makes_something(capfd):
+    data = bytearray(encode(FLOWER, "JPEG", quality=90))
+    data[20000:20100] = bytes(100)
+    np.testing.assert_array_equal(hwc(load_image(data)), as_pillow_shows(bytes(data)))
