@@ -7,6 +7,7 @@ into batches of one size, run through the blocks, pooled to one row an image, an
 from __future__ import annotations
 
 import copy
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,8 @@ _VERSION = 1  # of the computation; a change that alters rows makes old entries 
 _LOOKUP = 64  # images looked up, and claimed, at once
 _CPU_STEP = 4  # images that a CPU takes at once: more of them fall out of its caches
 _T = TypeVar("_T")
+# torch.fx traces by replacing what calls modules, for the whole process: nothing may run meanwhile.
+_network_lock = threading.RLock()
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
 
 
@@ -126,7 +129,8 @@ class Runner:
     @cached_property
     def trace(self) -> TracedNetwork:
         """The network as a list of blocks; raises TracingError if it is none."""
-        return TracedNetwork(self.network, self._image_size)
+        with _network_lock:
+            return TracedNetwork(self.network, self._image_size)
 
     @cached_property
     def block_names(self) -> list[str]:
@@ -233,7 +237,7 @@ class Runner:
             some = list(images[start : start + step])
             batch = torch.stack(some + some[:1] * (step - len(some)))  # (step, 3, h, w) uint8
             batch = batch.to(self.device, non_blocking=True)
-            with torch.inference_mode(), self._autocast():
+            with _network_lock, torch.inference_mode(), self._autocast():
                 x = preprocessing.normalize(batch).contiguous(memory_format=torch.channels_last)
                 found = self.activations(x, positions)
                 for part, position in zip(parts, positions, strict=True):
@@ -345,8 +349,7 @@ class Embedding:
 
     def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
         for row in rows:
-            pixels = self._threads.submit(lambda row=row: self._fit(self._images.open(row)))
-            yield _Miss([row], b"", pixels)
+            yield _Miss([row], b"", self._threads.submit(self._open_and_fit, row))
 
     def _missing(self, rows: Sequence[int], others: dict[int, bytes]) -> Iterator[_Miss]:
         """Fill what the memory holds, yield what it lacks; `others` gets what is not ours."""
@@ -413,6 +416,9 @@ class Embedding:
 
     def _fit(self, image: Any) -> torch.Tensor:
         return self.preprocessing.fit_size(image.decode())  # (3, *size) uint8
+
+    def _open_and_fit(self, row: int) -> torch.Tensor:
+        return self._fit(self._images.open(row))
 
     def _compute(self, group: Sequence[_Miss]) -> list[np.ndarray]:
         values = self.runner.rows(

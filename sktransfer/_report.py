@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import auc, roc_curve
 from tabulate import tabulate
 
 from sktransfer._benchmark import METRICS, Report, Result, positive_class
@@ -141,16 +142,17 @@ def _best(results: Sequence[Result]) -> Result:
 # ------------------------------------------------------------------------------ the page
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
        color: #1c2330; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #dfe3ea; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #dfe3ea;
+         white-space: nowrap; }
 th { font-weight: 600; border-bottom-color: #8a93a3; }
 td:nth-child(1), td:nth-child(2), th:nth-child(1), th:nth-child(2) { text-align: left; }
 tr.best td { background: #eaf2fb; } tr.published td { color: #5b6474; font-style: italic; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; align-items: flex-start; }
-.plots img { max-width: 100%; height: auto; }
+.plots img { max-width: 100%; height: auto; flex: 0 1 auto; min-width: 0; }
 p.note { color: #5b6474; font-size: .9rem; }
 """
 
@@ -168,7 +170,7 @@ def _page(report: Report) -> str:
         heading = html.escape(convention or "Classifiers")
         sections.append(
             f"<h2>{heading}</h2><p>{html.escape(_shares(report, convention))}</p>"
-            f"{_table(_rows(report, convention), _best(results).classifier)}"
+            f"{_table(_rows(report, convention), _best(results))}"
             f'<div class="plots">{images}</div>'
         )
     title = html.escape(f"{report.task.name}: {len(report.task.images)} images")
@@ -183,12 +185,13 @@ def _page(report: Report) -> str:
     )
 
 
-def _table(rows: Sequence[dict[str, str]], best: str = "") -> str:
+def _table(rows: Sequence[dict[str, str]], best: Result | None = None) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
     body = []
     for row in rows:
-        name = row.get("classifier", "")
-        kind = "published" if "(published)" in name else "best" if name and name == best else ""
+        kind = "published" if "(published)" in row.get("classifier", "") else ""
+        if best and (row["backbone"], row["classifier"]) == (best.backbone, best.classifier):
+            kind = "best"
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values())
         body.append(f'<tr class="{kind}">{cells}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -211,29 +214,42 @@ def _png(figure: Any) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def _style(result: Result, results: Sequence[Result]) -> dict[str, Any]:
+    """One colour for a classifier, one marker for a backbone, in all plots."""
+    names = list(dict.fromkeys(other.classifier for other in results))
+    backbones = [name for name in dict.fromkeys(r.backbone for r in results) if name != "none"]
+    several = len(backbones) > 1 and result.backbone != "none"
+    return {
+        "color": f"C{names.index(result.classifier)}",
+        "marker": "osD^v<>P"[backbones.index(result.backbone) % 8] if several else "o",
+        "label": f"{result.classifier} ({result.backbone})" if several else result.classifier,
+    }
+
+
 def _plot_cost(report: Report, results: Sequence[Result]) -> str:
     """Seconds for all that it takes to get a classifier against its accuracy."""
-    figure, axes = _figure(6.2)
+    figure, axes = _figure(5.6)
     embedding = {cost.backbone: cost.seconds for cost in report.costs}
-    several = len(report.costs) > 1
     for result in results:
+        accuracy, style = result.scores["accuracy"], _style(result, results)
+        if result.classifier == "majority class":
+            axes.axhline(accuracy.mean(), color="lightgrey", label=style["label"])
+            continue
         seconds = embedding.get(result.backbone, 0) + result.fit_seconds.mean()
-        accuracy = result.scores["accuracy"]
-        label = result.classifier
-        if several and result.backbone != "none":
-            label += f" ({result.backbone})"
-        axes.errorbar(seconds, accuracy.mean(), accuracy.std(), fmt="o", capsize=3, label=label)
-    for figure_, style in zip(_published(report, results), ("--", ":", "-."), strict=False):
+        axes.errorbar(
+            seconds, accuracy.mean(), accuracy.std(), capsize=3, linestyle="none", **style
+        )
+    for figure_, style_ in zip(_published(report, results), ("--", ":", "-."), strict=False):
         axes.axhline(
-            figure_["accuracy"], color="grey", linestyle=style, label=figure_["classifier"]
+            figure_["accuracy"], color="grey", linestyle=style_, label=figure_["classifier"]
         )
     axes.set(
         xscale="log",
-        xlabel="seconds: embedding all images, fitting one split",
+        xlabel="seconds: embedding all images and fitting one split",
         ylabel="accuracy",
         title="Accuracy against cost",
     )
-    axes.legend(fontsize="x-small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="x-small")
     axes.grid(alpha=0.3)
     return _png(figure)
 
@@ -245,24 +261,28 @@ def _published(report: Report, results: Sequence[Result]) -> list[dict[str, Any]
 
 def _plot_roc(results: Sequence[Result]) -> str:
     """Two classes: a curve for each classifier. More: a curve for each class, of the best."""
-    from sklearn.metrics import RocCurveDisplay
-
     figure, axes = _figure()
     if len(results[0].classes) == 2:
         positive = positive_class(results[0].classes)
         curves = [
-            (result.classifier, np.concatenate(result.y_true) == positive, _ranks(result))
-            for result in results
-            if result.classifier != "majority class"
+            (_style(r, results), np.concatenate(r.y_true) == positive, _ranks(r))
+            for r in results
+            if r.classifier != "majority class"
         ]
         title = f"ROC curves, all splits pooled: {positive!r}"
     else:
         best = _best(results)
         scores, truth = np.concatenate(best.y_score), np.concatenate(best.y_true)
-        curves = [(str(c), truth == c, scores[:, i]) for i, c in enumerate(best.classes[:12])]
+        curves = [
+            ({"label": str(c), "color": f"C{i}"}, truth == c, scores[:, i])
+            for i, c in enumerate(best.classes[:10])
+        ]
         title = f"{best.classifier}: each class against the rest"
-    for name, truth, score in curves:
-        RocCurveDisplay.from_predictions(truth, score, ax=axes, name=name)
+    for style, truth, score in curves:
+        rates = roc_curve(truth, score)[:2]  # false and true positives
+        name = f"{style['label']} (AUC {auc(*rates):.2f})"
+        dash = "-" if style.get("marker", "o") == "o" else "--"
+        axes.plot(*rates, color=style["color"], linestyle=dash, label=name)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title=title)
     axes.legend(fontsize="x-small", loc="lower right")
@@ -278,7 +298,7 @@ def _plot_confusion(best: Result) -> str:
     from sklearn.metrics import ConfusionMatrixDisplay
 
     n = len(best.classes)
-    figure, axes = _figure(min(5 + 0.25 * n, 12), min(4.2 + 0.2 * n, 11))
+    figure, axes = _figure(min(4.2 + 0.25 * n, 12), min(4 + 0.2 * n, 11))
     ConfusionMatrixDisplay.from_predictions(
         np.concatenate(best.y_true),
         np.concatenate(best.y_pred),
@@ -288,6 +308,7 @@ def _plot_confusion(best: Result) -> str:
         include_values=n <= 15,
         xticks_rotation="vertical" if n > 4 else "horizontal",
         cmap="Blues",
+        im_kw={"vmin": 0, "vmax": 1},
         ax=axes,
     )
     axes.set_title(f"{best.classifier} (best accuracy)\nshare of each true class")

@@ -10,12 +10,13 @@ import shutil
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import lmdb
 
-from sktransfer._store_check import (
+from sktransfer._store_format import (
     TABLES,
     TIME,
     create_file,
@@ -63,7 +64,7 @@ class Store:
     write. So LMDB needs no lock file whose loss would let two of them write at once, and a
     deleted data file is simply another store. Threads take turns by a mutex.
 
-    Whatever finds the file without its seal (see `_store_check`) checks it before it is mapped:
+    Whatever finds the file without its seal (see `_store_format`) checks it before it is mapped:
     a writer was killed, which does no harm, or something else changed the file.
 
     A commit syncs the data, but not the page that makes it current (``metasync=False``): a
@@ -392,3 +393,37 @@ class Claims:
         if fcntl is not None and self._fd is not None:
             with contextlib.suppress(OSError):
                 fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, place)
+
+
+# ----------------------------------------------------------------------- one for each folder
+
+_STORES: weakref.WeakValueDictionary[str, Store] = weakref.WeakValueDictionary()
+_CLAIMS: dict[str, Claims] = {}
+_REGISTRY = threading.Lock()
+
+
+def open_store(folder: str) -> Store:
+    """Return the store of a folder, which stays open as long as somebody refers to it."""
+    folder = os.path.realpath(folder)
+    with _REGISTRY:
+        return _STORES.get(folder) or _STORES.setdefault(folder, Store(folder))
+
+
+def open_claims(folder: str) -> Claims:
+    """Return the claims of a folder, which stay open for good."""
+    with _REGISTRY:
+        return _CLAIMS.setdefault(os.path.realpath(folder), Claims(folder))
+
+
+def _after_fork() -> None:
+    """Let a child open its own files: neither LMDB nor locks survive a fork."""
+    global _REGISTRY
+    _REGISTRY = threading.Lock()
+    for store in _STORES.values():
+        store.forget()
+    for claims in _CLAIMS.values():
+        claims.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from numbers import Number
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  (registers torch.ops.image)
-import xxhash
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from scipy.sparse import issparse
 from sklearn.utils import Bunch, check_array
 
-__all__ = ["ImageSequence", "OpenImage", "check_images", "load_image", "load_image_folder"]
+from sktransfer._decoding import (
+    ACCEPTED,
+    OpenImage,
+    as_numpy,
+    check_dtype,
+    file_name,
+    kind_of,
+    open_image,
+    quantise,
+    white,
+)
+
+__all__ = ["ImageSequence", "check_images", "load_image", "load_image_folder"]
 
 # HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
 _IMAGE_EXTENSIONS = tuple(
     ".apng .avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm"
     " .tga .tif .tiff .webp".split()
 )
-_KINDS: dict[str, tuple[type, ...]] = {
-    "a path": (str, os.PathLike),
-    "encoded bytes": (bytes, bytearray, memoryview),
-    "a PIL image": (Image.Image,),
-    "an array": (np.ndarray,),
-    "a tensor": (torch.Tensor,),
-    "a list": (list, tuple),
-}
 _ONE_FILE = ("a path", "encoded bytes", "a PIL image")
-_ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
 
 
 class ImageSequence:
@@ -67,12 +64,12 @@ class ImageSequence:
 
     def where(self, i: int) -> str:
         """Return the words by which an error calls row `i`: its number and its file, if any."""
-        name = _file_name(self._items[self._rows[i]])
+        name = file_name(self._items[self._rows[i]])
         return f"row {self._rows[i]}" + (f" ({name})" if name else "")
 
     def open(self, i: int) -> OpenImage:
         """Return row `i`, its file read once, with `.digest` and `.decode()`. Thread-safe."""
-        return _open(self._items[self._rows[i]], self.where(i))
+        return open_image(self._items[self._rows[i]], self.where(i))
 
     def digest(self, i: int) -> bytes:
         """Return 16 bytes that stand for the content of row `i`.
@@ -85,35 +82,6 @@ class ImageSequence:
     def load(self, i: int) -> torch.Tensor:
         """Return row `i` as uint8 RGB of shape (3, height, width), or raise a `ValueError`."""
         return self.open(i).decode()
-
-
-@dataclass(frozen=True)
-class OpenImage:
-    """An image whose file was read: its bytes, or uint8 RGB pixels (height, width, 3)."""
-
-    content: Any
-    where: str
-
-    @cached_property
-    def digest(self) -> bytes:
-        """16 bytes that stand for the content."""
-        if isinstance(self.content, bytes):
-            return xxhash.xxh3_128_digest(self.content)
-        # The prefix keeps pixels apart from files, and 2×8 pixels apart from 4×4.
-        digest = xxhash.xxh3_128(f"uint8 RGB pixels {self.content.shape}".encode())
-        digest.update(np.ascontiguousarray(self.content).data)
-        return digest.digest()
-
-    def decode(self) -> torch.Tensor:
-        """Return uint8 RGB of shape (3, height, width), channels last in memory."""
-        if isinstance(self.content, bytes):
-            pixels = _guarded(_decode, self.content, self.where)
-            if isinstance(pixels, torch.Tensor):
-                return pixels
-            pixels = _from_array(pixels, self.where)
-        else:
-            pixels = self.content.copy("C")  # it may be the user's own array
-        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSequence:
@@ -151,8 +119,8 @@ def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSe
     """
     if isinstance(X, ImageSequence):
         return X
-    if _kind(X) in _ONE_FILE:
-        raise TypeError(f"Expected a sequence of images, got {_kind(X)}: for one image, pass [X].")
+    if (kind := kind_of(X)) in _ONE_FILE:
+        raise TypeError(f"Expected a sequence of images, got {kind}: for one image, pass [X].")
     if issparse(X) or (isinstance(X, torch.Tensor) and X.layout != torch.strided):
         raise TypeError("Sparse input is not supported: pass X.toarray() (X.to_dense() in torch).")
     if image_shape is not None:
@@ -194,7 +162,7 @@ def load_image(source: Any) -> torch.Tensor:
     >>> load_image(np.full((2, 3), 0.5)).shape
     torch.Size([3, 2, 3])
     """
-    return _open(source, _file_name(source) or "the image").decode()
+    return open_image(source, file_name(source) or "the image").decode()
 
 
 def load_image_folder(
@@ -269,177 +237,7 @@ def load_image_folder(
     )
 
 
-# One image ------------------------------------------------------------------------------------
-
-
-def _file_name(item: Any) -> str:
-    return repr(str(os.fspath(item))) if isinstance(item, (str, os.PathLike)) else ""
-
-
-def _open(item: Any, where: str) -> OpenImage:
-    if isinstance(item, (str, os.PathLike)):
-        return OpenImage(_read(item, where), where)
-    if isinstance(item, (bytes, bytearray, memoryview)):
-        if not item:
-            raise ValueError(f"{where}: the encoded image is empty (0 bytes); drop the row.")
-        return OpenImage(bytes(item), where)
-    if isinstance(item, Image.Image):
-        item = _guarded(_from_pillow, item, where)
-    if isinstance(item, torch.Tensor):
-        item = _as_numpy(item)
-        item = np.moveaxis(item, 0, -1) if item.ndim == 3 else item  # (height, width, channels)
-    if not isinstance(item, np.ndarray):
-        raise TypeError(f"{where} is {_kind(item)}: pass {_ACCEPTED}.")
-    return OpenImage(_from_array(item, where), where)
-
-
-def _read(path: str | os.PathLike, where: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except FileNotFoundError as error:
-        here = "" if os.path.isabs(path) else f" in {os.getcwd()!r}"
-        raise ValueError(f"{where}: there is no such file{here}; check the path.") from error
-    except (OSError, ValueError) as error:
-        reason = "this is a folder, use load_image_folder" if os.path.isdir(path) else str(error)
-        raise ValueError(f"{where}: the file cannot be read: {reason}.") from error
-    if not data:
-        raise ValueError(f"{where}: the file is empty (0 bytes); replace it or drop the row.")
-    return data
-
-
-def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
-    """Call `decode(source)`; its errors become a `ValueError` that says where and what to do."""
-    try:
-        return decode(source)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        reason = f"the image cannot be decoded, it may be damaged or cut short ({error})"
-        remedy = "replace it, or drop the row"
-        if isinstance(error, UnidentifiedImageError):
-            reason = f"Pillow knows no image that starts with {source[:12]!r}"
-        elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-            reason = f"too many pixels ({error})"
-            remedy = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        raise ValueError(f"{where}: {reason}; {remedy}.") from error
-
-
-def _decode(data: bytes) -> torch.Tensor | np.ndarray:
-    """Decode JPEG with torchvision, which gives Pillow's pixels faster; the rest with Pillow."""
-    with Image.open(io.BytesIO(data)) as image:
-        if _is_plain_jpeg(image, data):
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            try:
-                # torchvision.io.decode_jpeg minus its warning that it will go some day; its PNG
-                # decoder crashes on damaged files. 3 means RGB, True means upright.
-                return torch.ops.image.decode_jpeg(encoded, 3, True)
-            except (AttributeError, RuntimeError):
-                pass  # it is gone, or the data is damaged: Pillow says how
-        return _from_pillow(image)
-
-
-def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    return (
-        image.format in ("JPEG", "MPO")
-        and image.mode in ("L", "RGB")
-        # Without the end-of-image marker, some versions of libjpeg fill the rest with grey.
-        and b"\xff\xd9" in data[-64:]
-        # torchvision reads the orientation from EXIF only.
-        and b"Orientation" not in image.info.get("xmp", b"")
-    )
-
-
-def _from_pillow(image: Image.Image) -> np.ndarray:
-    """Return upright uint8 RGB (height, width, 3), or 32-bit grey (height, width)."""
-    is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    image = ImageOps.exif_transpose(image)  # a copy, which has lost its format
-    if image.mode[0] not in "IF":
-        # Dropped with alpha anyway; convert would warn of a palette's transparency.
-        image.info.pop("transparency", None)
-        return np.array(image.convert("RGB"))
-    grey = np.array(image)  # convert would clip at 255
-    # Pillow, too, keeps the high byte of 16-bit colour.
-    return (grey >> 8).astype(np.uint8) if is_16_bit and image.mode != "F" else grey
-
-
-def _as_numpy(X: Any) -> Any:
-    if not isinstance(X, torch.Tensor):
-        return X
-    X = X.detach().cpu()
-    return (X.float() if X.is_floating_point() else X).numpy()  # NumPy has no bfloat16
-
-
-def _from_array(array: np.ndarray, where: str) -> np.ndarray:
-    """Return (height, width[, channels]) as uint8 (height, width, 3), itself if it is that."""
-    shape = array.shape
-    if array.ndim == 2:
-        array = array[:, :, None]  # (height, width, 1)
-    if array.ndim != 3 or not 1 <= array.shape[2] <= 4:
-        remedy = "(height, width) or (height, width, channels) with 1 to 4 channels"
-        if array.ndim == 3 and 1 <= array.shape[0] <= 4:
-            remedy += "; np.moveaxis(image, 0, -1) puts the channels last"
-        raise ValueError(f"{where}: got an image of shape {shape}; pass {remedy}.")
-    if array.size == 0:
-        raise ValueError(f"{where}: the image has no pixels (shape {shape}); drop the row.")
-    array = _to_uint8(array, where)
-    if array.shape[2] < 3:  # grey, perhaps with alpha
-        return np.repeat(array[:, :, :1], 3, axis=2)
-    return array[:, :, :3]
-
-
-def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:
-    _check_dtype(array.dtype, where)
-    if array.dtype == np.uint8:
-        return array
-    low, high, top = float(array.min()), float(array.max()), _top(array)
-    if not math.isfinite(low + high):
-        raise ValueError(f"{where}: the pixels hold NaN or infinity; mend them or drop the row.")
-    slack = 1e-5 if top == 1 else 0  # rounding errors of whoever scaled the image
-    if low < -slack or high > top + slack:
-        remedy = f"divide by {'255, or by ' if high <= 255 else ''}the largest possible value"
-        if low < 0:
-            remedy = "undo the standardisation, the estimator applies the network's own"
-        rule = "floats must lie in [0, 1]" if top == 1 else "integers must lie in 0..255"
-        raise ValueError(f"{where}: pixels from {low:g} to {high:g}, but {rule}; {remedy}.")
-    return _quantise(array)
-
-
-def _top(array: np.ndarray) -> int:
-    """Return the value of white."""
-    return 1 if array.dtype.kind in "fb" else 255
-
-
-def _quantise(array: np.ndarray) -> np.ndarray:
-    if array.dtype == bool:
-        return array * np.uint8(255)
-    if array.dtype.kind == "f":
-        return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
-    return np.clip(array, 0, 255).astype(np.uint8)
-
-
-def _check_dtype(dtype: np.dtype, where: str) -> None:
-    if dtype.kind == "c":
-        raise ValueError(f"{where}: Complex data not supported; pass the real part or magnitude.")
-    if dtype.kind not in "biuf":
-        raise TypeError(f"{where}: pixels of dtype {dtype}; pass uint8, or floats in [0, 1].")
-    if dtype == np.uint16:
-        remedy = "divide by the largest value the camera gives (255, 4095 or 65535)"
-        raise ValueError(f"{where}: the range of uint16 pixels is unknown; {remedy}.")
-
-
 # Many images ----------------------------------------------------------------------------------
-
-
-def _kind(item: Any) -> str:
-    for kind, types in _KINDS.items():
-        if isinstance(item, types):
-            return kind
-    nan = isinstance(item, float) and math.isnan(item)
-    if nan or type(item).__name__ in ("NoneType", "NAType", "NaTType"):
-        return f"a missing value ({item})"
-    number = isinstance(item, (Number, np.generic))
-    return "a number" if number else f"of type {type(item).__name__}"
 
 
 def _items(X: Any) -> Any:
@@ -462,18 +260,18 @@ def _items(X: Any) -> Any:
         if X.dtype.kind != "O":
             return X
     elif not isinstance(X, Sequence):
-        raise TypeError(f"Expected a sequence of images, got {_kind(X)}: pass {_ACCEPTED}.")
+        raise TypeError(f"Expected a sequence of images, got {kind_of(X)}: pass {ACCEPTED}.")
     return _numbers(X) if _common_kind(X) in ("a list", "a number") else X
 
 
 def _common_kind(items: Sequence[Any]) -> str:
-    first = _kind(items[0]) if len(items) else ""
+    first = kind_of(items[0]) if len(items) else ""
     for row, item in enumerate(items):
-        kind = _kind(item)
+        kind = kind_of(item)
         if kind != first:
             raise TypeError(f"row {row} is {kind}, but row 0 is {first}: pass images of one kind.")
     if first.startswith(("a missing", "of type")):
-        raise TypeError(f"row 0 is {first}, not an image: pass {_ACCEPTED}.")
+        raise TypeError(f"row 0 is {first}, not an image: pass {ACCEPTED}.")
     return first
 
 
@@ -482,7 +280,7 @@ def _numbers(X: Any) -> np.ndarray:
     try:
         array = np.array(X.tolist() if isinstance(X, np.ndarray) else X)
     except ValueError as error:
-        raise TypeError(f"The rows are lists of unequal shapes: pass {_ACCEPTED}.") from error
+        raise TypeError(f"The rows are lists of unequal shapes: pass {ACCEPTED}.") from error
     if array.dtype.kind in "OSUT":
         got = f"{array.dtype} of shape {array.shape}"
         raise TypeError(f"Expected numbers, or one column of paths, got an array of {got}.")
@@ -492,7 +290,7 @@ def _numbers(X: Any) -> np.ndarray:
 def _check_block(X: np.ndarray | torch.Tensor) -> None:
     """Check the shape and dtype of images that come as one array or tensor."""
     shape, is_tensor = tuple(X.shape), isinstance(X, torch.Tensor)
-    _check_dtype(_as_numpy(X[:0] if shape else X).dtype, "X")
+    check_dtype(as_numpy(X[:0] if shape else X).dtype, "X")
     remedy = ""
     if len(shape) < 2:
         got = "1D array" if shape else "scalar array"
@@ -518,12 +316,12 @@ def _check_block(X: np.ndarray | torch.Tensor) -> None:
 def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
     """Return flat rows as uint8 (n, height, width[, channels]); clip with a warning."""
     if isinstance(X, (Sequence, np.ndarray)) and len(X):
-        first = _kind(X[0])
+        first = kind_of(X[0])
         if first in _ONE_FILE:
             raise ValueError(f"image_shape is for flat rows, but row 0 is {first}: leave it None.")
-    X = check_array(_as_numpy(X), dtype="numeric", ensure_all_finite=False, input_name="X")
+    X = check_array(as_numpy(X), dtype="numeric", ensure_all_finite=False, input_name="X")
     shape = _resolve_shape(image_shape, X.shape[1])
-    low, high, top = X.min(axis=1), X.max(axis=1), _top(X)  # (n,)
+    low, high, top = X.min(axis=1), X.max(axis=1), white(X)  # (n,)
     broken = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high)))
     if len(broken):
         raise ValueError(f"Input X contains NaN or infinity in row {broken[0]}: mend or drop it.")
@@ -537,7 +335,7 @@ def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
             UserWarning,
             stacklevel=3,
         )
-    return _quantise(X).reshape(len(X), *shape)
+    return quantise(X).reshape(len(X), *shape)
 
 
 def _resolve_shape(image_shape: Sequence[int], n_features: int) -> tuple[int, ...]:

@@ -300,7 +300,7 @@ def _unknown_weights(name: str, weights: Any, known: list[str]) -> str:
     )
 
 
-def _download(name: str, chosen: Any) -> Mapping[str, torch.Tensor]:
+def _download(name: str, chosen: Any) -> dict[str, torch.Tensor]:
     try:
         return chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
@@ -350,7 +350,6 @@ def _build_timm(name: str, weights: Any) -> Backbone:
     if weights is not None and not isinstance(weights, Path):
         categories = _timm_categories(network)
     config = timm.data.resolve_data_config(model=network)
-    config["crop_mode"] = network.pretrained_cfg.get("crop_mode")
     return Backbone(network, Preprocessing.from_timm(config), categories)
 
 

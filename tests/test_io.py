@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
+from sktransfer import _decoding
 from sktransfer.io import ImageSequence, check_images, load_image, load_image_folder
 
 CHINA, FLOWER = load_sample_images().images  # uint8 (427, 640, 3)
@@ -455,6 +456,27 @@ def test_decompression_bomb(monkeypatch, tmp_path):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # Pillow warns up to twice that
     with pytest.warns(Image.DecompressionBombWarning):
         assert images.load(1).shape == (3, 30, 40)
+
+
+def failing(error):
+    def load(*_):
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize("error", [AttributeError, UnboundLocalError, IndexError])
+def test_whatever_pillow_raises_is_damage(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", failing(error("from a plugin")))
+    with pytest.raises(ValueError, match=r"row 1 \('.*'\): .*damaged.*from a plugin"):
+        bad_file(tmp_path, encode(SMALL, "PNG")).load(1)
+
+
+@pytest.mark.parametrize("error", [MemoryError, NameError, AttributeError])
+def test_what_is_not_about_the_file_is_raised_as_it_is(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(_decoding, "_from_pillow", failing(error))
+    with pytest.raises(error):
+        bad_file(tmp_path, encode(SMALL, "PNG")).load(1)
 
 
 # Pixels: torchvision and Pillow ----------------------------------------------------------------

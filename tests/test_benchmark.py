@@ -1,0 +1,137 @@
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sktransfer import _benchmark, _report
+from sktransfer._cli import main
+
+
+@pytest.fixture(scope="module")
+def report(tiles):
+    """A comparison on the tiles by two backbones, one of them with random weights."""
+    root, _, _ = tiles
+    task = _benchmark.load_folder(str(root))
+    return _benchmark.compare(task, ["efficientnet_lite0"], n_splits=2, image_size=64)
+
+
+@pytest.fixture(scope="module")
+def many_classes(tiles, tmp_path_factory):
+    _, paths, _ = tiles
+    root = tmp_path_factory.mktemp("classes")
+    for i, path in enumerate(paths[:36]):
+        folder = root / f"class {'abc'[i // 12]}"
+        folder.mkdir(exist_ok=True)
+        Image.open(path).save(folder / f"{i}.png")
+    return root
+
+
+def test_the_elpv_task():
+    task = _benchmark.load_elpv()
+    assert len(task.images) == 2624 and all(Path(path).is_file() for path in task.images)
+    counts = {name: (y == "defective").sum() for name, y in task.targets.items()}
+    assert counts == {"defective: p > 0.5": 821, "defective: p > 0": 1116}
+    assert sorted(set(task.groups)) == ["mono", "poly"]
+    assert [row["accuracy"] for row in task.published] == [0.824, 0.884]
+
+
+def test_compares_embeddings_with_pixels_and_the_majority(report):
+    names = [result.classifier for result in report.results]
+    assert names == [
+        "majority class",
+        "RBF SVM on 32 × 32 pixels",
+        "k-NN",
+        "logistic regression",
+        "linear SVM",
+        "RBF SVM",
+    ]
+    accuracy = {r.classifier: r.scores["accuracy"].mean() for r in report.results}
+    assert accuracy["majority class"] == 0.5
+    assert accuracy["logistic regression"] > 0.8
+    for result in report.results:
+        assert all(len(values) == 2 for values in result.scores.values())
+    assert report.costs[0].n_computed == 40 and report.costs[0].n_features == 1280
+
+
+def test_the_text(report):
+    text = _report.as_text(report)
+    assert re.search(r"efficientnet_lite0 +RBF SVM +\d\.\d{3} ± \d\.\d{3}", text)
+    assert "40 images, 2 splits" in text and "second run" in text
+
+
+def test_csv_and_page(report, tmp_path):
+    table, page = _report.write(report, str(tmp_path / "new" / "folder"))
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    for row, result in zip(rows, report.results, strict=True):
+        assert float(row["roc_auc_mean"]) == pytest.approx(result.scores["roc_auc"].mean())
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,") == 3
+    assert "http" not in text  # self-contained
+
+
+def test_a_memory_is_used_again(tiles, tmp_path):
+    root, _, _ = tiles
+    task = _benchmark.load_folder(str(root))
+    options = {"n_splits": 1, "memory": str(tmp_path / "m"), "image_size": 64}
+    first = _benchmark.compare(task, **options)
+    second = _benchmark.compare(task, **options)
+    assert (first.costs[0].n_computed, second.costs[0].n_computed) == (40, 0)
+    assert "all in the memory" in _report.as_text(second)
+    for one, two in zip(first.results, second.results, strict=True):
+        np.testing.assert_array_equal(one.scores["accuracy"], two.scores["accuracy"])
+
+
+def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_path, capsys):
+    arguments = ["benchmark", str(many_classes), "--splits", "1", "--image-size", "64"]
+    arguments += ["--backbone", "efficientnet_lite0", "--backbone", "efficientnet_lite1"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "12 class a, 12 class b, 12 class c" in out
+    assert "efficientnet_lite1" in out and "report.html" in out
+    assert err == ""  # no progress bar in a pipe
+    assert (tmp_path / "report.html").is_file()
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere"], "nowhere"),
+        (["{root}", "--backbone", "resnet5"], "Did you mean 'resnet50'"),
+        (["{root}", "--device", "warp"], "device='warp'"),
+        (["{root}", "--weights", "nope.pth"], "no such file"),
+        (["{root}/china"], "no"),
+        (["{root}", "--splits", "0"], "splits"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_code_2(tiles, capsys, arguments, message):
+    root, _, _ = tiles
+    filled = [argument.format(root=root) for argument in arguments]
+    assert main(["benchmark", *filled]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("sktransfer: error: ") and message in err
+    assert err.count("\n") == 1 and "Traceback" not in err and out == ""
+
+
+def test_too_few_images_of_a_class(tmp_path, tiles):
+    _, paths, _ = tiles
+    for name, n in (("a", 9), ("b", 3)):
+        (tmp_path / name).mkdir()
+        for path in paths[:n]:
+            (tmp_path / name / Path(path).name).write_bytes(Path(path).read_bytes())
+    with pytest.raises(ValueError, match="only 'b' has 3.*two classes of 8"):
+        _benchmark.load_folder(str(tmp_path))
+
+
+def test_help_names_the_command(capsys):
+    for arguments, text in ((["--help"], "benchmark"), (["benchmark", "--help"], "photos/")):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0 and text in capsys.readouterr().out
