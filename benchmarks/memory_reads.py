@@ -24,7 +24,7 @@ from sktransfer import _store
 from sktransfer._memory import ImageMemory, check_memory
 
 FUNC_ID = "some-network-cut-pooling-precision"
-CHUNK = 64  # rows that an estimator looks up, or writes, at once
+CHUNK = 64  # rows that an estimator looks up at once; it writes `batch_size` of them
 
 
 def timed(call: Callable[[], object]) -> float:

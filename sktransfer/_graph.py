@@ -46,7 +46,9 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        return root_fn, [self.root, self.create_proxy("placeholder", "image", (), {})]
+        # Not root_fn, the forward of the class: the user may have replaced that of the instance.
+        image = self.create_proxy("placeholder", "image", (), {})
+        return (lambda root, image: root.forward(image)), [self.root, image]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)

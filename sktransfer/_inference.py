@@ -18,15 +18,16 @@ from itertools import islice
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import joblib
 import numpy as np
 import torch
 import xxhash
 from torch import nn
 from tqdm.auto import tqdm
 
+import joblib
 from sktransfer._blocks import TracedNetwork, TracingError
 from sktransfer._memory import ImageMemory
+from sktransfer._weights import Describer
 from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -86,6 +87,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type == "meta":
+            raise RuntimeError("it computes shapes, no values")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
@@ -102,6 +105,10 @@ def get_runner(backbone: Backbone, device: str | torch.device, precision: str) -
     if (resolved, precision) not in runners:
         runners[resolved, precision] = Runner(backbone, resolved, precision)
     return runners[resolved, precision]
+
+
+class _OutputError(TypeError):
+    """A network returns something else than one tensor with a row for each image."""
 
 
 class Runner:
@@ -148,7 +155,10 @@ class Runner:
         """Return the shape of one image's activation."""
         if (position, image_size) not in self._shapes:
             try:
-                self._shapes[position, image_size] = self._find_shape(position, image_size)
+                with _network_lock:
+                    self._shapes[position, image_size] = self._find_shape(position, image_size)
+            except _OutputError:
+                raise
             except Exception as error:
                 raise ValueError(
                     f"Backbone {self.name!r} can't take images of {image_size[0]} × "
@@ -163,7 +173,14 @@ class Runner:
         if self.block_names:
             return self.trace.shape(self.trace.output, image_size)
         with torch.inference_mode():
-            return tuple(self.network(torch.zeros(1, 3, *image_size, device=self.device)).shape[1:])
+            output = self.network(torch.zeros(1, 3, *image_size, device=self.device))
+        if not isinstance(output, torch.Tensor) or output.ndim == 0:
+            kind = "number" if isinstance(output, torch.Tensor) else type(output).__name__
+            raise _OutputError(
+                f"Backbone {self.name!r} returns a {kind}, not one tensor with a row for each "
+                "image. Wrap it in a module whose forward returns the tensor that you want."
+            )
+        return tuple(output.shape[1:])
 
     def width(self, position: int | None, pooling: str, image_size: tuple[int, int]) -> int:
         """Return the number of features of one image; ValueError if `pooling` can't apply."""
@@ -184,7 +201,7 @@ class Runner:
     def key(self, position: int | None, pooling: str, preprocessing: Preprocessing) -> str:
         """Name all that shapes a row but the image: the memory's name of this function."""
         vector = layout_of(self.shape(position, preprocessing.size), preprocessing.size) == "vector"
-        parts = (
+        parts: tuple[Any, ...] = (
             _VERSION,
             self.fingerprint,
             preprocessing.fingerprint,
@@ -192,6 +209,8 @@ class Runner:
             "flatten" if vector else pooling,
             self.precision,
         )
+        if type(preprocessing) is not Preprocessing:  # its settings do not tell what it does
+            parts += (Describer()(type(preprocessing)),)
         readable = self.name.rpartition("/")[2]
         return f"{readable}-{xxhash.xxh3_128_hexdigest(repr(parts).encode())}"
 
@@ -349,22 +368,23 @@ class Embedding:
 
     def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
         for row in rows:
-            yield _Miss([row], b"", self._threads.submit(self._open_and_fit, row))
+            yield _Miss([row], b"", self._threads.submit(self._pixels, row))
 
     def _missing(self, rows: Sequence[int], others: dict[int, bytes]) -> Iterator[_Miss]:
         """Fill what the memory holds, yield what it lacks; `others` gets what is not ours."""
         chunks = (rows[start : start + _LOOKUP] for start in range(0, len(rows), _LOOKUP))
-        opened = ((chunk, self._threads.submit(self._open, chunk)) for chunk in chunks)
-        for chunk, future in _ahead(opened, self.n_threads):
-            images = dict(zip(chunk, future.result(), strict=True))
+        digested = ((chunk, self._threads.submit(self._digest, chunk)) for chunk in chunks)
+        for chunk, future in _ahead(digested, self.n_threads):
+            digests = dict(zip(chunk, future.result(), strict=True))
             lacking: dict[bytes, list[int]] = {}  # rows of each distinct image
-            for row in self._read({row: image.digest for row, image in images.items()}):
-                lacking.setdefault(images[row].digest, []).append(row)
-            for digest in [digest for digest in lacking if digest in self._misses]:
-                self._join(self._misses[digest], lacking.pop(digest))
+            for row in self._read(digests):
+                lacking.setdefault(digests[row], []).append(row)
+            for digest in list(lacking):
+                if miss := self._misses.get(digest):  # the writer may take it out at any time
+                    self._join(miss, lacking.pop(digest))
             for digest in self._claim(lacking, others):
                 rows_ = lacking[digest]
-                pixels = self._threads.submit(self._fit, images[rows_[0]])
+                pixels = self._threads.submit(self._pixels, rows_[0], digest)
                 self._misses[digest] = _Miss(rows_, digest, pixels)
                 yield self._misses[digest]
 
@@ -391,7 +411,8 @@ class Embedding:
         if not rows:
             return set()
         hits = np.ones(len(rows), bool)
-        consecutive = rows[-1] - rows[0] + 1 == len(rows)
+        # Rows that show the same image come together, so they need not be in order.
+        consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
         for key, columns in zip(self.keys, self.columns, strict=True):
             if consecutive:
                 view = self._out[rows[0] : rows[-1] + 1, columns]
@@ -411,14 +432,15 @@ class Embedding:
         else:
             miss.rows.extend(rows)
 
-    def _open(self, rows: Sequence[int]) -> list[Any]:
-        return [self._images.open(row) for row in rows]
+    def _digest(self, rows: Sequence[int]) -> list[bytes]:
+        return [self._images.digest(row) for row in rows]
 
-    def _fit(self, image: Any) -> torch.Tensor:
+    def _pixels(self, row: int, digest: bytes | None = None) -> torch.Tensor:
+        # The file is read again: those that wait to be decoded would fill the memory.
+        image = self._images.open(row)
+        if digest is not None and image.digest != digest:
+            raise ValueError(f"{image.where}: the file changed while it was read; run again.")
         return self.preprocessing.fit_size(image.decode())  # (3, *size) uint8
-
-    def _open_and_fit(self, row: int) -> torch.Tensor:
-        return self._fit(self._images.open(row))
 
     def _compute(self, group: Sequence[_Miss]) -> list[np.ndarray]:
         values = self.runner.rows(

@@ -39,8 +39,12 @@ def check_memory(memory: None | str | os.PathLike | joblib.Memory) -> ImageMemor
     ------
     TypeError
         `memory` is something else.
+    ValueError
+        It is an empty string.
     """
     if isinstance(memory, (str, os.PathLike)):
+        if not os.fsdecode(memory):
+            raise ValueError("memory='' names no folder; pass None for no memory.")
         memory = joblib.Memory(os.fsdecode(memory), backend=BACKEND, verbose=0)
     if memory is None:
         return None

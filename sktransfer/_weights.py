@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
+import functools
 import hashlib
 import inspect
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import xxhash
-from torch import nn
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 
 def weights_path(weights: Any) -> Path | None:
@@ -93,40 +101,168 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Digest the weights, the buffers and the settings of every module."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().view(-1)
-        if plain.numel():
-            digest.update(plain.view(torch.uint8).numpy())
-    for name, module in network.named_modules():
-        digest.update(f"{name} {type(module).__module__}.{type(module).__qualname__}".encode())
+    """Digest all that shapes what a network computes: weights, settings, hooks and its own code.
+
+    Equal in every process for equal networks; mode, device and `requires_grad` do not count.
+    Code of installed packages is known by its name, all other code by what it does.
+    """
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ValueError(
+                f"{name} of the network {type(network).__name__} has no values yet: load its "
+                "weights, or run it once if it has lazy modules, before passing it as a backbone."
+            )
+    return Describer()(network)
+
+
+class Describer:
+    """Describes values by short texts that differ if the values do, alike in every process."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, str]] = {}  # holds the values: their ids must stay theirs
+        self._open: dict[int, int] = {}  # values that are being described, and their depth
+
+    def __call__(self, value: Any) -> str:
+        if value is None or type(value) in (bool, int, float, complex, str, bytes):
+            return repr(value)
+        if id(value) in self._open:
+            return f"<around, {self._open[id(value)]}>"
+        if id(value) not in self._known:
+            self._open[id(value)] = len(self._open)
+            try:
+                digest = xxhash.xxh3_128()
+                for part in self._parts(value):
+                    part = part if isinstance(part, bytes) else part.encode()
+                    digest.update(f"{len(part)}:".encode())
+                    digest.update(part)
+            finally:
+                del self._open[id(value)]
+            self._known[id(value)] = value, digest.hexdigest()
+        return self._known[id(value)][1]
+
+    def _parts(self, value: Any) -> Iterator[str | bytes]:
+        yield type(value).__qualname__
+        if isinstance(value, torch.Tensor):
+            yield from _tensor_parts(value)
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            yield f"{value.dtype.str} {value.shape}"
+            yield value.tobytes()
+        elif isinstance(value, nn.Module):
+            yield from self._module_parts(value)
+        elif isinstance(value, Mapping):
+            yield from (self(part) for item in value.items() for part in item)
+        elif isinstance(value, (set, frozenset)):
+            yield from sorted(map(self, value))  # their order is another one in every process
+        elif isinstance(value, (list, tuple)):
+            yield from map(self, value)
+        elif isinstance(value, types.ModuleType):
+            yield value.__name__
+        elif isinstance(value, types.CodeType):
+            yield value.co_code
+            yield from map(self, (value.co_consts, value.co_names, value.co_varnames))
+        elif isinstance(value, type):
+            yield from self._class_parts(value)
+        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            yield from map(self, (value.__func__, getattr(value, "__self__", None)))
+        elif isinstance(value, functools.partial):
+            yield from map(self, (value.func, value.args, value.keywords))
+        elif isinstance(value, property):
+            yield self(value.fget)
+        elif isinstance(value, types.FunctionType):
+            yield from self._function_parts(value)
+        elif inspect.isroutine(value):  # written in C
+            yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}"
+        elif isinstance(value, (fx.Graph, torch.jit.ScriptFunction)):
+            yield str(value if isinstance(value, fx.Graph) else value.inlined_graph)
+        else:
+            yield from self._object_parts(value)
+
+    def _module_parts(self, module: nn.Module) -> Iterator[str | bytes]:
+        if isinstance(module, torch.jit.ScriptModule) and not self._open.keys() - {id(module)}:
+            yield str(module.inlined_graph)
+        yield self(type(module))
+        # By itself, too: somebody may have replaced it on the class of a package.
+        yield self(getattr(type(module), "forward", None))
+        tensors = {**module._parameters, **module._buffers}
+        yield from (self(part) for item in sorted(tensors.items()) for part in item)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield self(module.get_extra_state())
         for key, value in sorted(vars(module).items()):
             # Two modules with equal weights may still differ in a stride or a plain attribute.
-            # `training` and hooks do not count: a backbone is a copy in evaluation mode.
-            if key not in _MODULE_STATE and not key.endswith("_hooks"):
-                digest.update(f"{key}={_describe(value)}".encode())
-        for buffer_name in sorted(module._non_persistent_buffers_set):
-            buffer = module._buffers[buffer_name]
-            if buffer is not None:
-                digest.update(f"{buffer_name}={buffer.detach().cpu().numpy().tobytes()!r}".encode())
-    return digest.hexdigest()
+            if key not in _MODULE_STATE:
+                yield from (key, self(value))
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            yield self(list(hooks.values()))  # a copy of the network has them, too
+        yield from (self(part) for item in module._modules.items() for part in item)
+
+    def _class_parts(self, cls: type) -> Iterator[str]:
+        for base in cls.__mro__:
+            yield f"{base.__module__}.{base.__qualname__}"
+            if not _is_installed_class(base):
+                for key, value in sorted(vars(base).items()):
+                    if inspect.isroutine(value) or not key.startswith(("__", "_abc_")):
+                        yield from (key, self(value))
+
+    def _function_parts(self, function: types.FunctionType) -> Iterator[str]:
+        yield f"{function.__module__}.{function.__qualname__}"
+        yield from map(self, (function.__defaults__, function.__kwdefaults__))
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield self(cell.cell_contents)
+        if not _is_installed(function.__code__.co_filename):
+            yield self(function.__code__)
+            for name in sorted(_global_names(function.__code__)):
+                if name in function.__globals__:
+                    yield self._global(function.__globals__[name], function.__code__)
+
+    def _global(self, value: Any, code: types.CodeType) -> str:
+        if isinstance(value, types.ModuleType) and not _is_installed(value.__file__ or "<frozen "):
+            used = [name for name in code.co_names if name in vars(value)]
+            return self([vars(value)[name] for name in used])
+        return self(value)
+
+    def _object_parts(self, value: Any) -> Iterator[str]:
+        """Parts of any other object: what pickle would keep of it, else what it prints."""
+        yield self(type(value))
+        try:
+            reduced = value.__reduce_ex__(2)
+        except Exception:
+            text = repr(value)
+            yield "" if " at 0x" in text else text
+        else:
+            if isinstance(reduced, tuple):  # the last two are iterators
+                reduced = (*reduced[:3], *(list(part or ()) for part in reduced[3:5]))
+            yield self(reduced)
+        yield self(getattr(value, "__dict__", None) or None)
 
 
 _MODULE_STATE = {"training", *vars(nn.Module())}  # what every module has, weights included
+_INSTALLED = ["site-packages", "dist-packages", sysconfig.get_path("stdlib"), "<frozen "]
+_INSTALLED += [os.path.dirname(__file__) + os.sep]  # a checkout of this library is one, too
 
 
-def _describe(value: Any) -> str:
-    """Text for a setting; what prints its address is named by what it is."""
-    if isinstance(value, (list, tuple)):
-        return f"({', '.join(map(_describe, value))})"
-    if isinstance(value, Mapping):
-        return f"({', '.join(f'{_describe(k)}: {_describe(v)}' for k, v in value.items())})"
-    if inspect.isroutine(value) or isinstance(value, type):
-        code = getattr(value, "__code__", None)
-        return f"{getattr(value, '__qualname__', value)}{code.co_code if code else ''!r}"
-    if isinstance(value, torch.Tensor):
-        return repr(value.detach().cpu().numpy().tobytes())
-    text = repr(value)
-    return type(value).__qualname__ if " at 0x" in text else text
+def _is_installed(file: str) -> bool:
+    return any(part in file for part in _INSTALLED)
+
+
+def _is_installed_class(cls: type) -> bool:
+    if cls.__module__ == "__main__":  # it has no file in a notebook
+        return False
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return file is None or _is_installed(file)
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    loads = (step for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return {step.argval for step in loads}.union(*map(_global_names, inner))
+
+
+def _tensor_parts(tensor: torch.Tensor) -> Iterator[str | bytes]:
+    yield f"{tensor.dtype} {tuple(tensor.shape)}"
+    plain = tensor.detach()
+    plain = plain.dequantize() if plain.is_quantized else plain
+    plain = plain.to_dense() if plain.layout != torch.strided else plain
+    plain = plain.cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+    if plain.numel():
+        yield xxhash.xxh3_128_digest(plain.view(torch.uint8).numpy().data)

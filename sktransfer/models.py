@@ -10,6 +10,7 @@ import copy
 import difflib
 import fnmatch
 import importlib
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ __all__ = ["Backbone", "get_model", "list_models", "register_model"]
 _KEPT = 4  # backbones that a process keeps loaded; more would pile up when many are compared
 _SEED = 0  # of the random weights that weights=None asks for: every clone gets the same ones
 _loaded: OrderedDict[Any, Backbone] = OrderedDict()
+_lock = threading.RLock()  # of `_loaded`, and of torch's seed while a network is built
 _builders: dict[str, Callable[[Any], Backbone]] = {}
 
 
@@ -68,6 +70,13 @@ class Backbone:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.network, nn.Module):
+            raise TypeError(
+                f"network must be a torch.nn.Module, got {type(self.network).__name__}; a name "
+                "belongs into get_model(name), or into backbone=name."
+            )
+        # What torch.compile wraps, as its wrapper can be neither cut nor copied.
+        self.network = getattr(self.network, "_orig_mod", self.network)
         self.name = self.name or type(self.network).__name__
         if self.categories is not None:
             self.categories = unique_labels(self.categories)
@@ -196,14 +205,17 @@ def unique_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
     """Return the backbone kept under `key`, or build and keep it, dropping the oldest."""
-    if key not in _loaded:
-        built = build()
-        built.network.eval().requires_grad_(False)
-        _loaded[key] = built
-        while len(_loaded) > _KEPT:
-            _loaded.popitem(last=False)
-    _loaded.move_to_end(key)
-    return _loaded[key]
+    with _lock:
+        if key not in _loaded:
+            built = build()
+            # Weights of another precision meet float32 images; the runner's precision says how
+            # the network computes.
+            built.network.eval().requires_grad_(False).float()
+            _loaded[key] = built
+            while len(_loaded) > _KEPT:
+                _loaded.popitem(last=False)
+        _loaded.move_to_end(key)
+        return _loaded[key]
 
 
 def _build(name: str, weights: Any) -> Backbone:
@@ -324,6 +336,8 @@ def _build_timm(name: str, weights: Any) -> Backbone:
         if weights not in tags:
             raise ValueError(_unknown_weights(name, weights, tags))
         model = f"{architecture}.{weights}"
+    elif weights is not None and not isinstance(weights, (str, Path)):
+        raise ValueError(_unknown_weights(name, weights, tags))
 
     def create(**options: Any) -> nn.Module:
         return _seeded(lambda: timm.create_model(model, **options))

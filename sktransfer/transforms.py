@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torchvision.transforms.v2 import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_MODES = ("center", "squash", "border")
+_INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,19 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        # Lists and arrays are taken, but kept as tuples of plain numbers: these have a hash, and
+        # one way to be printed, which `fingerprint` needs.
+        for name in ("size", "resize"):
+            object.__setattr__(self, name, _sides(getattr(self, name), name))
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _per_channel(getattr(self, name), name))
+        if 0 in self.std:
+            raise ValueError(f"std={self.std} holds 0, by which nothing can be divided.")
+        for name, known in (("mode", _MODES), ("interpolation", _INTERPOLATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+
     @classmethod
     def from_torchvision(cls, preset: Any) -> Preprocessing:
         """Read torchvision's `ImageClassification` preset of a published checkpoint."""
@@ -84,12 +100,12 @@ class Preprocessing:
         """Return the same preprocessing for another input size; the crop keeps its share."""
         if size is None:
             return self
-        height, width = (size, size) if not isinstance(size, (tuple, list)) else size
+        height, width = _sides(size, "image_size")
         resize = (
             max(height, round(self.resize[0] * height / self.size[0])),
             max(width, round(self.resize[1] * width / self.size[1])),
         )
-        return replace(self, size=(int(height), int(width)), resize=resize)
+        return replace(self, size=(height, width), resize=resize)
 
     @property
     def fingerprint(self) -> str:
@@ -105,7 +121,7 @@ class Preprocessing:
 
         Returns
         -------
-        uint8 tensor of shape (3, *size)
+        uint8 tensor of shape (3, height, width), those of `size`
         """
         image = F.resize(
             image,
@@ -141,3 +157,21 @@ class Preprocessing:
         mean = torch.tensor(self.mean, device=batch.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(1, -1, 1, 1)
         return batch.to(torch.float32).div_(255).sub_(mean).div_(std)  # (n, 3, h, w)
+
+
+def _sides(value: Any, name: str) -> tuple[int, int]:
+    """Check a height and width in pixels; one number stands for both."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    valid = (isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sides)
+    if len(sides) != 2 or not all(valid):
+        raise ValueError(f"{name} must be a positive int or (height, width), got {value!r}.")
+    return int(sides[0]), int(sides[1])
+
+
+def _per_channel(value: Any, name: str) -> tuple[float, ...]:
+    """Check a number for each of red, green and blue."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise ValueError(f"{name} must be 3 numbers, for red, green and blue, got {value!r}.")
+    return tuple(map(float, value))

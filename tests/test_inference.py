@@ -18,6 +18,7 @@ from sklearn.utils import shuffle
 
 from sktransfer import PretrainedFeatureExtractor
 from sktransfer._inference import layout_of
+from sktransfer.io import check_images
 
 
 def extractor(memory, **options):
@@ -108,6 +109,19 @@ def test_a_changed_file_is_computed_again(tiles, tmp_path, run_log):
     assert len(run_log()) == 2
 
 
+def test_a_file_that_changes_between_look_up_and_decoding_is_no_wrong_row(tiles, tmp_path):
+    _, paths, _ = tiles
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes(Path(paths[0]).read_bytes())
+    embedding = extractor(tmp_path / "m")._embedding()
+    images = check_images([copy])
+    digest = images.digest(0)
+    copy.write_bytes(Path(paths[1]).read_bytes())
+    embedding._images = images
+    with pytest.raises(ValueError, match=r"row 0 .*copy\.jpg.*changed while it was read"):
+        embedding._pixels(0, digest)
+
+
 def test_pooling_is_no_part_of_the_key_where_there_is_nothing_to_pool(tiles, tmp_path, run_log):
     _, paths, _ = tiles
     extractor(tmp_path / "m", pooling="avg").transform(paths)
@@ -137,11 +151,11 @@ sys.path.insert(0, {tests!r})
 from networks import small
 from sktransfer import PretrainedFeatureExtractor
 import sktransfer._inference as inference
-fit = inference.Embedding._fit
-def slow(self, image):          # one image takes long enough for a person to press Ctrl-C
+pixels = inference.Embedding._pixels
+def slow(self, *args):          # one image takes long enough for a person to press Ctrl-C
     time.sleep(0.05)
-    return fit(self, image)
-inference.Embedding._fit = slow
+    return pixels(self, *args)
+inference.Embedding._pixels = slow
 print("ready", flush=True)
 model = PretrainedFeatureExtractor(small(), image_size=32, memory={memory!r}, batch_size=2)
 model.transform({paths!r})
@@ -166,8 +180,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiles, tmp_path, run_log, s
     before = len(run_log())
     assert 10 <= before < len(paths)
     rows = extractor(memory).transform(paths)
-    again = len(run_log()) - len(paths)  # computed twice: what was in flight
-    assert again <= (0 if sent == signal.SIGINT else 12)
+    again = len(run_log()) - len(paths)  # computed twice: the batches that were in flight
+    assert again <= (4 if sent == signal.SIGINT else 12)
     np.testing.assert_array_equal(rows, extractor(None).transform(paths))
 
 

@@ -296,6 +296,7 @@ def test_untraceable_network_still_gives_its_output(tiles):
         ({"batch_size": 0}, "'batch_size' parameter"),
         ({"image_size": 0}, "'image_size' parameter"),
         ({"memory": 3}, "'memory' parameter"),
+        ({"memory": ""}, "names no folder"),
         ({"backbone": "resnet5"}, "Did you mean 'resnet50'"),
     ],
 )
