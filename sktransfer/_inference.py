@@ -18,13 +18,13 @@ from itertools import islice
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import joblib
 import numpy as np
 import torch
 import xxhash
 from torch import nn
 from tqdm.auto import tqdm
 
-import joblib
 from sktransfer._blocks import TracedNetwork, TracingError
 from sktransfer._memory import ImageMemory
 from sktransfer._weights import Describer
