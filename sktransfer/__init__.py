@@ -1,8 +1,12 @@
 """Pretrained networks as scikit-learn estimators."""
 
-from sktransfer._pretrained import PretrainedFeatureExtractor
-from sktransfer.io import load_image_folder
-from sktransfer.models import get_model, list_models, register_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sktransfer._pretrained import PretrainedFeatureExtractor
+    from sktransfer.io import load_image_folder
+    from sktransfer.models import get_model, list_models, register_model
 
 __version__ = "0.1.0"
 
@@ -13,3 +17,22 @@ __all__ = [
     "load_image_folder",
     "register_model",
 ]
+
+_HOMES = {
+    "PretrainedFeatureExtractor": "_pretrained",
+    "get_model": "models",
+    "list_models": "models",
+    "load_image_folder": "io",
+    "register_model": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: torch takes seconds, and `sktransfer --help` should not wait for it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

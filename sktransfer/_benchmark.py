@@ -49,6 +49,8 @@ class Task:
         Figures of others: `convention`, `classifier`, and those of `METRICS` that they give.
     note : str
         Source and licence.
+    positive : str or None
+        Of two classes, the one that F1 and the ROC curve are about; None for the second.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Task:
     groups: np.ndarray | None = None
     published: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
+    positive: str | None = None
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Result:
     y_pred: list[np.ndarray] = field(repr=False)
     y_score: list[np.ndarray] = field(repr=False)  # (n,) for two classes, else (n, n_classes)
     classes: np.ndarray = field(repr=False)
+    positive: Any = None  # of two classes, the one that F1 and ROC are about
 
 
 @dataclass
@@ -139,6 +143,7 @@ def load_elpv() -> Task:
         "Images: elpv-dataset, CC BY-NC-SA 4.0. Splits 75/25, stratified by label and module "
         "type. The published figures are of one split of the authors' own, and count p = 1/3 as "
         "positive with weight 0.33.",
+        "defective",
     )
 
 
@@ -248,7 +253,7 @@ def compare(
             splitter = StratifiedShuffleSplit(n_splits, test_size=0.25, random_state=random_state)
             splits = list(splitter.split(strata, strata))
             for backbone, classifier, model, X in candidates:
-                result = _score(model, X, y, splits, progress)
+                result = _score(model, X, y, splits, task.positive, progress)
                 results.append(Result(convention, backbone, classifier, **result))
     return Report(task, results, costs, n_splits)
 
@@ -280,9 +285,16 @@ def _thumbnails(images: list[str]) -> np.ndarray:
 
 
 def _score(
-    model: Any, X: np.ndarray, y: np.ndarray, splits: Sequence[tuple], progress: tqdm
+    model: Any,
+    X: np.ndarray,
+    y: np.ndarray,
+    splits: Sequence[tuple],
+    positive: Any,
+    progress: tqdm,
 ) -> dict[str, Any]:
     """Fit and score on every split; the fields of a `Result`."""
+    classes = np.unique(y)
+    positive = (positive or classes[1]) if len(classes) == 2 else None
     seconds, y_true, y_pred, y_score = [], [], [], []
     for train, test in splits:
         start = time.perf_counter()
@@ -290,37 +302,36 @@ def _score(
         seconds.append(time.perf_counter() - start)
         y_true.append(y[test])
         y_pred.append(fitted.predict(X[test]))
-        y_score.append(_scores(fitted, X[test]))
+        y_score.append(_scores(fitted, X[test], positive))
         progress.update()
-    metrics = [_metrics(*one, fitted.classes_) for one in zip(y_true, y_pred, y_score, strict=True)]
+    metrics = [
+        _metrics(*one, classes, positive) for one in zip(y_true, y_pred, y_score, strict=True)
+    ]
     return {
         "scores": {metric: np.array([row[metric] for row in metrics]) for metric in METRICS},
         "fit_seconds": np.array(seconds),
         "y_true": y_true,
         "y_pred": y_pred,
         "y_score": y_score,
-        "classes": fitted.classes_,
+        "classes": classes,
+        "positive": positive,
     }
 
 
-def positive_class(classes: np.ndarray) -> Any:
-    """Of two classes, the one that F1 and the ROC curve are about."""
-    return "defective" if "defective" in classes else classes[1]
-
-
-def _scores(fitted: Any, X: np.ndarray) -> np.ndarray:
+def _scores(fitted: Any, X: np.ndarray, positive: Any) -> np.ndarray:
     """Return one score an image for two classes, else one a class that sum to 1."""
     has_decision = hasattr(fitted, "decision_function")
     raw = fitted.decision_function(X) if has_decision else fitted.predict_proba(X)
-    if len(fitted.classes_) > 2:
+    if positive is None:
         return softmax(raw, axis=1) if has_decision else raw
     score = raw if raw.ndim == 1 else raw[:, 1] - raw[:, 0]
-    return score if positive_class(fitted.classes_) == fitted.classes_[1] else -score
+    return score if positive == fitted.classes_[1] else -score
 
 
-def _metrics(y: Any, predicted: Any, score: Any, classes: np.ndarray) -> dict[str, float]:
-    if len(classes) == 2:
-        positive = positive_class(classes)
+def _metrics(
+    y: Any, predicted: Any, score: Any, classes: np.ndarray, positive: Any
+) -> dict[str, float]:
+    if positive is not None:
         f1 = f1_score(y, predicted, pos_label=positive, zero_division=0)
         auc = roc_auc_score(y == positive, score)
     else:

@@ -92,6 +92,8 @@ def _benchmark(options: argparse.Namespace) -> None:
     from sktransfer import _benchmark as benchmark
     from sktransfer import _report
 
+    if options.output:
+        _report.prepare(options.output)
     task = benchmark.load_folder(options.folder) if options.folder else benchmark.load_elpv()
     report = benchmark.compare(
         task,

@@ -40,11 +40,13 @@ def check_memory(memory: None | str | os.PathLike | joblib.Memory) -> ImageMemor
     TypeError
         `memory` is something else.
     ValueError
-        It is an empty string.
+        It is an empty string or a file.
     """
     if isinstance(memory, (str, os.PathLike)):
         if not os.fsdecode(memory):
             raise ValueError("memory='' names no folder; pass None for no memory.")
+        if os.path.isfile(memory):
+            raise ValueError(f"memory={os.fsdecode(memory)!r} is a file; name a folder.")
         memory = joblib.Memory(os.fsdecode(memory), backend=BACKEND, verbose=0)
     if memory is None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import html
+import importlib.util
 import io
 import platform
 from collections.abc import Iterable, Sequence
@@ -16,14 +17,16 @@ import torch
 from sklearn.metrics import auc, roc_curve
 from tabulate import tabulate
 
-from sktransfer._benchmark import METRICS, Report, Result, positive_class
+from sktransfer._benchmark import METRICS, Report, Result
 
-_TITLES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced acc.",
-    "f1": "F1",
-    "roc_auc": "ROC AUC",
-}
+
+def _titles(result: Result) -> dict[str, str]:
+    return {
+        "accuracy": "accuracy",
+        "balanced_accuracy": "balanced acc.",
+        "f1": "macro F1" if result.positive is None else f"F1 of {result.positive!r}",
+        "roc_auc": "ROC AUC",
+    }
 
 
 def as_text(report: Report) -> str:
@@ -42,17 +45,27 @@ def as_text(report: Report) -> str:
 
 def write(report: Report, folder: str) -> list[Path]:
     """Write `results.csv` and `report.html`; return their paths."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = prepare(folder)
     paths = [target / "results.csv", target / "report.html"]
-    page = _page(report)  # first: without matplotlib nothing is written
     with paths[0].open("w", newline="") as file:
         rows = list(_csv_rows(report))
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    paths[1].write_text(page, encoding="utf-8")
+    paths[1].write_text(_page(report), encoding="utf-8")
     return paths
+
+
+def prepare(folder: str) -> Path:
+    """Make the folder and see that the plots can be drawn: before the hour of work, not after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("The report's plots need matplotlib: pip install 'sktransfer[demo]'")
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{folder!r} is a file; name a folder for the report.") from error
+    return target
 
 
 # ------------------------------------------------------------------------------ tables
@@ -66,10 +79,10 @@ def _shares(report: Report, convention: str) -> str:
 
 
 def _rows(report: Report, convention: str) -> list[dict[str, str]]:
-    rows = []
+    rows, titles = [], _titles(_of(report, convention)[0])
     for result in _of(report, convention):
         row = {"backbone": result.backbone, "classifier": result.classifier}
-        for metric, title in _TITLES.items():
+        for metric, title in titles.items():
             values = result.scores[metric]
             row[title] = f"{values.mean():.3f} ± {values.std():.3f}"
         row["fit, s"] = f"{result.fit_seconds.mean():.1f}"
@@ -77,7 +90,7 @@ def _rows(report: Report, convention: str) -> list[dict[str, str]]:
     for figure in report.task.published:
         if figure["convention"] == convention:
             row = {"backbone": "", "classifier": figure["classifier"]}
-            row |= {t: f"{figure[m]:.3f}" if m in figure else "" for m, t in _TITLES.items()}
+            row |= {t: f"{figure[m]:.3f}" if m in figure else "" for m, t in titles.items()}
             rows.append(row | {"fit, s": ""})
     return rows
 
@@ -93,7 +106,7 @@ def _cost_rows(report: Report) -> list[dict[str, str]]:
         else:
             row["first run"], row["images/s"] = "all in the memory", ""
         if known and cost.n_computed:
-            row["images/s"] += f" ({known} from the memory)"
+            row["images/s"] += f" ({known} known or repeated)"
         row["second run"] = f"{cost.second_seconds:.2f} s"
         rows.append(row)
     return rows
@@ -164,7 +177,7 @@ def _page(report: Report) -> str:
         plots = [
             ("Accuracy against cost", _plot_cost(report, results)),
             ("ROC curves", _plot_roc(results)),
-            ("Confusion matrix", _plot_confusion(_best(results))),
+            ("Confusion matrix", _plot_confusion(_best(results), results)),
         ]
         images = "".join(f'<img alt="{title}" src="{source}">' for title, source in plots)
         heading = html.escape(convention or "Classifiers")
@@ -179,7 +192,9 @@ def _page(report: Report) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
         f'<p class="note">Mean ± standard deviation over {report.n_splits} splits; '
-        f"fit: seconds for one training split, tuning included. {html.escape(report.task.note)}"
+        "fit: seconds for one training split, tuning included. Best accuracy in blue. The ROC "
+        "curves pool the test images of all splits by rank, so their areas differ a little from "
+        f"the means of the table. {html.escape(report.task.note)}"
         f"</p>{''.join(sections)}<h2>Cost of the embeddings</h2>{_table(_cost_rows(report))}"
         f'<p class="note">sktransfer on {html.escape(machine)}.</p></body></html>\n'
     )
@@ -198,19 +213,15 @@ def _table(rows: Sequence[dict[str, str]], best: Result | None = None) -> str:
 
 
 def _figure(width: float = 5.2, height: float = 4.4) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "The report's plots need matplotlib: pip install 'sktransfer[demo]'"
-        ) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _png(figure: Any) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=100)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -263,7 +274,7 @@ def _plot_roc(results: Sequence[Result]) -> str:
     """Two classes: a curve for each classifier. More: a curve for each class, of the best."""
     figure, axes = _figure()
     if len(results[0].classes) == 2:
-        positive = positive_class(results[0].classes)
+        positive = results[0].positive
         curves = [
             (_style(r, results), np.concatenate(r.y_true) == positive, _ranks(r))
             for r in results
@@ -277,7 +288,7 @@ def _plot_roc(results: Sequence[Result]) -> str:
             ({"label": str(c), "color": f"C{i}"}, truth == c, scores[:, i])
             for i, c in enumerate(best.classes[:10])
         ]
-        title = f"{best.classifier}: each class against the rest"
+        title = f"{_style(best, results)['label']}: each class against the rest"
     for style, truth, score in curves:
         rates = roc_curve(truth, score)[:2]  # false and true positives
         name = f"{style['label']} (AUC {auc(*rates):.2f})"
@@ -294,7 +305,7 @@ def _ranks(result: Result) -> np.ndarray:
     return np.concatenate([np.argsort(np.argsort(s)) / len(s) for s in result.y_score])
 
 
-def _plot_confusion(best: Result) -> str:
+def _plot_confusion(best: Result, results: Sequence[Result]) -> str:
     from sklearn.metrics import ConfusionMatrixDisplay
 
     n = len(best.classes)
@@ -311,5 +322,6 @@ def _plot_confusion(best: Result) -> str:
         im_kw={"vmin": 0, "vmax": 1},
         ax=axes,
     )
-    axes.set_title(f"{best.classifier} (best accuracy)\nshare of each true class")
+    name = _style(best, results)["label"]
+    axes.set_title(f"{name}, the best accuracy\nshare of each true class")
     return _png(figure)

@@ -6,10 +6,12 @@ and a fingerprint.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import fnmatch
 import importlib
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -314,7 +316,8 @@ def _unknown_weights(name: str, weights: Any, known: list[str]) -> str:
 
 def _download(name: str, chosen: Any) -> dict[str, torch.Tensor]:
     try:
-        return chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        with contextlib.redirect_stdout(sys.stderr):  # torch prints where it downloads from
+            return chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"The weights of {name!r} could not be downloaded from {chosen.url} ({error}). "

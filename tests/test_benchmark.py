@@ -109,6 +109,8 @@ def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_pat
         (["{root}", "--weights", "nope.pth"], "no such file"),
         (["{root}/china"], "no"),
         (["{root}", "--splits", "0"], "splits"),
+        (["{root}", "--output", "{root}/china/00.jpg"], "is a file; name a folder"),
+        (["{root}", "--memory", "{root}/china/00.jpg"], "is a file; name a folder"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(tiles, capsys, arguments, message):
