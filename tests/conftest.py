@@ -4,6 +4,7 @@ os.environ["SCIPY_ARRAY_API"] = "1"  # before scipy: one of scikit-learn's check
 
 import numpy as np  # noqa: E402
 import pytest
+from joblib.externals.loky import get_reusable_executor
 from networks import LOG
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -15,6 +16,7 @@ def run_log(tmp_path, monkeypatch):
     log = tmp_path / "runs.log"
     log.touch()
     monkeypatch.setenv(LOG, str(log))
+    get_reusable_executor().shutdown(wait=True)  # workers of an earlier test know another file
     return lambda: log.read_text().split()
 
 
