@@ -294,7 +294,7 @@ def _score(
 ) -> dict[str, Any]:
     """Fit and score on every split; the fields of a `Result`."""
     classes = np.unique(y)
-    positive = (positive or classes[1]) if len(classes) == 2 else None
+    positive = (positive or str(classes[1])) if len(classes) == 2 else None
     seconds, y_true, y_pred, y_score = [], [], [], []
     for train, test in splits:
         start = time.perf_counter()

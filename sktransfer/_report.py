@@ -309,7 +309,7 @@ def _plot_confusion(best: Result, results: Sequence[Result]) -> str:
     from sklearn.metrics import ConfusionMatrixDisplay
 
     n = len(best.classes)
-    figure, axes = _figure(min(4.2 + 0.25 * n, 12), min(4 + 0.2 * n, 11))
+    figure, axes = _figure(min(4.6 + 0.25 * n, 12), min(3.6 + 0.2 * n, 11))
     ConfusionMatrixDisplay.from_predictions(
         np.concatenate(best.y_true),
         np.concatenate(best.y_pred),
@@ -323,5 +323,5 @@ def _plot_confusion(best: Result, results: Sequence[Result]) -> str:
         ax=axes,
     )
     name = _style(best, results)["label"]
-    axes.set_title(f"{name}, the best accuracy\nshare of each true class")
+    axes.set_title(f"best accuracy: {name}\nshare of each true class", fontsize="medium")
     return _png(figure)

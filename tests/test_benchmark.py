@@ -60,6 +60,7 @@ def test_the_text(report):
     text = _report.as_text(report)
     assert re.search(r"efficientnet_lite0 +RBF SVM +\d\.\d{3} ± \d\.\d{3}", text)
     assert "40 images, 2 splits" in text and "second run" in text
+    assert "F1 of 'flower'" in text
 
 
 def test_csv_and_page(report, tmp_path):
