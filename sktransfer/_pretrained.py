@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
 from sklearn.utils import Tags
 
-from sktransfer._inference import Embedding
+from sktransfer._embedding import Embedding
 from sktransfer._memory import check_memory
 from sktransfer.base import ImageEstimator
 
@@ -65,7 +65,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         What the network computes in. Rows are float32 in any case.
     batch_size : int, default=32
         Images in flight at once and, on a GPU, in one batch. A CPU takes 4 of them at a time,
-        which is its fastest (`benchmarks/batch_size.py`).
+        about its fastest (`benchmarks/batch_size.py`).
     n_jobs : int or None, default=None
         Threads that read and decode images. None or -1: one a core, or what joblib leaves to a
         worker process.

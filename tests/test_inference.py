@@ -150,12 +150,12 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from networks import small
 from sktransfer import PretrainedFeatureExtractor
-import sktransfer._inference as inference
-pixels = inference.Embedding._pixels
+import sktransfer._embedding as embedding
+pixels = embedding.Embedding._pixels
 def slow(self, *args):          # one image takes long enough for a person to press Ctrl-C
     time.sleep(0.05)
     return pixels(self, *args)
-inference.Embedding._pixels = slow
+embedding.Embedding._pixels = slow
 print("ready", flush=True)
 model = PretrainedFeatureExtractor(small(), image_size=32, memory={memory!r}, batch_size=2)
 model.transform({paths!r})
