@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
     from sktransfer._pretrained import PretrainedFeatureExtractor
     from sktransfer.io import load_image_folder
     from sktransfer.models import get_model, list_models, register_model
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FineTunedClassifier",
+    "FineTunedRegressor",
     "PretrainedFeatureExtractor",
     "get_model",
     "list_models",
@@ -19,6 +22,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FineTunedClassifier": "_fine_tuning",
+    "FineTunedRegressor": "_fine_tuning",
     "PretrainedFeatureExtractor": "_pretrained",
     "get_model": "models",
     "list_models": "models",

@@ -1,45 +1,21 @@
-"""A stream of images to rows, through the memory.
-
-Files are read and digested in threads, looked up, decoded in threads if they are missing, put
-into batches, run through the network, and their rows written back.
-"""
+"""Images to rows of pooled activations, exactly as the network computes them."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import joblib
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from sktransfer._inference import Runner
-from sktransfer._memory import ImageMemory
+from sktransfer._stream import Stream, Write
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
-_LOOKUP = 64  # images looked up, and claimed, at once
-_CPU_STEP = 4  # images that a CPU takes at once: about its fastest, see benchmarks/batch_size.py
-_T = TypeVar("_T")
 
-
-@dataclass
-class _Miss:
-    """An image that must be computed: the rows it fills and, soon, its pixels."""
-
-    rows: list[int]
-    digest: bytes
-    pixels: Future[torch.Tensor]
-    done: bool = False
-
-
-class Embedding:
-    """One pass over images: what is asked, of which network, and how to go about it.
+class Embedding(Stream):
+    """One pass over images to the rows of a feature extractor.
 
     Parameters
     ----------
@@ -48,18 +24,8 @@ class Embedding:
         Cuts whose pooled activations are concatenated.
     pooling : {"avg", "max", "token", "flatten"}
     preprocessing : Preprocessing
-    memory : ImageMemory or None
-    batch_size : int
-        Images in flight at once, and on a GPU in a batch.
-    n_jobs : int or None
-        Threads that read and decode; None for all cores, or what joblib leaves to a worker.
-    verbose : bool
-        Show a progress bar.
-
-    Attributes
-    ----------
-    n_computed : int
-        Images that ran through the network.
+    **options
+        See `Stream`.
     """
 
     def __init__(
@@ -68,181 +34,28 @@ class Embedding:
         positions: Sequence[int | None],
         pooling: str,
         preprocessing: Preprocessing,
-        *,
-        memory: ImageMemory | None = None,
-        batch_size: int = 32,
-        n_jobs: int | None = None,
-        verbose: bool | int = False,
+        **options: Any,
     ) -> None:
-        self.runner, self.positions, self.pooling = runner, positions, pooling
-        self.preprocessing, self.memory = preprocessing, memory
-        self.batch_size, self.verbose = batch_size, verbose
-        self.step = batch_size if runner.device.type != "cpu" else min(batch_size, _CPU_STEP)
-        self.n_threads = joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
+        keys = [runner.key(p, pooling, preprocessing) for p in positions]
+        super().__init__(runner, keys, **options)
+        self.positions, self.pooling, self.preprocessing = positions, pooling, preprocessing
         ends = np.cumsum([0, *(runner.width(p, pooling, preprocessing.size) for p in positions)])
         self.columns = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        self.keys = [runner.key(p, pooling, preprocessing) for p in positions]
-        self.n_computed = 0
 
     def __call__(self, images: ImageSequence) -> np.ndarray:
         """Return the rows of `images`, float32 of shape (n, width)."""
-        self._images = images
-        self._out = np.empty((len(images), self.columns[-1].stop), np.float32)
-        self._claimed: set[bytes] = set()  # ours to compute, not yet in the memory
-        self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
-        self._threads = ThreadPoolExecutor(self.n_threads)
-        self._writer = ThreadPoolExecutor(1)
-        self._progress = tqdm(
-            total=len(images), unit="image", desc=self.runner.name, disable=not self.verbose
-        )
-        try:
-            rows: Sequence[int] = range(len(images))
-            while rows:
-                rows = self._fill(rows)
-        finally:
-            self._threads.shutdown(cancel_futures=True)
-            self._writer.shutdown()  # what was computed is written, even after Ctrl-C
-            self._release(list(self._claimed))
-            self._progress.close()
-        return self._out
+        rows = np.empty((len(images), self.columns[-1].stop), np.float32)
+        self._fill_outs(images, [rows[:, columns] for columns in self.columns])
+        return rows
 
-    def _fill(self, rows: Sequence[int]) -> list[int]:
-        """Fill `rows`, but for those that another process computes just now; return these."""
-        others: dict[int, bytes] = {}
-        misses = self._all(rows) if self.memory is None else self._missing(rows, others)
-        writes: deque[Future[None]] = deque()
-        # Decoding runs two batches ahead of the network, writing two behind it.
-        for group in _groups(_ahead(misses, 2 * self.batch_size), self.batch_size):
-            values = self._compute(group)
-            if self.memory is not None:
-                writes.append(self._writer.submit(self._store, group, values))
-                if len(writes) > 2:
-                    writes.popleft().result()
-        for write in writes:
-            write.result()
-        if others and self.memory is not None:
-            self.memory.wait(self.keys[0], next(iter(others.values())))
-        return list(others)
-
-    def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
-        for row in rows:
-            yield _Miss([row], b"", self._threads.submit(self._pixels, row))
-
-    def _missing(self, rows: Sequence[int], others: dict[int, bytes]) -> Iterator[_Miss]:
-        """Fill what the memory holds, yield what it lacks; `others` gets what is not ours."""
-        chunks = (rows[start : start + _LOOKUP] for start in range(0, len(rows), _LOOKUP))
-        digested = ((chunk, self._threads.submit(self._digest, chunk)) for chunk in chunks)
-        for chunk, future in _ahead(digested, self.n_threads):
-            digests = dict(zip(chunk, future.result(), strict=True))
-            lacking: dict[bytes, list[int]] = {}  # rows of each distinct image
-            for row in self._read(digests):
-                lacking.setdefault(digests[row], []).append(row)
-            for digest in list(lacking):
-                if miss := self._misses.get(digest):  # the writer may take it out at any time
-                    self._join(miss, lacking.pop(digest))
-            for digest in self._claim(lacking, others):
-                rows_ = lacking[digest]
-                pixels = self._threads.submit(self._pixels, rows_[0], digest)
-                self._misses[digest] = _Miss(rows_, digest, pixels)
-                yield self._misses[digest]
-
-    def _claim(self, lacking: dict[bytes, list[int]], others: dict[int, bytes]) -> list[bytes]:
-        """Take what nobody computes; another may have finished it since it was looked up."""
-        assert self.memory is not None
-        digests = list(lacking)
-        mine = []
-        for digest, free in zip(digests, self.memory.claim(self.keys[0], digests), strict=True):
-            if free:
-                mine.append(digest)
-                self._claimed.add(digest)
-            else:
-                others |= dict.fromkeys(lacking[digest], digest)
-        unread = self._read({row: digest for digest in mine for row in lacking[digest]})
-        left = {digest for digest in mine if set(lacking[digest]) & unread}
-        self._release([digest for digest in mine if digest not in left])
-        return [digest for digest in mine if digest in left]
-
-    def _read(self, digests: dict[int, bytes]) -> set[int]:
-        """Fill the rows that the memory holds; return the others."""
-        assert self.memory is not None
-        rows = list(digests)
-        if not rows:
-            return set()
-        hits = np.ones(len(rows), bool)
-        # Rows that show the same image come together, so they need not be in order.
-        consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
-        for key, columns in zip(self.keys, self.columns, strict=True):
-            if consecutive:
-                view = self._out[rows[0] : rows[-1] + 1, columns]
-                hits &= self.memory.read(key, list(digests.values()), view)
-            else:
-                copied = np.empty((len(rows), columns.stop - columns.start), np.float32)
-                hits &= self.memory.read(key, list(digests.values()), copied)
-                self._out[rows, columns] = copied
-        self._progress.update(int(hits.sum()))
-        return {row for row, hit in zip(rows, hits, strict=True) if not hit}
-
-    def _join(self, miss: _Miss, rows: list[int]) -> None:
-        """Let `rows`, which show the same image, share what is computed for it."""
-        if miss.done:
-            self._out[rows] = self._out[miss.rows[0]]
-            self._progress.update(len(rows))
-        else:
-            miss.rows.extend(rows)
-
-    def _digest(self, rows: Sequence[int]) -> list[bytes]:
-        return [self._images.digest(row) for row in rows]
-
-    def _pixels(self, row: int, digest: bytes | None = None) -> torch.Tensor:
+    def _load(self, row: int, digest: bytes | None) -> torch.Tensor:
         # The file is read again: those that wait to be decoded would fill the memory.
-        image = self._images.open(row)
-        if digest is not None and image.digest != digest:
-            raise ValueError(f"{image.where}: the file changed while it was read; run again.")
-        return self.preprocessing.fit_size(image.decode())  # (3, *size) uint8
+        return self.preprocessing.fit_size(self._images.load(row, digest))  # (3, *size)
 
-    def _compute(self, group: Sequence[_Miss]) -> list[np.ndarray]:
-        values = self.runner.rows(
-            [miss.pixels.result() for miss in group],
-            self.positions,
-            self.pooling,
-            self.preprocessing,
-            self.step,
+    def _run(
+        self, loaded: list[torch.Tensor], digests: list[bytes]
+    ) -> tuple[list[np.ndarray], list[Write]]:
+        rows = self.runner.rows(
+            loaded, self.positions, self.pooling, self.preprocessing, self.step
         )
-        self.n_computed += len(group)
-        for i, miss in enumerate(group):
-            for columns, value in zip(self.columns, values, strict=True):
-                self._out[miss.rows, columns] = value[i]
-            miss.done = True
-            self._progress.update(len(miss.rows))
-        return values
-
-    def _store(self, group: Sequence[_Miss], values: list[np.ndarray]) -> None:
-        """Write computed rows; runs in a thread of its own."""
-        assert self.memory is not None
-        digests = [miss.digest for miss in group]
-        for key, value in zip(self.keys, values, strict=True):
-            self.memory.write(key, digests, value)
-        self._release(digests)
-        for digest in digests:
-            del self._misses[digest]
-
-    def _release(self, digests: Sequence[bytes]) -> None:
-        if self.memory is not None and digests:
-            self.memory.release(self.keys[0], digests)
-            self._claimed.difference_update(digests)
-
-
-def _ahead(items: Iterable[_T], n: int) -> Iterator[_T]:
-    """Yield `items`, taking each from its source while up to `n` before it still wait."""
-    waiting: deque[_T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > n:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def _groups(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group
+        return rows, []

@@ -25,7 +25,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 _VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
 # torch.fx traces by replacing what calls modules, for the whole process: nothing may run meanwhile.
-_network_lock = threading.RLock()
+network_lock = threading.RLock()
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
 
 
@@ -117,11 +117,12 @@ class Runner:
         self.network: nn.Module = network.to(memory_format=torch.channels_last)
         self._image_size = backbone.preprocessing.size
         self._shapes: dict[Any, tuple[int, ...]] = {}
+        self.flops: dict[tuple[int, int], list[int]] = {}  # see FrozenBlocks.flops
 
     @cached_property
     def trace(self) -> TracedNetwork:
         """The network as a list of blocks; raises TracingError if it is none."""
-        with _network_lock:
+        with network_lock:
             return TracedNetwork(self.network, self._image_size)
 
     @cached_property
@@ -136,11 +137,22 @@ class Runner:
         """Return the cut behind `layer`; None stands for the output of the whole network."""
         return None if layer == "output" else self.trace.position(layer)
 
+    @property
+    def embedding(self) -> int:
+        """The position of the embedding, behind the blocks; of a network without any, 1."""
+        return len(self.block_names) + 1
+
+    def segment(self, start: int, image_size: tuple[int, int]) -> nn.Module:
+        """Return the network from a position to the next; whole if it can't be cut."""
+        if not self.block_names:
+            return self.network
+        return self.trace.slice(start, start + 1, image_size)
+
     def shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's activation."""
         if (position, image_size) not in self._shapes:
             try:
-                with _network_lock:
+                with network_lock:
                     self._shapes[position, image_size] = self._find_shape(position, image_size)
             except _OutputError:
                 raise
@@ -181,7 +193,7 @@ class Runner:
                 f"{self.name!r}, which have no class token. Use pooling={remedy}."
             )
         blank = torch.empty(1, *shape, device="meta")
-        return pool(blank, layout, pooling, self._n_prefix(position)).shape[1]
+        return pool(blank, layout, pooling, self.n_prefix(position)).shape[1]
 
     def key(self, position: int | None, pooling: str, preprocessing: Preprocessing) -> str:
         """Name all that shapes a row but the image: the memory's name of this function."""
@@ -199,10 +211,12 @@ class Runner:
         readable = self.name.rpartition("/")[2]
         return f"{readable}-{xxhash.xxh3_128_hexdigest(repr(parts).encode())}"
 
-    def _n_prefix(self, position: int | None) -> int:
+    def n_prefix(self, position: int | None) -> int:
+        """Return the number of class and register tokens in front of the patch tokens."""
         return 0 if position is None else self.trace.n_prefix_tokens
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which the network computes in its precision."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, PRECISIONS[self.precision])
@@ -241,12 +255,12 @@ class Runner:
             some = list(images[start : start + step])
             batch = torch.stack(some + some[:1] * (step - len(some)))  # (step, 3, h, w) uint8
             batch = batch.to(self.device, non_blocking=True)
-            with _network_lock, torch.inference_mode(), self._autocast():
+            with network_lock, torch.inference_mode(), self.autocast():
                 x = preprocessing.normalize(batch).contiguous(memory_format=torch.channels_last)
                 found = self.activations(x, positions)
                 for part, position in zip(parts, positions, strict=True):
                     x = found[position].float()
                     layout = layout_of(x.shape[1:], preprocessing.size)
-                    rows = pool(x, layout, pooling, self._n_prefix(position))
+                    rows = pool(x, layout, pooling, self.n_prefix(position))
                     part.append(rows[: len(some)].cpu().numpy())
         return [np.concatenate(part) for part in parts]

@@ -7,9 +7,11 @@ from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
+from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight as check_sample_weight
+from sklearn.utils.validation import _check_y as check_y
 from sklearn.utils.validation import validate_data
 from torch import nn
 from torchvision.models import WeightsEnum
@@ -19,7 +21,15 @@ from sktransfer.io import ImageSequence, check_images
 from sktransfer.models import Backbone, get_model
 from sktransfer.transforms import Preprocessing
 
-__all__ = ["ImageEstimator"]
+__all__ = [
+    "HasMethods",
+    "ImageEstimator",
+    "Interval",
+    "StrOptions",
+    "_fit_context",
+    "check_sample_weight",
+    "check_y",
+]
 
 
 class ImageEstimator(BaseEstimator):

@@ -51,16 +51,22 @@ class ImageSequence:
     True
     """
 
-    def __init__(self, items: Any, rows: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        items: Any,
+        rows: np.ndarray | None = None,
+        digests: dict[int, bytes] | None = None,
+    ) -> None:
         self._items = items
         self._rows = np.arange(len(items)) if rows is None else rows
+        self._digests = {} if digests is None else digests
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, indices: Any) -> ImageSequence:
         """Return the rows of a slice, a list of indices or a mask; errors keep their numbers."""
-        return ImageSequence(self._items, np.atleast_1d(self._rows[indices]))
+        return ImageSequence(self._items, np.atleast_1d(self._rows[indices]), self._digests)
 
     def where(self, i: int) -> str:
         """Return the words by which an error calls row `i`: its number and its file, if any."""
@@ -75,13 +81,22 @@ class ImageSequence:
         """Return 16 bytes that stand for the content of row `i`.
 
         They depend on a file's bytes, not its name; or on the upright RGB pixels of a PIL
-        image, an array or a tensor.
+        image, an array or a tensor. They are read once.
         """
-        return self.open(i).digest
+        row = int(self._rows[i])
+        if row not in self._digests:
+            self._digests[row] = self.open(i).digest
+        return self._digests[row]
 
-    def load(self, i: int) -> torch.Tensor:
-        """Return row `i` as uint8 RGB of shape (3, height, width), or raise a `ValueError`."""
-        return self.open(i).decode()
+    def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
+        """Return row `i` as uint8 RGB of shape (3, height, width), or raise a `ValueError`.
+
+        It raises one, too, if the row's content has another digest than the given one.
+        """
+        image = self.open(i)
+        if digest is not None and image.digest != digest:
+            raise ValueError(f"{image.where}: the file changed while it was read; run again.")
+        return image.decode()
 
 
 def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSequence:

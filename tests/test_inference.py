@@ -119,7 +119,7 @@ def test_a_file_that_changes_between_look_up_and_decoding_is_no_wrong_row(tiles,
     copy.write_bytes(Path(paths[1]).read_bytes())
     embedding._images = images
     with pytest.raises(ValueError, match=r"row 0 .*copy\.jpg.*changed while it was read"):
-        embedding._pixels(0, digest)
+        embedding._load(0, digest)
 
 
 def test_pooling_is_no_part_of_the_key_where_there_is_nothing_to_pool(tiles, tmp_path, run_log):
@@ -151,11 +151,11 @@ sys.path.insert(0, {tests!r})
 from networks import small
 from sktransfer import PretrainedFeatureExtractor
 import sktransfer._embedding as embedding
-pixels = embedding.Embedding._pixels
+pixels = embedding.Embedding._load
 def slow(self, *args):          # one image takes long enough for a person to press Ctrl-C
     time.sleep(0.05)
     return pixels(self, *args)
-embedding.Embedding._pixels = slow
+embedding.Embedding._load = slow
 print("ready", flush=True)
 model = PretrainedFeatureExtractor(small(), image_size=32, memory={memory!r}, batch_size=2)
 model.transform({paths!r})

@@ -1,0 +1,255 @@
+"""A stream of images to results, through the memory.
+
+Files are read and digested in threads, looked up, loaded in threads if they are missing, put into
+batches, computed, and their results written back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import joblib
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from sktransfer._inference import Runner
+from sktransfer._memory import ImageMemory
+
+_LOOKUP = 64  # images looked up, and claimed, at once
+_CPU_STEP = 4  # images that a CPU takes at once: about its fastest, see benchmarks/batch_size.py
+_T = TypeVar("_T")
+
+
+class Images(Protocol):
+    """What can be streamed."""
+
+    def __len__(self) -> int: ...
+
+    def digest(self, i: int) -> bytes:
+        """Return 16 bytes that stand for the content of image `i`; called in threads."""
+
+    def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
+        """Return image `i`, uint8 (3, height, width); called in threads."""
+
+
+class Write(NamedTuple):
+    """Results to keep: their name in the memory, digests of the images, a row for each."""
+
+    key: str
+    digests: list[bytes]
+    rows: np.ndarray
+
+
+@dataclass
+class _Miss:
+    """An image that must be computed: the rows it fills and, soon, what its computation takes."""
+
+    rows: list[int]
+    digest: bytes
+    loaded: Future[Any]
+    done: bool = False
+
+
+class Stream(ABC):
+    """One pass over images: look their results up, compute and keep what is missing.
+
+    Parameters
+    ----------
+    runner : Runner
+    keys : sequence of str
+        Names, in the memory, of the results of an image; it is looked up if one is missing.
+    memory : ImageMemory or None
+    batch_size : int
+        Images in flight at once, and on a GPU in a batch.
+    n_jobs : int or None
+        Threads that read and decode; None for all cores, or what joblib leaves to a worker.
+    verbose : bool
+        Show a progress bar.
+
+    Attributes
+    ----------
+    n_computed : int
+        Images that ran through the network.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        keys: Sequence[str],
+        *,
+        memory: ImageMemory | None = None,
+        batch_size: int = 32,
+        n_jobs: int | None = None,
+        verbose: bool | int = False,
+    ) -> None:
+        self.runner, self.keys, self.memory = runner, list(keys), memory
+        self.claim_key = self.keys[0]  # streams that share work claim it under one name
+        self.kept_keys = set(self.keys)
+        self.batch_size, self.verbose = batch_size, verbose
+        self.step = batch_size if runner.device.type != "cpu" else min(batch_size, _CPU_STEP)
+        self.n_threads = joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
+        self.n_computed = 0
+
+    @abstractmethod
+    def _load(self, row: int, digest: bytes | None) -> Any:
+        """Fetch what the computation of a row takes; called in threads."""
+
+    @abstractmethod
+    def _run(self, loaded: list[Any], digests: list[bytes]) -> tuple[list[np.ndarray], list[Write]]:
+        """Compute an array of results for each key, and by-products that are worth keeping."""
+
+    def _fill_outs(self, images: Images, outs: Sequence[np.ndarray]) -> None:
+        """Fill `outs`, for each key an array with a row for each image."""
+        self._images, self._outs = images, outs
+        self._claimed: set[bytes] = set()  # ours to compute, not yet in the memory
+        self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
+        self._threads = ThreadPoolExecutor(self.n_threads)
+        self._writer = ThreadPoolExecutor(1)
+        self._progress = tqdm(
+            total=len(images), unit="image", desc=self.runner.name, disable=not self.verbose
+        )
+        try:
+            rows: Sequence[int] = range(len(images))
+            while rows:
+                rows = self._fill(rows)
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+            self._writer.shutdown()  # what was computed is written, even after Ctrl-C
+            self._release(list(self._claimed))
+            self._progress.close()
+
+    def _fill(self, rows: Sequence[int]) -> list[int]:
+        """Fill `rows`, but for those that another process computes just now; return these."""
+        others: dict[int, bytes] = {}
+        misses = self._all(rows) if self.memory is None else self._missing(rows, others)
+        writes: deque[Future[None]] = deque()
+        # Decoding runs two batches ahead of the network, writing two behind it.
+        for group in _groups(_ahead(misses, 2 * self.batch_size), self.batch_size):
+            results = self._compute(group)
+            if self.memory is not None:
+                writes.append(self._writer.submit(self._store, group, results))
+                if len(writes) > 2:
+                    writes.popleft().result()
+        for write in writes:
+            write.result()
+        if others and self.memory is not None:
+            self.memory.wait(self.claim_key, next(iter(others.values())))
+        return list(others)
+
+    def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
+        for row in rows:
+            yield _Miss([row], b"", self._threads.submit(self._load, row, None))
+
+    def _missing(self, rows: Sequence[int], others: dict[int, bytes]) -> Iterator[_Miss]:
+        """Fill what the memory holds, yield what it lacks; `others` gets what is not ours."""
+        chunks = (rows[start : start + _LOOKUP] for start in range(0, len(rows), _LOOKUP))
+        digested = ((chunk, self._threads.submit(self._digest, chunk)) for chunk in chunks)
+        for chunk, future in _ahead(digested, self.n_threads):
+            digests = dict(zip(chunk, future.result(), strict=True))
+            lacking: dict[bytes, list[int]] = {}  # rows of each distinct image
+            for row in self._read(digests):
+                lacking.setdefault(digests[row], []).append(row)
+            for digest in list(lacking):
+                if miss := self._misses.get(digest):  # the writer may take it out at any time
+                    self._join(miss, lacking.pop(digest))
+            for digest in self._claim(lacking, others):
+                rows_ = lacking[digest]
+                loaded = self._threads.submit(self._load, rows_[0], digest)
+                self._misses[digest] = _Miss(rows_, digest, loaded)
+                yield self._misses[digest]
+
+    def _claim(self, lacking: dict[bytes, list[int]], others: dict[int, bytes]) -> list[bytes]:
+        """Take what nobody computes; another may have finished it since it was looked up."""
+        assert self.memory is not None
+        digests = list(lacking)
+        mine = []
+        for digest, free in zip(digests, self.memory.claim(self.claim_key, digests), strict=True):
+            if free:
+                mine.append(digest)
+                self._claimed.add(digest)
+            else:
+                others |= dict.fromkeys(lacking[digest], digest)
+        unread = self._read({row: digest for digest in mine for row in lacking[digest]})
+        left = {digest for digest in mine if set(lacking[digest]) & unread}
+        self._release([digest for digest in mine if digest not in left])
+        return [digest for digest in mine if digest in left]
+
+    def _read(self, digests: dict[int, bytes]) -> set[int]:
+        """Fill the rows that the memory holds; return the others."""
+        assert self.memory is not None
+        rows = list(digests)
+        if not rows:
+            return set()
+        hits = np.ones(len(rows), bool)
+        # Rows that show the same image come together, so they need not be in order.
+        consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
+        for key, out in zip(self.keys, self._outs, strict=True):
+            found = out[rows[0] : rows[-1] + 1] if consecutive else out[rows]
+            hits &= self.memory.read(key, list(digests.values()), found)
+            if not consecutive:
+                out[rows] = found
+        self._progress.update(int(hits.sum()))
+        return {row for row, hit in zip(rows, hits, strict=True) if not hit}
+
+    def _join(self, miss: _Miss, rows: list[int]) -> None:
+        """Let `rows`, which show the same image, share what is computed for it."""
+        if miss.done:
+            for out in self._outs:
+                out[rows] = out[miss.rows[0]]
+            self._progress.update(len(rows))
+        else:
+            miss.rows.extend(rows)
+
+    def _digest(self, rows: Sequence[int]) -> list[bytes]:
+        return [self._images.digest(row) for row in rows]
+
+    def _compute(self, group: Sequence[_Miss]) -> list[Write]:
+        digests = [miss.digest for miss in group]
+        values, extras = self._run([miss.loaded.result() for miss in group], digests)
+        self.n_computed += len(group)
+        for i, miss in enumerate(group):
+            for out, value in zip(self._outs, values, strict=True):
+                out[miss.rows] = value[i]
+            miss.done = True
+            self._progress.update(len(miss.rows))
+        results = [Write(key, digests, rows) for key, rows in zip(self.keys, values, strict=True)]
+        return [*extras, *results]
+
+    def _store(self, group: Sequence[_Miss], results: list[Write]) -> None:
+        """Write results; runs in a thread of its own."""
+        assert self.memory is not None
+        for result in results:
+            if result.key in self.kept_keys:
+                self.memory.write(result.key, result.digests, result.rows)
+        digests = [miss.digest for miss in group]
+        self._release(digests)
+        for digest in digests:
+            del self._misses[digest]
+
+    def _release(self, digests: Sequence[bytes]) -> None:
+        if self.memory is not None and digests:
+            self.memory.release(self.claim_key, digests)
+            self._claimed.difference_update(digests)
+
+
+def _ahead(items: Iterable[_T], n: int) -> Iterator[_T]:
+    """Yield `items`, taking each from its source while up to `n` before it still wait."""
+    waiting: deque[_T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > n:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _groups(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group

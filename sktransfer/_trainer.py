@@ -1,0 +1,516 @@
+"""The phases of a fit: the frozen blocks once, the head, then the unfrozen blocks."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit
+from torch import nn
+from tqdm.auto import tqdm
+
+from sktransfer._augmentation import Augmentation, Views
+from sktransfer._frozen import Activations, FrozenBlocks
+from sktransfer._head import make_head, solve_head
+from sktransfer._inference import Runner, network_lock
+from sktransfer._memory import check_memory
+from sktransfer._plan import Plan, make_plan
+from sktransfer._training import (
+    Interrupted,
+    Schedule,
+    TrainedPart,
+    TrainingData,
+    allocate,
+    make_net,
+    train,
+)
+from sktransfer.io import ImageSequence
+from sktransfer.transforms import Preprocessing
+
+_REPEATED = 4  # times the images, of which some count more than once
+_CHUNK = 256  # images whose activations a prediction holds at once
+
+
+@dataclass
+class Settings:
+    """The parameters of an estimator that its training takes, and what `y` says."""
+
+    kind: str  # "class", "label" or "value"
+    n_outputs: int
+    weights: Any
+    unfreeze: Any
+    head: Any
+    pooling: str
+    dropout: float
+    head_epochs: int | str
+    max_epochs: int
+    batch_size: int
+    lr: float
+    head_lr: float | None
+    lr_decay: float
+    weight_decay: float
+    augment: Any
+    n_views: int | None
+    predict_views: int
+    early_stopping: bool
+    validation_fraction: float
+    n_iter_no_change: int
+    callbacks: Sequence[Any] | None
+    memory: Any
+    n_jobs: int | None
+    verbose: int
+
+    @classmethod
+    def taken_from_parameters(cls) -> list[str]:
+        """Return the names that are parameters of the estimators, too."""
+        return [field.name for field in fields(cls) if field.name not in ("kind", "n_outputs")]
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return self.weights is None
+
+    @property
+    def solves_head(self) -> bool:
+        """Whether the head starts at its optimum on the embeddings of the frozen network."""
+        is_linear = isinstance(self.head, str)
+        return is_linear and self.head_epochs == "auto" and not self.is_from_scratch
+
+
+def find_cut(runner: Runner, unfreeze: Any) -> tuple[int, set[int]]:
+    """Return the position in front of the first trained block, and the numbers of all of them."""
+    names, name = runner.block_names, runner.name
+    n_blocks = len(names)
+    if isinstance(unfreeze, str) and unfreeze == "all":
+        return 0, set(range(max(1, n_blocks)))
+    if isinstance(unfreeze, (list, tuple)):
+        if not all(isinstance(item, str) for item in unfreeze):
+            raise TypeError(f"unfreeze={unfreeze!r}: a list holds names of blocks, of type str.")
+        blocks = {i for item in unfreeze for i in runner.trace.blocks(item)}
+        return min(blocks, default=runner.embedding), blocks
+    if isinstance(unfreeze, str):
+        start = runner.trace.blocks(unfreeze).start
+    elif isinstance(unfreeze, bool) or not 0 <= unfreeze <= n_blocks:
+        known = f"{n_blocks} blocks: {', '.join(names)}" if names else "no blocks, as it can't be"
+        known += "" if names else " traced"
+        raise ValueError(
+            f"unfreeze={unfreeze!r}, but {name!r} has {known}. Pass 0 to {n_blocks}, the name of "
+            "a block, a prefix of names, a list of names, or 'all'."
+        )
+    else:
+        start = n_blocks - int(unfreeze)
+    if start == n_blocks:
+        return runner.embedding, set()
+    return start, set(range(start, n_blocks))
+
+
+def unordered(
+    images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, n_jobs: int | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Bring images into an order of their own: a fit then does not depend on that of the rows.
+
+    Images of weight 0 are left out; those of weight 2, if all weights are such small integers,
+    come twice.
+
+    Returns
+    -------
+    rows : ndarray of int
+    weights : ndarray or None
+        Of these rows.
+    """
+    with ThreadPoolExecutor(_n_threads(n_jobs)) as threads:
+        digests = list(threads.map(images.digest, range(len(images))))
+    columns = targets.reshape(len(targets), -1)
+    keys = [(digest, *row) for digest, row in zip(digests, columns.tolist(), strict=True)]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+    if weights is None:
+        return order, None
+    weights = weights[order]
+    if (weights == weights.astype(int)).all() and weights.sum() <= _REPEATED * len(order):
+        return np.repeat(order, weights.astype(int)), None
+    return order[weights > 0], weights[weights > 0]
+
+
+def _n_threads(n_jobs: int | None) -> int:
+    return joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
+
+
+class Trainer:
+    """Trains what follows the cut; predicts with it.
+
+    Parameters
+    ----------
+    runner : Runner
+    preprocessing : Preprocessing
+    settings : Settings
+
+    Attributes
+    ----------
+    plan : Plan
+    net : skorch.NeuralNet
+        Its module is a `TrainedPart`.
+    """
+
+    plan: Plan
+    net: Any
+
+    def __init__(self, runner: Runner, preprocessing: Preprocessing, settings: Settings) -> None:
+        self.settings = settings
+        self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling)
+        self.cut, self.unfrozen = find_cut(runner, settings.unfreeze)
+        self._left = 0  # epochs of an interrupted training
+        self._find_views(None)
+
+    @property
+    def unfrozen_blocks(self) -> list[int]:
+        return sorted(self.unfrozen if self.frozen.runner.block_names else [])
+
+    @property
+    def n_trainable_parameters(self) -> int:
+        return sum(p.numel() for p in self.net.module_.parameters() if p.requires_grad)
+
+    # ------------------------------------------------------------------------ training
+
+    def train(
+        self,
+        images: ImageSequence,
+        targets: np.ndarray,
+        weights: np.ndarray | None,
+        seed: int,
+        *,
+        goes_on: bool,
+    ) -> None:
+        """Run the phases, or go on with the last one."""
+        settings = self.settings
+        learnt, held_out = self._split(targets, seed)
+        views = self._views(images)
+        is_solved = settings.solves_head and not goes_on
+        n_epochs = 0 if is_solved and self.cut == self.frozen.embedding else settings.max_epochs
+        n_epochs = self._left or n_epochs
+        if not goes_on:
+            self.plan = self._plan(len(images), n_epochs)
+        n_head = self._head_epochs() if not goes_on else 0
+        stored, embeddings = self._run_frozen(views, is_solved or n_head > 0, n_epochs > 0)
+        with self._seeded(seed):
+            if not goes_on:
+                head = self._new_head()
+                if is_solved:
+                    self._solve(head, embeddings, learnt, targets, weights)
+                elif n_head:
+                    self._train_head(head, views, embeddings, learnt, targets, weights, n_head)
+                self.module = self._new_module(head)
+            data = self._data(views, stored, learnt, targets, weights, seed)
+            valid = None
+            if settings.early_stopping:
+                valid = self._data(views, stored, held_out, targets, weights, seed, is_valid=True)
+            n_steps = math.ceil(len(learnt) / settings.batch_size) * n_epochs
+            if not self._left:
+                history = self.net.history if goes_on else None
+                self.net = self._new_net(self.module, data, valid, Schedule(n_steps), seed)
+                if history is not None:
+                    self.net.history = history
+            self._run_epochs(data, n_epochs)
+
+    def train_part(
+        self, images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, seed: int
+    ) -> None:
+        """Run one epoch over some images, at a constant learning rate."""
+        is_new = not hasattr(self, "net")
+        if is_new:
+            self.plan = self._plan(len(images), 1)
+        views = self._views(images)
+        stored, _ = self._run_frozen(views, False, True)
+        everything = np.arange(len(images))
+        with self._seeded(seed):
+            data = self._data(views, stored, everything, targets, weights, seed)
+            if is_new:
+                self.module = self._new_module(self._new_head())
+                self.net = self._new_net(self.module, data, None, None, seed)
+            self._run_epochs(data, 1)
+
+    def _run_epochs(self, data: TrainingData, n_epochs: int) -> None:
+        before = len(self.net.history)
+        try:
+            train(self.net, data, n_epochs)
+        except Interrupted:
+            done = len(self.net.history) - before
+            self._left = n_epochs - done
+            raise Interrupted(
+                f"fit was interrupted after {done} of {n_epochs} epochs. The estimator predicts "
+                f"with what it learnt in them; with warm_start=True, fit goes on for {self._left}."
+            ) from None
+        self._left = 0
+
+    def _split(self, targets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows to learn from, and those that are held out for early stopping."""
+        rows = np.arange(len(targets))
+        if not self.settings.early_stopping:
+            return rows, rows[:0]
+        share = self.settings.validation_fraction
+        splitter: Any = ShuffleSplit(1, test_size=share, random_state=seed)
+        if self.settings.kind == "class":
+            splitter = StratifiedShuffleSplit(1, test_size=share, random_state=seed)
+        try:
+            return next(splitter.split(rows, targets if self.settings.kind == "class" else None))
+        except ValueError as error:
+            raise ValueError(
+                f"early_stopping=True can't hold out validation_fraction={share} of {len(rows)} "
+                f"images: {error} Pass early_stopping=False, or more images."
+            ) from error
+
+    def _solve(
+        self,
+        head: nn.Module,
+        embeddings: np.ndarray,
+        rows: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray | None,
+    ) -> None:
+        n_views = len(embeddings) // len(targets)
+        numbers = (rows[:, None] * n_views + np.arange(n_views)).ravel()
+        each = np.ones(len(rows)) if weights is None else weights[rows]
+        solve_head(
+            head,
+            embeddings[numbers],
+            np.repeat(targets[rows], n_views, axis=0),
+            np.repeat(each / n_views, n_views),
+            self.settings.kind,
+        )
+
+    def _train_head(
+        self,
+        head: nn.Module,
+        views: Views,
+        embeddings: np.ndarray,
+        rows: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray | None,
+        n_epochs: int,
+    ) -> None:
+        end = self.frozen.embedding
+        module = TrainedPart(self.frozen, end, end, set(), head, False)
+        seed = torch.initial_seed()
+        data = self._data(views, embeddings, rows, targets, weights, seed)
+        n_steps = math.ceil(len(rows) / self.settings.batch_size) * n_epochs
+        net = self._new_net(module, data, None, Schedule(n_steps), seed)
+        train(net, data, n_epochs)
+
+    def _head_epochs(self) -> int:
+        """Return the epochs that train the head alone, before the blocks."""
+        settings = self.settings
+        if settings.solves_head or settings.is_from_scratch:
+            return 0
+        if settings.head_epochs != "auto":
+            return int(settings.head_epochs)
+        return 0 if self.cut == self.frozen.embedding else settings.max_epochs
+
+    # ------------------------------------------------------------------------ parts
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        """Give torch a seed for a while; nothing else trains meanwhile."""
+        with network_lock, torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+
+    def _new_head(self) -> nn.Module:
+        settings = self.settings
+        return make_head(settings.head, self.frozen.width, settings.n_outputs, settings.dropout)
+
+    def _new_module(self, head: nn.Module) -> TrainedPart:
+        # Random weights need the statistics of their batches; pretrained ones have better ones.
+        moves = self.settings.is_from_scratch
+        return TrainedPart(self.frozen, self.plan.start, self.cut, self.unfrozen, head, moves)
+
+    def _new_net(
+        self,
+        module: TrainedPart,
+        data: TrainingData,
+        valid: TrainingData | None,
+        schedule: Schedule | None,
+        seed: int,
+    ) -> Any:
+        settings = self.settings
+        is_second_phase = module is getattr(self, "module", None)
+        head_lr = settings.lr if settings.head_lr is None else settings.head_lr
+        return make_net(
+            module,
+            settings.kind,
+            module.parameter_groups(
+                settings.lr, head_lr, settings.lr_decay, settings.weight_decay
+            ),
+            valid,
+            n_train=len(data),
+            max_epochs=settings.max_epochs,
+            batch_size=settings.batch_size,
+            patience=settings.n_iter_no_change,
+            callbacks=(settings.callbacks or []) if is_second_phase else [],
+            schedule=schedule,
+            seed=seed,
+            verbose=settings.verbose,
+        )
+
+    def _data(
+        self,
+        views: Views,
+        stored: np.ndarray | None,
+        rows: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray | None,
+        seed: int,
+        *,
+        is_valid: bool = False,
+    ) -> TrainingData:
+        augments = "draws" if self.cut == 0 and self.settings.augment is not None else "turns"
+        return TrainingData(
+            views,
+            stored,
+            rows,
+            targets,
+            weights,
+            seed=seed,
+            augments="no" if is_valid else augments,
+            n_threads=_n_threads(self.settings.n_jobs),
+        )
+
+    # ------------------------------------------------------------------------ frozen blocks
+
+    def _views(self, images: ImageSequence) -> Views:
+        """Return the fixed views in which images are learnt."""
+        augmentation = self._find_views(self.settings.n_views)
+        n_views = 1 if self.cut == 0 else augmentation.n_views  # else they are drawn
+        return Views(images, self.frozen.preprocessing, augmentation, n_views)
+
+    def _find_views(self, n_views: int | None) -> Augmentation:
+        augmentation = Augmentation(self.settings.augment, n_views, self.frozen.size)
+        most = Augmentation(self.settings.augment, None, self.frozen.size).n_views
+        asked = self.settings.predict_views
+        if asked > max(most, augmentation.n_views):
+            raise ValueError(
+                f"predict_views={asked}, but augment={self.settings.augment!r} has "
+                f"{max(most, augmentation.n_views)} views of an image."
+            )
+        return augmentation
+
+    def _plan(self, n_images: int, n_epochs: int) -> Plan:
+        memory = check_memory(self.settings.memory)
+        folder = None if memory is None else str(getattr(memory.memory, "location", None) or ".")
+        n_views = 1 if self.cut == 0 else self._find_views(self.settings.n_views).n_views
+        plan = make_plan(
+            self.frozen, self.cut, n_images, n_views, n_epochs, folder, tempfile.gettempdir()
+        )
+        if self.settings.verbose:
+            print(plan)
+        return plan
+
+    def _stream(self, positions: Sequence[int], *, verbose: int) -> Activations:
+        return Activations(
+            self.frozen,
+            positions,
+            self.plan.keep,
+            memory=check_memory(self.settings.memory),
+            batch_size=self.settings.batch_size,
+            n_jobs=self.settings.n_jobs,
+            verbose=verbose,
+        )
+
+    def _run_frozen(
+        self, views: Views, with_embeddings: bool, with_start: bool
+    ) -> tuple[np.ndarray | None, Any]:
+        """Return what epochs start from, None if it is the images, and the embeddings."""
+        start, end = self.plan.start if with_start else 0, self.frozen.embedding
+        positions = sorted({p for p in (start, end if with_embeddings else 0) if p})
+        if not positions:
+            return None, None
+        stream = self._stream(positions, verbose=self.settings.verbose)
+        outs = {
+            p: allocate((len(views), *self.frozen.shape(p)), self.frozen.dtype(p))
+            for p in positions
+        }
+        if outs.get(start, views) is None:
+            self.plan = self.plan.without_start()
+            return self._run_frozen(views, with_embeddings, with_start)
+        try:
+            stream(views, [outs[p] for p in positions])
+        except KeyboardInterrupt:
+            kept = "lie in the memory" if stream.memory is not None else "are lost without a memory"
+            raise KeyboardInterrupt(
+                f"fit was interrupted while the frozen blocks ran: {stream.n_computed} of "
+                f"{len(views)} images were computed and {kept}; call it again."
+            ) from None
+        return outs.get(start), outs.get(end)
+
+    # ------------------------------------------------------------------------ prediction
+
+    def outputs(self, images: ImageSequence) -> np.ndarray:
+        """Return what the network says of each view, float32 (n, predict_views, n_outputs)."""
+        settings = self.settings
+        n_views = settings.predict_views
+        views = Views(images, self.frozen.preprocessing, self._find_views(n_views), n_views)
+        results = np.empty((len(views), settings.n_outputs), np.float32)
+        progress = tqdm(total=len(views), unit="image", disable=not settings.verbose)
+        with progress:
+            for first in range(0, len(images), _CHUNK):
+                chunk = views[first : first + _CHUNK]
+                place = slice(first * n_views, first * n_views + len(chunk))
+                results[place] = self._chunk_outputs(chunk)
+                progress.update(len(chunk))
+        return results.reshape(len(images), n_views, settings.n_outputs)
+
+    def _chunk_outputs(self, views: Views) -> np.ndarray:
+        stream = self._stream([self.cut or self.frozen.embedding], verbose=0)
+        if self.cut:
+            (rows,) = stream(views)
+            batches = torch.from_numpy(rows)
+        else:
+            with ThreadPoolExecutor(_n_threads(self.settings.n_jobs)) as threads:
+                batches = torch.stack(list(threads.map(views.load, range(len(views)))))
+        module = self.net.module_.eval()
+        outputs = []
+        with torch.inference_mode():
+            # Batches of one size: a prediction then does not depend on the others.
+            for batch in batches.split(stream.step):
+                padding = batch[:1].expand(stream.step - len(batch), *batch.shape[1:])
+                found = module(torch.cat([batch, padding]), self.cut)
+                outputs.append(found[: len(batch)].cpu().numpy())
+        return np.concatenate(outputs)
+
+    # ------------------------------------------------------------------------ states
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what cannot be rebuilt."""
+        return self.net.module_.trained_state()
+
+    def restore(self, state: dict[str, np.ndarray], history: list[dict], plan: Plan) -> None:
+        """Take back a state."""
+        self.plan = plan
+        everything = np.arange(0)
+        targets = np.zeros((0, self.settings.n_outputs), np.float32)
+        with self._seeded(0):
+            self.module = self._new_module(self._new_head())
+            self.module.load_trained_state(state)
+            self.module.eval()
+            empty = TrainingData(None, targets, everything, targets, None)  # type: ignore[arg-type]
+            self.net = self._new_net(self.module, empty, None, None, 0)
+        self.net.history.extend(history)
+
+    def whole_network(self) -> nn.Module:
+        """Return a copy of the whole network, with the blocks as they are now."""
+        network = copy.deepcopy(self.frozen.runner.network).cpu()
+        own = network.state_dict()
+        trained = {
+            name: value
+            for block in self.net.module_.blocks
+            for name, value in block.state_dict().items()
+            if name in own
+        }
+        network.load_state_dict(trained, strict=False)
+        return network

@@ -1,0 +1,389 @@
+"""The trained part of a network, and its training by skorch."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import skorch
+import torch
+import xxhash
+from skorch.callbacks import Callback, EarlyStopping, LRScheduler
+from skorch.helper import predefined_split
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+
+from sktransfer._augmentation import Views
+from sktransfer._frozen import FrozenBlocks
+from sktransfer._inference import network_lock
+from sktransfer._plan import in_ram
+
+_WARM_UP = 0.1  # of all steps
+_NETS = {
+    "class": skorch.NeuralNetClassifier,
+    "label": skorch.NeuralNet,
+    "value": skorch.NeuralNetRegressor,
+}
+
+
+# ------------------------------------------------------------------------------ the network
+
+
+class TrainedPart(nn.Module):
+    """What follows the cut: blocks, the pooling and a head.
+
+    Parameters
+    ----------
+    frozen : FrozenBlocks
+        Of the shared network; its blocks behind the cut are copied.
+    start : int
+        Where batches come from; what lies between it and the cut is run frozen.
+    cut : int
+    unfrozen : set of int
+        Numbers of the trained blocks.
+    head : nn.Module
+    moves_statistics : bool
+        Whether batch-norms in the trained blocks use, and update, statistics of the batch.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenBlocks,
+        start: int,
+        cut: int,
+        unfrozen: set[int],
+        head: nn.Module,
+        moves_statistics: bool,
+    ) -> None:
+        super().__init__()
+        self.start, self.cut, self.moves_statistics = start, cut, moves_statistics
+        self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
+        segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, frozen.embedding)]
+        self.blocks = nn.ModuleList(copy.deepcopy(segments))
+        # What lies behind the last block belongs to it.
+        last = frozen.embedding - 2
+        self.is_trained = [
+            min(i, max(last, 0)) in unfrozen for i in range(cut, frozen.embedding)
+        ]
+        for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
+            for parameter in block.parameters():
+                parameter.requires_grad_(is_trained and parameter.is_floating_point())
+        self.head = head
+        self.to(frozen.runner.device)
+
+    def forward(self, stored: torch.Tensor, start: int | None = None) -> torch.Tensor:
+        """Turn a batch that is stored at `start` into outputs (n, n_outputs)."""
+        frozen, start = self.frozen, self.start if start is None else start
+        with network_lock, frozen.runner.autocast():
+            x = frozen.unpack(stored, start)
+            if start < self.cut:
+                with torch.no_grad():
+                    x = frozen.advance(x, start, self.cut)[self.cut].float()
+            for block in self.blocks:
+                x = block(x)
+            if self.cut < frozen.embedding:
+                x = frozen.pool(x)
+            return self.head(x).float()
+
+    def train(self, mode: bool = True) -> TrainedPart:
+        """Set the mode; frozen blocks stay in eval mode, so their statistics never move."""
+        super().train(mode)
+        for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
+            for module in block.modules():
+                if not is_trained or (
+                    isinstance(module, _BatchNorm) and not self.moves_statistics
+                ):
+                    module.training = False
+        return self
+
+    def trained_state(self) -> dict[str, np.ndarray]:
+        """Return what cannot be rebuilt: the trained blocks and the head."""
+        own = {f"blocks.{i}." for i, trained in enumerate(self.is_trained) if trained} | {"head."}
+        return {
+            name: value.detach().cpu().numpy().copy()
+            for name, value in self.state_dict().items()
+            if name.startswith(tuple(own))
+        }
+
+    def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `trained_state` returned."""
+        self.load_state_dict({k: torch.as_tensor(v) for k, v in state.items()}, strict=False)
+
+    def parameter_groups(
+        self, lr: float, head_lr: float, lr_decay: float, weight_decay: float
+    ) -> list[dict[str, Any]]:
+        """Return the trained parameters with their learning rates; only matrices decay."""
+        depth, groups = 0, []
+        parts: list[tuple[nn.Module, float]] = [(self.head, head_lr)]
+        for block, is_trained in zip(reversed(self.blocks), reversed(self.is_trained), strict=True):
+            if is_trained and any(True for _ in block.parameters()):
+                parts.append((block, lr * lr_decay**depth))
+                depth += 1
+        for part, rate in parts:
+            trained = [p for p in part.parameters() if p.requires_grad]
+            for some, decay in (
+                ([p for p in trained if p.ndim > 1], weight_decay),
+                ([p for p in trained if p.ndim <= 1], 0.0),
+            ):
+                if some:
+                    groups.append({"params": some, "lr": rate, "weight_decay": decay})
+        return groups
+
+
+# ------------------------------------------------------------------------------ the data
+
+
+class TrainingData(Dataset):
+    """Batches of stored activations, or of images, with targets and weights.
+
+    Parameters
+    ----------
+    views : Views
+    stored : ndarray or None
+        A row for each view; None to take the images themselves.
+    numbers : ndarray of int, shape (n,)
+        The images that take part.
+    targets : ndarray of shape (n_images, ...)
+    weights : ndarray of shape (n_images,) or None
+    seed : int
+    augments : {"turns", "draws", "no"}
+        Whether an image shows its fixed views in turns, a fresh one every time, or only itself.
+    n_threads : int
+        That decode images.
+    """
+
+    def __init__(
+        self,
+        views: Views,
+        stored: np.ndarray | None,
+        numbers: np.ndarray,
+        targets: np.ndarray,
+        weights: np.ndarray | None,
+        *,
+        seed: int = 0,
+        augments: str = "no",
+        n_threads: int = 1,
+    ) -> None:
+        self.views, self.stored, self.numbers = views, stored, numbers
+        self.targets = torch.from_numpy(targets)
+        self.weights: torch.Tensor | None = None
+        if weights is not None:  # losses of weighted and of plain batches are of one size
+            self.weights = torch.from_numpy((weights / weights[numbers].mean()).astype(np.float32))
+        self.seed, self.augments = seed, augments
+        self.epoch = 0  # an image shows another view in each
+        self._turn = np.random.RandomState(seed % 2**32).permutation(len(targets))
+        self._images: np.ndarray | None = None
+        self._threads = n_threads
+        if stored is None:
+            size = views.preprocessing.size
+            shape = (len(views.images), 3, *size)
+            self._images = np.empty(shape, np.uint8) if in_ram(math.prod(shape)) else None
+            self._is_loaded = np.zeros(len(views.images), bool)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitems__(self, numbers: list[int]) -> tuple[torch.Tensor, Any]:
+        """Return a batch (X, y), or (X, (y, weights))."""
+        rows = self.numbers[numbers]
+        X = self._draw(rows) if self.stored is None else self._read(rows)
+        y = self.targets[rows]
+        return X, (y if self.weights is None else (y, self.weights[rows]))
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, Any]:
+        X, y = self.__getitems__([number])
+        return X[0], (y[0][0], y[1][0]) if isinstance(y, tuple) else y[0]
+
+    def _read(self, rows: np.ndarray) -> torch.Tensor:
+        assert self.stored is not None
+        return torch.from_numpy(self.stored[rows * self.views.n_views + self._view_of(rows)])
+
+    def _view_of(self, rows: np.ndarray) -> np.ndarray:
+        if self.augments != "turns":
+            return np.zeros_like(rows)
+        return (self.epoch + self._turn[rows]) % self.views.n_views
+
+    def _draw(self, rows: np.ndarray) -> torch.Tensor:
+        with ThreadPoolExecutor(self._threads) as threads:
+            numbers = self._view_of(rows)
+            return torch.stack(list(threads.map(self._image, rows.tolist(), numbers.tolist())))
+
+    def _image(self, row: int, number: int) -> torch.Tensor:
+        views = self.views
+        if self._images is not None and self._is_loaded[row]:
+            fitted = torch.from_numpy(self._images[row])
+        else:
+            fitted = views.preprocessing.fit_size(views.images.load(row))
+            if self._images is not None:
+                self._images[row] = fitted.numpy()
+                self._is_loaded[row] = True
+        if self.augments == "draws":
+            seed = xxhash.xxh3_64_intdigest(f"{self.seed} {self.epoch} {row}".encode())
+            return views.augmentation.draw(fitted, seed)
+        digest = views.images.digest(row) if number else b""
+        return views.augmentation.view(fitted, number, digest)
+
+
+def allocate(shape: Sequence[int], dtype: Any) -> np.ndarray | None:
+    """Return an array in memory or, if large, in a temporary file; None if the disk is full."""
+    if in_ram(math.prod(shape) * np.dtype(dtype).itemsize):
+        return np.empty(shape, dtype)
+    with tempfile.TemporaryFile() as file:
+        try:  # a file with holes would kill the process when the disk is full
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
+        except OSError:
+            return None
+        return np.memmap(file, dtype, "r+", shape=tuple(shape))
+
+
+# ------------------------------------------------------------------------------ skorch
+
+
+class Loss(nn.Module):
+    """Cross-entropy of classes or labels, or squared error of values; weighted if asked."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, outputs: torch.Tensor, y: Any) -> torch.Tensor:
+        """Return the mean over a batch of `y`, or of (y, weights)."""
+        y, weights = y if isinstance(y, (tuple, list)) else (y, None)
+        if self.kind == "class":
+            losses = F.cross_entropy(outputs, y, reduction="none")
+        elif self.kind == "label":
+            losses = F.binary_cross_entropy_with_logits(outputs, y, reduction="none").mean(1)
+        else:
+            losses = F.mse_loss(outputs, y, reduction="none").mean(1)
+        return (losses if weights is None else losses * weights).mean()
+
+
+class _Watch(Callback):
+    """Stop where the loss is lost; tell the data which epoch it is."""
+
+    def on_epoch_begin(self, net: Any, dataset_train: Any = None, **kwargs: Any) -> None:
+        dataset_train.epoch = len(net.history) - 1
+
+    def on_batch_end(self, net: Any, training: bool = False, **kwargs: Any) -> None:
+        batches = net.history[-1]["batches"]
+        loss = batches[-1]["train_loss"] if training else 0.0
+        if not math.isfinite(loss):
+            rates = sorted({group["lr"] for group in net.optimizer_.param_groups})
+            raise ValueError(
+                f"The training loss became {loss} in epoch {len(net.history)}, batch "
+                f"{len(batches)}, at learning rates up to {rates[-1]:.3g}. Lower lr or head_lr, "
+                "or check the targets for extreme values."
+            )
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: unlike a callback's KeyboardInterrupt, by which skorch ends a training early."""
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Turn Ctrl-C into `Interrupted`, where this thread is the one that gets it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def make_net(
+    module: nn.Module,
+    kind: str,
+    groups: list[dict[str, Any]],
+    valid: TrainingData | None,
+    *,
+    n_train: int,
+    max_epochs: int,
+    batch_size: int,
+    patience: int,
+    callbacks: Sequence[Any],
+    schedule: Callable[[int], float] | None,
+    seed: int,
+    verbose: int,
+) -> skorch.NeuralNet:
+    """Compose the skorch net that trains `module`."""
+    own: list[Any] = [("watch", _Watch())]
+    if schedule is not None:
+        own.append(("schedule", LRScheduler(LambdaLR, lr_lambda=schedule, step_every="batch")))
+    if valid is not None:
+        own.append(("early_stopping", EarlyStopping(patience=patience, load_best=True)))
+    moves = getattr(module, "moves_statistics", False)
+    net = _NETS[kind](
+        module,
+        criterion=Loss(kind),
+        optimizer=lambda *_, **__: torch.optim.AdamW(groups, fused=True),
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        train_split=None if valid is None else predefined_split(valid),
+        iterator_train__shuffle=True,
+        iterator_train__generator=torch.Generator().manual_seed(seed),
+        # A batch of one image has no statistics.
+        iterator_train__drop_last=moves and n_train % batch_size == 1 and n_train > 1,
+        iterator_train__collate_fn=_as_is,
+        iterator_valid__collate_fn=_as_is,
+        callbacks=[*own, *callbacks],
+        device=str(next(module.parameters()).device),
+        verbose=verbose,
+    )
+    return net.initialize()
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class Schedule:
+    """The share of the learning rate at each step: up in a tenth of them, down by a cosine."""
+
+    def __init__(self, n_steps: int) -> None:
+        self.n_steps, self.offset = n_steps, 0
+
+    def __call__(self, step: int) -> float:
+        step += self.offset
+        n_warm = max(1, round(_WARM_UP * self.n_steps))
+        if step < n_warm:
+            return (step + 1) / n_warm
+        done = (step - n_warm) / max(1, self.n_steps - n_warm)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def train(net: skorch.NeuralNet, data: TrainingData, n_epochs: int) -> None:
+    """Run epochs; `Interrupted` on Ctrl-C, the net as it then was."""
+    net.notify("on_train_begin", X=data, y=None)
+    try:
+        with _ctrl_c():
+            net.fit_loop(data, epochs=n_epochs)
+    except Interrupted:
+        net.history[:] = [epoch for epoch in net.history if "train_loss" in epoch]
+        raise
+    except KeyboardInterrupt:  # how a callback ends a training
+        pass
+    finally:
+        net.module_.eval()
+    net.notify("on_train_end", X=data, y=None)
+
+
