@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from sklearn.svm import SVC, LinearSVC
 from tqdm.auto import tqdm
 
+from sktransfer._fine_tuning import FineTunedClassifier
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer.io import load_image, load_image_folder
 from sktransfer.transforms import Preprocessing
@@ -76,6 +77,8 @@ class Result:
     y_score: list[np.ndarray] = field(repr=False)  # (n,) for two classes, else (n, n_classes)
     classes: np.ndarray = field(repr=False)
     positive: Any = None  # of two classes, the one that F1 and ROC are about
+    depth: Any = None  # of a fine-tuned network, `unfreeze`
+    n_trained: int | None = None  # its trained parameters
 
 
 @dataclass
@@ -198,19 +201,23 @@ def compare(
     task: Task,
     backbones: Sequence[str] = ("efficientnet_lite0",),
     *,
+    depths: Sequence[Any] = (),
     n_splits: int = 5,
     memory: str | None = None,
     random_state: int = 0,
     verbose: int = 0,
     **options: Any,
 ) -> Report:
-    """Score every classifier on the embeddings of every backbone.
+    """Score every classifier on the embeddings of every backbone, or every freezing depth.
 
     Parameters
     ----------
     task : Task
     backbones : sequence of str
         Names of :func:`sktransfer.list_models`.
+    depths : sequence of int or str
+        Values of `unfreeze`: then the backbones are fine-tuned to these depths, under the first
+        convention alone, and compared with an RBF SVM.
     n_splits : int, default=5
         Random splits, a quarter of the images for the test.
     memory : str or None, default=None
@@ -220,7 +227,8 @@ def compare(
     verbose : int, default=0
         1 shows progress bars.
     **options
-        Further parameters of :class:`sktransfer.PretrainedFeatureExtractor`.
+        Further parameters of :class:`sktransfer.PretrainedFeatureExtractor` and, with `depths`,
+        of :class:`sktransfer.FineTunedClassifier`.
 
     Returns
     -------
@@ -228,34 +236,84 @@ def compare(
     """
     if n_splits < 1:
         raise ValueError(f"The number of splits must be at least 1, got {n_splits}.")
-    costs, features = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        options |= {"memory": memory or folder, "verbose": verbose}
+        results, costs = _results(task, backbones, depths, n_splits, random_state, options)
+    return Report(task, results, costs, n_splits)
+
+
+def _results(
+    task: Task,
+    backbones: Sequence[str],
+    depths: Sequence[Any],
+    n_splits: int,
+    random_state: int,
+    options: dict[str, Any],
+) -> tuple[list[Result], list[Cost]]:
+    costs, candidates = [], _baselines(task, with_pixels=not depths)
     for name in backbones:
-        with tempfile.TemporaryDirectory() as folder:
-            extractor = PretrainedFeatureExtractor(
-                name, memory=memory or folder, verbose=verbose, **options
-            )
-            features[name], cost = _embed(extractor, task.images)
-            costs.append(cost)
-    candidates: list[tuple[str, str, Any, np.ndarray]] = [
-        ("none", "majority class", DummyClassifier(), np.zeros((len(task.images), 1))),
-    ]
-    pixels = _thumbnails(task.images)
-    svm = _pixel_svm(pixels.shape[1])
-    candidates.append(("none", f"RBF SVM on {_PIXELS} × {_PIXELS} pixels", svm, pixels))
-    for name, X in features.items():
+        X, cost = _embed(PretrainedFeatureExtractor(name, **options), task.images)
+        costs.append(cost)
+        models = classifiers(len(X))
+        chosen = {"RBF SVM": models["RBF SVM"]} if depths else models
         X = power_normalize(X)
-        candidates += [(name, k, model, X) for k, model in classifiers(len(X)).items()]
+        candidates += [_Candidate(name, k, model, X) for k, model in chosen.items()]
+        candidates += _depths(name, task.images, depths, random_state, options)
+    conventions = list(task.targets)[:1] if depths else list(task.targets)
     results = []
-    total = len(task.targets) * len(candidates) * n_splits
-    with tqdm(total=total, desc="classifiers", unit="fit", disable=not verbose) as progress:
-        for convention, y in task.targets.items():
+    total = len(conventions) * len(candidates) * n_splits
+    with tqdm(total=total, desc="fits", unit="fit", disable=not options["verbose"]) as progress:
+        for convention in conventions:
+            y = task.targets[convention]
             strata = y if task.groups is None else np.char.add(np.char.add(y, "/"), task.groups)
             splitter = StratifiedShuffleSplit(n_splits, test_size=0.25, random_state=random_state)
             splits = list(splitter.split(strata, strata))
-            for backbone, classifier, model, X in candidates:
-                result = _score(model, X, y, splits, task.positive, progress)
-                results.append(Result(convention, backbone, classifier, **result))
-    return Report(task, results, costs, n_splits)
+            for one in candidates:
+                scored = _score(one.model, one.X, y, splits, task.positive, progress)
+                results.append(
+                    Result(convention, one.backbone, one.name, **scored, depth=one.depth)
+                )
+    return results, costs
+
+
+class _Candidate(NamedTuple):
+    """A classifier, and what it is fitted on."""
+
+    backbone: str
+    name: str
+    model: Any
+    X: np.ndarray
+    depth: Any = None
+
+
+def _baselines(task: Task, *, with_pixels: bool) -> list[_Candidate]:
+    nothing = np.zeros((len(task.images), 1))
+    baselines = [_Candidate("none", "majority class", DummyClassifier(), nothing)]
+    if with_pixels:
+        pixels = _thumbnails(task.images)
+        name = f"RBF SVM on {_PIXELS} × {_PIXELS} pixels"
+        baselines.append(_Candidate("none", name, _pixel_svm(pixels.shape[1]), pixels))
+    return baselines
+
+
+def _depths(
+    backbone: str,
+    images: list[str],
+    depths: Sequence[Any],
+    random_state: int,
+    options: dict[str, Any],
+) -> list[_Candidate]:
+    settings = {**options, "random_state": random_state, "verbose": 0}
+    return [
+        _Candidate(
+            backbone,
+            f"fine-tuned, unfreeze={depth!r}",
+            FineTunedClassifier(backbone, unfreeze=depth, **settings),
+            np.array(images),
+            depth,
+        )
+        for depth in depths
+    ]
 
 
 def _embed(extractor: PretrainedFeatureExtractor, images: list[str]) -> tuple[np.ndarray, Cost]:
@@ -315,6 +373,7 @@ def _score(
         "y_score": y_score,
         "classes": classes,
         "positive": positive,
+        "n_trained": getattr(fitted, "n_trainable_parameters_", None),
     }
 
 

@@ -14,6 +14,7 @@ examples:
   sktransfer benchmark photos/                your own: photos/cat/1.jpg, photos/dog/7.jpg, ...
   sktransfer benchmark photos/ --backbone resnet50 --backbone timm/convnext_tiny.in12k_ft_in1k
   sktransfer benchmark photos/ --output report/ --memory cache/
+  sktransfer benchmark photos/ --depth          how many blocks should be fine-tuned?
 """
 
 
@@ -76,6 +77,16 @@ def _parser() -> argparse.ArgumentParser:
         "torchvision such as resnet50, or timm/NAME; may be given several times",
     )
     add("--weights", default="default", metavar="NAME|FILE", help="published name or a file")
+    add(
+        "--depth",
+        action="store_true",
+        help="fine-tune the network instead, once for each number of unfrozen blocks",
+    )
+    add(
+        "--depths",
+        metavar="LIST",
+        help="these numbers, names of blocks or 'all', separated by commas (default 0,1,2,4,8)",
+    )
     add("--output", metavar="DIR", help="write results.csv and report.html with plots there")
     add("--memory", metavar="DIR", help="keep embeddings there for later runs")
     add("--image-size", type=int, metavar="PIXELS", help="size at which images enter the network")
@@ -95,9 +106,11 @@ def _benchmark(options: argparse.Namespace) -> None:
     if options.output:
         _report.prepare(options.output)
     task = benchmark.load_folder(options.folder) if options.folder else benchmark.load_elpv()
+    depths = options.depths or ("0,1,2,4,8" if options.depth else "")
     report = benchmark.compare(
         task,
         options.backbone or ["efficientnet_lite0"],
+        depths=[int(d) if d.isdecimal() else d for d in depths.split(",") if d],
         n_splits=options.splits,
         memory=options.memory,
         random_state=options.seed,

@@ -17,7 +17,8 @@ from torch import nn
 
 from sktransfer._augmentation import AUGMENTATIONS
 from sktransfer._pretrained import PretrainedFeatureExtractor
-from sktransfer._trainer import Settings, Trainer, unordered
+from sktransfer._settings import Settings, unordered
+from sktransfer._trainer import Trainer
 from sktransfer._training import Interrupted
 from sktransfer.base import (
     ImageEstimator,
@@ -128,7 +129,7 @@ class _FineTuned(ImageEstimator):
         self.block_names_ = trainer.frozen.runner.block_names
         self.unfrozen_block_names_ = [self.block_names_[i] for i in trainer.unfrozen_blocks]
         self.n_trainable_parameters_ = trainer.n_trainable_parameters
-        self.history_ = trainer.net.history.to_list()
+        self.history_ = trainer.history()
         self.n_iter_ = len(self.history_)
         self.plan_ = trainer.plan
 
@@ -219,7 +220,162 @@ class _FineTuned(ImageEstimator):
 
 
 class FineTunedClassifier(ClassifierMixin, _FineTuned):
-    """DOC"""
+    """Classify images by a pretrained network whose last blocks are trained with a new head.
+
+    The network is cut in front of the first unfrozen block. What lies before the cut is frozen: it
+    runs once for each image, and with a `memory` once for all folds, candidates and later runs.
+    What lies behind it is trained, by :mod:`skorch`, in two phases: first the head alone, on the
+    embeddings of the pretrained network; then the unfrozen blocks together with it, at a learning
+    rate that rises over the first tenth of the steps and falls to zero by a cosine.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module or Backbone, default="efficientnet_lite0"
+        A name of :func:`sktransfer.list_models`, or a network; see
+        :class:`PretrainedFeatureExtractor`.
+    weights : str, path or None, default="default"
+        `"default"` for the best published weights, another published name, a path to a state dict,
+        or None: random weights, to train from scratch. Only then do the statistics of
+        batch-norms move, and is the first phase left out.
+    unfreeze : int, str or list of str, default=1
+        What is trained besides the head. A number of blocks from the end, 0 for the head alone;
+        the name of a block in `block_names_`, or a prefix of several (`"layer4"`): from there to
+        the end; `"all"`; or a list of names or prefixes: these blocks and no others.
+    head : "linear", tuple of int, or torch.nn.Module, default="linear"
+        What turns an embedding into logits: a linear layer; hidden layers of these sizes with
+        ReLU, and a linear layer; or a module, which is copied.
+    pooling : {"avg", "max", "token", "flatten"}, default="avg"
+        How the last activations become an embedding, where the network has not pooled them.
+    dropout : float in [0, 1), default=0.0
+        Share of an embedding's features, and of the hidden layers', that training leaves out.
+    head_epochs : int or "auto", default="auto"
+        Epochs of the first phase. `"auto"` sets a linear head to the optimum of a regularised
+        logistic regression on the embeddings, which is all there is to do with ``unfreeze=0``;
+        another head gets `max_epochs` of them, unless it is all that is trained.
+    max_epochs : int, default=20
+        Epochs of the second phase.
+    batch_size : int, default=32
+        Images of a step.
+    lr : float, default=1e-3
+        Learning rate of the last unfrozen block, for AdamW.
+    head_lr : float, default=None
+        Learning rate of the head; None for that of the last block.
+    lr_decay : float in (0, 1], default=1.0
+        Factor of the learning rate from each unfrozen block to the one in front of it.
+    weight_decay : float, default=0.01
+        AdamW's; of matrices and kernels, not of biases and norms.
+    augment : {"flip", "dihedral", "auto"}, callable or None, default=None
+        Other views of the images. `"flip"`: mirrored left to right; `"dihedral"`: turned by
+        quarters and mirrored, for images without an upright direction; `"auto"`: mirrored, and
+        changed by torchvision's `TrivialAugmentWide`; or any callable on uint8 tensors (3, height,
+        width), such as transforms of :mod:`torchvision.transforms.v2`. With frozen blocks an image
+        has a fixed set of views, each kept by itself, and training takes them in turns. With
+        nothing frozen every epoch draws new ones.
+    n_views : int, default=None
+        Fixed views of each image, itself included; None for all 2 of "flip", all 8 of "dihedral"
+        (4 if images are not square), and 4 of a random augmentation.
+    predict_views : int, default=1
+        Views over which a prediction averages, the image itself being the first.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes; `"balanced"`: inversely proportional to their numbers.
+    early_stopping : bool, default=False
+        Whether to hold out a part of the images, stop when the loss on it has not fallen for some
+        epochs, and take the weights of the best one.
+    validation_fraction : float in (0, 1), default=0.1
+        This part; a stratified one.
+    n_iter_no_change : int, default=5
+        These epochs.
+    callbacks : list of skorch.callbacks.Callback, default=None
+        For the second phase: skorch's own or yours. `Checkpoint` and `LoadInitState` save and
+        resume; one that raises KeyboardInterrupt ends the training.
+    warm_start : bool, default=False
+        Whether another call of `fit` goes on with what the last one trained.
+    image_shape : tuple of (height, width) or (height, width, channels), default=None
+        Shape of an image if `X` has flat rows; None if `X` holds images.
+    image_size : int or tuple of (height, width), default=None
+        Size in pixels at which images enter the network; None for the size of its weights.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep the results of frozen blocks on disk. `plan_` says which.
+    device : str or torch.device, default="auto"
+        `"auto"` takes a CUDA device if there is one, else the CPU.
+    precision : {"float32", "bfloat16"}, default="float32"
+        What the network computes in. Weights are float32 in any case, and activations at the cut
+        are kept in half precision.
+    n_jobs : int, default=None
+        Threads that read and decode images. None or -1: one a core.
+    random_state : int, RandomState instance or None, default=None
+        Seed of all that is random. The order of the rows, `n_jobs` and `memory` change nothing.
+    verbose : int, default=0
+        1 shows the plan, progress bars and skorch's table of epochs.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        The labels.
+    net_ : skorch.NeuralNet
+        Its `module_` is what lies behind the cut.
+    history_ : list of dict
+        What skorch recorded of each epoch of the second phase: `train_loss`, `valid_loss`, ...
+    n_iter_ : int
+        Number of these epochs.
+    block_names_ : list of str
+        All blocks of the network, in order. Empty if it can't be traced: then it is all or none.
+    unfrozen_block_names_ : list of str
+        Those that were trained.
+    n_trainable_parameters_ : int
+        Number of parameters that were trained, those of the head included.
+    plan_ : Plan
+        What is kept and what recomputed; its text is one line.
+    n_features_in_ : int
+        Number of columns of `X`, if it has any.
+    feature_names_in_ : ndarray of str
+        Name of the column, if `X` is a data frame.
+
+    Raises
+    ------
+    ValueError, TypeError
+        In `fit`: for an image that can't be read, naming its row, file and reason; for a depth
+        that the network does not have, naming its blocks; and for a loss that is not finite.
+    KeyboardInterrupt
+        In `fit`, on Ctrl-C. It says how far training came; the estimator is fitted so far, and
+        goes on with ``warm_start=True``.
+
+    See Also
+    --------
+    FineTunedRegressor : The same for numbers.
+    PretrainedFeatureExtractor : Embeddings for any other classifier.
+
+    Notes
+    -----
+    A frozen block is always in evaluation mode: its weights and its batch-norm statistics never
+    move. In an unfrozen block the weights move, the statistics stay those of the pretraining.
+
+    Pickles hold the trained blocks and the head. The frozen rest is loaded again by its name when
+    it is needed, and must be what it was.
+
+    References
+    ----------
+    Kumar, Raghunathan, Jones, Ma and Liang, "Fine-tuning can distort pretrained features and
+    underperform out-of-distribution" (2022), for the two phases. Lee, Chen, Tajwar, Kumar, Yao,
+    Liang and Finn, "Surgical fine-tuning improves adaptation to distribution shifts" (2023), for
+    lists of blocks. Nakandala and Kumar, "Nautilus: an optimized system for deep transfer learning
+    over evolving training datasets" (2022), for the plan.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_sample_images
+    >>> from sktransfer import FineTunedClassifier
+    >>> china, flower = load_sample_images().images                  # two arrays (427, 640, 3)
+    >>> X = [china[:, :320], china[:, 320:], flower[:, :320], flower[:, 320:]]
+    >>> y = ["china", "china", "flower", "flower"]
+    >>> model = FineTunedClassifier(unfreeze=1, max_epochs=2, random_state=0).fit(X, y)
+    >>> model.predict([flower, china]).tolist()
+    ['flower', 'china']
+    >>> model.unfrozen_block_names_, model.n_trainable_parameters_
+    (['conv_head'], 414722)
+    """
+
+    classes_: np.ndarray
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **_FineTuned._parameter_constraints,
@@ -444,7 +600,53 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
 
 
 class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
-    """DOC"""
+    """Predict numbers of images by a pretrained network whose last blocks are trained.
+
+    Cut, phases, memory and views are those of :class:`FineTunedClassifier`. The loss is the mean
+    squared error of standardised targets.
+
+    Parameters
+    ----------
+    backbone, weights, unfreeze : default="efficientnet_lite0", "default", 1
+        The network, its weights, and what of it is trained; see :class:`FineTunedClassifier`.
+    head, pooling, dropout : default="linear", "avg", 0.0
+        What turns activations into numbers.
+    head_epochs : int or "auto", default="auto"
+        As for the classifier, with a ridge regression.
+    max_epochs, batch_size, lr, head_lr, lr_decay, weight_decay : \
+            default=20, 32, 1e-3, None, 1.0, 0.01
+        The second phase.
+    augment, n_views, predict_views : default=None, None, 1
+        Other views of the images.
+    early_stopping, validation_fraction, n_iter_no_change : default=False, 0.1, 5
+        When to stop.
+    callbacks, warm_start : default=None, False
+        For skorch; and whether `fit` goes on.
+    image_shape, image_size, memory, device, precision, n_jobs, random_state, verbose : \
+            default=None, None, None, "auto", "float32", None, None, 0
+        The input, and how to compute.
+
+    Attributes
+    ----------
+    net_, history_, n_iter_, block_names_, unfrozen_block_names_, n_trainable_parameters_, plan_
+        As of :class:`FineTunedClassifier`.
+    n_features_in_, feature_names_in_
+        Of `X`, if it has columns.
+
+    See Also
+    --------
+    FineTunedClassifier : The same for classes, where all parameters are described.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sktransfer import FineTunedRegressor
+    >>> X = np.linspace(0, 1, 20)[:, None, None] * np.ones((20, 32, 32))      # from black to white
+    >>> y = np.linspace(-40, 60, 20)
+    >>> model = FineTunedRegressor(unfreeze=0, image_size=64).fit(X[::2], y[::2])
+    >>> bool(model.score(X[1::2], y[1::2]) > 0.9)
+    True
+    """
 
     _kind = "value"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sktransfer._frozen import FrozenBlocks
@@ -12,10 +13,10 @@ from sktransfer._frozen import FrozenBlocks
 _FLOPS = {"cpu": 5e10, "cuda": 5e12}  # a second
 _DISK = 1e9  # bytes a second
 _DECODING = 3e-3  # seconds an image
-_STEPS = 8  # results kept on the way through a network, about
-_LARGEST = 3  # of them, in sizes of the uint8 image
+_LARGEST = 3  # uint8 images: the size of a result that is kept for other fits
 _IN_RAM = 2**29  # bytes that a fit holds in memory; beyond, they lie in a temporary file
-_DISK_SHARE = 0.1  # of what is free that one pass may fill
+_DISK_SHARE = 0.1  # of what is free that the cut and the embedding may fill
+_STEPS_SHARE = 0.02  # and steps on the way, which other fits may want
 
 
 @dataclass(frozen=True)
@@ -73,45 +74,59 @@ def make_plan(
     n_rows = n_images * n_views
     rate = _FLOPS.get(frozen.runner.device.type, 5e11)
     compute = [flops / rate for flops in frozen.flops()]  # seconds an image
-    keep = _worth_keeping(frozen, compute, cut) if memory_folder else []
-    budget = _free(memory_folder) * _DISK_SHARE if memory_folder else 0.0
-    dropped = 0
-    while sum(map(frozen.n_bytes, keep)) * n_rows > budget:
-        # In front they are the largest; the cut itself and the embedding go last.
-        keep.remove(next((p for p in keep if p not in (cut, frozen.embedding)), keep[0]))
-        dropped += 1
-    start = _cheapest_start(frozen, compute, cut, n_images, n_views, n_epochs, temporary_folder)
+    keep: list[int] = []
+    dropped: list[int] = []
+    if memory_folder:
+        free = _free(memory_folder)
+        keep, dropped = _split(
+            [p for p in (cut, frozen.embedding) if _is_worth_keeping(frozen, compute, p)],
+            lambda p: frozen.n_bytes(p) * n_rows,
+            free * _DISK_SHARE,
+        )
+        steps, _ = _split(
+            _steps(frozen, compute), lambda p: frozen.n_bytes(p) * n_rows, free * _STEPS_SHARE
+        )
+        keep = sorted({*keep, *steps} - set(dropped))
+    start = _cheapest_start(
+        frozen, compute, cut, cut in keep, n_images, n_views, n_epochs, temporary_folder
+    )
     text = _describe(frozen, cut, start, keep, dropped, n_images, n_views)
     return Plan(cut, start, tuple(keep), text)
 
 
-def _worth_keeping(frozen: FrozenBlocks, compute: list[float], cut: int) -> list[int]:
-    """Return the cut, the embedding, and a few steps on the way for fits that cut elsewhere.
+def _is_worth_keeping(frozen: FrozenBlocks, compute: list[float], position: int) -> bool:
+    """Tell whether a result is written and read faster than computed from the image."""
+    if position == 0:
+        return False
+    seconds = _DECODING + sum(compute[:position])
+    return position == frozen.embedding or 2 * frozen.n_bytes(position) / _DISK < seconds
 
-    A step is worth it if its result is small, and written and read faster than computed from the
-    last one; and as fits rarely try all depths, only if much has been computed since then.
-    """
-    image = frozen.n_bytes(0)
-    keep, last, seconds = {frozen.embedding}, 0, _DECODING
-    for position in range(1, frozen.embedding):
-        size = frozen.n_bytes(position)
-        fast = 2 * size / _DISK < seconds + sum(compute[last:position])
-        if position == cut and fast:
-            keep.add(position)
-        if (
-            fast
-            and size <= _LARGEST * image
-            and sum(compute[last:position]) > sum(compute) / _STEPS
-        ):
-            keep.add(position)
-            last, seconds = position, 0.0
-    return sorted(keep)
+
+def _steps(frozen: FrozenBlocks, compute: list[float]) -> list[int]:
+    """Return the positions from which fits that cut elsewhere can start: all that are small."""
+    return [
+        position
+        for position in range(1, frozen.embedding)
+        if frozen.n_bytes(position) <= _LARGEST * frozen.n_bytes(0)
+        and _is_worth_keeping(frozen, compute, position)
+    ]
+
+
+def _split(
+    positions: list[int], n_bytes: Callable[[int], int], budget: float
+) -> tuple[list[int], list[int]]:
+    """Return the last positions that fit into a budget, and the others."""
+    for first in range(len(positions) + 1):
+        if sum(map(n_bytes, positions[first:])) <= budget:
+            return positions[first:], positions[:first]
+    raise AssertionError("nothing takes no room")
 
 
 def _cheapest_start(
     frozen: FrozenBlocks,
     compute: list[float],
     cut: int,
+    is_kept: bool,
     n_images: int,
     n_views: int,
     n_epochs: int,
@@ -127,9 +142,9 @@ def _cheapest_start(
         once = (_DECODING + sum(compute[:start])) * (n_views if start else 1)
         return once + n_epochs * each
 
-    if cut == frozen.embedding:
-        return cut
     room = max(_IN_RAM, _free(folder) / 2)
+    if cut == frozen.embedding or (is_kept and n_bytes(cut) <= room):
+        return cut
     return min((s for s in range(cut + 1) if s == 0 or n_bytes(s) <= room), key=seconds)
 
 
@@ -146,7 +161,7 @@ def _describe(
     cut: int,
     start: int,
     keep: list[int],
-    dropped: int,
+    dropped: list[int],
     n_images: int,
     n_views: int,
 ) -> str:
@@ -162,9 +177,12 @@ def _describe(
         parts = ["every epoch starts from the images: nothing is frozen"]
     if keep:
         size = sum(map(frozen.n_bytes, keep)) * n_rows
-        parts.append(f"the memory keeps {', '.join(names[p] for p in keep)}: {_amount(size)}")
+        cuts = f"{len(keep)} cuts from {names[keep[0]]} on" if len(keep) > 1 else "the embedding"
+        parts.append(f"the memory keeps {cuts}, {_amount(size)}")
     if dropped:
-        parts.append(f"{dropped} more would fill over a tenth of the free disk, so are recomputed")
+        lost = " and ".join(names[p] for p in dropped)
+        amount = _amount(sum(map(frozen.n_bytes, dropped)) * n_rows)
+        parts.append(f"{lost} would take {amount}, over a tenth of the free disk: recomputed")
     return "; ".join(parts)
 
 

@@ -32,7 +32,7 @@ def _titles(result: Result) -> dict[str, str]:
 def as_text(report: Report) -> str:
     """Return the tables as they are printed on a terminal."""
     parts = [f"{report.task.name}: {len(report.task.images)} images, {report.n_splits} splits"]
-    for convention in report.task.targets:
+    for convention in _conventions(report):
         if convention:
             parts.append(f"\n{convention}  ({_shares(report, convention)})")
         else:
@@ -85,13 +85,15 @@ def _rows(report: Report, convention: str) -> list[dict[str, str]]:
         for metric, title in titles.items():
             values = result.scores[metric]
             row[title] = f"{values.mean():.3f} ± {values.std():.3f}"
+        if any(other.depth is not None for other in report.results):
+            row["trained"] = "" if result.n_trained is None else f"{result.n_trained:,}"
         row["fit, s"] = f"{result.fit_seconds.mean():.1f}"
         rows.append(row)
     for figure in report.task.published:
         if figure["convention"] == convention:
             row = {"backbone": "", "classifier": figure["classifier"]}
             row |= {t: f"{figure[m]:.3f}" if m in figure else "" for m, t in titles.items()}
-            rows.append(row | {"fit, s": ""})
+            rows.append(dict.fromkeys(rows[0], "") | row)
     return rows
 
 
@@ -128,6 +130,8 @@ def _csv_rows(report: Report) -> Iterable[dict[str, Any]]:
             row[f"{metric}_mean"] = result.scores[metric].mean()
             row[f"{metric}_std"] = result.scores[metric].std()
         yield row | {
+            "unfreeze": "" if result.depth is None else result.depth,
+            "n_trained": "" if result.n_trained is None else result.n_trained,
             "fit_seconds": result.fit_seconds.mean(),
             "n_images": len(report.task.images),
             "n_embedded": cost.n_computed if cost else "",
@@ -142,6 +146,10 @@ def _csv_rows(report: Report) -> Iterable[dict[str, Any]]:
             "source": "published",
         }
         yield row | {f"{metric}_mean": figure[metric] for metric in METRICS if metric in figure}
+
+
+def _conventions(report: Report) -> list[str]:
+    return list(dict.fromkeys(result.convention for result in report.results))
 
 
 def _of(report: Report, convention: str) -> list[Result]:
@@ -172,13 +180,15 @@ p.note { color: #5b6474; font-size: .9rem; }
 
 def _page(report: Report) -> str:
     sections = []
-    for convention in report.task.targets:
+    for convention in _conventions(report):
         results = _of(report, convention)
         plots = [
             ("Accuracy against cost", _plot_cost(report, results)),
             ("ROC curves", _plot_roc(results)),
             ("Confusion matrix", _plot_confusion(_best(results), results)),
         ]
+        if any(result.depth is not None for result in results):
+            plots.insert(0, ("Accuracy and cost against the depth", _plot_depth(results)))
         images = "".join(f'<img alt="{title}" src="{source}">' for title, source in plots)
         heading = html.escape(convention or "Classifiers")
         sections.append(
@@ -262,6 +272,34 @@ def _plot_cost(report: Report, results: Sequence[Result]) -> str:
     )
     figure.legend(loc="outside lower center", ncols=2, fontsize="x-small")
     axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _plot_depth(results: Sequence[Result]) -> str:
+    """Accuracy, and seconds of a fit, against the number of unfrozen blocks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 4.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    tuned = [result for result in results if result.depth is not None]
+    names = list(dict.fromkeys(str(result.depth) for result in tuned))
+    for backbone in dict.fromkeys(result.backbone for result in tuned):
+        own = [result for result in tuned if result.backbone == backbone]
+        places = [names.index(str(result.depth)) for result in own]
+        accuracies = [result.scores["accuracy"] for result in own]
+        means, deviations = [a.mean() for a in accuracies], [a.std() for a in accuracies]
+        upper.errorbar(places, means, deviations, marker="o", capsize=3, label=backbone)
+        lower.plot(places, [r.fit_seconds.mean() for r in own], marker="o")
+        svm = [r for r in results if r.backbone == backbone and r.depth is None]
+        for result in svm:
+            label = f"{result.classifier} on embeddings"
+            upper.axhline(result.scores["accuracy"].mean(), color="grey", ls=":", label=label)
+    upper.set(ylabel="accuracy", title="Accuracy and cost against the depth")
+    lower.set(yscale="log", ylabel="seconds of a fit", xlabel="unfrozen blocks (unfreeze)")
+    lower.set_xticks(range(len(names)), names)
+    upper.legend(fontsize="x-small")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
     return _png(figure)
 
 

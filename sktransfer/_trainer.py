@@ -8,10 +8,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
 from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit
@@ -24,6 +22,7 @@ from sktransfer._head import make_head, solve_head
 from sktransfer._inference import Runner, network_lock
 from sktransfer._memory import check_memory
 from sktransfer._plan import Plan, make_plan
+from sktransfer._settings import Settings, find_cut, n_threads
 from sktransfer._training import (
     Interrupted,
     Schedule,
@@ -36,111 +35,7 @@ from sktransfer._training import (
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
-_REPEATED = 4  # times the images, of which some count more than once
 _CHUNK = 256  # images whose activations a prediction holds at once
-
-
-@dataclass
-class Settings:
-    """The parameters of an estimator that its training takes, and what `y` says."""
-
-    kind: str  # "class", "label" or "value"
-    n_outputs: int
-    weights: Any
-    unfreeze: Any
-    head: Any
-    pooling: str
-    dropout: float
-    head_epochs: int | str
-    max_epochs: int
-    batch_size: int
-    lr: float
-    head_lr: float | None
-    lr_decay: float
-    weight_decay: float
-    augment: Any
-    n_views: int | None
-    predict_views: int
-    early_stopping: bool
-    validation_fraction: float
-    n_iter_no_change: int
-    callbacks: Sequence[Any] | None
-    memory: Any
-    n_jobs: int | None
-    verbose: int
-
-    @classmethod
-    def taken_from_parameters(cls) -> list[str]:
-        """Return the names that are parameters of the estimators, too."""
-        return [field.name for field in fields(cls) if field.name not in ("kind", "n_outputs")]
-
-    @property
-    def is_from_scratch(self) -> bool:
-        return self.weights is None
-
-    @property
-    def solves_head(self) -> bool:
-        """Whether the head starts at its optimum on the embeddings of the frozen network."""
-        is_linear = isinstance(self.head, str)
-        return is_linear and self.head_epochs == "auto" and not self.is_from_scratch
-
-
-def find_cut(runner: Runner, unfreeze: Any) -> tuple[int, set[int]]:
-    """Return the position in front of the first trained block, and the numbers of all of them."""
-    names, name = runner.block_names, runner.name
-    n_blocks = len(names)
-    if isinstance(unfreeze, str) and unfreeze == "all":
-        return 0, set(range(max(1, n_blocks)))
-    if isinstance(unfreeze, (list, tuple)):
-        if not all(isinstance(item, str) for item in unfreeze):
-            raise TypeError(f"unfreeze={unfreeze!r}: a list holds names of blocks, of type str.")
-        blocks = {i for item in unfreeze for i in runner.trace.blocks(item)}
-        return min(blocks, default=runner.embedding), blocks
-    if isinstance(unfreeze, str):
-        start = runner.trace.blocks(unfreeze).start
-    elif isinstance(unfreeze, bool) or not 0 <= unfreeze <= n_blocks:
-        known = f"{n_blocks} blocks: {', '.join(names)}" if names else "no blocks, as it can't be"
-        known += "" if names else " traced"
-        raise ValueError(
-            f"unfreeze={unfreeze!r}, but {name!r} has {known}. Pass 0 to {n_blocks}, the name of "
-            "a block, a prefix of names, a list of names, or 'all'."
-        )
-    else:
-        start = n_blocks - int(unfreeze)
-    if start == n_blocks:
-        return runner.embedding, set()
-    return start, set(range(start, n_blocks))
-
-
-def unordered(
-    images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, n_jobs: int | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Bring images into an order of their own: a fit then does not depend on that of the rows.
-
-    Images of weight 0 are left out; those of weight 2, if all weights are such small integers,
-    come twice.
-
-    Returns
-    -------
-    rows : ndarray of int
-    weights : ndarray or None
-        Of these rows.
-    """
-    with ThreadPoolExecutor(_n_threads(n_jobs)) as threads:
-        digests = list(threads.map(images.digest, range(len(images))))
-    columns = targets.reshape(len(targets), -1)
-    keys = [(digest, *row) for digest, row in zip(digests, columns.tolist(), strict=True)]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
-    if weights is None:
-        return order, None
-    weights = weights[order]
-    if (weights == weights.astype(int)).all() and weights.sum() <= _REPEATED * len(order):
-        return np.repeat(order, weights.astype(int)), None
-    return order[weights > 0], weights[weights > 0]
-
-
-def _n_threads(n_jobs: int | None) -> int:
-    return joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
 
 
 class Trainer:
@@ -167,6 +62,7 @@ class Trainer:
         self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling)
         self.cut, self.unfrozen = find_cut(runner, settings.unfreeze)
         self._left = 0  # epochs of an interrupted training
+        self._schedule: Schedule | None = None
         self._find_views(None)
 
     @property
@@ -214,7 +110,8 @@ class Trainer:
             n_steps = math.ceil(len(learnt) / settings.batch_size) * n_epochs
             if not self._left:
                 history = self.net.history if goes_on else None
-                self.net = self._new_net(self.module, data, valid, Schedule(n_steps), seed)
+                self._schedule = Schedule(n_steps)
+                self.net = self._new_net(self.module, valid, self._schedule, seed)
                 if history is not None:
                     self.net.history = history
             self._run_epochs(data, n_epochs)
@@ -233,7 +130,7 @@ class Trainer:
             data = self._data(views, stored, everything, targets, weights, seed)
             if is_new:
                 self.module = self._new_module(self._new_head())
-                self.net = self._new_net(self.module, data, None, None, seed)
+                self.net = self._new_net(self.module, None, None, seed)
             self._run_epochs(data, 1)
 
     def _run_epochs(self, data: TrainingData, n_epochs: int) -> None:
@@ -243,11 +140,14 @@ class Trainer:
         except Interrupted:
             done = len(self.net.history) - before
             self._left = n_epochs - done
+            if self._schedule is not None:
+                self._schedule.offset += done * math.ceil(len(data) / self.settings.batch_size)
             raise Interrupted(
                 f"fit was interrupted after {done} of {n_epochs} epochs. The estimator predicts "
                 f"with what it learnt in them; with warm_start=True, fit goes on for {self._left}."
             ) from None
         self._left = 0
+        self.net.train_split = None  # it would hold on to the activations
 
     def _split(self, targets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows to learn from, and those that are held out for early stopping."""
@@ -274,6 +174,7 @@ class Trainer:
         targets: np.ndarray,
         weights: np.ndarray | None,
     ) -> None:
+        assert isinstance(head, nn.Sequential)
         n_views = len(embeddings) // len(targets)
         numbers = (rows[:, None] * n_views + np.arange(n_views)).ravel()
         each = np.ones(len(rows)) if weights is None else weights[rows]
@@ -300,8 +201,14 @@ class Trainer:
         seed = torch.initial_seed()
         data = self._data(views, embeddings, rows, targets, weights, seed)
         n_steps = math.ceil(len(rows) / self.settings.batch_size) * n_epochs
-        net = self._new_net(module, data, None, Schedule(n_steps), seed)
-        train(net, data, n_epochs)
+        net = self._new_net(module, None, Schedule(n_steps), seed)
+        try:
+            train(net, data, n_epochs)
+        except Interrupted:
+            raise KeyboardInterrupt(
+                f"fit was interrupted in epoch {len(net.history) + 1} of {n_epochs} that train the "
+                "head alone: nothing is fitted yet."
+            ) from None
 
     def _head_epochs(self) -> int:
         """Return the epochs that train the head alone, before the blocks."""
@@ -333,7 +240,6 @@ class Trainer:
     def _new_net(
         self,
         module: TrainedPart,
-        data: TrainingData,
         valid: TrainingData | None,
         schedule: Schedule | None,
         seed: int,
@@ -344,11 +250,9 @@ class Trainer:
         return make_net(
             module,
             settings.kind,
-            module.parameter_groups(
-                settings.lr, head_lr, settings.lr_decay, settings.weight_decay
-            ),
+            module.parameter_groups(settings.lr, head_lr, settings.lr_decay, settings.weight_decay),
             valid,
-            n_train=len(data),
+            n_outputs=settings.n_outputs,
             max_epochs=settings.max_epochs,
             batch_size=settings.batch_size,
             patience=settings.n_iter_no_change,
@@ -378,7 +282,7 @@ class Trainer:
             weights,
             seed=seed,
             augments="no" if is_valid else augments,
-            n_threads=_n_threads(self.settings.n_jobs),
+            n_threads=n_threads(self.settings.n_jobs),
         )
 
     # ------------------------------------------------------------------------ frozen blocks
@@ -439,7 +343,7 @@ class Trainer:
             self.plan = self.plan.without_start()
             return self._run_frozen(views, with_embeddings, with_start)
         try:
-            stream(views, [outs[p] for p in positions])
+            stream(views, [out for out in outs.values() if out is not None])
         except KeyboardInterrupt:
             kept = "lie in the memory" if stream.memory is not None else "are lost without a memory"
             raise KeyboardInterrupt(
@@ -471,7 +375,7 @@ class Trainer:
             (rows,) = stream(views)
             batches = torch.from_numpy(rows)
         else:
-            with ThreadPoolExecutor(_n_threads(self.settings.n_jobs)) as threads:
+            with ThreadPoolExecutor(n_threads(self.settings.n_jobs)) as threads:
                 batches = torch.stack(list(threads.map(views.load, range(len(views)))))
         module = self.net.module_.eval()
         outputs = []
@@ -485,6 +389,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------ states
 
+    def history(self) -> list[dict[str, Any]]:
+        """Return what was recorded of each epoch."""
+        return [
+            {k: v if isinstance(v, str | int) else float(v) for k, v in epoch.items()}
+            for epoch in ({k: v for k, v in e.items() if _is_plain(v)} for e in self.net.history)
+        ]
+
     def state(self) -> dict[str, np.ndarray]:
         """Return what cannot be rebuilt."""
         return self.net.module_.trained_state()
@@ -492,25 +403,22 @@ class Trainer:
     def restore(self, state: dict[str, np.ndarray], history: list[dict], plan: Plan) -> None:
         """Take back a state."""
         self.plan = plan
-        everything = np.arange(0)
-        targets = np.zeros((0, self.settings.n_outputs), np.float32)
         with self._seeded(0):
             self.module = self._new_module(self._new_head())
             self.module.load_trained_state(state)
             self.module.eval()
-            empty = TrainingData(None, targets, everything, targets, None)  # type: ignore[arg-type]
-            self.net = self._new_net(self.module, empty, None, None, 0)
+            self.net = self._new_net(self.module, None, None, 0)
         self.net.history.extend(history)
 
     def whole_network(self) -> nn.Module:
         """Return a copy of the whole network, with the blocks as they are now."""
         network = copy.deepcopy(self.frozen.runner.network).cpu()
-        own = network.state_dict()
-        trained = {
-            name: value
-            for block in self.net.module_.blocks
-            for name, value in block.state_dict().items()
-            if name in own
-        }
-        network.load_state_dict(trained, strict=False)
+        state = network.state_dict()
+        for block in self.net.module_.blocks:
+            state.update({k: v for k, v in block.state_dict().items() if k in state})
+        network.load_state_dict(state)
         return network
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float, np.number, np.bool_))

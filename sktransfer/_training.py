@@ -31,11 +31,10 @@ from sktransfer._inference import network_lock
 from sktransfer._plan import in_ram
 
 _WARM_UP = 0.1  # of all steps
-_NETS = {
-    "class": skorch.NeuralNetClassifier,
-    "label": skorch.NeuralNet,
-    "value": skorch.NeuralNetRegressor,
-}
+# Bytes of a float32 activation of a batch on a CPU. The C library gives larger blocks back to the
+# system when they are freed, and every step pays for getting them anew: 28 ms an image against 70
+# for all of EfficientNet-Lite0, see benchmarks/pieces.py.
+_PIECE = 2**23
 
 
 # ------------------------------------------------------------------------------ the network
@@ -58,6 +57,10 @@ class TrainedPart(nn.Module):
         Whether batch-norms in the trained blocks use, and update, statistics of the batch.
     """
 
+    frozen: FrozenBlocks
+    start: int
+    cut: int
+
     def __init__(
         self,
         frozen: FrozenBlocks,
@@ -74,9 +77,7 @@ class TrainedPart(nn.Module):
         self.blocks = nn.ModuleList(copy.deepcopy(segments))
         # What lies behind the last block belongs to it.
         last = frozen.embedding - 2
-        self.is_trained = [
-            min(i, max(last, 0)) in unfrozen for i in range(cut, frozen.embedding)
-        ]
+        self.is_trained = [min(i, max(last, 0)) in unfrozen for i in range(cut, frozen.embedding)]
         for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
             for parameter in block.parameters():
                 parameter.requires_grad_(is_trained and parameter.is_floating_point())
@@ -85,7 +86,7 @@ class TrainedPart(nn.Module):
 
     def forward(self, stored: torch.Tensor, start: int | None = None) -> torch.Tensor:
         """Turn a batch that is stored at `start` into outputs (n, n_outputs)."""
-        frozen, start = self.frozen, self.start if start is None else start
+        frozen, start = self.frozen, (self.start if start is None else start)
         with network_lock, frozen.runner.autocast():
             x = frozen.unpack(stored, start)
             if start < self.cut:
@@ -97,16 +98,30 @@ class TrainedPart(nn.Module):
                 x = frozen.pool(x)
             return self.head(x).float()
 
+    @property
+    def piece(self) -> int | None:
+        """Images that are trained on at once; None for a whole batch."""
+        if self.frozen.runner.device.type != "cpu" or self.moves_statistics:
+            return None
+        positions = range(self.cut, self.frozen.embedding)
+        largest = max((math.prod(self.frozen.shape(p)) for p in positions), default=1)
+        return max(1, _PIECE // (4 * largest))
+
     def train(self, mode: bool = True) -> TrainedPart:
         """Set the mode; frozen blocks stay in eval mode, so their statistics never move."""
         super().train(mode)
         for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
-            for module in block.modules():
-                if not is_trained or (
-                    isinstance(module, _BatchNorm) and not self.moves_statistics
-                ):
-                    module.training = False
+            if not is_trained:
+                block.eval()
+        if not self.moves_statistics:
+            self.hold_statistics()
         return self
+
+    def hold_statistics(self) -> None:
+        """Let batch-norms use their own statistics; those of one image would be none."""
+        for module in self.blocks.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
     def trained_state(self) -> dict[str, np.ndarray]:
         """Return what cannot be rebuilt: the trained blocks and the head."""
@@ -270,6 +285,44 @@ class Loss(nn.Module):
         return (losses if weights is None else losses * weights).mean()
 
 
+class _InPieces:
+    """A skorch net that takes a batch in pieces, and adds up their gradients."""
+
+    def train_step_single(self: Any, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Return the loss and the outputs of a batch; its gradients are in the parameters."""
+        X, y = batch
+        piece = self.module_.piece or len(X)
+        self._set_training(True)
+        if len(X) == 1:
+            self.module_.hold_statistics()
+        loss, outputs = 0.0, []
+        for first in range(0, len(X), piece):
+            part = slice(first, first + piece)
+            y_part = tuple(values[part] for values in y) if isinstance(y, tuple) else y[part]
+            found = self.infer(X[part], **fit_params)
+            share = len(found) / len(X)
+            of_part = share * self.get_loss(found, y_part, X=X[part], training=True)
+            of_part.backward()
+            loss = loss + of_part.detach()
+            outputs.append(found.detach())
+        return {"loss": loss, "y_pred": torch.cat(outputs)}
+
+
+class _Classifier(_InPieces, skorch.NeuralNetClassifier):
+    pass
+
+
+class _Labeller(_InPieces, skorch.NeuralNet):
+    pass
+
+
+class _Regressor(_InPieces, skorch.NeuralNetRegressor):
+    pass
+
+
+_NETS: dict[str, Any] = {"class": _Classifier, "label": _Labeller, "value": _Regressor}
+
+
 class _Watch(Callback):
     """Stop where the loss is lost; tell the data which epoch it is."""
 
@@ -316,7 +369,7 @@ def make_net(
     groups: list[dict[str, Any]],
     valid: TrainingData | None,
     *,
-    n_train: int,
+    n_outputs: int,
     max_epochs: int,
     batch_size: int,
     patience: int,
@@ -328,10 +381,12 @@ def make_net(
     """Compose the skorch net that trains `module`."""
     own: list[Any] = [("watch", _Watch())]
     if schedule is not None:
-        own.append(("schedule", LRScheduler(LambdaLR, lr_lambda=schedule, step_every="batch")))
+        policy = LRScheduler(LambdaLR, lr_lambda=schedule, last_epoch=-1, step_every="batch")
+        own.append(("schedule", policy))
     if valid is not None:
         own.append(("early_stopping", EarlyStopping(patience=patience, load_best=True)))
-    moves = getattr(module, "moves_statistics", False)
+    # skorch's classifier has a score of its own, which asks for the classes.
+    classes = {"classes": list(range(n_outputs))} if kind == "class" else {}
     net = _NETS[kind](
         module,
         criterion=Loss(kind),
@@ -341,13 +396,12 @@ def make_net(
         train_split=None if valid is None else predefined_split(valid),
         iterator_train__shuffle=True,
         iterator_train__generator=torch.Generator().manual_seed(seed),
-        # A batch of one image has no statistics.
-        iterator_train__drop_last=moves and n_train % batch_size == 1 and n_train > 1,
         iterator_train__collate_fn=_as_is,
         iterator_valid__collate_fn=_as_is,
         callbacks=[*own, *callbacks],
         device=str(next(module.parameters()).device),
         verbose=verbose,
+        **classes,
     )
     return net.initialize()
 
@@ -385,5 +439,3 @@ def train(net: skorch.NeuralNet, data: TrainingData, n_epochs: int) -> None:
     finally:
         net.module_.eval()
     net.notify("on_train_end", X=data, y=None)
-
-

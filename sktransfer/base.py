@@ -7,8 +7,8 @@ from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
-from sklearn.utils import Tags
 from sklearn.base import BaseEstimator, _fit_context
+from sklearn.utils import Tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 from sklearn.utils.validation import _check_y as check_y

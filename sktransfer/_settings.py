@@ -1,0 +1,121 @@
+"""What the parameters of a fine-tuned estimator say, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Any
+
+import joblib
+import numpy as np
+
+from sktransfer._inference import Runner
+from sktransfer.io import ImageSequence
+
+_REPEATED = 4  # times the images, of which some count more than once
+
+
+@dataclass
+class Settings:
+    """The parameters of an estimator that its training takes, and what `y` says."""
+
+    kind: str  # "class", "label" or "value"
+    n_outputs: int
+    weights: Any
+    unfreeze: Any
+    head: Any
+    pooling: str
+    dropout: float
+    head_epochs: int | str
+    max_epochs: int
+    batch_size: int
+    lr: float
+    head_lr: float | None
+    lr_decay: float
+    weight_decay: float
+    augment: Any
+    n_views: int | None
+    predict_views: int
+    early_stopping: bool
+    validation_fraction: float
+    n_iter_no_change: int
+    callbacks: Sequence[Any] | None
+    memory: Any
+    n_jobs: int | None
+    verbose: int
+
+    @classmethod
+    def taken_from_parameters(cls) -> list[str]:
+        """Return the names that are parameters of the estimators, too."""
+        return [field.name for field in fields(cls) if field.name not in ("kind", "n_outputs")]
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return self.weights is None
+
+    @property
+    def solves_head(self) -> bool:
+        """Whether the head starts at its optimum on the embeddings of the frozen network."""
+        is_linear = isinstance(self.head, str)
+        return is_linear and self.head_epochs == "auto" and not self.is_from_scratch
+
+
+def find_cut(runner: Runner, unfreeze: Any) -> tuple[int, set[int]]:
+    """Return the position in front of the first trained block, and the numbers of all of them."""
+    names, name = runner.block_names, runner.name
+    n_blocks = len(names)
+    if isinstance(unfreeze, str) and unfreeze == "all":
+        return 0, set(range(max(1, n_blocks)))
+    if isinstance(unfreeze, (list, tuple)):
+        if not all(isinstance(item, str) for item in unfreeze):
+            raise TypeError(f"unfreeze={unfreeze!r}: a list holds names of blocks, of type str.")
+        blocks = {i for item in unfreeze for i in runner.trace.blocks(item)}
+        return min(blocks, default=runner.embedding), blocks
+    if isinstance(unfreeze, str):
+        start = runner.trace.blocks(unfreeze).start
+    elif isinstance(unfreeze, bool) or not 0 <= unfreeze <= n_blocks:
+        known = f"{n_blocks} blocks: {', '.join(names)}" if names else "no blocks, as it can't be"
+        known += "" if names else " traced"
+        raise ValueError(
+            f"unfreeze={unfreeze!r}, but {name!r} has {known}. Pass 0 to {n_blocks}, the name of "
+            "a block, a prefix of names, a list of names, or 'all'."
+        )
+    else:
+        start = n_blocks - int(unfreeze)
+    if start == n_blocks:
+        return runner.embedding, set()
+    return start, set(range(start, n_blocks))
+
+
+def unordered(
+    images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, n_jobs: int | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Bring images into an order of their own: a fit then does not depend on that of the rows.
+
+    Images of weight 0 are left out; those of weight 2, if all weights are such small integers,
+    come twice.
+
+    Returns
+    -------
+    rows : ndarray of int
+    weights : ndarray or None
+        Of these rows.
+    """
+    with ThreadPoolExecutor(n_threads(n_jobs)) as threads:
+        digests = list(threads.map(images.digest, range(len(images))))
+    columns = targets.reshape(len(targets), -1).tolist()
+    each = np.ones(len(targets)) if weights is None else weights
+    keys = [(d, *row, weight) for d, row, weight in zip(digests, columns, each, strict=True)]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+    if weights is None:
+        return order, None
+    weights = weights[order]
+    if (weights == weights.astype(int)).all() and weights.sum() <= _REPEATED * len(order):
+        return np.repeat(order, weights.astype(int)), None
+    return order[weights > 0], weights[weights > 0]
+
+
+def n_threads(n_jobs: int | None) -> int:
+    """Return how many threads read and decode images."""
+    return joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
