@@ -35,7 +35,7 @@ print("unfreeze", *(f"{piece:>7}" for piece in options.pieces), "   chosen")
 for depth in options.unfreeze:
     cut, unfrozen = find_cut(runner, int(depth) if depth.isdecimal() else depth)
     head = make_head("linear", frozen.width, 2, 0.0)
-    module = TrainedPart(frozen, cut, cut, unfrozen, head, False)
+    module = TrainedPart(frozen, cut, cut, unfrozen, head, 4, False)
     shape, dtype = (32, *frozen.shape(cut)), frozen.dtype(cut)
     stored = torch.from_numpy(np.random.RandomState(0).randint(0, 2, shape).astype(dtype))
     y = torch.zeros(32, dtype=torch.long)

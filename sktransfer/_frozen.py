@@ -118,6 +118,18 @@ class FrozenBlocks:
                 results[position] = x
         return results
 
+    def advance_in_steps(
+        self, stored: torch.Tensor, start: int, stop: int, step: int
+    ) -> torch.Tensor:
+        """Run a stored batch to `stop`, float32, by the batches in which `Activations` runs it."""
+        parts = []
+        with torch.no_grad():
+            for part in stored.split(step):
+                padding = part[:1].expand(step - len(part), *part.shape[1:])
+                x = self.unpack(torch.cat([part, padding]), start)
+                parts.append(self.advance(x, start, stop)[stop][: len(part)].float())
+        return torch.cat(parts)
+
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Reduce the network's last activations to one float32 row an image."""
         layout = layout_of(x.shape[1:], self.size)

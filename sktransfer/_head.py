@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,20 @@ from torch import nn
 
 # Of the linear head on embeddings of mean variance 1: among 1e-4 ... 10 the best or close to it.
 _C = 0.03
+_ALPHA = 10  # and of ridge regression
 
 
 def make_head(head: Any, width: int, n_outputs: int, dropout: float) -> nn.Module:
     """Build what `head` stands for; a linear layer starts at zero, so at equal chances."""
     if isinstance(head, nn.Module):
         return _check_outputs(copy.deepcopy(head), width, n_outputs)
-    sizes = [] if isinstance(head, str) else [int(size) for size in head]
+    sizes: list[Any] = [] if isinstance(head, str) else list(head)
+    if not all(isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes):
+        raise ValueError(f"head={head!r}: sizes of hidden layers must be positive ints.")
     layers: list[nn.Module] = [nn.Dropout(dropout)]
     for size in sizes:
-        layers += [nn.Linear(width, size), nn.ReLU(), nn.Dropout(dropout)]
-        width = size
+        layers += [nn.Linear(width, int(size)), nn.ReLU(), nn.Dropout(dropout)]
+        width = int(size)
     output = nn.Linear(width, n_outputs)
     nn.init.zeros_(output.weight)
     nn.init.zeros_(output.bias)
@@ -84,7 +88,7 @@ def solve_head(
     assert isinstance(layer, nn.Linear)
     n_outputs = layer.out_features
     if kind == "value":
-        model = Ridge(alpha=1 / _C).fit(X, targets, weights)
+        model = Ridge(alpha=_ALPHA).fit(X, targets, weights)
         coef, intercept = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
     elif kind == "label":
         parts = [_logistic(X, column, weights, [0, 1]) for column in targets.T]

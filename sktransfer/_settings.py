@@ -89,12 +89,16 @@ def find_cut(runner: Runner, unfreeze: Any) -> tuple[int, set[int]]:
 
 
 def unordered(
-    images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, n_jobs: int | None
+    images: ImageSequence,
+    targets: np.ndarray,
+    weights: np.ndarray | None,
+    n_jobs: int | None,
+    repeats: bool,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Bring images into an order of their own: a fit then does not depend on that of the rows.
 
-    Images of weight 0 are left out; those of weight 2, if all weights are such small integers,
-    come twice.
+    Images of weight 0 are left out; those of weight 2, with `repeats` and if all weights are such
+    small integers, come twice.
 
     Returns
     -------
@@ -111,7 +115,8 @@ def unordered(
     if weights is None:
         return order, None
     weights = weights[order]
-    if (weights == weights.astype(int)).all() and weights.sum() <= _REPEATED * len(order):
+    are_counts = (weights == weights.astype(int)).all()
+    if repeats and are_counts and weights.sum() <= _REPEATED * len(order):
         return np.repeat(order, weights.astype(int)), None
     return order[weights > 0], weights[weights > 0]
 

@@ -27,6 +27,11 @@ _CPU_STEP = 4  # images that a CPU takes at once: about its fastest, see benchma
 _T = TypeVar("_T")
 
 
+def step_of(device: torch.device, batch_size: int) -> int:
+    """Return how many images a device takes at once."""
+    return min(batch_size, _CPU_STEP) if device.type == "cpu" else batch_size
+
+
 class Images(Protocol):
     """What can be streamed."""
 
@@ -93,7 +98,7 @@ class Stream(ABC):
         self.claim_key = self.keys[0]  # streams that share work claim it under one name
         self.kept_keys = set(self.keys)
         self.batch_size, self.verbose = batch_size, verbose
-        self.step = batch_size if runner.device.type != "cpu" else min(batch_size, _CPU_STEP)
+        self.step = step_of(runner.device, batch_size)
         self.n_threads = joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
         self.n_computed = 0
 

@@ -23,6 +23,7 @@ from sktransfer._inference import Runner, network_lock
 from sktransfer._memory import check_memory
 from sktransfer._plan import Plan, make_plan
 from sktransfer._settings import Settings, find_cut, n_threads
+from sktransfer._stream import step_of
 from sktransfer._training import (
     Interrupted,
     Schedule,
@@ -52,6 +53,8 @@ class Trainer:
     plan : Plan
     net : skorch.NeuralNet
         Its module is a `TrainedPart`.
+    n_left : int
+        Epochs that an interrupted training still lacks.
     """
 
     plan: Plan
@@ -61,7 +64,7 @@ class Trainer:
         self.settings = settings
         self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling)
         self.cut, self.unfrozen = find_cut(runner, settings.unfreeze)
-        self._left = 0  # epochs of an interrupted training
+        self.n_left = 0
         self._schedule: Schedule | None = None
         self._find_views(None)
 
@@ -90,7 +93,7 @@ class Trainer:
         views = self._views(images)
         is_solved = settings.solves_head and not goes_on
         n_epochs = 0 if is_solved and self.cut == self.frozen.embedding else settings.max_epochs
-        n_epochs = self._left or n_epochs
+        n_epochs = self.n_left or n_epochs
         if not goes_on:
             self.plan = self._plan(len(images), n_epochs)
         n_head = self._head_epochs() if not goes_on else 0
@@ -108,7 +111,7 @@ class Trainer:
             if settings.early_stopping:
                 valid = self._data(views, stored, held_out, targets, weights, seed, is_valid=True)
             n_steps = math.ceil(len(learnt) / settings.batch_size) * n_epochs
-            if not self._left:
+            if not (self.n_left and self._schedule):
                 history = self.net.history if goes_on else None
                 self._schedule = Schedule(n_steps)
                 self.net = self._new_net(self.module, valid, self._schedule, seed)
@@ -139,14 +142,14 @@ class Trainer:
             train(self.net, data, n_epochs)
         except Interrupted:
             done = len(self.net.history) - before
-            self._left = n_epochs - done
+            self.n_left = n_epochs - done
             if self._schedule is not None:
                 self._schedule.offset += done * math.ceil(len(data) / self.settings.batch_size)
             raise Interrupted(
                 f"fit was interrupted after {done} of {n_epochs} epochs. The estimator predicts "
-                f"with what it learnt in them; with warm_start=True, fit goes on for {self._left}."
+                f"with what it learnt in them; with warm_start=True, fit goes on for {self.n_left}."
             ) from None
-        self._left = 0
+        self.n_left = 0
         self.net.train_split = None  # it would hold on to the activations
 
     def _split(self, targets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +200,7 @@ class Trainer:
         n_epochs: int,
     ) -> None:
         end = self.frozen.embedding
-        module = TrainedPart(self.frozen, end, end, set(), head, False)
+        module = TrainedPart(self.frozen, end, end, set(), head, self._step, False)
         seed = torch.initial_seed()
         data = self._data(views, embeddings, rows, targets, weights, seed)
         n_steps = math.ceil(len(rows) / self.settings.batch_size) * n_epochs
@@ -235,7 +238,8 @@ class Trainer:
     def _new_module(self, head: nn.Module) -> TrainedPart:
         # Random weights need the statistics of their batches; pretrained ones have better ones.
         moves = self.settings.is_from_scratch
-        return TrainedPart(self.frozen, self.plan.start, self.cut, self.unfrozen, head, moves)
+        start, step = self.plan.start, self._step
+        return TrainedPart(self.frozen, start, self.cut, self.unfrozen, head, step, moves)
 
     def _new_net(
         self,
@@ -296,11 +300,11 @@ class Trainer:
     def _find_views(self, n_views: int | None) -> Augmentation:
         augmentation = Augmentation(self.settings.augment, n_views, self.frozen.size)
         most = Augmentation(self.settings.augment, None, self.frozen.size).n_views
-        asked = self.settings.predict_views
-        if asked > max(most, augmentation.n_views):
+        most = max(most, augmentation.n_views)
+        if self.settings.predict_views > most:
             raise ValueError(
-                f"predict_views={asked}, but augment={self.settings.augment!r} has "
-                f"{max(most, augmentation.n_views)} views of an image."
+                f"predict_views={self.settings.predict_views}, but "
+                f"augment={self.settings.augment!r} has {most} views of an image."
             )
         return augmentation
 
@@ -314,6 +318,10 @@ class Trainer:
         if self.settings.verbose:
             print(plan)
         return plan
+
+    @property
+    def _step(self) -> int:
+        return step_of(self.frozen.runner.device, self.settings.batch_size)
 
     def _stream(self, positions: Sequence[int], *, verbose: int) -> Activations:
         return Activations(
@@ -358,7 +366,8 @@ class Trainer:
         """Return what the network says of each view, float32 (n, predict_views, n_outputs)."""
         settings = self.settings
         n_views = settings.predict_views
-        views = Views(images, self.frozen.preprocessing, self._find_views(n_views), n_views)
+        augmentation = self._find_views(settings.n_views)
+        views = Views(images, self.frozen.preprocessing, augmentation, n_views)
         results = np.empty((len(views), settings.n_outputs), np.float32)
         progress = tqdm(total=len(views), unit="image", disable=not settings.verbose)
         with progress:
@@ -400,9 +409,11 @@ class Trainer:
         """Return what cannot be rebuilt."""
         return self.net.module_.trained_state()
 
-    def restore(self, state: dict[str, np.ndarray], history: list[dict], plan: Plan) -> None:
+    def restore(
+        self, state: dict[str, np.ndarray], history: list[dict], plan: Plan, n_left: int
+    ) -> None:
         """Take back a state."""
-        self.plan = plan
+        self.plan, self.n_left = plan, n_left
         with self._seeded(0):
             self.module = self._new_module(self._new_head())
             self.module.load_trained_state(state)

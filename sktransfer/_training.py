@@ -19,6 +19,7 @@ import torch
 import xxhash
 from skorch.callbacks import Callback, EarlyStopping, LRScheduler
 from skorch.helper import predefined_split
+from skorch.utils import to_tensor
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,6 +54,8 @@ class TrainedPart(nn.Module):
     unfrozen : set of int
         Numbers of the trained blocks.
     head : nn.Module
+    step : int
+        Images that frozen blocks take at once.
     moves_statistics : bool
         Whether batch-norms in the trained blocks use, and update, statistics of the batch.
     """
@@ -68,10 +71,12 @@ class TrainedPart(nn.Module):
         cut: int,
         unfrozen: set[int],
         head: nn.Module,
+        step: int,
         moves_statistics: bool,
     ) -> None:
         super().__init__()
-        self.start, self.cut, self.moves_statistics = start, cut, moves_statistics
+        self.start, self.cut, self.step = start, cut, step
+        self.moves_statistics = moves_statistics
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, frozen.embedding)]
         self.blocks = nn.ModuleList(copy.deepcopy(segments))
@@ -84,14 +89,19 @@ class TrainedPart(nn.Module):
         self.head = head
         self.to(frozen.runner.device)
 
-    def forward(self, stored: torch.Tensor, start: int | None = None) -> torch.Tensor:
-        """Turn a batch that is stored at `start` into outputs (n, n_outputs)."""
+    def forward(
+        self, stored: torch.Tensor, start: int | None = None, weights: Any = None
+    ) -> torch.Tensor:
+        """Turn a batch that is stored at `start` into outputs (n, n_outputs).
+
+        The weights of the images come with a batch, but only the loss needs them.
+        """
         frozen, start = self.frozen, (self.start if start is None else start)
         with network_lock, frozen.runner.autocast():
-            x = frozen.unpack(stored, start)
             if start < self.cut:
-                with torch.no_grad():
-                    x = frozen.advance(x, start, self.cut)[self.cut].float()
+                x = frozen.advance_in_steps(stored, start, self.cut, self.step)
+            else:
+                x = frozen.unpack(stored, start)
             for block in self.blocks:
                 x = block(x)
             if self.cut < frozen.embedding:
@@ -134,7 +144,8 @@ class TrainedPart(nn.Module):
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `trained_state` returned."""
-        self.load_state_dict({k: torch.as_tensor(v) for k, v in state.items()}, strict=False)
+        trained = {name: torch.as_tensor(value) for name, value in state.items()}
+        self.load_state_dict({**self.state_dict(), **trained})
 
     def parameter_groups(
         self, lr: float, head_lr: float, lr_decay: float, weight_decay: float
@@ -210,16 +221,17 @@ class TrainingData(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitems__(self, numbers: list[int]) -> tuple[torch.Tensor, Any]:
-        """Return a batch (X, y), or (X, (y, weights))."""
+    def __getitems__(self, numbers: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return a batch (X, y); X has what the trained part takes."""
         rows = self.numbers[numbers]
-        X = self._draw(rows) if self.stored is None else self._read(rows)
-        y = self.targets[rows]
-        return X, (y if self.weights is None else (y, self.weights[rows]))
+        X = {"stored": self._draw(rows) if self.stored is None else self._read(rows)}
+        if self.weights is not None:
+            X["weights"] = self.weights[rows]
+        return X, self.targets[rows]
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, Any]:
+    def __getitem__(self, number: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         X, y = self.__getitems__([number])
-        return X[0], (y[0][0], y[1][0]) if isinstance(y, tuple) else y[0]
+        return {name: values[0] for name, values in X.items()}, y[0]
 
     def _read(self, rows: np.ndarray) -> torch.Tensor:
         assert self.stored is not None
@@ -267,41 +279,47 @@ def allocate(shape: Sequence[int], dtype: Any) -> np.ndarray | None:
 
 
 class Loss(nn.Module):
-    """Cross-entropy of classes or labels, or squared error of values; weighted if asked."""
+    """Cross-entropy of classes or labels, or squared error of values: one loss for each image."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
 
-    def forward(self, outputs: torch.Tensor, y: Any) -> torch.Tensor:
-        """Return the mean over a batch of `y`, or of (y, weights)."""
-        y, weights = y if isinstance(y, (tuple, list)) else (y, None)
+    def forward(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return the losses (n,)."""
         if self.kind == "class":
-            losses = F.cross_entropy(outputs, y, reduction="none")
-        elif self.kind == "label":
-            losses = F.binary_cross_entropy_with_logits(outputs, y, reduction="none").mean(1)
-        else:
-            losses = F.mse_loss(outputs, y, reduction="none").mean(1)
-        return (losses if weights is None else losses * weights).mean()
+            return F.cross_entropy(outputs, y, reduction="none")
+        if self.kind == "label":
+            return F.binary_cross_entropy_with_logits(outputs, y, reduction="none").mean(1)
+        return F.mse_loss(outputs, y, reduction="none").mean(1)
 
 
 class _InPieces:
-    """A skorch net that takes a batch in pieces, and adds up their gradients."""
+    """A skorch net that weights losses, takes a batch in pieces, and adds up their gradients."""
+
+    def get_loss(
+        self: Any, y_pred: torch.Tensor, y_true: torch.Tensor, X: Any = None, training: bool = False
+    ) -> torch.Tensor:
+        """Return the weighted mean of the losses."""
+        losses = self.criterion_(y_pred, to_tensor(y_true, device=self.device))
+        if "weights" in X:
+            losses = losses * to_tensor(X["weights"], device=self.device)
+        return losses.mean()
 
     def train_step_single(self: Any, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Return the loss and the outputs of a batch; its gradients are in the parameters."""
         X, y = batch
-        piece = self.module_.piece or len(X)
+        piece = self.module_.piece or len(y)
         self._set_training(True)
-        if len(X) == 1:
+        if len(y) == 1:
             self.module_.hold_statistics()
         loss, outputs = 0.0, []
-        for first in range(0, len(X), piece):
+        for first in range(0, len(y), piece):
             part = slice(first, first + piece)
-            y_part = tuple(values[part] for values in y) if isinstance(y, tuple) else y[part]
-            found = self.infer(X[part], **fit_params)
-            share = len(found) / len(X)
-            of_part = share * self.get_loss(found, y_part, X=X[part], training=True)
+            X_part = {name: values[part] for name, values in X.items()}
+            found = self.infer(X_part, **fit_params)
+            share = len(found) / len(y)
+            of_part = share * self.get_loss(found, y[part], X=X_part, training=True)
             of_part.backward()
             loss = loss + of_part.detach()
             outputs.append(found.detach())
@@ -432,10 +450,10 @@ def train(net: skorch.NeuralNet, data: TrainingData, n_epochs: int) -> None:
         with _ctrl_c():
             net.fit_loop(data, epochs=n_epochs)
     except Interrupted:
-        net.history[:] = [epoch for epoch in net.history if "train_loss" in epoch]
         raise
     except KeyboardInterrupt:  # how a callback ends a training
         pass
     finally:
         net.module_.eval()
+        net.history[:] = [epoch for epoch in net.history if "train_loss" in epoch]
     net.notify("on_train_end", X=data, y=None)

@@ -77,8 +77,12 @@ class ImageEstimator(BaseEstimator):
         validate_data(self, X, reset=reset, skip_check_array=True, ensure_2d=False)
         return check_images(X)
 
-    def _load(self) -> tuple[Runner, Preprocessing]:
-        """Return the network that the parameters name, and what it wants images to be."""
+    def _load(self, **fitted: Any) -> tuple[Runner, Preprocessing]:
+        """Return the network that the parameters name, and what it wants images to be.
+
+        `fitted` holds values of `precision` and `image_size` that go before the parameters.
+        """
         backbone = get_model(self.backbone, self.weights)
-        runner = get_runner(backbone, self.device, self.precision)
-        return runner, backbone.preprocessing.with_size(self.image_size)
+        runner = get_runner(backbone, self.device, fitted.get("precision", self.precision))
+        size = fitted.get("image_size", self.image_size)
+        return runner, backbone.preprocessing.with_size(size)
