@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from sktransfer._fine_tuning import FineTunedClassifier
 from sktransfer._pretrained import PretrainedFeatureExtractor
+from sktransfer._settings import find_cut
 from sktransfer.io import load_image, load_image_folder
 from sktransfer.transforms import Preprocessing
 
@@ -250,6 +251,10 @@ def _results(
     random_state: int,
     options: dict[str, Any],
 ) -> tuple[list[Result], list[Cost]]:
+    for name in backbones if depths else ():
+        runner, _ = PretrainedFeatureExtractor(name, **options)._load()
+        for depth in depths:
+            find_cut(runner, depth)  # a wrong one is an error now, not after an hour
     costs, candidates = [], _baselines(task, with_pixels=not depths)
     for name in backbones:
         X, cost = _embed(PretrainedFeatureExtractor(name, **options), task.images)

@@ -110,6 +110,8 @@ def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_pat
         (["{root}", "--weights", "nope.pth"], "no such file"),
         (["{root}/china"], "no"),
         (["{root}", "--splits", "0"], "splits"),
+        (["{root}", "--depths", "1,99"], "has 18 blocks: conv_stem"),
+        (["{root}", "--depths", "1,bloks"], "Did you mean 'blocks'"),
         (["{root}", "--output", "{root}/china/00.jpg"], "is a file; name a folder"),
         (["{root}", "--memory", "{root}/china/00.jpg"], "is a file; name a folder"),
     ],
@@ -121,6 +123,20 @@ def test_bad_input_ends_with_one_line_and_code_2(tiles, capsys, arguments, messa
     out, err = capsys.readouterr()
     assert err.startswith("sktransfer: error: ") and message in err
     assert err.count("\n") == 1 and "Traceback" not in err and out == ""
+
+
+def test_the_freezing_depth_on_the_command_line(tiles, tmp_path, capsys):
+    root, _, _ = tiles
+    options = ["--image-size", "64", "--splits", "2", "--output", str(tmp_path)]
+    assert main(["benchmark", str(root), "--depths", "0,1,blocks.6", *options]) == 0
+    out = capsys.readouterr().out
+    for depth, trained in (("0", "2,562"), ("1", "414,722"), ("'blocks.6'", "1,020,162")):
+        assert re.search(rf"fine-tuned, unfreeze={depth} .* {trained} ", out)
+    with (tmp_path / "results.csv").open() as file:
+        rows = {row["unfreeze"]: row for row in csv.DictReader(file)}
+    assert rows["0"]["n_trained"] == "2562" and float(rows["1"]["accuracy_mean"]) > 0.7
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Accuracy and cost against the depth" in page
 
 
 def test_too_few_images_of_a_class(tmp_path, tiles):
