@@ -12,6 +12,7 @@ from sktransfer._frozen import FrozenBlocks
 # Orders of magnitude are enough: blocks and activations differ by factors.
 _FLOPS = {"cpu": 5e10, "cuda": 5e12}  # a second
 _DISK = 1e9  # bytes a second
+_RAM = 1e10
 _DECODING = 3e-3  # seconds an image
 _LARGEST = 3  # uint8 images: the size of a result that is kept for other fits
 _IN_RAM = 2**29  # bytes that a fit holds in memory; beyond, they lie in a temporary file
@@ -55,6 +56,7 @@ def make_plan(
     n_images: int,
     n_views: int,
     n_epochs: int,
+    with_embeddings: bool,
     memory_folder: str | None,
     temporary_folder: str,
 ) -> Plan:
@@ -66,6 +68,8 @@ def make_plan(
     cut : int
         In front of the first trained block.
     n_images, n_views, n_epochs : int
+    with_embeddings : bool
+        Whether all views run through the network anyway.
     memory_folder : str or None
         The folder of the memory; None without one.
     temporary_folder : str
@@ -88,7 +92,14 @@ def make_plan(
         )
         keep = sorted({*keep, *steps} - set(dropped))
     start = _cheapest_start(
-        frozen, compute, cut, cut in keep, n_images, n_views, n_epochs, temporary_folder
+        frozen,
+        compute,
+        cut,
+        n_images,
+        n_views,
+        n_epochs,
+        with_embeddings or cut in keep,
+        temporary_folder,
     )
     text = _describe(frozen, cut, start, keep, dropped, n_images, n_views)
     return Plan(cut, start, tuple(keep), text)
@@ -126,26 +137,33 @@ def _cheapest_start(
     frozen: FrozenBlocks,
     compute: list[float],
     cut: int,
-    is_kept: bool,
     n_images: int,
     n_views: int,
     n_epochs: int,
+    is_computed: bool,
     folder: str,
 ) -> int:
-    """Return where epochs begin: one that trains from `cut` reads there, or runs up to there."""
+    """Return where epochs begin: one that trains from `cut` reads there, or runs up to there.
+
+    `is_computed` says that the activations at the cut are computed, or kept, in any case.
+    """
 
     def n_bytes(start: int) -> int:
         return frozen.n_bytes(start) * n_images * (n_views if start else 1)
 
     def seconds(start: int) -> float:
-        each = frozen.n_bytes(start) / _DISK + sum(compute[start:cut])
-        once = (_DECODING + sum(compute[:start])) * (n_views if start else 1)
+        rate = _RAM if in_ram(n_bytes(start)) else _DISK
+        each = frozen.n_bytes(start) / rate + sum(compute[start:cut])
+        if start == 0 and not in_ram(n_bytes(0)):
+            each += _DECODING
+        once = 0.0 if is_computed else _DECODING + n_views * sum(compute[:start])
         return once + n_epochs * each
 
-    room = max(_IN_RAM, _free(folder) / 2)
-    if cut == frozen.embedding or (is_kept and n_bytes(cut) <= room):
+    if cut == frozen.embedding:
         return cut
-    return min((s for s in range(cut + 1) if s == 0 or n_bytes(s) <= room), key=seconds)
+    room = max(_IN_RAM, _free(folder) / 2)
+    starts = [start for start in range(cut + 1) if start == 0 or n_bytes(start) <= room]
+    return min(reversed(starts), key=seconds)
 
 
 def _free(folder: str) -> int:

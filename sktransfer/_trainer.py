@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,15 +28,23 @@ from sktransfer._training import (
     Interrupted,
     Schedule,
     TrainedPart,
-    TrainingData,
-    allocate,
     make_net,
     train,
 )
+from sktransfer._training_data import TrainingData, allocate
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
 _CHUNK = 256  # images whose activations a prediction holds at once
+
+
+class _Examples(NamedTuple):
+    """What is learnt from, and the seed of the chance in it."""
+
+    views: Views
+    targets: np.ndarray  # encoded, one or a row of them for each image
+    weights: np.ndarray | None  # of the images
+    seed: int
 
 
 class Trainer:
@@ -90,26 +98,27 @@ class Trainer:
         """Run the phases, or go on with the last one."""
         settings = self.settings
         learnt, held_out = self._split(targets, seed)
-        views = self._views(images)
+        examples = _Examples(self._views(images), targets, weights, seed)
         is_solved = settings.solves_head and not goes_on
         n_epochs = 0 if is_solved and self.cut == self.frozen.embedding else settings.max_epochs
         n_epochs = self.n_left or n_epochs
+        n_head = 0 if goes_on else self._head_epochs()
+        with_embeddings = is_solved or n_head > 0
         if not goes_on:
-            self.plan = self._plan(len(images), n_epochs)
-        n_head = self._head_epochs() if not goes_on else 0
-        stored, embeddings = self._run_frozen(views, is_solved or n_head > 0, n_epochs > 0)
+            self.plan = self._plan(len(images), n_epochs, with_embeddings)
+        stored, embeddings = self._run_frozen(examples.views, with_embeddings, n_epochs > 0)
         with self._seeded(seed):
             if not goes_on:
                 head = self._new_head()
                 if is_solved:
-                    self._solve(head, embeddings, learnt, targets, weights)
+                    self._solve(head, embeddings, learnt, examples)
                 elif n_head:
-                    self._train_head(head, views, embeddings, learnt, targets, weights, n_head)
+                    self._train_head(head, embeddings, learnt, examples, n_head)
                 self.module = self._new_module(head)
-            data = self._data(views, stored, learnt, targets, weights, seed)
+            data = self._data(stored, learnt, examples)
             valid = None
             if settings.early_stopping:
-                valid = self._data(views, stored, held_out, targets, weights, seed, is_valid=True)
+                valid = self._data(stored, held_out, examples, is_valid=True)
             n_steps = math.ceil(len(learnt) / settings.batch_size) * n_epochs
             if not (self.n_left and self._schedule):
                 history = self.net.history if goes_on else None
@@ -125,12 +134,11 @@ class Trainer:
         """Run one epoch over some images, at a constant learning rate."""
         is_new = not hasattr(self, "net")
         if is_new:
-            self.plan = self._plan(len(images), 1)
-        views = self._views(images)
-        stored, _ = self._run_frozen(views, False, True)
-        everything = np.arange(len(images))
+            self.plan = self._plan(len(images), 1, False)
+        examples = _Examples(self._views(images), targets, weights, seed)
+        stored, _ = self._run_frozen(examples.views, False, True)
         with self._seeded(seed):
-            data = self._data(views, stored, everything, targets, weights, seed)
+            data = self._data(stored, np.arange(len(images)), examples)
             if is_new:
                 self.module = self._new_module(self._new_head())
                 self.net = self._new_net(self.module, None, None, seed)
@@ -170,17 +178,12 @@ class Trainer:
             ) from error
 
     def _solve(
-        self,
-        head: nn.Module,
-        embeddings: np.ndarray,
-        rows: np.ndarray,
-        targets: np.ndarray,
-        weights: np.ndarray | None,
+        self, head: nn.Module, embeddings: np.ndarray, rows: np.ndarray, examples: _Examples
     ) -> None:
         assert isinstance(head, nn.Sequential)
-        n_views = len(embeddings) // len(targets)
+        targets, n_views = examples.targets, examples.views.n_views
         numbers = (rows[:, None] * n_views + np.arange(n_views)).ravel()
-        each = np.ones(len(rows)) if weights is None else weights[rows]
+        each = np.ones(len(rows)) if examples.weights is None else examples.weights[rows]
         solve_head(
             head,
             embeddings[numbers],
@@ -192,19 +195,16 @@ class Trainer:
     def _train_head(
         self,
         head: nn.Module,
-        views: Views,
         embeddings: np.ndarray,
         rows: np.ndarray,
-        targets: np.ndarray,
-        weights: np.ndarray | None,
+        examples: _Examples,
         n_epochs: int,
     ) -> None:
         end = self.frozen.embedding
         module = TrainedPart(self.frozen, end, end, set(), head, self._step, False)
-        seed = torch.initial_seed()
-        data = self._data(views, embeddings, rows, targets, weights, seed)
+        data = self._data(embeddings, rows, examples)
         n_steps = math.ceil(len(rows) / self.settings.batch_size) * n_epochs
-        net = self._new_net(module, None, Schedule(n_steps), seed)
+        net = self._new_net(module, None, Schedule(n_steps), examples.seed)
         try:
             train(net, data, n_epochs)
         except Interrupted:
@@ -268,23 +268,20 @@ class Trainer:
 
     def _data(
         self,
-        views: Views,
         stored: np.ndarray | None,
         rows: np.ndarray,
-        targets: np.ndarray,
-        weights: np.ndarray | None,
-        seed: int,
+        examples: _Examples,
         *,
         is_valid: bool = False,
     ) -> TrainingData:
         augments = "draws" if self.cut == 0 and self.settings.augment is not None else "turns"
         return TrainingData(
-            views,
+            examples.views,
             stored,
             rows,
-            targets,
-            weights,
-            seed=seed,
+            examples.targets,
+            examples.weights,
+            seed=examples.seed,
             augments="no" if is_valid else augments,
             n_threads=n_threads(self.settings.n_jobs),
         )
@@ -308,12 +305,19 @@ class Trainer:
             )
         return augmentation
 
-    def _plan(self, n_images: int, n_epochs: int) -> Plan:
+    def _plan(self, n_images: int, n_epochs: int, with_embeddings: bool) -> Plan:
         memory = check_memory(self.settings.memory)
         folder = None if memory is None else str(getattr(memory.memory, "location", None) or ".")
         n_views = 1 if self.cut == 0 else self._find_views(self.settings.n_views).n_views
         plan = make_plan(
-            self.frozen, self.cut, n_images, n_views, n_epochs, folder, tempfile.gettempdir()
+            self.frozen,
+            self.cut,
+            n_images,
+            n_views,
+            n_epochs,
+            with_embeddings,
+            folder,
+            tempfile.gettempdir(),
         )
         if self.settings.verbose:
             print(plan)
