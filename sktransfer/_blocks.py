@@ -7,6 +7,7 @@ the rest of the network needs to know of the image; a *block* lies between two o
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -169,6 +170,12 @@ class TracedNetwork:
     def shape(self, position: int, image_size: tuple[int, int] | None = None) -> tuple[int, ...]:
         """Shape of one image's activation at a position, without the axis of the batch."""
         return self._values_at(image_size).shapes[self._cut(position).node]
+
+    def largest(self, start: int, stop: int, image_size: tuple[int, int] | None = None) -> int:
+        """Number of values of one image in the largest tensor between two positions."""
+        shapes = self._values_at(image_size).shapes
+        nodes = self._nodes[self._cut(start).at : self._cut(stop).at + 1]
+        return max(math.prod(shapes.get(node, ())) for node in nodes)
 
     def slice(
         self, start: int, stop: int, image_size: tuple[int, int] | None = None

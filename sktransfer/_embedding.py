@@ -37,7 +37,7 @@ class Embedding(Stream):
         **options: Any,
     ) -> None:
         keys = [runner.key(p, pooling, preprocessing) for p in positions]
-        super().__init__(runner, keys, **options)
+        super().__init__(runner, preprocessing.size, keys, **options)
         self.positions, self.pooling, self.preprocessing = positions, pooling, preprocessing
         ends = np.cumsum([0, *(runner.width(p, pooling, preprocessing.size) for p in positions)])
         self.columns = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]

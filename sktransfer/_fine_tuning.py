@@ -275,11 +275,11 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         Epochs of the second phase.
     batch_size : int, default=32
         Images of a step.
-    lr : float, default=1e-3
+    lr : float, default=5e-4
         Learning rate of the last unfrozen block, for AdamW.
     head_lr : float, default=None
         Learning rate of the head; None for that of the last block.
-    lr_decay : float in (0, 1], default=1.0
+    lr_decay : float in (0, 1], default=0.85
         Factor of the learning rate from each unfrozen block to the one in front of it.
     weight_decay : float, default=0.01
         AdamW's; of matrices and kernels, not of biases and norms.
@@ -413,9 +413,9 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         head_epochs: int | str = "auto",
         max_epochs: int = 20,
         batch_size: int = 32,
-        lr: float = 1e-3,
+        lr: float = 5e-4,
         head_lr: float | None = None,
-        lr_decay: float = 1.0,
+        lr_decay: float = 0.85,
         weight_decay: float = 1e-2,
         augment: Any = None,
         n_views: int | None = None,
@@ -645,7 +645,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
     head_epochs : int or "auto", default="auto"
         As for the classifier, with a ridge regression.
     max_epochs, batch_size, lr, head_lr, lr_decay, weight_decay : \
-            default=20, 32, 1e-3, None, 1.0, 0.01
+            default=20, 32, 5e-4, None, 0.85, 0.01
         The second phase.
     augment, n_views, predict_views : default=None, None, 1
         Other views of the images.
@@ -693,9 +693,9 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
         head_epochs: int | str = "auto",
         max_epochs: int = 20,
         batch_size: int = 32,
-        lr: float = 1e-3,
+        lr: float = 5e-4,
         head_lr: float | None = None,
-        lr_decay: float = 1.0,
+        lr_decay: float = 0.85,
         weight_decay: float = 1e-2,
         augment: Any = None,
         n_views: int | None = None,

@@ -181,7 +181,8 @@ class Activations(Stream):
         keep: Collection[int] = (),
         **options: Any,
     ) -> None:
-        super().__init__(frozen.runner, [frozen.key(p) for p in positions], **options)
+        keys = [frozen.key(p) for p in positions]
+        super().__init__(frozen.runner, frozen.size, keys, **options)
         self.frozen, self.positions, self.keep = frozen, list(positions), sorted(keep)
         self.claim_key = frozen.key("any")  # whoever runs an image keeps what others start from
         self.kept_keys = {frozen.key(p) for p in self.keep}

@@ -23,6 +23,10 @@ from sktransfer.transforms import Preprocessing
 POOLINGS = ("avg", "max", "token", "flatten")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# What a CPU takes at once: few images, see benchmarks/batch_size.py, and fewer of large ones. The
+# C library gets larger tensors anew from the system every time, which costs more than it saves.
+_CPU_STEP = 4
+_CPU_BYTES = 20e6
 _VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
 # torch.fx traces by replacing what calls modules, for the whole process: nothing may run meanwhile.
 network_lock = threading.RLock()
@@ -147,6 +151,19 @@ class Runner:
         if not self.block_names:
             return self.network
         return self.trace.slice(start, start + 1, image_size)
+
+    def step(self, batch_size: int, image_size: tuple[int, int]) -> int:
+        """Return how many of a batch's images to run at once: on a GPU all, on a CPU few."""
+        if self.device.type != "cpu":
+            return batch_size
+        fitting = self.fitting(0, image_size, _CPU_BYTES)
+        return max(1, min(batch_size, _CPU_STEP, fitting))
+
+    def fitting(self, start: int, image_size: tuple[int, int], n_bytes: float) -> int:
+        """Return of how many images the largest float32 tensor behind `start` takes `n_bytes`."""
+        if not self.block_names:
+            return _CPU_STEP
+        return int(n_bytes / (4 * self.trace.largest(start, self.embedding, image_size)))
 
     def shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's activation."""

@@ -23,13 +23,7 @@ from sktransfer._inference import Runner
 from sktransfer._memory import ImageMemory
 
 _LOOKUP = 64  # images looked up, and claimed, at once
-_CPU_STEP = 4  # images that a CPU takes at once: about its fastest, see benchmarks/batch_size.py
 _T = TypeVar("_T")
-
-
-def step_of(device: torch.device, batch_size: int) -> int:
-    """Return how many images a device takes at once."""
-    return min(batch_size, _CPU_STEP) if device.type == "cpu" else batch_size
 
 
 class Images(Protocol):
@@ -68,6 +62,7 @@ class Stream(ABC):
     Parameters
     ----------
     runner : Runner
+    image_size : tuple of (int, int)
     keys : sequence of str
         Names, in the memory, of the results of an image; it is looked up if one is missing.
     memory : ImageMemory or None
@@ -87,6 +82,7 @@ class Stream(ABC):
     def __init__(
         self,
         runner: Runner,
+        image_size: tuple[int, int],
         keys: Sequence[str],
         *,
         memory: ImageMemory | None = None,
@@ -98,7 +94,7 @@ class Stream(ABC):
         self.claim_key = self.keys[0]  # streams that share work claim it under one name
         self.kept_keys = set(self.keys)
         self.batch_size, self.verbose = batch_size, verbose
-        self.step = step_of(runner.device, batch_size)
+        self.step = runner.step(batch_size, image_size)
         self.n_threads = joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
         self.n_computed = 0
 

@@ -23,7 +23,6 @@ from sktransfer._inference import Runner, network_lock
 from sktransfer._memory import check_memory
 from sktransfer._plan import Plan, make_plan
 from sktransfer._settings import Settings, find_cut, n_threads
-from sktransfer._stream import step_of
 from sktransfer._training import (
     Interrupted,
     Schedule,
@@ -325,7 +324,7 @@ class Trainer:
 
     @property
     def _step(self) -> int:
-        return step_of(self.frozen.runner.device, self.settings.batch_size)
+        return self.frozen.runner.step(self.settings.batch_size, self.frozen.size)
 
     def _stream(self, positions: Sequence[int], *, verbose: int) -> Activations:
         return Activations(

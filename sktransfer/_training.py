@@ -26,10 +26,7 @@ from sktransfer._inference import network_lock
 from sktransfer._training_data import TrainingData
 
 _WARM_UP = 0.1  # of all steps
-# Bytes of a float32 activation of a batch on a CPU. The C library gives larger blocks back to the
-# system when they are freed, and every step pays for getting them anew: 28 ms an image against 70
-# for all of EfficientNet-Lite0, see benchmarks/pieces.py.
-_PIECE = 2**23
+_PIECE = 40e6  # bytes of the largest tensor on a CPU, see benchmarks/pieces.py
 
 
 # ------------------------------------------------------------------------------ the network
@@ -102,14 +99,16 @@ class TrainedPart(nn.Module):
                 x = frozen.pool(x)
             return self.head(x).float()
 
-    @property
-    def piece(self) -> int | None:
-        """Images that are trained on at once; None for a whole batch."""
-        if self.frozen.runner.device.type != "cpu" or self.moves_statistics:
-            return None
-        positions = range(self.cut, self.frozen.embedding)
-        largest = max((math.prod(self.frozen.shape(p)) for p in positions), default=1)
-        return max(1, _PIECE // (4 * largest))
+    def piece(self, batch_size: int) -> int:
+        """Return how many images of a batch are trained on at once."""
+        runner, size = self.frozen.runner, self.frozen.size
+        if (
+            self.moves_statistics
+            or self.cut == self.frozen.embedding
+            or runner.device.type != "cpu"
+        ):
+            return batch_size
+        return max(1, min(batch_size, runner.fitting(self.cut, size, _PIECE)))
 
     def train(self, mode: bool = True) -> TrainedPart:
         """Set the mode; frozen blocks stay in eval mode, so their statistics never move."""
@@ -196,7 +195,7 @@ class _InPieces:
     def train_step_single(self: Any, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Return the loss and the outputs of a batch; its gradients are in the parameters."""
         X, y = batch
-        piece = self.module_.piece or len(y)
+        piece = self.module_.piece(len(y))
         self._set_training(True)
         if len(y) == 1:
             self.module_.hold_statistics()
