@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -106,8 +105,7 @@ def unordered(
     weights : ndarray or None
         Of these rows.
     """
-    with ThreadPoolExecutor(n_threads(n_jobs)) as threads:
-        digests = list(threads.map(images.digest, range(len(images))))
+    digests = images.digests(n_threads(n_jobs))
     columns = targets.reshape(len(targets), -1).tolist()
     each = np.ones(len(targets)) if weights is None else weights
     keys = [(d, *row, weight) for d, row, weight in zip(digests, columns, each, strict=True)]

@@ -376,6 +376,7 @@ class Trainer:
         with progress:
             for first in range(0, len(images), _CHUNK):
                 chunk = views[first : first + _CHUNK]
+                chunk.images.digests(n_threads(settings.n_jobs))
                 place = slice(first * n_views, first * n_views + len(chunk))
                 results[place] = self._chunk_outputs(chunk)
                 progress.update(len(chunk))

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,17 @@ class ImageSequence:
         """Return 16 bytes that stand for the content of row `i`.
 
         They depend on a file's bytes, not its name; or on the upright RGB pixels of a PIL
-        image, an array or a tensor. They are read once.
+        image, an array or a tensor.
         """
-        row = int(self._rows[i])
-        if row not in self._digests:
-            self._digests[row] = self.open(i).digest
-        return self._digests[row]
+        known = self._digests.get(int(self._rows[i]))
+        return self.open(i).digest if known is None else known
+
+    def digests(self, n_threads: int) -> list[bytes]:
+        """Return the digests of all rows, and remember them: files are not read for them again."""
+        with ThreadPoolExecutor(n_threads) as threads:
+            found = list(threads.map(self.digest, range(len(self))))
+        self._digests.update(zip(self._rows.tolist(), found, strict=True))
+        return found
 
     def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
         """Return row `i` as uint8 RGB of shape (3, height, width), or raise a `ValueError`.
