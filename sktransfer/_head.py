@@ -113,7 +113,7 @@ def _logistic(
         return coef, intercept
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # training goes on from here
-        model = LogisticRegression(C=_C, max_iter=200).fit(X, y, weights)
+        model = LogisticRegression(C=_C, max_iter=1000).fit(X, y, weights)
     rows, offsets = model.coef_, model.intercept_
     if len(seen) == 2:  # scikit-learn gives one row, the difference of two
         rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2

@@ -83,7 +83,7 @@ def make_plan(
     if memory_folder:
         free = _free(memory_folder)
         keep, dropped = _split(
-            [p for p in (cut, frozen.embedding) if _is_worth_keeping(frozen, compute, p)],
+            [p for p in sorted({cut, frozen.embedding}) if _is_worth_keeping(frozen, compute, p)],
             lambda p: frozen.n_bytes(p) * n_rows,
             free * _DISK_SHARE,
         )

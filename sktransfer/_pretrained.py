@@ -65,7 +65,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         What the network computes in. Rows are float32 in any case.
     batch_size : int, default=32
         Images in flight at once and, on a GPU, in one batch. A CPU takes 4 of them at a time,
-        about its fastest (`benchmarks/batch_size.py`).
+        about its fastest (`benchmarks/batch_size.py`), and fewer of large ones.
     n_jobs : int or None, default=None
         Threads that read and decode images. None or -1: one a core, or what joblib leaves to a
         worker process.
