@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 from sklearn.model_selection import KFold, StratifiedShuffleSplit
 from tabulate import tabulate
 
-from sktransfer import FineTunedClassifier
+from sktransfer import FineTunedClassifier, get_model, register_model
 from sktransfer._benchmark import load_elpv
+from sktransfer.models import Backbone
 
 METRICS = ("accuracy", "roc_auc", "balanced_accuracy", "f1")
 CONVENTIONS = {"0.5": "defective: p > 0.5", "0": "defective: p > 0"}
@@ -49,6 +51,19 @@ def score(model: FineTunedClassifier, X: Any, y: np.ndarray) -> dict[str, float]
     }
 
 
+def without_crop(name: str, size: int) -> str:
+    """Register the network with images squeezed to its input, and no border cut off."""
+
+    def build(weights: Any) -> Backbone:
+        backbone, shape = get_model(name, weights), (size, size)
+        preprocessing = replace(backbone.preprocessing, size=shape, resize=shape, mode="squash")
+        return Backbone(backbone.network, preprocessing)
+
+    new_name = f"{name} on whole cells of {size}"
+    register_model(new_name, build)
+    return new_name
+
+
 def unfreeze(text: str) -> int | str | list[str]:
     """Read a number, a name, "all", or names with commas between them."""
     if "," in text:
@@ -62,6 +77,7 @@ def main() -> None:
     parser.add_argument("--weights", default="default")
     parser.add_argument("--unfreeze", type=unfreeze, default=2)
     parser.add_argument("--image-size", type=int)
+    parser.add_argument("--whole", type=int, help="size of whole cells: none of the border is cut")
     parser.add_argument("--augment", choices=("none", "flip", "dihedral", "auto"), default="none")
     parser.add_argument("--views", type=int, help="in training")
     parser.add_argument("--predict-views", type=int, default=1)
@@ -83,6 +99,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every so manieth image only")
     parser.add_argument("--output", help="a file of results, to which these are added")
     args = parser.parse_args()
+    if args.whole:
+        args.backbone = without_crop(args.backbone, args.whole)
     # What is not given stays as the library has it.
     given = {
         "head_epochs": args.head_epochs,

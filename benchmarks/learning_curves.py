@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from codecarbon import OfflineEmissionsTracker
+from elpv_fine_tuning import without_crop
 from sklearn.metrics import accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
@@ -152,6 +153,7 @@ class Ways:
             options = {
                 "unfreeze": args.unfreeze,
                 "lr": args.lr,
+                "weight_decay": args.weight_decay,
                 "augment": augment,
                 "predict_views": args.predict_views,
             }
@@ -287,10 +289,12 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--image-size", type=int)
+    parser.add_argument("--whole", type=int, help="size of whole cells: none of the border is cut")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--unfreeze", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--weight-decay", type=float, default=1e-2)
     parser.add_argument("--augment", choices=("none", "flip", "dihedral"), default="none")
     parser.add_argument("--predict-views", type=int, default=1)
     parser.add_argument("--scratch-epochs", type=int, default=10)
@@ -302,6 +306,8 @@ def main() -> None:
     parser.add_argument("--output", default="learning_curves.json")
     parser.add_argument("--plot", help="a picture to draw; with --splits 0, of what is there")
     args = parser.parse_args()
+    if args.whole:
+        args.backbone = without_crop(args.backbone, args.whole)
     file = Path(args.output)
     found = {"args": vars(args), "energy": "", "rows": []}
     if file.exists():
