@@ -1,10 +1,12 @@
 """What the defaults of fine-tuning are worth: ELPV and scikit-learn's digits, with few labels.
 
-Learning rates by depth, at 50, 200 and more labels, on random splits with 500 test images: accuracy
+A parameter by depth, at 50, 200 and more labels, on random splits with 500 test images: accuracy
 and log-loss, the mean over the splits. All but the depth and the named parameter is the default.
+`--parameter C` is the regularisation of the head that is solved for, at depth 0.
 """
 
 import argparse
+import ast
 import tempfile
 import time
 
@@ -13,14 +15,16 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.model_selection import train_test_split
 
-from sktransfer import FineTunedClassifier
+from sktransfer import FineTunedClassifier, _head
 from sktransfer._benchmark import load_elpv
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--labels", nargs="+", type=int, default=[50, 200, 1200])
 parser.add_argument("--depths", nargs="+", type=int, default=[1, 2, 4, 8])
 parser.add_argument("--parameter", default="lr")
-parser.add_argument("--values", nargs="+", default=["1e-4", "5e-4", "1e-3"])
+parser.add_argument(
+    "--values", nargs="+", type=ast.literal_eval, default=[1e-4, 5e-4, 1e-3], help="in Python"
+)
 parser.add_argument("--splits", type=int, default=3)
 parser.add_argument("--memory", help="by default, a temporary folder")
 options = parser.parse_args()
@@ -55,11 +59,16 @@ with tempfile.TemporaryDirectory() as folder:
     memory = options.memory or folder
     for name in tasks:
         for n_labels in options.labels:
+            if options.parameter == "C":
+                for value in options.values:
+                    _head._C = value
+                    found = score(name, n_labels, unfreeze=0, memory=memory)
+                    print(f"{name}, {n_labels} labels, C={value}: {found}", flush=True)
+                continue
             head = score(name, n_labels, unfreeze=0, memory=memory)
             print(f"{name}, {n_labels} labels, unfreeze=0: {head}", flush=True)
             for depth in options.depths:
                 for value in options.values:
-                    number = None if value == "None" else float(value)
-                    setting = {"unfreeze": depth, options.parameter: number}
+                    setting = {"unfreeze": depth, options.parameter: value}
                     found = score(name, n_labels, memory=memory, **setting)
                     print(f"{name}, {n_labels} labels, {setting}: {found}", flush=True)

@@ -271,7 +271,7 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         Epochs of the first phase. `"auto"` sets a linear head to the optimum of a regularised
         logistic regression on the embeddings, which is all there is to do with ``unfreeze=0``;
         another head gets `max_epochs` of them, unless it is all that is trained.
-    max_epochs : int, default=20
+    max_epochs : int, default=10
         Epochs of the second phase.
     batch_size : int, default=32
         Images of a step.
@@ -411,7 +411,7 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         pooling: str = "avg",
         dropout: float = 0.0,
         head_epochs: int | str = "auto",
-        max_epochs: int = 20,
+        max_epochs: int = 10,
         batch_size: int = 32,
         lr: float = 5e-4,
         head_lr: float | None = None,
@@ -645,7 +645,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
     head_epochs : int or "auto", default="auto"
         As for the classifier, with a ridge regression.
     max_epochs, batch_size, lr, head_lr, lr_decay, weight_decay : \
-            default=20, 32, 5e-4, None, 0.85, 0.01
+            default=10, 32, 5e-4, None, 0.85, 0.01
         The second phase.
     augment, n_views, predict_views : default=None, None, 1
         Other views of the images.
@@ -691,7 +691,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
         pooling: str = "avg",
         dropout: float = 0.0,
         head_epochs: int | str = "auto",
-        max_epochs: int = 20,
+        max_epochs: int = 10,
         batch_size: int = 32,
         lr: float = 5e-4,
         head_lr: float | None = None,
