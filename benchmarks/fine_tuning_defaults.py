@@ -2,7 +2,8 @@
 
 A parameter by depth, at 50, 200 and more labels, on random splits with 500 test images: accuracy
 and log-loss, the mean over the splits. All but the depth and the named parameter is the default.
-`--parameter C` is the regularisation of the head that is solved for, at depth 0.
+`--parameter C` is the regularisation of the head that is solved for: of a head alone at depth 0,
+else of the start of training.
 """
 
 import argparse
@@ -20,11 +21,12 @@ from sktransfer._benchmark import load_elpv
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--labels", nargs="+", type=int, default=[50, 200, 1200])
-parser.add_argument("--depths", nargs="+", type=int, default=[1, 2, 4, 8])
+parser.add_argument("--depths", nargs="+", type=int, default=[0, 1, 2, 4, 8])
 parser.add_argument("--parameter", default="lr")
 parser.add_argument(
     "--values", nargs="+", type=ast.literal_eval, default=[1e-4, 5e-4, 1e-3], help="in Python"
 )
+parser.add_argument("--tasks", nargs="+", choices=["elpv", "digits"], default=["elpv", "digits"])
 parser.add_argument("--splits", type=int, default=3)
 parser.add_argument("--memory", help="by default, a temporary folder")
 options = parser.parse_args()
@@ -57,18 +59,13 @@ def score(name: str, n_labels: int, **parameters) -> str:
 
 with tempfile.TemporaryDirectory() as folder:
     memory = options.memory or folder
-    for name in tasks:
+    for name in options.tasks:
         for n_labels in options.labels:
-            if options.parameter == "C":
-                for value in options.values:
-                    _head._C = value
-                    found = score(name, n_labels, unfreeze=0, memory=memory)
-                    print(f"{name}, {n_labels} labels, C={value}: {found}", flush=True)
-                continue
-            head = score(name, n_labels, unfreeze=0, memory=memory)
-            print(f"{name}, {n_labels} labels, unfreeze=0: {head}", flush=True)
             for depth in options.depths:
                 for value in options.values:
                     setting = {"unfreeze": depth, options.parameter: value}
-                    found = score(name, n_labels, memory=memory, **setting)
+                    given = {**setting, "memory": memory}
+                    if options.parameter == "C":
+                        _head._C = _head._C_START = given.pop("C")
+                    found = score(name, n_labels, **given)
                     print(f"{name}, {n_labels} labels, {setting}: {found}", flush=True)

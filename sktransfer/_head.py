@@ -14,8 +14,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
-# Of the linear head on embeddings of mean variance 1: among 1e-4 ... 10 the best or close to it.
+# Inverse regularisation of the linear head, on embeddings of mean variance 1. Among 1e-4 ... 10 the
+# first is the best or close to it for a head alone; the second as the start of training, where a
+# head that is sure of itself makes the blocks overfit: see docs/results.md.
 _C = 0.03
+_C_START = 0.003
 _ALPHA = 10  # and of ridge regression
 
 
@@ -61,6 +64,8 @@ def solve_head(
     targets: np.ndarray,
     weights: np.ndarray | None,
     kind: str,
+    *,
+    is_start: bool = False,
 ) -> None:
     """Set the linear layer of `head` to the optimum on frozen embeddings.
 
@@ -77,7 +82,10 @@ def solve_head(
         of kind "value".
     weights : ndarray of shape (n,) or None
     kind : {"class", "label", "value"}
+    is_start : bool, default=False
+        Whether blocks are trained from here on.
     """
+    C = _C_START if is_start else _C
     weights = np.ones(len(embeddings)) if weights is None else weights
     mean = np.average(embeddings, axis=0, weights=weights)
     # One scale for all features: with one for each, those that hardly vary would get weights so
@@ -91,18 +99,18 @@ def solve_head(
         model = Ridge(alpha=_ALPHA).fit(X, targets, weights)
         coef, intercept = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
     elif kind == "label":
-        parts = [_logistic(X, column, weights, [0, 1]) for column in targets.T]
+        parts = [_logistic(X, column, weights, [0, 1], C) for column in targets.T]
         coef = np.stack([coef[1] - coef[0] for coef, _ in parts])
         intercept = np.stack([intercept[1] - intercept[0] for _, intercept in parts])
     else:
-        coef, intercept = _logistic(X, targets, weights, range(n_outputs))
+        coef, intercept = _logistic(X, targets, weights, range(n_outputs), C)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(coef / scale))
         layer.bias.copy_(torch.from_numpy(intercept - (coef / scale) @ mean))
 
 
 def _logistic(
-    X: np.ndarray, y: np.ndarray, weights: np.ndarray, classes: Sequence[int]
+    X: np.ndarray, y: np.ndarray, weights: np.ndarray, classes: Sequence[int], C: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a row of coefficients and an intercept for each class; one never seen is unlikely."""
     coef = np.zeros((len(classes), X.shape[1]))
@@ -113,7 +121,7 @@ def _logistic(
         return coef, intercept
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # training goes on from here
-        model = LogisticRegression(C=_C, max_iter=1000).fit(X, y, weights)
+        model = LogisticRegression(C=C, max_iter=1000).fit(X, y, weights)
     rows, offsets = model.coef_, model.intercept_
     if len(seen) == 2:  # scikit-learn gives one row, the difference of two
         rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2

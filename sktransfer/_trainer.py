@@ -189,6 +189,7 @@ class Trainer:
             np.repeat(targets[rows], n_views, axis=0),
             np.repeat(each / n_views, n_views),
             self.settings.kind,
+            is_start=self.cut < self.frozen.embedding,
         )
 
     def _train_head(

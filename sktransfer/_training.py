@@ -26,7 +26,7 @@ from sktransfer._inference import network_lock
 from sktransfer._training_data import TrainingData
 
 _WARM_UP = 0.1  # of all steps
-_PIECE = 40e6  # bytes of the largest tensor on a CPU, see benchmarks/pieces.py
+_PIECE = 20e6  # bytes of the largest tensor on a CPU, see benchmarks/pieces.py
 
 
 # ------------------------------------------------------------------------------ the network
@@ -108,7 +108,8 @@ class TrainedPart(nn.Module):
             or runner.device.type != "cpu"
         ):
             return batch_size
-        return max(1, min(batch_size, runner.fitting(self.cut, size, _PIECE)))
+        n_pieces = math.ceil(batch_size / max(1, runner.fitting(self.cut, size, _PIECE)))
+        return math.ceil(batch_size / n_pieces)  # pieces of about one size
 
     def train(self, mode: bool = True) -> TrainedPart:
         """Set the mode; frozen blocks stay in eval mode, so their statistics never move."""

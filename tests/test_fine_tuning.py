@@ -395,7 +395,7 @@ def test_labels_of_any_type(labels, unfreeze):
     labels = np.asarray(labels)
     X, numbers = pictures(30, len(labels))
     y = labels[numbers]
-    model = classifier(unfreeze=unfreeze, max_epochs=12, lr=5e-3).fit(X, y)
+    model = classifier(unfreeze=unfreeze, max_epochs=30, lr=5e-3).fit(X, y)
     assert model.classes_.dtype == y.dtype
     assert model.classes_.tolist() == sorted(labels.tolist())
     assert model.score(X, y) > 0.9  # also that columns are those of classes_
