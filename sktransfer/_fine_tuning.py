@@ -269,8 +269,9 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         Share of an embedding's features, and of the hidden layers', that training leaves out.
     head_epochs : int or "auto", default="auto"
         Epochs of the first phase. `"auto"` sets a linear head to the optimum of a regularised
-        logistic regression on the embeddings, which is all there is to do with ``unfreeze=0``;
-        another head gets `max_epochs` of them, unless it is all that is trained.
+        logistic regression on the embeddings, which is all there is to do with ``unfreeze=0``, and
+        else a start that is regularised ten times more; another head gets `max_epochs` of them,
+        unless it is all that is trained.
     max_epochs : int, default=10
         Epochs of the second phase.
     batch_size : int, default=32
