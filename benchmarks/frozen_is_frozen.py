@@ -16,6 +16,7 @@ import gc
 import sys
 import time
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,8 +37,12 @@ def with_batch_norm(pattern: str) -> dict[str, int]:
     for name in torchvision.models.list_models(module=torchvision.models):
         if fnmatch.fnmatch(name, pattern):
             options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-            with torch.device("meta"):
-                network = torchvision.models.get_model(name, weights=None, **options)
+            build = partial(torchvision.models.get_model, name, weights=None, **options)
+            try:
+                with torch.device("meta"):
+                    network = build()
+            except NotImplementedError:  # it reads the values of a tensor
+                network = build()
             if any(isinstance(module, _BatchNorm) for module in network.modules()):
                 found[name] = sum(p.numel() for p in network.parameters())
     return dict(sorted(found.items(), key=lambda item: item[1]))
