@@ -11,7 +11,6 @@ permutation of ELPV (defective: p > 0.5).
                            training steps, without any library, say that the ratio can be. With
                            --source files: both decode the image files, the plain side in two
                            workers of a DataLoader. Ours starts from an empty memory.
-    --part bound           the bound alone
     --part head-only       the head alone, 12 candidates
     --part second-search   images that a search over other learning rates runs through the network
     --part same-score      time until our defaults reach the plain side's best score over depths and
@@ -435,14 +434,6 @@ def equal_work(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def only_bound(args: argparse.Namespace) -> dict[str, Any]:
-    _, X, _ = prepare(args)
-    each = step_seconds(args, X, np.zeros(len(X), np.int64))
-    print_steps(args, each)
-    print(f"bound {bound(args, each):.1f}")
-    return {"bound": bound(args, each), "steps": {str(k): v for k, v in each.items()}}
-
-
 def head_only(args: argparse.Namespace) -> dict[str, Any]:
     X, our_X, y = prepare(args)
     grid = {
@@ -511,7 +502,7 @@ def same_score(args: argparse.Namespace) -> dict[str, Any]:
             early_stopping=args.early_stopping,
             precision=args.precision,
             memory=memory,
-            random_state=0,
+            random_state=args.seed,
         )
         for depth in args.depths:
             row = evaluate(estimator, {"unfreeze": depth}, our_X, y, args.folds)
@@ -535,9 +526,12 @@ def plain_rows(args: argparse.Namespace, X: Any, y: np.ndarray) -> list[dict[str
     """Return what `equal-work` wrote for these depths and rates, or evaluate them."""
     known = []
     if args.plain_from:
-        of_interest = ("source", "backbone", "images", "folds", "epochs", "precision", "image_size")
+        of_interest = ("source", "backbone", "images", "folds", "epochs", "precision")
+        of_interest += ("image_size", "batch_size", "seed", "plain_folds")
+        absent = {"seed": 0, "plain_folds": None}  # in files from before there were these
         for record in json.loads(Path(args.plain_from).read_text()):
-            same = all(record["args"][name] == getattr(args, name) for name in of_interest)
+            known_args = {**absent, **record["args"]}
+            same = all(known_args[name] == getattr(args, name) for name in of_interest)
             if same and record["args"]["part"] == "equal-work":
                 known += [row for row in record["rows"] if "plain" in row]
     rows = []
@@ -547,7 +541,8 @@ def plain_rows(args: argparse.Namespace, X: Any, y: np.ndarray) -> list[dict[str
             row = hits[-1] if hits else {"unfreeze": depth, "lr": lr}
             if not hits:
                 words = in_plain_words(row)
-                row = {**row, "plain": evaluate(plain(args), words, X, y, args.folds)}
+                found = evaluate(plain(args), words, X, y, args.folds, args.plain_folds, args.seed)
+                row = {**row, "plain": found}
             rows.append(row)
             print(f"  plain {lr=:g} unfreeze={depth}: {row['plain']}", flush=True)
     return rows
@@ -557,7 +552,6 @@ def plain_rows(args: argparse.Namespace, X: Any, y: np.ndarray) -> list[dict[str
 
 PARTS = {
     "equal-work": equal_work,
-    "bound": only_bound,
     "head-only": head_only,
     "second-search": second_search,
     "same-score": same_score,

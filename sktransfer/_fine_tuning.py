@@ -644,7 +644,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
     head, pooling, dropout : default="linear", "avg", 0.0
         What turns activations into numbers.
     head_epochs : int or "auto", default="auto"
-        As for the classifier, with a ridge regression.
+        As for the classifier, with a ridge regression, the same alone and as a start.
     max_epochs, batch_size, lr, head_lr, lr_decay, weight_decay : \
             default=10, 32, 5e-4, None, 0.85, 0.01
         The second phase.

@@ -14,9 +14,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
-# Inverse regularisation of the linear head, on embeddings of mean variance 1. Among 1e-4 ... 10 the
-# first is the best or close to it for a head alone; the second as the start of training, where a
-# head that is sure of itself makes the blocks overfit: see docs/results.md.
+# Inverse regularisation of the logistic head, on embeddings of mean variance 1: alone, and as the
+# start of training, where one that is sure of itself costs log-loss; tables in docs/results.md.
 _C = 0.03
 _C_START = 0.003
 _ALPHA = 10  # and of ridge regression
@@ -83,7 +82,7 @@ def solve_head(
     weights : ndarray of shape (n,) or None
     kind : {"class", "label", "value"}
     is_start : bool, default=False
-        Whether blocks are trained from here on.
+        Whether blocks are trained from here on: a logistic regression is then regularised more.
     """
     C = _C_START if is_start else _C
     weights = np.ones(len(embeddings)) if weights is None else weights

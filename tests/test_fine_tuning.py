@@ -31,7 +31,7 @@ from sktransfer import (
     get_model,
     register_model,
 )
-from sktransfer._head import _C
+from sktransfer._head import _C, _C_START
 from sktransfer._plan import Plan
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -529,6 +529,24 @@ def test_a_linear_head_is_logistic_regression(n_classes, pooling):
     np.testing.assert_allclose(model.predict_proba(X), expected, atol=1e-3)
     assert np.ptp(expected, axis=0).max() > 0.1
     assert model.history_ == [] and model.n_iter_ == 0
+
+
+def test_the_start_of_training_is_regularised_more():
+    X, y = pictures(30, 3)
+    model = classifier(backbone="convolutional", unfreeze=1, max_epochs=0).fit(X, y)
+    embeddings = PretrainedFeatureExtractor("convolutional").transform(X)
+    embeddings = (embeddings - embeddings.mean(0)) / np.sqrt(embeddings.var(0).mean())
+    for C, is_it in ((_C_START, True), (_C, False)):
+        expected = LogisticRegression(C=C).fit(embeddings, y).predict_proba(embeddings)
+        assert np.allclose(model.predict_proba(X), expected, atol=2e-3) == is_it
+
+
+def test_pieces_of_a_batch_are_even(monkeypatch):
+    module = classifier(max_epochs=1).fit(*pictures()).net_.module_
+    monkeypatch.setattr(module.frozen.runner, "fitting", lambda *_: 26)
+    assert [module.piece(n) for n in (1, 26, 32, 53)] == [1, 26, 16, 18]
+    monkeypatch.setattr(module.frozen.runner, "fitting", lambda *_: 0)
+    assert module.piece(32) == 1
 
 
 def test_poolings_differ():
