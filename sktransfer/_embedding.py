@@ -54,6 +54,6 @@ class Embedding(Stream):
 
     def _run(
         self, loaded: list[torch.Tensor], digests: list[bytes]
-    ) -> tuple[list[np.ndarray], list[Write]]:
+    ) -> tuple[list[Any], list[Write]]:
         rows = self.runner.rows(loaded, self.positions, self.pooling, self.preprocessing, self.step)
         return rows, []

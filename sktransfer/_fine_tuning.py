@@ -274,8 +274,9 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         unless it is all that is trained.
     max_epochs : int, default=10
         Epochs of the second phase.
-    batch_size : int, default=32
-        Images of a step.
+    batch_size : int or "auto", default=32
+        Images of a step. `"auto"`: 32, and frozen blocks take as many as suit the device. Where a
+        step does not fit into the memory, it is taken in parts, with a warning.
     lr : float, default=5e-4
         Learning rate of the last unfrozen block, for AdamW.
     head_lr : float, default=None
@@ -321,6 +322,9 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
     precision : {"float32", "bfloat16"}, default="float32"
         What the network computes in. Weights are float32 in any case, and activations at the cut
         are kept in half precision.
+    runtime : {"auto", "torch", "openvino"}, default="auto"
+        What the frozen blocks run on; see :class:`PretrainedFeatureExtractor`. Training is
+        torch's.
     n_jobs : int, default=None
         Threads that read and decode images. None or -1: one a core.
     random_state : int, RandomState instance or None, default=None
@@ -413,7 +417,7 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         dropout: float = 0.0,
         head_epochs: int | str = "auto",
         max_epochs: int = 10,
-        batch_size: int = 32,
+        batch_size: int | str = 32,
         lr: float = 5e-4,
         head_lr: float | None = None,
         lr_decay: float = 0.85,
@@ -432,6 +436,7 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         memory: Any = None,
         device: Any = "auto",
         precision: str = "float32",
+        runtime: str = "auto",
         n_jobs: int | None = None,
         random_state: Any = None,
         verbose: int = 0,
@@ -463,6 +468,7 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         self.memory = memory
         self.device = device
         self.precision = precision
+        self.runtime = runtime
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose
@@ -654,8 +660,8 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
         When to stop.
     callbacks, warm_start : default=None, False
         For skorch; and whether `fit` goes on.
-    image_shape, image_size, memory, device, precision, n_jobs, random_state, verbose : \
-            default=None, None, None, "auto", "float32", None, None, 0
+    image_shape, image_size, memory, device, precision, runtime, n_jobs, random_state, verbose : \
+            default=None, None, None, "auto", "float32", "auto", None, None, 0
         The input, and how to compute.
 
     Attributes
@@ -693,7 +699,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
         dropout: float = 0.0,
         head_epochs: int | str = "auto",
         max_epochs: int = 10,
-        batch_size: int = 32,
+        batch_size: int | str = 32,
         lr: float = 5e-4,
         head_lr: float | None = None,
         lr_decay: float = 0.85,
@@ -711,6 +717,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
         memory: Any = None,
         device: Any = "auto",
         precision: str = "float32",
+        runtime: str = "auto",
         n_jobs: int | None = None,
         random_state: Any = None,
         verbose: int = 0,
@@ -741,6 +748,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
         self.memory = memory
         self.device = device
         self.precision = precision
+        self.runtime = runtime
         self.n_jobs = n_jobs
         self.random_state = random_state
         self.verbose = verbose

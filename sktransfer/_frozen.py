@@ -15,7 +15,7 @@ import xxhash
 from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer._augmentation import Views
-from sktransfer._inference import Runner, layout_of, network_lock, pool
+from sktransfer._inference import Runner, layout_of, network_lock, one_core_threads, pool
 from sktransfer._stream import Stream, Write
 from sktransfer.transforms import Preprocessing
 
@@ -108,11 +108,11 @@ class FrozenBlocks:
     ) -> dict[int, torch.Tensor]:
         """Run a batch from `start` to `stop`; return the results there and where `wanted`.
 
-        Call it under `network_lock` and without gradients.
+        Call it inside `Runner.running()`.
         """
         results = {start: x} if start == stop else {}
         for position in range(start + 1, stop + 1):
-            x = self.runner.segment(position - 1, self.size)(x.float())
+            (x,) = self.runner.block(position - 1, self.size)(x.float())
             x = self.pool(x) if position == self.embedding else self._round(x)
             if position == stop or position in wanted:
                 results[position] = x
@@ -122,13 +122,22 @@ class FrozenBlocks:
         self, stored: torch.Tensor, start: int, stop: int, step: int
     ) -> torch.Tensor:
         """Run a stored batch to `stop`, float32, by the batches in which `Activations` runs it."""
-        parts = []
-        with torch.no_grad():
-            for part in stored.split(step):
+
+        def run(part: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():
                 padding = part[:1].expand(step - len(part), *part.shape[1:])
                 x = self.unpack(torch.cat([part, padding]), start)
-                parts.append(self.advance(x, start, stop)[stop][: len(part)].float())
-        return torch.cat(parts)
+                return self.advance(x, start, stop)[stop][: len(part)].float()
+
+        first, *others = stored.split(step)
+        parts = [run(first)]  # here, as it may compile, for which the caller holds the lock
+        if self.runner.runs_in_threads:
+            with one_core_threads(torch.get_num_threads()) as threads:
+                parts += threads.map(run, others)
+        else:
+            parts += map(run, others)
+        with torch.no_grad():
+            return torch.cat(parts)  # out of inference mode: training goes on from it
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Reduce the network's last activations to one float32 row an image."""
@@ -230,7 +239,7 @@ class Activations(Stream):
         batch = torch.stack(stored + stored[:1] * (self.step - len(stored)))
         stop = self.positions[-1]
         wanted = {p for p in {*self.keep, *self.positions} if start < p <= stop}
-        with network_lock, torch.inference_mode(), self.frozen.runner.autocast():
+        with self.frozen.runner.running():
             x = self.frozen.unpack(batch, start)
             results = self.frozen.advance(x, start, stop, wanted)
             packed = {p: self.frozen.pack(x, p)[: len(stored)] for p, x in results.items()}

@@ -41,7 +41,8 @@ class _Tracer(fx.Tracer):
 
             functions = tuple(get_notrace_functions())
             self.leaves = tuple(get_notrace_modules())
-        super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=functions)
+        modules: Any = (math, torchvision.ops)
+        super().__init__(autowrap_modules=modules, autowrap_functions=functions)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None

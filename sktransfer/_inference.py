@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
+import multiprocessing
+import sys
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import xxhash
+from threadpoolctl import ThreadpoolController
 from torch import nn
 
 from sktransfer._blocks import TracedNetwork, TracingError
+from sktransfer._runtime import (
+    OpenVinoProgram,
+    Program,
+    fold_batch_norms,
+    resolve_runtime,
+    warn_fallback,
+    warn_without_instructions,
+)
 from sktransfer._weights import Describer
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -27,7 +42,11 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 # C library gets larger tensors anew from the system every time, which costs more than it saves.
 _CPU_STEP = 4
 _CPU_BYTES = 20e6
+_BATCH = 32  # of images in flight
+_GPU_BATCH = 256  # at most
+_GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few are alive at once
 _VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
+_T = TypeVar("_T")
 # torch.fx traces by replacing what calls modules, for the whole process: nothing may run meanwhile.
 network_lock = threading.RLock()
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
@@ -67,6 +86,24 @@ def pool(x: torch.Tensor, layout: str, pooling: str, n_prefix: int = 0) -> torch
     return x.mean(2) if pooling == "avg" else x.amax(2)
 
 
+# ------------------------------------------------------------------------------ threads
+
+
+def one_core_threads(n: int) -> ThreadPoolExecutor:
+    """Return a pool of threads in which torch's operations take one core each."""
+    return ThreadPoolExecutor(n, initializer=_take_one_core)
+
+
+def _take_one_core() -> None:
+    torch.get_num_threads()  # sets this thread's number, which is then replaced
+    _thread_pools().limit(limits=1, user_api="openmp")
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
 # ------------------------------------------------------------------------------ the network
 
 
@@ -87,13 +124,33 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def get_runner(backbone: Backbone, device: str | torch.device, precision: str) -> Runner:
+def get_runner(
+    backbone: Backbone, device: str | torch.device, precision: str, runtime: str = "auto"
+) -> Runner:
     """Return this process's one copy of `backbone` on this device in this precision."""
     resolved = resolve_device(device)
     runners = _runners.setdefault(backbone, {})
-    if (resolved, precision) not in runners:
-        runners[resolved, precision] = Runner(backbone, resolved, precision)
-    return runners[resolved, precision]
+    asked = (resolved, precision, runtime)
+    if asked not in runners:
+        warn_without_instructions(precision, resolved)
+        warn_of_copies(resolved)
+        chosen = resolve_runtime(runtime, resolved, precision, backbone.network, backbone.name)
+        key = (resolved, precision, chosen)
+        runners[asked] = runners.get(key) or Runner(backbone, resolved, precision, chosen)
+        runners[key] = runners[asked]
+    return runners[asked]
+
+
+def warn_of_copies(device: torch.device) -> None:
+    """Warn in a joblib worker that every one of them has a copy of the network on the GPU."""
+    name = multiprocessing.current_process().name
+    if device.type == "cuda" and name.startswith("LokyProcess"):
+        warnings.warn(
+            f"{name} loads a copy of the backbone of its own onto {str(device)!r}: with n_jobs > 1 "
+            "each process does, and they take turns on the GPU. Use n_jobs=1, or device='cpu'.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 class _OutputError(TypeError):
@@ -109,18 +166,23 @@ class Runner:
     device : torch.device
     precision : {"float32", "bfloat16", "float16"}
         Below float32, the operations that lose nothing by it run in it (torch's autocast).
+    runtime : {"torch", "openvino"}
     """
 
-    def __init__(self, backbone: Backbone, device: torch.device, precision: str) -> None:
+    def __init__(
+        self, backbone: Backbone, device: torch.device, precision: str, runtime: str = "torch"
+    ) -> None:
         # The backbone itself must not be held: it is the weak key under which this is kept.
         self.name, self.fingerprint = backbone.name, backbone.fingerprint
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.runtime = device, precision, runtime
         network = backbone.network
         if device.type != "cpu":
             network = copy.deepcopy(network).to(device)
         self.network: nn.Module = network.to(memory_format=torch.channels_last)
         self._image_size = backbone.preprocessing.size
         self._shapes: dict[Any, tuple[int, ...]] = {}
+        self.most = sys.maxsize  # images at once; fewer once the memory did not suffice
+        self._programs: dict[Any, Program] = {}
         self.flops: dict[tuple[int, int], list[int]] = {}  # see FrozenBlocks.flops
 
     @cached_property
@@ -152,8 +214,26 @@ class Runner:
             return self.network
         return self.trace.slice(start, start + 1, image_size)
 
-    def step(self, batch_size: int, image_size: tuple[int, int]) -> int:
+    @property
+    def runs_in_threads(self) -> bool:
+        """Whether each image runs by itself, on one core, in whatever thread asks for it."""
+        return self.runtime == "openvino"
+
+    def batch_size(self, given: int | str, image_size: tuple[int, int]) -> int:
+        """Return the images in flight: those given or, if `"auto"`, what suits the device."""
+        if given != "auto":
+            return int(given)
+        if self.device.type != "cuda":
+            return _BATCH
+        free, _ = torch.cuda.mem_get_info(self.device)
+        fitting = self.fitting(0, image_size, free * _GPU_SHARE)
+        return max(1, min(_GPU_BATCH, 2 ** int(math.log2(max(1, fitting)))))
+
+    def step(self, batch_size: int | str, image_size: tuple[int, int]) -> int:
         """Return how many of a batch's images to run at once: on a GPU all, on a CPU few."""
+        if self.runs_in_threads:
+            return 1
+        batch_size = min(self.batch_size(batch_size, image_size), self.most)
         if self.device.type != "cpu":
             return batch_size
         fitting = self.fitting(0, image_size, _CPU_BYTES)
@@ -223,6 +303,8 @@ class Runner:
             "flatten" if vector else pooling,
             self.precision,
         )
+        if self.precision != "float32" and self.runtime != "torch":  # in float32 they agree
+            parts += (self.runtime,)
         if type(preprocessing) is not Preprocessing:  # its settings do not tell what it does
             parts += (Describer()(type(preprocessing)),)
         readable = self.name.rpartition("/")[2]
@@ -238,21 +320,115 @@ class Runner:
             return nullcontext()
         return torch.autocast(self.device.type, PRECISIONS[self.precision])
 
-    def activations(
-        self, batch: torch.Tensor, positions: Iterable[int | None]
-    ) -> dict[int | None, torch.Tensor]:
-        """Run a normalised batch (n, 3, h, w) once; return the activation at each position."""
-        size = (batch.shape[2], batch.shape[3])
+    def in_smaller_steps(self, run: Callable[[int], _T], step: int) -> _T:
+        """Call `run(step)`; while the memory does not suffice, with half as many images."""
+        while True:
+            try:
+                return run(step)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if step == 1:
+                    raise MemoryError(
+                        f"Not even one image fits into the memory of {str(self.device)!r} beside "
+                        f"backbone {self.name!r} ({_first_line(error)}). Pass a smaller "
+                        "image_size, a smaller backbone or another device."
+                    ) from error
+            # Out of the handler, which holds on to the tensors of the failed step.
+            step = self.most = step // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"The memory of {str(self.device)!r} did not suffice: backbone {self.name!r} goes "
+                f"on with {step} images at once.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within this context the network may be called, in its precision, without gradients."""
+        with torch.inference_mode():
+            if self.runs_in_threads:
+                yield
+                return
+            with network_lock, self.autocast():
+                yield
+
+    def block(self, start: int, image_size: tuple[int, int]) -> Program:
+        """Return what runs a batch from a position to the next; see `segment`."""
+
+        def example() -> torch.Tensor:
+            shape = (3, *image_size) if start == 0 else self.shape(start, image_size)
+            return torch.rand(1, *shape)
+
+        return self._program(
+            (start, image_size), lambda: self._folded(start, start + 1, image_size), example
+        )
+
+    def rows_program(
+        self, positions: Sequence[int | None], pooling: str, preprocessing: Preprocessing
+    ) -> Program:
+        """Return what turns a uint8 batch (n, 3, h, w) into pooled rows, for each position."""
+
+        def example() -> torch.Tensor:
+            return torch.randint(256, (1, 3, *preprocessing.size), dtype=torch.uint8)
+
+        return self._program(
+            (tuple(positions), pooling, preprocessing),
+            lambda: _Rows(self, positions, pooling, preprocessing),
+            example,
+        )
+
+    def _program(
+        self, key: Any, build: Callable[[], nn.Module], example: Callable[[], torch.Tensor]
+    ) -> Program:
+        if (known := self._programs.get(key)) is None:
+            # Out of inference mode, in which sizes can't be found.
+            with network_lock, torch.inference_mode(False), torch.no_grad():
+                if (known := self._programs.get(key)) is None:
+                    known = self._programs[key] = self._make_program(build, example)
+        return known
+
+    def _make_program(
+        self, build: Callable[[], nn.Module], example: Callable[[], torch.Tensor]
+    ) -> Program:
+        module = build()
+        if self.runs_in_threads:
+            try:
+                return OpenVinoProgram(module, example(), self.precision)
+            except Exception as error:  # OpenVINO's own, of what it can't convert or compile
+                self.runtime = "torch"
+                warn_fallback(self.name, f"it can't take this network ({_first_line(error)})")
+
+        def run(x: torch.Tensor) -> list[torch.Tensor]:
+            with self.running():
+                results = module(x)
+            return list(results) if isinstance(results, tuple) else [results]
+
+        return run
+
+    def _folded(self, start: int, stop: int, image_size: tuple[int, int]) -> nn.Module:
+        """Return a slice, with batch-norms made a part of convolutions on a CPU."""
+        if not self.block_names:
+            return self.network
+        part = self.trace.slice(start, stop, image_size)
+        return fold_batch_norms(part) if self.device.type == "cpu" else part
+
+    def slices(
+        self, positions: Iterable[int | None], image_size: tuple[int, int]
+    ) -> list[tuple[int | None, nn.Module]]:
+        """Return positions in their order, each with what leads there from the one before."""
         wanted = set(positions)
-        results: dict[int | None, torch.Tensor] = {}
-        x, start = batch, 0
+        found: list[tuple[int | None, nn.Module]] = []
+        start = 0
         for stop in sorted(p for p in wanted if p is not None):
-            x = self.trace.slice(start, stop, size)(x)
-            results[stop], start = x, stop
+            found.append((stop, self._folded(start, stop, image_size)))
+            start = stop
         if None in wanted:
-            whole = self.trace.slice(start, self.trace.output, size) if start else self.network
-            results[None] = whole(x)
-        return results
+            whole = self.trace.output if self.block_names else 1
+            found.append((None, self._folded(start, whole, image_size)))
+        return found
 
     def rows(
         self,
@@ -261,23 +437,80 @@ class Runner:
         pooling: str,
         preprocessing: Preprocessing,
         step: int,
-    ) -> list[np.ndarray]:
+    ) -> list[Any]:
         """Return one float32 array (len(images), width) for each position.
 
         Every batch has `step` images, the last one padded: a row then does not depend on how
         many others came with it.
         """
-        parts: list[list[np.ndarray]] = [[] for _ in positions]
+        program = self.rows_program(positions, pooling, preprocessing)
+        parts: list[list[Any]] = [[] for _ in positions]
         for start in range(0, len(images), step):
             some = list(images[start : start + step])
             batch = torch.stack(some + some[:1] * (step - len(some)))  # (step, 3, h, w) uint8
-            batch = batch.to(self.device, non_blocking=True)
-            with network_lock, torch.inference_mode(), self.autocast():
-                x = preprocessing.normalize(batch).contiguous(memory_format=torch.channels_last)
-                found = self.activations(x, positions)
-                for part, position in zip(parts, positions, strict=True):
-                    x = found[position].float()
-                    layout = layout_of(x.shape[1:], preprocessing.size)
-                    rows = pool(x, layout, pooling, self.n_prefix(position))
-                    part.append(rows[: len(some)].cpu().numpy())
-        return [np.concatenate(part) for part in parts]
+            for part, rows in zip(parts, program(self.to_device(batch)), strict=True):
+                part.append(fetch(rows[: len(some)]))
+        return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
+
+    def to_device(self, batch: torch.Tensor) -> torch.Tensor:
+        """Start to copy a batch to the device."""
+        if self.device.type == "cuda":  # from memory that stays in place, the copy does not wait
+            batch = batch.pin_memory()
+        return batch.to(self.device, non_blocking=True)
+
+
+class _Rows(nn.Module):
+    """From uint8 images (n, 3, h, w) to pooled float32 rows, one tensor for each position."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        positions: Sequence[int | None],
+        pooling: str,
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__()
+        self.positions, self.pooling, self.preprocessing = positions, pooling, preprocessing
+        found = runner.slices(positions, preprocessing.size)
+        self.order = [position for position, _ in found]
+        self.slices = [part for _, part in found]  # not registered: they are not this one's own
+        self.n_prefix = {position: runner.n_prefix(position) for position in self.order}
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.preprocessing.normalize(images).contiguous(memory_format=torch.channels_last)
+        rows: dict[int | None, torch.Tensor] = {}
+        for position, part in zip(self.order, self.slices, strict=True):
+            x = part(x)
+            layout = layout_of(x.shape[1:], self.preprocessing.size)
+            rows[position] = pool(x.float(), layout, self.pooling, self.n_prefix[position])
+        return tuple(rows[position] for position in self.positions)
+
+
+class _Fetched:
+    """An array on its way from a GPU; it waits for it only when it is looked at."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._host.copy_(x, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(x.device))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self._done.synchronize()
+        return self._host.numpy()
+
+
+def fetch(x: torch.Tensor) -> Any:
+    """Return a tensor as an array, or as what becomes one while the GPU goes on."""
+    return _Fetched(x) if x.device.type == "cuda" else x.cpu().numpy()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a GPU, or the system, had no memory left."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -63,12 +63,19 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         `"auto"` takes a CUDA device if there is one, else the CPU.
     precision : {"float32", "bfloat16", "float16"}, default="float32"
         What the network computes in. Rows are float32 in any case.
-    batch_size : int, default=32
-        Images in flight at once and, on a GPU, in one batch. A CPU takes 4 of them at a time,
-        about its fastest (`benchmarks/batch_size.py`), and fewer of large ones.
+    runtime : {"auto", "torch", "openvino"}, default="auto"
+        What computes. `"auto"`: on a CPU OpenVINO, if it is installed (extra `openvino`), unless
+        the network is so small that its images take longer; else torch. Their float32 rows agree
+        within 0.001 of the largest value and share the memory's entries. A network that OpenVINO
+        can't take runs on torch, with a warning that says why.
+    batch_size : int or "auto", default="auto"
+        Images in flight at once and, on a GPU, in one batch; `"auto"`: 32, or as many as a GPU's
+        memory takes, up to 256. Torch on a CPU takes 4 of them at a time, about its fastest
+        (`benchmarks/batch_size.py`), and fewer of large ones; OpenVINO one on each core. A batch
+        that does not fit into the memory is halved, with a warning.
     n_jobs : int or None, default=None
-        Threads that read and decode images. None or -1: one a core, or what joblib leaves to a
-        worker process.
+        Threads that read and decode images and, with OpenVINO, run the network. None or -1: one a
+        core, or what joblib leaves to a worker process.
     verbose : int, default=0
         1 shows a progress bar.
 
@@ -126,7 +133,8 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         memory: Any = None,
         device: Any = "auto",
         precision: str = "float32",
-        batch_size: int = 32,
+        runtime: str = "auto",
+        batch_size: int | str = "auto",
         n_jobs: int | None = None,
         verbose: int = 0,
     ) -> None:
@@ -139,6 +147,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         self.memory = memory
         self.device = device
         self.precision = precision
+        self.runtime = runtime
         self.batch_size = batch_size
         self.n_jobs = n_jobs
         self.verbose = verbose

@@ -12,6 +12,7 @@ import numpy as np
 from sktransfer._inference import Runner
 from sktransfer.io import ImageSequence
 
+_BATCH = 32  # images of a training step
 _REPEATED = 4  # times the images, of which some count more than once
 
 
@@ -28,7 +29,7 @@ class Settings:
     dropout: float
     head_epochs: int | str
     max_epochs: int
-    batch_size: int
+    batch_size: int | str
     lr: float
     head_lr: float | None
     lr_decay: float
@@ -52,6 +53,11 @@ class Settings:
     @property
     def is_from_scratch(self) -> bool:
         return self.weights is None
+
+    @property
+    def images_a_step(self) -> int:
+        """Return the images of a training step."""
+        return _BATCH if isinstance(self.batch_size, str) else self.batch_size
 
     @property
     def solves_head(self) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from sktransfer._inference import Runner
+from sktransfer._inference import Runner, one_core_threads
 from sktransfer._memory import ImageMemory
 
 _LOOKUP = 64  # images looked up, and claimed, at once
@@ -66,10 +66,11 @@ class Stream(ABC):
     keys : sequence of str
         Names, in the memory, of the results of an image; it is looked up if one is missing.
     memory : ImageMemory or None
-    batch_size : int
+    batch_size : int or "auto"
         Images in flight at once, and on a GPU in a batch.
     n_jobs : int or None
-        Threads that read and decode; None for all cores, or what joblib leaves to a worker.
+        Threads that read and decode and, with OpenVINO, run the network; None for all cores, or
+        what joblib leaves to a worker.
     verbose : bool
         Show a progress bar.
 
@@ -86,15 +87,16 @@ class Stream(ABC):
         keys: Sequence[str],
         *,
         memory: ImageMemory | None = None,
-        batch_size: int = 32,
+        batch_size: int | str = "auto",
         n_jobs: int | None = None,
         verbose: bool | int = False,
     ) -> None:
         self.runner, self.keys, self.memory = runner, list(keys), memory
         self.claim_key = self.keys[0]  # streams that share work claim it under one name
         self.kept_keys = set(self.keys)
-        self.batch_size, self.verbose = batch_size, verbose
+        self.batch_size, self.verbose = runner.batch_size(batch_size, image_size), verbose
         self.step = runner.step(batch_size, image_size)
+        self.in_threads = runner.runs_in_threads
         self.n_threads = joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
         self.n_computed = 0
 
@@ -103,15 +105,18 @@ class Stream(ABC):
         """Fetch what the computation of a row takes; called in threads."""
 
     @abstractmethod
-    def _run(self, loaded: list[Any], digests: list[bytes]) -> tuple[list[np.ndarray], list[Write]]:
-        """Compute an array of results for each key, and by-products that are worth keeping."""
+    def _run(self, loaded: list[Any], digests: list[bytes]) -> tuple[list[Any], list[Write]]:
+        """Compute an array-like of results for each key, and by-products worth keeping.
+
+        Of single images, and in threads, if that is how the network runs.
+        """
 
     def _fill_outs(self, images: Images, outs: Sequence[np.ndarray]) -> None:
         """Fill `outs`, for each key an array with a row for each image."""
         self._images, self._outs = images, outs
         self._claimed: set[bytes] = set()  # ours to compute, not yet in the memory
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
-        self._threads = ThreadPoolExecutor(self.n_threads)
+        self._threads = one_core_threads(self.n_threads)
         self._writer = ThreadPoolExecutor(1)
         self._progress = tqdm(
             total=len(images), unit="image", desc=self.runner.name, disable=not self.verbose
@@ -132,8 +137,12 @@ class Stream(ABC):
         misses = self._all(rows) if self.memory is None else self._missing(rows, others)
         writes: deque[Future[None]] = deque()
         # Decoding runs two batches ahead of the network, writing two behind it.
-        for group in _groups(_ahead(misses, 2 * self.batch_size), self.batch_size):
-            results = self._compute(group)
+        groups = _groups(_ahead(misses, 2 * self.batch_size), self.batch_size)
+        started = ((group, *self._start(group)) for group in groups)
+        # A GPU works on a batch while the results of the one before are taken.
+        n_running = 1 if self.runner.device.type == "cuda" else 0
+        for group, values, extras in _ahead(started, n_running):
+            results = [*extras, *self._take(group, values)]
             if self.memory is not None:
                 writes.append(self._writer.submit(self._store, group, results))
                 if len(writes) > 2:
@@ -146,7 +155,7 @@ class Stream(ABC):
 
     def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
         for row in rows:
-            yield _Miss([row], b"", self._threads.submit(self._load, row, None))
+            yield _Miss([row], b"", self._submit(row))
 
     def _missing(self, rows: Sequence[int], others: dict[int, bytes]) -> Iterator[_Miss]:
         """Fill what the memory holds, yield what it lacks; `others` gets what is not ours."""
@@ -162,8 +171,7 @@ class Stream(ABC):
                     self._join(miss, lacking.pop(digest))
             for digest in self._claim(lacking, others):
                 rows_ = lacking[digest]
-                loaded = self._threads.submit(self._load, rows_[0], digest)
-                self._misses[digest] = _Miss(rows_, digest, loaded)
+                self._misses[digest] = _Miss(rows_, digest, self._submit(rows_[0], digest))
                 yield self._misses[digest]
 
     def _claim(self, lacking: dict[bytes, list[int]], others: dict[int, bytes]) -> list[bytes]:
@@ -211,17 +219,38 @@ class Stream(ABC):
     def _digest(self, rows: Sequence[int]) -> list[bytes]:
         return [self._images.digest(row) for row in rows]
 
-    def _compute(self, group: Sequence[_Miss]) -> list[Write]:
-        digests = [miss.digest for miss in group]
-        values, extras = self._run([miss.loaded.result() for miss in group], digests)
+    def _submit(self, row: int, digest: bytes | None = None) -> Future[Any]:
+        """Load a row in a thread and, if images run by themselves, compute it there."""
+        if not self.in_threads:
+            return self._threads.submit(self._load, row, digest)
+        return self._threads.submit(
+            lambda: self._run([self._load(row, digest)], [] if digest is None else [digest])
+        )
+
+    def _start(self, group: Sequence[_Miss]) -> tuple[list[Any], list[Write]]:
+        """Compute what becomes the results of a group: an array-like for each key."""
+        loaded = [miss.loaded.result() for miss in group]
+        if self.in_threads:
+            values = [np.concatenate(part) for part in zip(*(v for v, _ in loaded), strict=True)]
+            return values, [extra for _, extras in loaded for extra in extras]
+
+        def run(step: int) -> tuple[list[Any], list[Write]]:
+            self.step = step
+            return self._run(loaded, [miss.digest for miss in group])
+
+        return self.runner.in_smaller_steps(run, self.step)
+
+    def _take(self, group: Sequence[_Miss], values: Sequence[Any]) -> list[Write]:
+        """Fill the rows of a group."""
+        arrays = [np.asarray(value) for value in values]
         self.n_computed += len(group)
         for i, miss in enumerate(group):
-            for out, value in zip(self._outs, values, strict=True):
-                out[miss.rows] = value[i]
+            for out, array in zip(self._outs, arrays, strict=True):
+                out[miss.rows] = array[i]
             miss.done = True
             self._progress.update(len(miss.rows))
-        results = [Write(key, digests, rows) for key, rows in zip(self.keys, values, strict=True)]
-        return [*extras, *results]
+        digests = [miss.digest for miss in group]
+        return [Write(key, digests, rows) for key, rows in zip(self.keys, arrays, strict=True)]
 
     def _store(self, group: Sequence[_Miss], results: list[Write]) -> None:
         """Write results; runs in a thread of its own."""

@@ -118,7 +118,7 @@ class Trainer:
             valid = None
             if settings.early_stopping:
                 valid = self._data(stored, held_out, examples, is_valid=True)
-            n_steps = math.ceil(len(learnt) / settings.batch_size) * n_epochs
+            n_steps = math.ceil(len(learnt) / settings.images_a_step) * n_epochs
             if not (self.n_left and self._schedule):
                 history = self.net.history if goes_on else None
                 self._schedule = Schedule(n_steps)
@@ -151,7 +151,7 @@ class Trainer:
             done = len(self.net.history) - before
             self.n_left = n_epochs - done
             if self._schedule is not None:
-                self._schedule.offset += done * math.ceil(len(data) / self.settings.batch_size)
+                self._schedule.offset += done * math.ceil(len(data) / self.settings.images_a_step)
             raise Interrupted(
                 f"fit was interrupted after {done} of {n_epochs} epochs. The estimator predicts "
                 f"with what it learnt in them; with warm_start=True, fit goes on for {self.n_left}."
@@ -203,7 +203,7 @@ class Trainer:
         end = self.frozen.embedding
         module = TrainedPart(self.frozen, end, end, set(), head, self._step, False)
         data = self._data(embeddings, rows, examples)
-        n_steps = math.ceil(len(rows) / self.settings.batch_size) * n_epochs
+        n_steps = math.ceil(len(rows) / self.settings.images_a_step) * n_epochs
         net = self._new_net(module, None, Schedule(n_steps), examples.seed)
         try:
             train(net, data, n_epochs)
@@ -258,7 +258,7 @@ class Trainer:
             valid,
             n_outputs=settings.n_outputs,
             max_epochs=settings.max_epochs,
-            batch_size=settings.batch_size,
+            batch_size=settings.images_a_step,
             patience=settings.n_iter_no_change,
             callbacks=(settings.callbacks or []) if is_second_phase else [],
             schedule=schedule,

@@ -107,9 +107,9 @@ class TrainedPart(nn.Module):
             or self.cut == self.frozen.embedding
             or runner.device.type != "cpu"
         ):
-            return batch_size
+            return min(batch_size, batch_size if self.moves_statistics else runner.most)
         n_pieces = math.ceil(batch_size / max(1, runner.fitting(self.cut, size, _PIECE)))
-        return math.ceil(batch_size / n_pieces)  # pieces of about one size
+        return min(math.ceil(batch_size / n_pieces), runner.most)  # pieces of about one size
 
     def train(self, mode: bool = True) -> TrainedPart:
         """Set the mode; frozen blocks stay in eval mode, so their statistics never move."""
@@ -196,10 +196,20 @@ class _InPieces:
     def train_step_single(self: Any, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Return the loss and the outputs of a batch; its gradients are in the parameters."""
         X, y = batch
-        piece = self.module_.piece(len(y))
         self._set_training(True)
         if len(y) == 1:
             self.module_.hold_statistics()
+
+        def run(piece: int) -> dict[str, Any]:
+            self.module_.zero_grad()  # of an attempt that did not fit
+            return self._train_in_pieces(X, y, piece, **fit_params)
+
+        piece = self.module_.piece(len(y))
+        if self.module_.moves_statistics:  # a part of a batch has others
+            return run(piece)
+        return self.module_.frozen.runner.in_smaller_steps(run, piece)
+
+    def _train_in_pieces(self: Any, X: Any, y: Any, piece: int, **fit_params: Any) -> Any:
         loss, outputs = 0.0, []
         for first in range(0, len(y), piece):
             part = slice(first, first + piece)

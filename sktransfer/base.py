@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from sktransfer._inference import POOLINGS, PRECISIONS, Runner, get_runner
+from sktransfer._runtime import RUNTIMES
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models import Backbone, get_model
 from sktransfer.transforms import Preprocessing
@@ -48,7 +49,8 @@ class ImageEstimator(BaseEstimator):
         "memory": [str, os.PathLike, HasMethods(["cache"]), None],
         "device": [str, torch.device],
         "precision": [StrOptions(set(PRECISIONS))],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "runtime": [StrOptions(set(RUNTIMES))],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "n_jobs": [Integral, None],
         "verbose": ["verbose"],
     }
@@ -59,6 +61,7 @@ class ImageEstimator(BaseEstimator):
     image_size: Any
     device: Any
     precision: str
+    runtime: str
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -83,6 +86,7 @@ class ImageEstimator(BaseEstimator):
         `fitted` holds values of `precision` and `image_size` that go before the parameters.
         """
         backbone = get_model(self.backbone, self.weights)
-        runner = get_runner(backbone, self.device, fitted.get("precision", self.precision))
+        precision = fitted.get("precision", self.precision)
+        runner = get_runner(backbone, self.device, precision, self.runtime)
         size = fitted.get("image_size", self.image_size)
         return runner, backbone.preprocessing.with_size(size)

@@ -20,6 +20,7 @@ from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import check_estimator
 
 from sktransfer import PretrainedFeatureExtractor, get_model, register_model
+from sktransfer._runtime import has_bfloat16
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 
@@ -106,7 +107,8 @@ def test_precision_changes_little_and_rows_stay_float32(photos):
     rough = PretrainedFeatureExtractor(precision="bfloat16").transform(photos)
     assert rough.dtype == np.float32
     error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
-    assert 0 < error < 0.05
+    assert error < 0.05
+    assert error > 0 or not has_bfloat16()  # without instructions OpenVINO takes float32
 
 
 def test_preprocessing_can_come_with_the_module(tiles):

@@ -1,0 +1,251 @@
+"""What runs a slice of a network: torch, or on a CPU OpenVINO, where it is installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+RUNTIMES = ("auto", "torch", "openvino")
+Program = Callable[[torch.Tensor], list[torch.Tensor]]  # takes a batch; safe to call in threads
+
+_SMALL = 100_000  # parameters; a smaller network takes less time than reading its images
+# Largest difference to torch, as a share of the largest value; more means that it is not the same.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+_KNOWN = ("torch.nn.", "timm.layers.")  # convolutions and norms whose maths is known
+_EXTRA = "pip install 'sktransfer[openvino]'"
+
+
+def resolve_runtime(
+    runtime: str, device: torch.device, precision: str, network: nn.Module, name: str
+) -> str:
+    """Return `"torch"` or `"openvino"`; warn if what is asked for can't be had."""
+    if runtime == "torch":
+        return runtime
+    reason = _reason_against(device, precision)
+    if reason is None and runtime == "auto" and _is_small(network):
+        return "torch"
+    if reason is None and (error := _import_error()):
+        reason = f"OpenVINO can't be imported ({error}); reinstall it: {_EXTRA}"
+        runtime = "openvino"  # it is installed, so the user counts on it
+    if reason is None:
+        return "openvino"
+    if runtime == "openvino":
+        warn_fallback(name, reason)
+    return "torch"
+
+
+def warn_fallback(name: str, reason: str) -> None:
+    """Say that torch computes instead, and why."""
+    message = f"Backbone {name!r} runs on torch, not on OpenVINO: {reason}."
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _reason_against(device: torch.device, precision: str) -> str | None:
+    if device.type != "cpu":
+        return f"runtime='openvino' is for a CPU, and the device is {str(device)!r}"
+    if precision not in _TOLERANCE:
+        return f"it does not compute in {precision}"
+    if importlib.util.find_spec("openvino") is None:
+        return f"it is not installed: {_EXTRA}"
+    return None
+
+
+def _is_small(network: nn.Module) -> bool:
+    return sum(p.numel() for p in network.parameters()) < _SMALL
+
+
+@functools.cache
+def _import_error() -> str:
+    try:
+        _core()
+    except Exception as error:  # a broken installation can fail in any way
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@functools.cache
+def _core() -> Any:
+    # One a process: the end of one of several made Ctrl-C a segmentation fault.
+    import openvino
+
+    return openvino.Core()
+
+
+def warn_without_instructions(precision: str, device: torch.device) -> None:
+    """Warn if a CPU computes in `bfloat16` but has no instructions for it."""
+    if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+        warnings.warn(
+            "This CPU has no bfloat16 instructions: precision='bfloat16' makes nothing faster "
+            "here, and torch slower. Use precision='float32'.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Tell whether the CPU multiplies in bfloat16."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # not known
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+# ------------------------------------------------------------------------------ torch
+
+
+def fold_batch_norms(module: fx.GraphModule) -> fx.GraphModule:
+    """Return the module with every batch-norm behind a convolution made a part of it.
+
+    All other modules are shared with the given one.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    folded = fx.GraphModule(module, graph)
+    for node in list(graph.nodes):
+        if (before := _foldable(folded, node)) is None:
+            continue
+        convolution, norm = _module_at(folded, before), _module_at(folded, node)
+        # timm's norms have a dropout and an activation in them.
+        rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
+        folded.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+        folded.set_submodule(str(node.target), nn.Sequential(*rest).eval())
+    folded.recompile()
+    return folded
+
+
+def _module_at(module: nn.Module, node: fx.Node) -> Any:
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _foldable(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Return the convolution whose only use is this batch-norm."""
+    before = node.args[0] if len(node.args) == 1 else None
+    if not isinstance(before, fx.Node) or len(before.users) > 1:
+        return None
+    convolution, norm = _module_at(module, before), _module_at(module, node)
+    if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+        return None
+    uses = [n.target for n in module.graph.nodes if n.op == "call_module"]
+    if uses.count(before.target) > 1 or uses.count(node.target) > 1:
+        return None  # shared layers
+    known = all(type(m).__module__.startswith(_KNOWN) for m in (convolution, norm))
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in (convolution, norm))
+    return before if known and not hooks and norm.running_mean is not None else None
+
+
+# ------------------------------------------------------------------------------ OpenVINO
+
+
+class _ChannelsLast(nn.Module):
+    """A module whose images and maps have their channels last, as they lie in memory."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results = self.module(x.permute(0, 3, 1, 2) if x.ndim == 4 else x)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(y.permute(0, 2, 3, 1) if y.ndim == 4 else y for y in results)
+
+
+class OpenVinoProgram:
+    """A module compiled for one batch size; each call takes one core.
+
+    Parameters
+    ----------
+    module : nn.Module
+        In eval mode; from a tensor to one, or to a tuple of them.
+    example : Tensor
+        An input, of the only shape and dtype that calls then take.
+    precision : {"float32", "bfloat16"}
+
+    Raises
+    ------
+    Exception
+        Whatever OpenVINO says of a module that it can't take; ValueError if it computes something
+        else than torch.
+    """
+
+    def __init__(self, module: nn.Module, example: torch.Tensor, precision: str) -> None:
+        self._compiled = _compile(_ChannelsLast(module), _channels_last(example), precision)
+        self._idle: list[Any] = []  # requests, each with buffers of its own
+        self._check(module, example, _TOLERANCE[precision])
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        import openvino
+
+        request = self._take_request()
+        try:
+            request.infer({0: openvino.Tensor(_channels_last(x).numpy(), shared_memory=True)})
+            found = [torch.from_numpy(t.data.copy()) for t in request.output_tensors]
+        finally:
+            self._idle.append(request)
+        return [y.permute(0, 3, 1, 2) if y.ndim == 4 else y for y in found]
+
+    def _take_request(self) -> Any:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._compiled.create_infer_request()
+
+    def _check(self, module: nn.Module, example: torch.Tensor, tolerance: float) -> None:
+        """Compare with torch on one batch: what traced wrongly must not be used."""
+        with torch.inference_mode():
+            expected = module(example)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for mine, theirs in zip(self(example), expected, strict=True):
+            if mine.shape != theirs.shape:
+                raise ValueError(f"its result has shape {tuple(mine.shape)}, not {theirs.shape}")
+            error = float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+            if not error <= tolerance:
+                raise ValueError(f"its result differs by {error:.2g} of the largest value")
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).contiguous()
+
+
+def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> Any:
+    from openvino import PartialShape
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the tracer's, of what is constant for one shape
+        traced = torch.jit.freeze(torch.jit.trace(module.eval(), example, check_trace=False))
+    # openvino.convert_model does the same, and reports its use over the network.
+    decoder = TorchScriptPythonDecoder(traced, example_input=(example,))
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    model = frontend.convert(frontend.load(decoder))
+    source = model.inputs[0].get_node()
+    source.set_partial_shape(PartialShape(list(example.shape)))
+    source.set_element_type(_element_type(example.dtype))
+    model.validate_nodes_and_infer_types()
+    return _core().compile_model(model, "CPU", _settings(precision))
+
+
+def _element_type(dtype: torch.dtype) -> Any:
+    import openvino
+
+    return openvino.Type.u8 if dtype == torch.uint8 else openvino.Type.f32
+
+
+def _settings(precision: str) -> dict[str, Any]:
+    # As many cores as torch may use, which joblib limits in its workers; one for each stream.
+    n_threads = torch.get_num_threads()
+    return {
+        "INFERENCE_PRECISION_HINT": "f32" if precision == "float32" else "bf16",
+        "NUM_STREAMS": n_threads,
+        "INFERENCE_NUM_THREADS": n_threads,
+        "ENABLE_CPU_PINNING": False,  # or all processes would take the first cores
+    }
