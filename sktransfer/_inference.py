@@ -182,6 +182,8 @@ class Runner:
         self._image_size = backbone.preprocessing.size
         self._shapes: dict[Any, tuple[int, ...]] = {}
         self.most = sys.maxsize  # images at once; fewer once the memory did not suffice
+        # As many cores as torch may use here, which joblib limits in its workers.
+        self._n_cores = torch.get_num_threads()
         self._programs: dict[Any, Program] = {}
         self.flops: dict[tuple[int, int], list[int]] = {}  # see FrozenBlocks.flops
 
@@ -360,7 +362,7 @@ class Runner:
 
         def example() -> torch.Tensor:
             shape = (3, *image_size) if start == 0 else self.shape(start, image_size)
-            return torch.rand(1, *shape)
+            return torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
 
         return self._program(
             (start, image_size), lambda: self._folded(start, start + 1, image_size), example
@@ -372,7 +374,8 @@ class Runner:
         """Return what turns a uint8 batch (n, 3, h, w) into pooled rows, for each position."""
 
         def example() -> torch.Tensor:
-            return torch.randint(256, (1, 3, *preprocessing.size), dtype=torch.uint8)
+            noise = np.random.default_rng(0).integers(256, size=(1, 3, *preprocessing.size))
+            return torch.from_numpy(noise.astype(np.uint8))
 
         return self._program(
             (tuple(positions), pooling, preprocessing),
@@ -396,7 +399,9 @@ class Runner:
         module = build()
         if self.runs_in_threads:
             try:
-                return OpenVinoProgram(module, example(), self.precision)
+                if not self.block_names:
+                    raise ValueError("it can't be traced, so what it does may depend on the pixels")
+                return OpenVinoProgram(module, example(), self.precision, self._n_cores)
             except Exception as error:  # OpenVINO's own, of what it can't convert or compile
                 self.runtime = "torch"
                 warn_fallback(self.name, f"it can't take this network ({_first_line(error)})")

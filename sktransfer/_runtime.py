@@ -168,6 +168,8 @@ class OpenVinoProgram:
     example : Tensor
         An input, of the only shape and dtype that calls then take.
     precision : {"float32", "bfloat16"}
+    n_cores : int
+        That many calls run at once.
 
     Raises
     ------
@@ -176,8 +178,11 @@ class OpenVinoProgram:
         else than torch.
     """
 
-    def __init__(self, module: nn.Module, example: torch.Tensor, precision: str) -> None:
-        self._compiled = _compile(_ChannelsLast(module), _channels_last(example), precision)
+    def __init__(
+        self, module: nn.Module, example: torch.Tensor, precision: str, n_cores: int
+    ) -> None:
+        model = _convert(_ChannelsLast(module), _channels_last(example))
+        self._compiled = _core().compile_model(model, "CPU", _settings(precision, n_cores))
         self._idle: list[Any] = []  # requests, each with buffers of its own
         self._check(module, example, _TOLERANCE[precision])
 
@@ -215,7 +220,8 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).contiguous()
 
 
-def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> Any:
+def _convert(module: nn.Module, example: torch.Tensor) -> Any:
+    """Return OpenVINO's model of what the module does to inputs of this shape and dtype."""
     from openvino import PartialShape
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -231,7 +237,7 @@ def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> Any:
     source.set_partial_shape(PartialShape(list(example.shape)))
     source.set_element_type(_element_type(example.dtype))
     model.validate_nodes_and_infer_types()
-    return _core().compile_model(model, "CPU", _settings(precision))
+    return model
 
 
 def _element_type(dtype: torch.dtype) -> Any:
@@ -240,12 +246,10 @@ def _element_type(dtype: torch.dtype) -> Any:
     return openvino.Type.u8 if dtype == torch.uint8 else openvino.Type.f32
 
 
-def _settings(precision: str) -> dict[str, Any]:
-    # As many cores as torch may use, which joblib limits in its workers; one for each stream.
-    n_threads = torch.get_num_threads()
+def _settings(precision: str, n_cores: int) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": "f32" if precision == "float32" else "bf16",
-        "NUM_STREAMS": n_threads,
-        "INFERENCE_NUM_THREADS": n_threads,
+        "NUM_STREAMS": n_cores,
+        "INFERENCE_NUM_THREADS": n_cores,
         "ENABLE_CPU_PINNING": False,  # or all processes would take the first cores
     }
