@@ -27,6 +27,7 @@ from sktransfer._runtime import (
     OpenVinoProgram,
     Program,
     fold_batch_norms,
+    reason_of,
     resolve_runtime,
     warn_fallback,
     warn_without_instructions,
@@ -404,7 +405,7 @@ class Runner:
                 return OpenVinoProgram(module, example(), self.precision, self._n_cores)
             except Exception as error:  # OpenVINO's own, of what it can't convert or compile
                 self.runtime = "torch"
-                warn_fallback(self.name, f"it can't take this network ({_first_line(error)})")
+                warn_fallback(self.name, f"it can't take this network ({reason_of(error)})")
 
         def run(x: torch.Tensor) -> list[torch.Tensor]:
             with self.running():

@@ -42,6 +42,14 @@ def resolve_runtime(
     return "torch"
 
 
+def reason_of(error: Exception) -> str:
+    """Return the line of OpenVINO's message that tells most."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    lines = [line for line in lines if not line.startswith("Check '")] or lines or [""]
+    missing = [line for line in lines if line.startswith("No conversion rule")]
+    return f"{type(error).__name__}: {(missing or lines)[0]}"
+
+
 def warn_fallback(name: str, reason: str) -> None:
     """Say that torch computes instead, and why."""
     message = f"Backbone {name!r} runs on torch, not on OpenVINO: {reason}."

@@ -1,0 +1,101 @@
+"""Memory that does not suffice, devices that are shared."""
+
+import multiprocessing
+import warnings
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from joblib import Parallel, delayed
+from networks import small
+from torch import nn
+
+from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
+from sktransfer._inference import get_runner, warn_of_copies
+
+SHARE = 0.4  # of the machine's memory that an image asks for: one or two can be had, more not
+
+
+def ask(x: torch.Tensor, n_bytes: int) -> torch.Tensor:
+    """Ask the system for memory for each image, and give it back untouched."""
+    if x.device.type != "meta":
+        torch.empty(len(x), n_bytes, dtype=torch.uint8)
+    return x
+
+
+torch.fx.wrap("ask")
+
+
+class Greedy(nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.n_bytes = int(share * psutil.virtual_memory().total)
+        self.body, self.last = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 6, 3, 2)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = ask(self.last(ask(self.body(x), self.n_bytes)), self.n_bytes)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def pictures():
+    return np.random.default_rng(0).integers(256, size=(10, 32, 32, 3), dtype=np.uint8)
+
+
+def test_a_batch_that_does_not_fit_is_halved(pictures):
+    extractor = PretrainedFeatureExtractor(Greedy(SHARE), image_size=32)
+    with pytest.warns(UserWarning, match="did not suffice.* goes on with [12] images at once"):
+        rows = extractor.transform(pictures)
+    assert rows.shape == (10, 6)
+    assert (rows[3] == extractor.transform(pictures[3:4])[0]).all()
+
+
+def test_not_even_one_image_fits(pictures):
+    extractor = PretrainedFeatureExtractor(Greedy(50), image_size=32)
+    with (
+        pytest.warns(UserWarning, match="did not suffice"),
+        pytest.raises(MemoryError, match="Not even one image fits .* smaller image_size"),
+    ):
+        extractor.transform(pictures)
+
+
+def test_a_training_step_that_does_not_fit_is_taken_in_parts(pictures):
+    labels = np.arange(10) % 2
+    options = {"image_size": 32, "max_epochs": 2, "unfreeze": "all", "random_state": 0}
+    with pytest.warns(UserWarning, match="did not suffice"):
+        model = FineTunedClassifier(Greedy(SHARE), **options).fit(pictures, labels)
+    network = Greedy(0)
+    network.load_state_dict(get_model(model.backbone).network.state_dict())
+    plain = FineTunedClassifier(network, **options).fit(pictures, labels)
+    np.testing.assert_allclose(
+        model.predict_proba(pictures), plain.predict_proba(pictures), atol=1e-4
+    )
+
+
+def told() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_copies(torch.device("cuda"))
+    return [str(warning.message) for warning in caught]
+
+
+def test_workers_on_one_gpu_are_warned():
+    assert multiprocessing.parent_process() is None and told() == []
+    for messages in Parallel(n_jobs=2)(delayed(told)() for _ in range(2)):
+        assert len(messages) == 1 and "n_jobs=1" in messages[0]
+
+
+def test_automatic_batch_size(pictures):
+    runner = get_runner(get_model(small()), "cpu", "float32")
+    assert runner.batch_size("auto", (32, 32)) == 32
+    assert runner.batch_size(7, (32, 32)) == 7
+    rows = [
+        PretrainedFeatureExtractor(small(), image_size=32, batch_size=size).transform(pictures)
+        for size in ("auto", 3, 64)
+    ]
+    assert (rows[0] == rows[2]).all() and np.allclose(rows[0], rows[1], atol=1e-6)
+    labels = np.arange(10) % 2
+    model = FineTunedClassifier(small(), image_size=32, batch_size="auto", max_epochs=1)
+    assert model.fit(pictures, labels).n_iter_ == 1

@@ -1,0 +1,236 @@
+"""OpenVINO or torch: the same rows, and what happens when OpenVINO can't do it."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from networks import Untraceable, small
+from torch import nn
+
+from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
+from sktransfer._augmentation import Augmentation, Views
+from sktransfer._frozen import Activations, FrozenBlocks
+from sktransfer._inference import get_runner
+from sktransfer._runtime import fold_batch_norms, has_bfloat16
+from sktransfer.io import check_images
+
+SIZE = 64  # pixels: the smallest that keeps positions until the last blocks
+
+
+def extractor(runtime="openvino", **options):
+    return PretrainedFeatureExtractor(runtime=runtime, **{"image_size": SIZE, **options})
+
+
+def difference(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+class Wide(nn.Module):
+    """A network that is large enough for `runtime="auto"` to choose OpenVINO."""
+
+    def __init__(self, between=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 350, 5, 2)
+        self.between = nn.Identity() if between is None else between
+        self.wide = nn.Conv2d(350, 350, 1)
+        self.head = nn.Linear(350, 2)
+
+    def forward(self, x):
+        x = self.wide(self.between(self.conv(x)).relu())
+        return self.head(x.mean((2, 3)))
+
+
+class Bessel(nn.Module):
+    """An operation that OpenVINO does not know."""
+
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_rows_of_both_agree(photos):
+    X = photos * 2
+    for options in ({}, {"layer": ["blocks.2", "auto", "output"], "pooling": "max"}):
+        rows = extractor(**options).transform(X)
+        assert rows.dtype == np.float32
+        assert difference(rows, extractor("torch", **options).transform(X)) < 1e-3
+    runner, _ = extractor("auto")._load()
+    assert runner.runtime == "openvino"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/vit_tiny_patch16_224", "shufflenet_v2_x0_5"])
+def test_architectures(name, photos):
+    size = {"image_size": 224 if "vit" in name else SIZE}
+    a, b = (extractor(rt, backbone=name, weights=None, **size) for rt in ("openvino", "torch"))
+    assert difference(a.transform(photos), b.transform(photos)) < 1e-3
+
+
+def test_a_row_does_not_depend_on_the_others(photos):
+    rows = extractor().transform([*photos, *photos, photos[0]])
+    assert (rows[:2] == extractor().transform(photos)).all()
+    assert (rows[4] == rows[0]).all()
+
+
+def test_any_slice_runs_on_either():
+    X = np.random.default_rng(0).integers(256, size=(3, SIZE, SIZE, 3), dtype=np.uint8)
+    backbone = get_model("efficientnet_lite0")
+    preprocessing = backbone.preprocessing.with_size(SIZE)
+    found = {}
+    for runtime in ("torch", "openvino"):
+        frozen = FrozenBlocks(get_runner(backbone, "cpu", "float32", runtime), preprocessing, "avg")
+        views = Views(check_images(X), preprocessing, Augmentation(None, None, preprocessing.size))
+        found[runtime] = Activations(frozen, [3, 11, frozen.embedding])(views)
+    for mine, theirs in zip(found["openvino"], found["torch"], strict=True):
+        # Rounding to half precision at each cut turns a last digit into a thousandth.
+        assert difference(mine.astype(np.float32), theirs.astype(np.float32)) < 1e-2
+
+
+def test_the_memory_is_shared_in_float32_alone():
+    backbone = get_model("efficientnet_lite0")
+    keys = {
+        (precision, runtime): get_runner(backbone, "cpu", precision, runtime).key(
+            2, "avg", backbone.preprocessing
+        )
+        for precision in ("float32", "bfloat16")
+        for runtime in ("torch", "openvino")
+    }
+    assert keys["float32", "torch"] == keys["float32", "openvino"]
+    assert len(set(keys.values())) == 3
+
+
+def test_compiling_leaves_the_seed_alone(photos):
+    model = extractor(backbone=Wide())
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    model.transform(photos)
+    assert (torch.rand(2) == expected).all()
+
+
+def test_small_networks_stay_with_torch():
+    assert get_runner(get_model(small()), "cpu", "float32").runtime == "torch"
+    assert get_runner(get_model(small()), "cpu", "float32", "openvino").runtime == "openvino"
+
+
+def test_fine_tuning_on_openvino(tiles, tmp_path):
+    _, paths, labels = tiles
+    X, y = paths[::4], labels[::4]
+    options = {"image_size": SIZE, "max_epochs": 2, "random_state": 0, "unfreeze": 2}
+    found = {}
+    for runtime in ("torch", "openvino"):
+        model = FineTunedClassifier(runtime=runtime, **options).fit(X, y)
+        found[runtime] = model.predict_proba(X)
+        again = pickle.loads(pickle.dumps(model))
+        assert (again.predict_proba(X) == found[runtime]).all()
+    assert np.abs(found["torch"] - found["openvino"]).max() < 0.05
+    # Whatever an epoch starts from, the result is the same.
+    model = FineTunedClassifier(runtime="openvino", memory=tmp_path, **options).fit(X, y)
+    assert (model.predict_proba(X) == found["openvino"]).all()
+
+
+# ------------------------------------------------------------------------------ falling back
+
+
+def test_what_openvino_does_not_know_runs_on_torch(photos):
+    network = Wide(Bessel())
+    with pytest.warns(
+        UserWarning, match=r"runs on torch, not on OpenVINO: it can't take.*No conv.*bessel"
+    ):
+        rows = extractor("auto", backbone=network).transform(photos)
+    assert difference(rows, extractor("torch", backbone=network).transform(photos)) < 1e-6
+    again = extractor("auto", backbone=network).transform(photos)  # without another warning
+    assert difference(again, rows) < 1e-6
+
+
+def test_a_network_that_cannot_be_traced_runs_on_torch(photos):
+    network = nn.Sequential(Untraceable(), nn.Linear(4, 30_000))
+    with pytest.warns(UserWarning, match="can't be traced"):
+        rows = extractor("auto", backbone=network, layer="output").transform(photos)
+    model = extractor("torch", backbone=network, layer="output")
+    expected = np.concatenate([model.transform([photo]) for photo in photos])
+    assert difference(rows, expected) < 1e-5
+
+
+def test_float16_runs_on_torch():
+    backbone = get_model(small())
+    with pytest.warns(UserWarning, match="does not compute in float16"):
+        assert get_runner(backbone, "cpu", "float16", "openvino").runtime == "torch"
+    assert get_runner(get_model(small(1)), "cpu", "float16", "auto").runtime == "torch"
+
+
+def test_without_openvino(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
+    backbone = get_model(Wide())
+    assert get_runner(backbone, "cpu", "float32").runtime == "torch"
+    with pytest.warns(UserWarning, match=r"not installed: pip install 'sktransfer\[openvino\]'"):
+        assert get_runner(backbone, "cpu", "float32", "openvino").runtime == "torch"
+
+
+def test_a_broken_openvino(tmp_path):
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "__init__.py").write_text("raise ImportError('libtbb is missing')")
+    code = (
+        "from sklearn.datasets import load_sample_images\n"
+        "from sktransfer import PretrainedFeatureExtractor\n"
+        "extractor = PretrainedFeatureExtractor(image_size=32)\n"
+        "print(extractor.transform(load_sample_images().images).shape)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.getcwd(), *filter(None, [os.getenv("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+    )
+    assert "(2, 1280)" in done.stdout
+    assert done.stderr.count("OpenVINO can't be imported (ImportError: libtbb is missing)") == 1
+
+
+def test_bfloat16_warns_where_the_cpu_has_none(recwarn):
+    get_runner(get_model(small(2)), "cpu", "bfloat16")
+    told = any("no bfloat16 instructions" in str(w.message) for w in recwarn)
+    assert told != has_bfloat16()
+
+
+# ------------------------------------------------------------------------------ folding
+
+
+class Shared(nn.Module):
+    """A convolution with two uses can't be folded into either of its norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm_1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.twice, self.norm_2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm_1(self.first(x))
+        return self.twice(self.norm_2(self.twice(x)))
+
+
+def test_folding_keeps_the_function_and_the_network():
+    network = Shared().eval()
+    for norm in (network.norm_1, network.norm_2):
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    traced = torch.fx.symbolic_trace(network)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    folded = fold_batch_norms(traced)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(folded(x), network(x), atol=1e-5)
+    norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms == [network.norm_2]
+    assert folded.twice is network.twice
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_hooked_layer_is_not_folded():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    network[0].register_forward_hook(lambda module, args, output: output + 1)
+    folded = fold_batch_norms(torch.fx.symbolic_trace(network))
+    assert any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
