@@ -35,7 +35,8 @@ def main() -> None:
     options = parser.parse_args()
     offsets = [(top, left) for top in (0, 27) for left in (0, 60, 120)]
     photos = load_sample_images().images
-    files = [encoded(p[top : top + 400, left : left + 520]) for p in photos for top, left in offsets]
+    crops = [photo[t : t + 400, u : u + 520] for photo in photos for t, u in offsets]
+    files = [encoded(crop) for crop in crops]
     print("| image size | decoded at | pixels left, by those wanted | largest | norm |")
     print("| --- | --- | --- | --- | --- |")
     for size in (64, 96, 128):
