@@ -11,34 +11,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
+from _common import Peak
 from PIL import Image
-
-
-class Peak(threading.Thread):
-    """Watches the resident size of this process."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.size = self.own = 0  # bytes; `own` without pages of files
-        self.ended = threading.Event()
-
-    def run(self) -> None:
-        process = psutil.Process()
-        while not self.ended.wait(0.02):
-            found = process.memory_info()
-            self.size = max(self.size, found.rss)
-            self.own = max(self.own, found.rss - found.shared)
-
-    def stop(self) -> None:
-        self.ended.set()
-        self.join()
 
 
 def write_images(folder: Path, n: int, size: int) -> list[str]:
