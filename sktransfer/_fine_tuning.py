@@ -27,6 +27,7 @@ from sktransfer.base import (
     _fit_context,
     check_sample_weight,
     check_y,
+    takes_dask,
 )
 from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone, get_model
@@ -210,6 +211,9 @@ class _FineTuned(ImageEstimator):
                 "_n_left": trainer.n_left,
             }
         return state
+
+    def _prepare(self) -> None:
+        self._trained  # noqa: B018 restores it
 
     def to_feature_extractor(self) -> PretrainedFeatureExtractor:
         """Return a transformer whose embeddings are those of the fine-tuned network.
@@ -528,12 +532,13 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
             self._kind = "label" if is_multilabel else "class"
         return self._fit(X, y, sample_weight, lambda y, _: self._encode(y, True), in_parts=True)
 
+    @takes_dask(lambda self: self._no_rows()[:, 0] if self._is_binary else self._no_rows())
     def decision_function(self, X: Any) -> np.ndarray:
         """Return what the network says before it is turned into probabilities.
 
         Parameters
         ----------
-        X : sequence of images
+        X : sequence of images, or dask collection of them
 
         Returns
         -------
@@ -541,15 +546,15 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
             Logits, the mean over the views; of two classes, by how much the second leads.
         """
         outputs = self._outputs(X).mean(1)
-        is_binary = self._kind == "class" and len(self.classes_) == 2
-        return outputs[:, 1] - outputs[:, 0] if is_binary else outputs
+        return outputs[:, 1] - outputs[:, 0] if self._is_binary else outputs
 
+    @takes_dask(lambda self: self._no_rows())
     def predict_proba(self, X: Any) -> np.ndarray:
         """Predict the probability of every class.
 
         Parameters
         ----------
-        X : sequence of images
+        X : sequence of images, or dask collection of them
 
         Returns
         -------
@@ -561,22 +566,32 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         probabilities = outputs.sigmoid() if is_multilabel else outputs.softmax(2)
         return probabilities.mean(1).numpy()
 
+    @takes_dask(lambda self: self._labels(self._no_rows()))
     def predict(self, X: Any) -> np.ndarray:
         """Predict the class of images.
 
         Parameters
         ----------
-        X : sequence of images
+        X : sequence of images, or dask collection of them
 
         Returns
         -------
         ndarray of shape (n,) or (n, n_labels)
             Labels as in `y`.
         """
-        probabilities = self.predict_proba(X)
+        return self._labels(self.predict_proba(X))
+
+    def _labels(self, probabilities: np.ndarray) -> np.ndarray:
         if self._kind == "label":
             return (probabilities > 0.5).astype(int)
         return self.classes_[probabilities.argmax(1)]
+
+    def _no_rows(self) -> np.ndarray:
+        return np.empty((0, len(self.classes_)), np.float32)
+
+    @property
+    def _is_binary(self) -> bool:
+        return self._kind == "class" and len(self.classes_) == 2
 
     def _encode(self, y: Any, goes_on: bool) -> np.ndarray:
         """Turn labels into class numbers (n,), or zeros and ones (n, n_labels)."""
@@ -787,19 +802,23 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
         """
         return self._fit(X, y, sample_weight, self._encode, in_parts=True)
 
+    @takes_dask(lambda self: self._values(np.empty((0, 1, len(self._mean)), np.float32)))
     def predict(self, X: Any) -> np.ndarray:
         """Predict the values of images.
 
         Parameters
         ----------
-        X : sequence of images
+        X : sequence of images, or dask collection of them
 
         Returns
         -------
         ndarray of shape (n,) or (n, n_outputs), float64
             In the unit of `y`.
         """
-        values = self._outputs(X).mean(1) * self._scale + self._mean  # (n, n_outputs)
+        return self._values(self._outputs(X))
+
+    def _values(self, outputs: np.ndarray) -> np.ndarray:
+        values = outputs.mean(1) * self._scale + self._mean  # (n, n_outputs)
         return values if self._is_table else values[:, 0]
 
     def _encode(self, y: Any, goes_on: bool) -> np.ndarray:

@@ -15,8 +15,9 @@ import xxhash
 from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer._augmentation import Views
-from sktransfer._inference import Runner, layout_of, network_lock, one_core_threads, pool
+from sktransfer._inference import Runner, layout_of, network_lock, pool
 from sktransfer._stream import Stream, Write
+from sktransfer._threads import one_core_threads
 from sktransfer.transforms import Preprocessing
 
 _VERSION = "blockwise 1"  # of the computation; a change that alters results needs another

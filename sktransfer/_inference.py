@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import multiprocessing
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
@@ -19,7 +17,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import xxhash
-from threadpoolctl import ThreadpoolController
 from torch import nn
 
 from sktransfer._blocks import TracedNetwork, TracingError
@@ -85,24 +82,6 @@ def pool(x: torch.Tensor, layout: str, pooling: str, n_prefix: int = 0) -> torch
     else:
         x = x.flatten(2)  # (n, c, h * w)
     return x.mean(2) if pooling == "avg" else x.amax(2)
-
-
-# ------------------------------------------------------------------------------ threads
-
-
-def one_core_threads(n: int) -> ThreadPoolExecutor:
-    """Return a pool of threads in which torch's operations take one core each."""
-    return ThreadPoolExecutor(n, initializer=_take_one_core)
-
-
-def _take_one_core() -> None:
-    torch.get_num_threads()  # sets this thread's number, which is then replaced
-    _thread_pools().limit(limits=1, user_api="openmp")
-
-
-@functools.cache
-def _thread_pools() -> ThreadpoolController:
-    return ThreadpoolController()
 
 
 # ------------------------------------------------------------------------------ the network

@@ -11,7 +11,7 @@ from sklearn.utils import Tags
 
 from sktransfer._embedding import Embedding
 from sktransfer._memory import check_memory
-from sktransfer.base import ImageEstimator
+from sktransfer.base import ImageEstimator, takes_dask
 
 __all__ = ["PretrainedFeatureExtractor"]
 
@@ -172,17 +172,19 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         self.block_names_ = self._embedding().runner.block_names
         return self
 
+    @takes_dask(lambda self: np.empty((0, self._n_features_out), np.float32))
     def transform(self, X: Any) -> np.ndarray:
         """Compute the embeddings of images.
 
         Parameters
         ----------
-        X : sequence of images
-            As in `fit`.
+        X : sequence of images, or dask collection
+            As in `fit`; or a dask array, bag, Series or data frame of one column with such images.
 
         Returns
         -------
         ndarray of shape (n, n_features_out), float32
+            Of a dask collection, a dask array: one chunk a partition, computed when it is needed.
         """
         self._validate_params()
         images = self._check_images(X, reset=False)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import joblib
 import numpy as np
 
 from sktransfer._inference import Runner
+from sktransfer._threads import n_threads
 from sktransfer.io import ImageSequence
 
 _BATCH = 32  # images of a training step
@@ -123,8 +123,3 @@ def unordered(
     if repeats and are_counts and weights.sum() <= _REPEATED * len(order):
         return np.repeat(order, weights.astype(int)), None
     return order[weights > 0], weights[weights > 0]
-
-
-def n_threads(n_jobs: int | None) -> int:
-    """Return how many threads read and decode images."""
-    return joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import joblib
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from sktransfer._inference import Runner, one_core_threads
+from sktransfer._inference import Runner
 from sktransfer._memory import ImageMemory
+from sktransfer._threads import n_threads, one_core_threads
 
 _LOOKUP = 64  # images looked up, and claimed, at once
 _T = TypeVar("_T")
@@ -97,7 +97,7 @@ class Stream(ABC):
         self.batch_size, self.verbose = runner.batch_size(batch_size, image_size), verbose
         self.step = runner.step(batch_size, image_size)
         self.in_threads = runner.runs_in_threads
-        self.n_threads = joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
+        self.n_threads = n_threads(n_jobs)
         self.n_computed = 0
 
     @abstractmethod

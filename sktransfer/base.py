@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 from sklearn.utils.validation import _check_y as check_y
 from sklearn.utils.validation import validate_data
@@ -30,7 +35,41 @@ __all__ = [
     "_fit_context",
     "check_sample_weight",
     "check_y",
+    "takes_dask",
 ]
+
+
+def is_dask(X: Any) -> bool:
+    """Return whether `X` is a dask collection; nobody has one before dask is imported."""
+    dask = sys.modules.get("dask")
+    return dask is not None and dask.is_dask_collection(X)
+
+
+def takes_dask(empty: Callable[[Any], np.ndarray]) -> Callable[[Callable], Callable]:
+    """Let a method of images take a dask collection as well, and return a lazy dask array then.
+
+    `empty(estimator)` is what the method returns for no images; see `_dask.on_partitions`.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def call(self: Any, X: Any) -> Any:
+            if not is_dask(X):
+                return method(self, X)
+            from sktransfer._dask import on_partitions
+
+            name = method.__name__
+            if name == "transform" and _get_output_config(name, self)["dense"] != "default":
+                raise ValueError(
+                    "Of a dask collection, transform returns a dask array alone: call "
+                    "set_output(transform='default'), and make a data frame of the array by "
+                    "dask.dataframe.from_dask_array(rows, columns=get_feature_names_out())."
+                )
+            return on_partitions(self, name, X, empty)
+
+        return call
+
+    return decorate
 
 
 class ImageEstimator(BaseEstimator):
@@ -74,11 +113,24 @@ class ImageEstimator(BaseEstimator):
 
     def _check_images(self, X: Any, *, reset: bool) -> ImageSequence:
         """Validate `X` and wrap it as images that are decoded when they are needed."""
+        if is_dask(X):
+            raise TypeError(
+                "fit takes images or their paths, got a dask collection: pass X.compute(), or a "
+                "part of it. To spread a search over a cluster, call its fit under "
+                "joblib.parallel_config('dask'); to embed or predict, a dask collection can go to "
+                "transform or predict."
+            )
         if self.image_shape is not None:
             X = validate_data(self, X, reset=reset, dtype="numeric")
             return check_images(X, image_shape=tuple(self.image_shape))
-        validate_data(self, X, reset=reset, skip_check_array=True, ensure_2d=False)
+        # Without fit, there are no names of columns to compare with.
+        if reset or hasattr(self, "n_features_in_") or hasattr(self, "feature_names_in_"):
+            validate_data(self, X, reset=reset, skip_check_array=True, ensure_2d=False)
         return check_images(X)
+
+    def _prepare(self) -> None:
+        """Load all that a prediction needs, before several threads ask for it at once."""
+        self._load()[0].block_names  # noqa: B018 traces the network
 
     def _load(self, **fitted: Any) -> tuple[Runner, Preprocessing]:
         """Return the network that the parameters name, and what it wants images to be.

@@ -1,6 +1,7 @@
 """Small real networks for the tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -54,3 +55,25 @@ class Untraceable(nn.Module):
         if x.sum() > 0:
             x = x + 1
         return self.conv(x).mean((2, 3))
+
+
+STRIKE = "SKTRANSFER_TEST_STRIKE"  # names a file; while it exists, a white image is deadly
+
+
+def strike(x: torch.Tensor) -> torch.Tensor:
+    """Kill this process, and remove the file, if a white image is in a real batch."""
+    if os.environ.get(STRIKE) and x.device.type != "meta" and type(x) is torch.Tensor:
+        if (x.flatten(1).min(1).values > 1.5).any() and os.path.exists(os.environ[STRIKE]):
+            os.unlink(os.environ[STRIKE])
+            os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+torch.fx.wrap("strike")
+
+
+class Deadly(Small):
+    """Its process dies at the first white image."""
+
+    def forward(self, x):
+        return super().forward(strike(x))

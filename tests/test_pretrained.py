@@ -166,6 +166,12 @@ def test_all_kinds_of_images_give_the_same_rows(tiles):
     np.testing.assert_array_equal(inferred, reference)
 
 
+def test_a_data_frame_needs_no_fit(tiles):
+    _, paths, _ = tiles
+    rows = extractor().transform(pd.DataFrame({"path": paths[:3]}))  # warnings are errors
+    assert np.array_equal(rows, extractor().transform(paths[:3]))
+
+
 def test_images_of_any_sizes(photos):
     X = [photos[0], photos[1][:100], photos[0][:, :50, 0], photos[0][:9, :9]]
     assert extractor().transform(X).shape == (4, 16)

@@ -1,0 +1,51 @@
+"""How many threads read and decode images, and how many cores each of them takes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import joblib
+from threadpoolctl import ThreadpoolController
+
+
+def n_threads(n_jobs: int | None) -> int:
+    """Return how many threads read and decode images, for the `n_jobs` of an estimator.
+
+    None or -1 is one a core, or what joblib leaves to a worker process. In a task of a dask worker
+    it is one: the worker runs as many tasks at once as it has cores, where joblib would count
+    those of the whole cluster, or warn.
+    """
+    if dask_worker() is None:
+        return joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
+    return 1 if n_jobs is None or n_jobs < 0 else n_jobs
+
+
+def dask_worker() -> Any:
+    """Return the dask worker whose task runs in this thread, or None."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return None
+    try:
+        return distributed.get_worker()
+    except ValueError:
+        return None
+
+
+def one_core_threads(n: int) -> ThreadPoolExecutor:
+    """Return a pool of threads in which torch's operations take one core each."""
+    return ThreadPoolExecutor(n, initializer=_take_one_core)
+
+
+def _take_one_core() -> None:
+    import torch  # here, as dask's scheduler imports this module
+
+    torch.get_num_threads()  # sets this thread's number, which is then replaced
+    _thread_pools().limit(limits=1, user_api="openmp")
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
