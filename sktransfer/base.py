@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils import Tags
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions, validate_params
 from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 from sklearn.utils.validation import _check_y as check_y
 from sklearn.utils.validation import validate_data
@@ -29,6 +29,7 @@ __all__ = [
     "_fit_context",
     "check_sample_weight",
     "check_y",
+    "validate_params",
 ]
 
 
