@@ -15,7 +15,7 @@ from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import RepeatedStratifiedKFold, check_cv
-from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length
 from tabulate import tabulate
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from sktransfer._comparison import PIXELS, import_pandas, pixel_svm, thumbnails
 from sktransfer._fine_tuning import FineTunedClassifier
-from sktransfer.base import Interval, StrOptions, validate_params
+from sktransfer.base import Interval, StrOptions, check_y, validate_params
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models import get_model
 
@@ -240,7 +240,7 @@ def transfer_gain(
 
 
 def _check_labels(y: Any, images: ImageSequence) -> np.ndarray:
-    y = column_or_1d(y, warn=True)
+    y = check_y(y)
     check_consistent_length(images, y)
     check_classification_targets(y)
     return y

@@ -13,9 +13,8 @@ from scipy.linalg import svd
 from sklearn.covariance import ledoit_wolf
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.utils import check_array, check_X_y, column_or_1d
+from sklearn.utils import check_X_y
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import check_consistent_length
 
 __all__ = ["h_score", "knn_score", "leep_score", "log_me_score"]
 
@@ -243,9 +242,7 @@ def leep_score(probabilities: Any, y: Any) -> float:
     >>> leep_score([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], ["a", "a", "b"])
     0.0
     """
-    theta = check_array(probabilities, dtype=np.float64, input_name="probabilities")
-    y = column_or_1d(y, warn=True)
-    check_consistent_length(theta, y)
+    theta, y = check_X_y(probabilities, y, dtype=np.float64, ensure_min_samples=2)
     classes = _check_labels(y)
     sums = theta.sum(axis=1)
     wrong = np.flatnonzero((theta < 0).any(axis=1) | (np.abs(sums - 1) > 1e-3))

@@ -14,7 +14,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, check_cv, cro
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length
 from torch import nn
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from sktransfer._comparison import embed, import_pandas
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._transfer_gain import TransferGain, transfer_gain
-from sktransfer.base import StrOptions, validate_params
+from sktransfer.base import StrOptions, check_y, validate_params
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.metrics import h_score, leep_score, log_me_score
 from sktransfer.models import Backbone, get_model, imagenet_accuracy
@@ -230,7 +230,7 @@ def _check_scores(scores: Sequence[str], sort_by: str | None) -> str:
 
 
 def _check_labels(y: Any, images: ImageSequence) -> np.ndarray:
-    y = column_or_1d(y, warn=True)
+    y = check_y(y)
     check_consistent_length(images, y)
     check_classification_targets(y)
     classes = np.unique(y)
@@ -251,6 +251,7 @@ def _splits(cv: Any, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndar
 
 def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
     """Load a network once, so that a wrong one is an error before any image is embedded."""
+    backbone: Any
     if isinstance(item, (nn.Module, Backbone)):
         backbone, weights = item, "default"
     elif isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str):
