@@ -12,8 +12,11 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length
 
 from sktransfer._pretrained import PretrainedFeatureExtractor
+from sktransfer.base import check_y
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
@@ -50,6 +53,22 @@ def pixel_svm(n_features: int, n_jobs: int | None = None) -> BaseEstimator:
     pipeline = make_pipeline(StandardScaler(), SVC(cache_size=1000))
     grid = {"svc__C": [1, 3, 10], "svc__gamma": [0.5 / n_features, 1 / n_features]}
     return GridSearchCV(pipeline, grid, cv=3, n_jobs=n_jobs)
+
+
+def check_labels(y: Any, images: ImageSequence, purpose: str) -> np.ndarray:
+    """Return one label of any type for each image, of two classes at least."""
+    if y is None:
+        raise ValueError(f"{purpose} requires y to be passed, but the target y is None.")
+    y = check_y(y)
+    check_consistent_length(images, y)
+    check_classification_targets(y)
+    classes = np.unique(y)
+    if len(classes) < 2:
+        raise ValueError(
+            f"{purpose} needs images of at least 2 classes: all {len(y)} are "
+            f"{classes.tolist()[0]!r}."
+        )
+    return y
 
 
 def import_pandas(purpose: str) -> Any:

@@ -16,14 +16,12 @@ from sklearn.dummy import DummyClassifier
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import RepeatedStratifiedKFold, check_cv
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from sktransfer._comparison import PIXELS, import_pandas, pixel_svm, thumbnails
+from sktransfer._comparison import PIXELS, check_labels, import_pandas, pixel_svm, thumbnails
 from sktransfer._fine_tuning import FineTunedClassifier
-from sktransfer.base import Interval, StrOptions, check_y, validate_params
+from sktransfer.base import Interval, StrOptions, validate_params
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models import get_model
 
@@ -140,7 +138,7 @@ def transfer_gain(
     cv : int, splitter or iterable, default=5
         Folds; of a number of them, stratified and shuffled ones.
     n_repeats : int, default=2
-        How often images are dealt out to that number of folds anew.
+        How often images are dealt out to that number of folds; a splitter says that itself.
     confidence_level : float in (0, 1), default=0.95
         Of each interval by itself.
     random_state : int, RandomState instance or None, default=None
@@ -211,7 +209,7 @@ def transfer_gain(
     if not names or set(names) - set(BASELINES):
         raise ValueError(f"baselines={list(names)!r}: pass some of {', '.join(BASELINES)}.")
     images = check_images(X, image_shape=image_shape)
-    y = _check_labels(y, images)
+    y = check_labels(y, images, "transfer_gain")
     seed = check_random_state(random_state).randint(2**31 - 1)
     if isinstance(cv, Integral):
         cv = RepeatedStratifiedKFold(n_splits=int(cv), n_repeats=n_repeats, random_state=seed)
@@ -237,13 +235,6 @@ def transfer_gain(
         {name: _gain(scores, name, share, confidence_level) for name in names}
     ).T.infer_objects()
     return TransferGain(_verdict(scores, gains), gains, scores, confidence_level)
-
-
-def _check_labels(y: Any, images: ImageSequence) -> np.ndarray:
-    y = check_y(y)
-    check_consistent_length(images, y)
-    check_classification_targets(y)
-    return y
 
 
 def _baseline(

@@ -102,6 +102,8 @@ def log_me_score(X: Any, y: Any) -> float:
 def _evidence(s: np.ndarray, z: np.ndarray, rest: float, n: int) -> float:
     """Return the maximum log evidence of one target, a row.
 
+    It can have several maxima, so the iteration starts from little, some and much regularisation.
+
     Parameters
     ----------
     s : ndarray of shape (rank,)
@@ -114,18 +116,21 @@ def _evidence(s: np.ndarray, z: np.ndarray, rest: float, n: int) -> float:
         Number of rows.
     """
     # All follows from t = alpha / beta: m = sqrt(s z) / (t + s), gamma = sum of s / (t + s).
-    t, low, high = s.mean(), _TINY * s.max(), s.max() / _TINY
-    for _ in range(_MAX_ITERATIONS):
-        gamma, free, residual, square = _moments(s, z, rest, n, t)
-        new = high if square * free == 0 else gamma / free * residual / square
-        old, t = t, float(np.clip(new, low, high))
-        if abs(t - old) <= 1e-9 * t:
-            break
-    _, free, residual, square = _moments(s, z, rest, n, t)
-    # The best beta for this t, where beta (residual + t square) is n.
-    beta = n / (residual + t * square)
-    log_det = np.log1p(s / t).sum()  # |A| / alpha^d
-    return (n * np.log(beta / (2 * np.pi)) - n - log_det) / (2 * n)
+    low, high = _TINY * s.max(), s.max() / _TINY
+    found = []
+    for t in (s.min(), s.mean(), s.max()):
+        for _ in range(_MAX_ITERATIONS):
+            gamma, free, residual, square = _moments(s, z, rest, n, t)
+            new = high if square * free == 0 else gamma / free * residual / square
+            old, t = t, float(np.clip(new, low, high))
+            if abs(t - old) <= 1e-9 * t:
+                break
+        _, _, residual, square = _moments(s, z, rest, n, t)
+        # The best beta for this t, where beta (residual + t square) is n.
+        beta = n / (residual + t * square)
+        log_det = np.log1p(s / t).sum()  # |A| / alpha^d
+        found.append((n * np.log(beta / (2 * np.pi)) - n - log_det) / (2 * n))
+    return max(found)
 
 
 def _moments(

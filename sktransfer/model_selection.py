@@ -15,15 +15,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length
 from torch import nn
 from tqdm.auto import tqdm
 
-from sktransfer._comparison import embed, import_pandas
+from sktransfer._comparison import check_labels, embed, import_pandas
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._transfer_gain import TransferGain, transfer_gain
-from sktransfer.base import StrOptions, check_y, validate_params
+from sktransfer.base import StrOptions, validate_params
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.metrics import h_score, leep_score, log_me_score
 from sktransfer.models import Backbone, get_model, imagenet_accuracy
@@ -167,7 +165,7 @@ def rank_backbones(
     scores = (scoring,) if isinstance(scoring, str) else tuple(scoring)
     sort_by = _check_scores(scores, sort_by)
     images = check_images(X, image_shape=image_shape)
-    y = _check_labels(y, images)
+    y = check_labels(y, images, "rank_backbones")
     seed = check_random_state(random_state).randint(2**31 - 1)
     folds = _Folds(y, _splits(cv, y, seed), metric, seed)
     options = {
@@ -229,19 +227,6 @@ def _check_scores(scores: Sequence[str], sort_by: str | None) -> str:
     return sort_by or scores[0]
 
 
-def _check_labels(y: Any, images: ImageSequence) -> np.ndarray:
-    y = check_y(y)
-    check_consistent_length(images, y)
-    check_classification_targets(y)
-    classes = np.unique(y)
-    if len(classes) < 2:
-        raise ValueError(
-            f"rank_backbones needs images of at least 2 classes: all {len(y)} are "
-            f"{classes.tolist()[0]!r}."
-        )
-    return y
-
-
 def _splits(cv: Any, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the folds, the same for every network."""
     if isinstance(cv, Integral):
@@ -263,11 +248,11 @@ def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
             f"backbones[{number}] is {item!r}: pass a name, a pair (name, weights), a "
             "torch.nn.Module or a Backbone."
         )
+    extractor = PretrainedFeatureExtractor(backbone, weights=weights, **options)
+    extractor._validate_params()
     kinds = (ImportError, OSError, TypeError, ValueError)
     try:
         name = get_model(backbone, weights).name
-        extractor = PretrainedFeatureExtractor(backbone, weights=weights, **options)
-        extractor._validate_params()
         extractor._embedding()
     except kinds as error:
         kind = next(kind for kind in kinds if isinstance(error, kind))
