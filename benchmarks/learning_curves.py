@@ -29,13 +29,9 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
-from sktransfer._benchmark import (
-    _pixel_svm,
-    _thumbnails,
-    classifiers,
-    load_elpv,
-    power_normalize,
-)
+from sktransfer._benchmark import classifiers, load_elpv, power_normalize
+from sktransfer._comparison import pixel_svm, thumbnails
+from sktransfer.io import check_images
 
 WAYS = {
     "scratch": "from scratch",
@@ -113,9 +109,9 @@ class Ways:
     def prepare(self, way: str) -> None:
         """Do, outside the measured time, what scoring takes; and wake joblib's workers."""
         if way in ("pixels", "frozen"):
-            _pixel_svm(2).fit(np.random.RandomState(0).rand(30, 2), np.arange(30) % 2)
+            pixel_svm(2, n_jobs=-1).fit(np.random.RandomState(0).rand(30, 2), np.arange(30) % 2)
         if way == "pixels" and self.thumbnails is None:
-            self.thumbnails = _thumbnails(self.images.tolist())
+            self.thumbnails = thumbnails(check_images(self.images))
         if way == "frozen" and self.embeddings is None:
             self.embeddings = self._embed(np.arange(len(self.images)))
 
@@ -126,8 +122,8 @@ class Ways:
         return power_normalize(extractor.transform(self.images[rows]))
 
     def _fit_pixels(self, rows: np.ndarray) -> Scorer:
-        X = _thumbnails(self.images[rows].tolist())
-        svm = _pixel_svm(X.shape[1]).fit(X, self.y[rows])
+        X = thumbnails(check_images(self.images[rows]))
+        svm = pixel_svm(X.shape[1], n_jobs=-1).fit(X, self.y[rows])
         return lambda rows: svm.decision_function(self.thumbnails[rows])
 
     def _fit_frozen(self, rows: np.ndarray) -> Scorer:

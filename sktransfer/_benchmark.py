@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,19 +18,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler, normalize
+from sklearn.preprocessing import normalize
 from sklearn.svm import SVC, LinearSVC
 from tqdm.auto import tqdm
 
+from sktransfer._comparison import PIXELS, embed, pixel_svm, thumbnails
 from sktransfer._fine_tuning import FineTunedClassifier
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._settings import find_cut
-from sktransfer.io import load_image, load_image_folder
-from sktransfer.transforms import Preprocessing
+from sktransfer.io import check_images, load_image_folder
 
 METRICS = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
-_PIXELS = 32  # side of the thumbnails that stand for "no transfer"
 
 
 @dataclass
@@ -189,12 +186,6 @@ def classifiers(n_images: int) -> dict[str, BaseEstimator]:
     return {k: GridSearchCV(model, grid, cv=3, n_jobs=-1) for k, (model, grid) in grids.items()}
 
 
-def _pixel_svm(n_features: int) -> BaseEstimator:
-    pipeline = make_pipeline(StandardScaler(), SVC(cache_size=1000))
-    grid = {"svc__C": [1, 3, 10], "svc__gamma": [0.5 / n_features, 1 / n_features]}
-    return GridSearchCV(pipeline, grid, cv=3, n_jobs=-1)
-
-
 # ------------------------------------------------------------------------------ the comparison
 
 
@@ -257,7 +248,7 @@ def _results(
             find_cut(runner, depth)  # a wrong one is an error now, not after an hour
     costs, candidates = [], _baselines(task, with_pixels=not depths)
     for name in backbones:
-        X, cost = _embed(PretrainedFeatureExtractor(name, **options), task.images)
+        X, cost = _embed_twice(PretrainedFeatureExtractor(name, **options), task.images)
         costs.append(cost)
         models = classifiers(len(X))
         chosen = {"RBF SVM": models["RBF SVM"]} if depths else models
@@ -295,9 +286,9 @@ def _baselines(task: Task, *, with_pixels: bool) -> list[_Candidate]:
     nothing = np.zeros((len(task.images), 1))
     baselines = [_Candidate("none", "majority class", DummyClassifier(), nothing)]
     if with_pixels:
-        pixels = _thumbnails(task.images)
-        name = f"RBF SVM on {_PIXELS} × {_PIXELS} pixels"
-        baselines.append(_Candidate("none", name, _pixel_svm(pixels.shape[1]), pixels))
+        pixels = thumbnails(check_images(task.images))
+        name = f"RBF SVM on {PIXELS} × {PIXELS} pixels"
+        baselines.append(_Candidate("none", name, pixel_svm(pixels.shape[1], n_jobs=-1), pixels))
     return baselines
 
 
@@ -321,30 +312,17 @@ def _depths(
     ]
 
 
-def _embed(extractor: PretrainedFeatureExtractor, images: list[str]) -> tuple[np.ndarray, Cost]:
+def _embed_twice(
+    extractor: PretrainedFeatureExtractor, images: list[str]
+) -> tuple[np.ndarray, Cost]:
     """Embed all images twice: the second time shows what the memory is worth."""
-    embedding, validated = extractor._embedding(), extractor._check_images(images, reset=False)
-    start = time.perf_counter()
-    X = embedding(validated)
-    seconds = time.perf_counter() - start
+    X, n_computed, seconds = embed(extractor, check_images(images))
     again = extractor.set_params(verbose=0)
     start = time.perf_counter()
     again.transform(images)
     second = time.perf_counter() - start
     name = str(extractor.backbone)
-    return X, Cost(name, len(images), embedding.n_computed, X.shape[1], seconds, second)
-
-
-def _thumbnails(images: list[str]) -> np.ndarray:
-    """Return the images as grey thumbnails, flat: (n, 32 * 32) in [0, 1]."""
-    preprocessing = Preprocessing((_PIXELS, _PIXELS), (_PIXELS, _PIXELS), mode="squash")
-
-    def thumbnail(image: str) -> np.ndarray:
-        small = preprocessing.fit_size(load_image(image))  # (3, 32, 32) uint8
-        return small.float().mean(0).flatten().numpy() / 255
-
-    with ThreadPoolExecutor() as threads:
-        return np.stack(list(threads.map(thumbnail, images)))
+    return X, Cost(name, len(images), n_computed, X.shape[1], seconds, second)
 
 
 def _score(

@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
 from sktransfer._augmentation import AUGMENTATIONS
+from sktransfer._depth_search import search_depth
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._settings import Settings, unordered
 from sktransfer._trainer import Trainer
@@ -81,11 +82,17 @@ class _FineTuned(ImageEstimator):
     ) -> Self:
         """Fit or, with `in_parts` or `warm_start`, go on with what is fitted."""
         self._check_given(y)
+        if in_parts and self.unfreeze == "auto" and not hasattr(self, "_trainer"):
+            raise ValueError(
+                "unfreeze='auto' can't be searched for on a part of the images: call fit first, "
+                "or pass a number of blocks."
+            )
         goes_on = (in_parts or self.warm_start) and hasattr(self, "_trainer")
         images = self._check_images(X, reset=not goes_on)
         check_consistent_length(images, y)
         targets = encode(y, goes_on)
         weights = self._weights(y, sample_weight, images)
+        found = images, targets, weights
         # With a part held out, a repeated image could be in both.
         repeats = not self.early_stopping
         rows, weights = unordered(images, targets, weights, self.n_jobs, repeats)
@@ -94,6 +101,7 @@ class _FineTuned(ImageEstimator):
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         if not goes_on:
             self._shape = {name: getattr(self, name) for name in _SHAPE}
+            self._choose_depth(*found, seed)
         trainer = self._resume() if goes_on else self._new_trainer(targets, weights)
         targets = self._scaled(targets)
         stopped: Interrupted | None = None
@@ -109,6 +117,19 @@ class _FineTuned(ImageEstimator):
             raise KeyboardInterrupt(str(stopped)) from None
         return self
 
+    def _choose_depth(
+        self, images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, seed: int
+    ) -> None:
+        """Search for the depth, if it is to be searched for."""
+        self.__dict__.pop("depth_search_", None)  # of an earlier fit
+        if self.unfreeze != "auto":
+            return
+        rows, weights = unordered(images, targets, weights, self.n_jobs, repeats=False)
+        self.depth_search_ = search_depth(self, images[rows], targets[rows], weights, seed)
+        if self.verbose:
+            depths = ", ".join(map(str, self.depth_search_["depths"]))
+            print(f"unfreeze='auto' took {self.depth_search_['unfreeze']} of {depths}")
+
     def _check_given(self, y: Any) -> None:
         if y is None:
             raise ValueError(
@@ -119,6 +140,8 @@ class _FineTuned(ImageEstimator):
     def _settings(self, n_outputs: int) -> Settings:
         names = Settings.taken_from_parameters()
         values = {name: self._shape.get(name, getattr(self, name)) for name in names}
+        if values["unfreeze"] == "auto":
+            values["unfreeze"] = self.depth_search_["unfreeze"]
         return Settings(kind=self._kind, n_outputs=n_outputs, **values)
 
     def _new_trainer(self, targets: np.ndarray, weights: np.ndarray | None) -> Trainer:
@@ -263,7 +286,8 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
     unfreeze : int, str or list of str, default=1
         What is trained besides the head. A number of blocks from the end, 0 for the head alone;
         the name of a block in `block_names_`, or a prefix of several (`"layer4"`): from there to
-        the end; `"all"`; or a list of names or prefixes: these blocks and no others.
+        the end; `"all"`; or a list of names or prefixes: these blocks and no others. `"auto"`: a
+        number found by a search inside the training images, see Notes.
     head : "linear", tuple of int, or torch.nn.Module, default="linear"
         What turns an embedding into logits: a linear layer; hidden layers of these sizes with
         ReLU, and a linear layer; or a module, which is copied.
@@ -354,6 +378,11 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         Number of parameters that were trained, those of the head included.
     plan_ : Plan
         What is kept and what recomputed; its text is one line.
+    depth_search_ : dict
+        Of ``unfreeze="auto"``. `"unfreeze"`: the depth taken; `"best"`: that of the best score;
+        `"threshold"`: one standard error less than this score; `"depths"`: the candidates;
+        `"shares"`: of the network's operations, what lies in their trained blocks;
+        `"cv_results_"`: those of :class:`sklearn.model_selection.HalvingGridSearchCV`.
     n_features_in_ : int
         Number of columns of `X`, if it has any.
     feature_names_in_ : ndarray of str
@@ -380,6 +409,16 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
 
     Pickles hold the trained blocks and the head. The frozen rest is loaded again by its name when
     it is needed, and must be what it was.
+
+    ``unfreeze="auto"`` compares 0, 1, 2, 4, ... blocks, up to two thirds of the network's
+    operations, by `score` in three folds of the training images, weighted as they are; class
+    weights count as well, so that ``class_weight="balanced"`` compares by balanced accuracy.
+    Successive halving trains all for a third of `max_epochs`, and the best third of them three
+    times as long: its resource is epochs, as how deep to train depends on the number of images.
+    The shallowest depth within one standard error of the best is taken, and trained on all images.
+    Frozen blocks run once for each image and all of the search, in a temporary folder if there is
+    no `memory`. `callbacks` are for the training that follows it. Without two images of every
+    class there is nothing to compare: 0 is taken, with a warning.
 
     References
     ----------
@@ -681,7 +720,8 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
 
     Attributes
     ----------
-    net_, history_, n_iter_, block_names_, unfrozen_block_names_, n_trainable_parameters_, plan_
+    net_, history_, n_iter_, block_names_, unfrozen_block_names_, n_trainable_parameters_, \
+            plan_, depth_search_
         As of :class:`FineTunedClassifier`.
     n_features_in_, feature_names_in_
         Of `X`, if it has columns.

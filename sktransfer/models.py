@@ -11,6 +11,7 @@ import copy
 import difflib
 import fnmatch
 import importlib
+import math
 import sys
 import threading
 from collections import Counter, OrderedDict
@@ -290,6 +291,20 @@ def published_weights(name: str, sha256: str) -> Any:
         if "-" in stem and sha256.startswith(stem.rsplit("-", 1)[1]):
             return candidate
     return None
+
+
+def imagenet_accuracy(name: str, weights: Any) -> float:
+    """Return the published top-1 accuracy on ImageNet, from 0 to 1; NaN where none is at hand.
+
+    torchvision brings those of its own weights; timm and the embedded networks bring none.
+    """
+    is_torchvision = name in torchvision.models.list_models(module=torchvision.models)
+    if name in _builders or not is_torchvision:
+        return math.nan
+    path = weights_path(weights)
+    chosen = published_weights(name, sha256_of(path)) if path else _published_enum(name, weights)
+    metrics = {} if chosen is None else chosen.meta["_metrics"].get("ImageNet-1K", {})
+    return metrics.get("acc@1", math.nan) / 100
 
 
 def _published_enum(name: str, weights: Any) -> Any:
