@@ -47,6 +47,7 @@ _VERSION = 1  # of the computation; a change that alters rows makes old entries 
 _T = TypeVar("_T")
 # torch.fx traces by replacing what calls modules, for the whole process: nothing may run meanwhile.
 network_lock = threading.RLock()
+_runners_lock = threading.Lock()
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
 
 
@@ -111,13 +112,18 @@ def get_runner(
     resolved = resolve_device(device)
     runners = _runners.setdefault(backbone, {})
     asked = (resolved, precision, runtime)
-    if asked not in runners:
-        warn_without_instructions(precision, resolved)
-        warn_of_copies(resolved)
-        chosen = resolve_runtime(runtime, resolved, precision, backbone.network, backbone.name)
-        key = (resolved, precision, chosen)
-        runners[asked] = runners.get(key) or Runner(backbone, resolved, precision, chosen)
-        runners[key] = runners[asked]
+    with _runners_lock:
+        return runners.get(asked) or _new_runner(runners, backbone, asked)
+
+
+def _new_runner(runners: dict[Any, Runner], backbone: Backbone, asked: Any) -> Runner:
+    resolved, precision, runtime = asked
+    warn_without_instructions(precision, resolved)
+    warn_of_copies(resolved)
+    chosen = resolve_runtime(runtime, resolved, precision, backbone.network, backbone.name)
+    key = (resolved, precision, chosen)
+    runners[key] = runners.get(key) or Runner(backbone, resolved, precision, chosen)
+    runners[asked] = runners[key]
     return runners[asked]
 
 

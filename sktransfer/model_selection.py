@@ -60,7 +60,8 @@ def rank_backbones(
     memory: Any = None,
     device: Any = "auto",
     precision: str = "float32",
-    batch_size: int = 32,
+    runtime: str = "auto",
+    batch_size: int | str = "auto",
     n_jobs: int | None = None,
     verbose: int = 0,
 ) -> Any:
@@ -96,8 +97,8 @@ def rank_backbones(
         Folds; of a number of them, stratified and shuffled ones. All networks see the same.
     random_state : int, RandomState instance or None, default=None
         Seed of the folds.
-    image_shape, image_size, memory, device, precision, batch_size, n_jobs : \
-            default=None, None, None, "auto", "float32", 32, None
+    image_shape, image_size, memory, device, precision, runtime, batch_size, n_jobs : \
+            default=None, None, None, "auto", "float32", "auto", "auto", None
         As of :class:`sktransfer.PretrainedFeatureExtractor`. With a `memory`, what was embedded
         before, by an earlier call or one that failed, is not embedded again.
     verbose : int, default=0
@@ -173,6 +174,7 @@ def rank_backbones(
         "memory": memory,
         "device": device,
         "precision": precision,
+        "runtime": runtime,
         "batch_size": batch_size,
         "n_jobs": n_jobs,
         "verbose": verbose,
