@@ -257,7 +257,7 @@ def _baseline(
             "has with weights=None: there is nothing to transfer, or its builder ignores "
             "`weights`. Name pretrained weights, or leave 'scratch' out of baselines."
         )
-    n_at_once = 32 if model.batch_size == "auto" else model.batch_size
+    n_at_once = 32 if isinstance(model.batch_size, str) else model.batch_size
     steps = math.ceil(_SCRATCH_STEPS * n_at_once / n_train)
     options = {"lr": _SCRATCH_LR, "max_epochs": max(model.max_epochs, steps), **(scratch or {})}
     return clone(model).set_params(weights=None, unfreeze="all", **options), images
