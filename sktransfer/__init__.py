@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
     from sktransfer._pretrained import PretrainedFeatureExtractor
     from sktransfer._pretrained_classifier import PretrainedClassifier
+    from sktransfer.inspection import model_summary
     from sktransfer.io import load_image_folder
     from sktransfer.models import get_model, list_models, register_model
 
@@ -20,6 +21,7 @@ __all__ = [
     "get_model",
     "list_models",
     "load_image_folder",
+    "model_summary",
     "register_model",
 ]
 
@@ -31,6 +33,7 @@ _HOMES = {
     "get_model": "models",
     "list_models": "models",
     "load_image_folder": "io",
+    "model_summary": "inspection",
     "register_model": "models",
 }
 
