@@ -13,7 +13,6 @@ from sktransfer._optional import load_optional
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer.base import ImageEstimator, _fit_context
 from sktransfer.io import ImageSequence
-from sktransfer.models import get_model
 
 __all__ = ["PretrainedClassifier"]
 
@@ -148,7 +147,7 @@ class PretrainedClassifier(ImageEstimator):
     @property
     def classes_(self) -> np.ndarray:
         """Names of the network's classes, or their numbers."""
-        categories = get_model(self.backbone, self.weights).categories
+        categories = self._backbone().categories
         if categories is None:
             return np.arange(self._embedding().columns[-1].stop)
         return np.array(categories)
@@ -246,7 +245,7 @@ class PretrainedClassifier(ImageEstimator):
     def _embedding(self) -> Embedding:
         parameters = self.get_params(deep=False)
         embedding = PretrainedFeatureExtractor(layer="output", **parameters)._embedding()
-        runner, categories = embedding.runner, get_model(self.backbone, self.weights).categories
+        runner, categories = embedding.runner, self._backbone().categories
         shape = runner.shape(None, embedding.preprocessing.size)
         is_headless = getattr(runner.network, "num_classes", None) == 0  # so timm's say it
         if len(shape) != 1 or shape[0] < 2 or is_headless:

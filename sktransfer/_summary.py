@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import Runner, get_runner, network_lock
 from sktransfer._optional import load_optional
 from sktransfer._settings import find_cut
-from sktransfer.models import Backbone, get_architecture, get_model
+from sktransfer.models import Backbone, get_architecture
 
 _HEADERS = ("block", "output", "parameters", "GFLOP", "KB kept", "")
 
@@ -64,16 +65,8 @@ class ModelSummary:
         return f"{self._title()}\n\n{table}\n\n{self._total()}"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(title)}</th>" for title in _HEADERS)
-        body = []
-        for row in self.rows:
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
-            weight = ' style="font-weight: 600"' if row.state == "trained" else ""
-            body.append(f"<tr{weight}>{cells}</tr>")
-        return (
-            f"<table><caption>{html.escape(self._title())}. {html.escape(self._total())}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        )
+        caption = html.escape(f"{self._title()}. {self._total()}")
+        return f"<table><caption>{caption}</caption>{_html_rows(self.rows)}</table>"
 
     def to_frame(self) -> Any:
         """Return the table as a data frame.
@@ -167,12 +160,9 @@ def model_summary(model: Any, image_size: Any = None) -> ModelSummary:
 
 def summary_of(model: Any, parameters: dict[str, Any], image_size: Any = None) -> ModelSummary:
     """Return the summary of an estimator."""
-    trainer = model._trained if hasattr(model, "plan_") else None
-    if trainer is not None and image_size is None:
-        head = _module_row("head", trainer.net.module_.head, (trainer.frozen.width,), "trained")
-        return summarize(trainer.frozen, trainer.unfrozen, head)
-    load = get_model if trainer is not None else get_architecture
-    backbone = load(parameters["backbone"], parameters["weights"])
+    if "plan_" in vars(model) and image_size is None:
+        return _of_trained(model._trained)
+    backbone = get_architecture(parameters["backbone"], parameters["weights"])
     frozen = _frozen_blocks(backbone, parameters, image_size)
     if "unfreeze" in parameters:
         unfrozen = find_cut(frozen.runner, parameters["unfreeze"])[1]
@@ -181,14 +171,50 @@ def summary_of(model: Any, parameters: dict[str, Any], image_size: Any = None) -
     return summarize(frozen, set(), _own_head(frozen, "frozen") if is_whole else None)
 
 
+def blocks_html(model: Any) -> str:
+    """Return the blocks of a fitted estimator in HTML, in the style of scikit-learn's diagram.
+
+    With sizes, if the network is loaded: it is not loaded for this.
+    """
+    names = vars(model).get("block_names_")
+    if not names:
+        return ""
+    trained = set(vars(model).get("unfrozen_block_names_", ()))
+    try:
+        rows = _of_trained(model._trained).rows if "plan_" in vars(model) else _of_loaded(model)
+    except (AttributeError, OSError, ValueError):  # not there, or not what it was
+        rows = [BlockRow(name, state="trained" if name in trained else "frozen") for name in names]
+    count = f"{len(names) - len(trained)} frozen" + (f", {len(trained)} trained" if trained else "")
+    return (
+        f'<div class="estimator-table"><details><summary>Blocks: {count}</summary>'
+        f'<table class="parameters-table"><tbody>{_html_rows(rows)}</tbody></table></details></div>'
+    )
+
+
+def _of_trained(trainer: Any) -> ModelSummary:
+    head = _module_row("head", trainer.net.module_.head, (trainer.frozen.width,), "trained")
+    return summarize(trainer.frozen, trainer.unfrozen, head)
+
+
+def _of_loaded(model: Any) -> list[BlockRow]:
+    runner, preprocessing = model._load()
+    frozen = FrozenBlocks(runner, preprocessing, model.pooling)
+    # Counting takes a run of the network: too long to wait for it when something is printed.
+    flops = runner.flops.get(frozen.size, [None] * frozen.embedding)
+    return summarize(frozen, set(), flops=flops).rows
+
+
 def summarize(
-    frozen: FrozenBlocks, unfrozen: set[int] | None = None, head: BlockRow | None = None
+    frozen: FrozenBlocks,
+    unfrozen: set[int] | None = None,
+    head: BlockRow | None = None,
+    flops: Sequence[int | None] | None = None,
 ) -> ModelSummary:
     """Put the table together; with `unfrozen=None`, nothing is said of what is trained."""
     runner, size = frozen.runner, frozen.size
     rows = [BlockRow("image", (3, *size), n_bytes=frozen.n_bytes(0))]
     seen: set[nn.Parameter] = set()  # that blocks may share
-    for position, flops in enumerate(frozen.flops(), start=1):
+    for position, count in enumerate(frozen.flops() if flops is None else flops, start=1):
         new = set(runner.segment(position - 1, size).parameters()) - seen
         seen |= new
         is_last = position == frozen.embedding
@@ -202,7 +228,7 @@ def summarize(
         if is_last and not runner.block_names:
             name = runner.name  # it can't be cut
         n_bytes = frozen.n_bytes(position)
-        rows.append(BlockRow(name, shape, n_parameters, flops, n_bytes, state))
+        rows.append(BlockRow(name, shape, n_parameters, count, n_bytes, state))
     return ModelSummary(runner.name, size, rows + ([] if head is None else [head]))
 
 
@@ -244,6 +270,16 @@ def _cells(row: BlockRow) -> list[str]:
         "" if row.n_bytes is None else f"{row.n_bytes / 1e3:.1f}",
         row.state,
     ]
+
+
+def _html_rows(rows: list[BlockRow]) -> str:
+    parts = ["<tr>", *(f"<th>{html.escape(title)}</th>" for title in _HEADERS), "</tr>"]
+    for row in rows:
+        # The class is one that scikit-learn's style sheet knows.
+        weight = ' style="font-weight: 600"' if row.state == "trained" else ""
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
+        parts.append(f'<tr class="default"{weight}>{cells}</tr>')
+    return "".join(parts)
 
 
 def _giga(flops: int) -> str:

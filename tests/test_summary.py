@@ -16,6 +16,7 @@ from sktransfer import (
     PretrainedFeatureExtractor,
     get_model,
     model_summary,
+    register_model,
 )
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -121,7 +122,7 @@ def test_as_a_frame_and_in_a_notebook(monkeypatch):
     assert frame["parameters"].sum() == 2860
     assert frame.loc["stem", "kb"] == 4.096
     page = summary._repr_html_()
-    assert page.count("<tr>") == 6 and "&lt;small&gt;" in page and "<small>" not in page
+    assert page.count("<tr") == 6 and "&lt;small&gt;" in page and "<small>" not in page
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):
         summary.to_frame()
@@ -157,6 +158,46 @@ def test_nothing_of_the_network_changes():
     assert network.training
     for name, value in network.state_dict().items():
         np.testing.assert_array_equal(value, before[name])
+
+
+# ------------------------------------------------------------------------------ in a notebook
+
+
+def never(weights):
+    raise AssertionError("a network was loaded only to print an estimator")
+
+
+@pytest.mark.parametrize(
+    "kind", [PretrainedFeatureExtractor, PretrainedClassifier, FineTunedClassifier]
+)
+def test_nothing_is_loaded_to_print_an_unfitted_estimator(kind):
+    register_model("never", never)
+    model = kind("never")
+    for page in (model._repr_html_(), model._repr_mimebundle_()["text/html"]):
+        assert kind.__name__ in page and "Blocks:" not in page
+    assert "never" in make_pipeline(model, SVC())._repr_html_()
+
+
+def test_the_blocks_of_fitted_estimators_are_shown(tiles):
+    _, paths, labels = tiles
+    register_model("printed", lambda weights: Backbone(small(9), SIZE))
+    model = FineTunedClassifier("printed", unfreeze=1, max_epochs=1).fit(paths[::2], labels[::2])
+    page = model._repr_html_()
+    assert "Blocks: 2 frozen, 1 trained" in page
+    assert "<td>16 × 4 × 4</td><td>1,744</td>" in page
+    stored = pickle.dumps(model)
+    extractor = PretrainedFeatureExtractor("printed").fit(paths[:2])
+    assert "Blocks: 3 frozen<" in extractor._repr_html_()
+    pipeline = make_pipeline(PretrainedFeatureExtractor("printed"), SVC()).fit(paths, labels)
+    assert "<td>8 × 16 × 16</td>" in pipeline._repr_html_()
+
+    register_model("printed", never)  # as in another process, where it is not loaded yet
+    page = pickle.loads(stored)._repr_html_()
+    assert "Blocks: 2 frozen, 1 trained" in page
+    assert "<td>body.1</td><td></td>" in page and "1,744" not in page
+
+
+# ------------------------------------------------------------------------------ errors
 
 
 def test_bad_input():
