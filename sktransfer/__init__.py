@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
     from sktransfer._pretrained import PretrainedFeatureExtractor
+    from sktransfer._pretrained_classifier import PretrainedClassifier
+    from sktransfer.inspection import model_summary
     from sktransfer.io import load_image_folder
     from sktransfer.models import get_model, list_models, register_model
 
@@ -14,20 +16,24 @@ __version__ = "0.1.0"
 __all__ = [
     "FineTunedClassifier",
     "FineTunedRegressor",
+    "PretrainedClassifier",
     "PretrainedFeatureExtractor",
     "get_model",
     "list_models",
     "load_image_folder",
+    "model_summary",
     "register_model",
 ]
 
 _HOMES = {
     "FineTunedClassifier": "_fine_tuning",
     "FineTunedRegressor": "_fine_tuning",
+    "PretrainedClassifier": "_pretrained_classifier",
     "PretrainedFeatureExtractor": "_pretrained",
     "get_model": "models",
     "list_models": "models",
     "load_image_folder": "io",
+    "model_summary": "inspection",
     "register_model": "models",
 }
 

@@ -358,7 +358,7 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
     random_state : int, RandomState instance or None, default=None
         Seed of all that is random. The order of the rows, `n_jobs` and `memory` change nothing.
     verbose : int, default=0
-        1 shows the plan, progress bars and skorch's table of epochs.
+        1 shows one progress bar, 2 the plan and skorch's table of epochs as well.
 
     Attributes
     ----------

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer._augmentation import Views
@@ -164,8 +165,10 @@ class FrozenBlocks:
         with network_lock, torch.inference_mode(), self.runner.autocast():
             x = self.unpack(blank, 0)
             for position in range(self.embedding):
-                with FlopCounterMode(display=False) as counter:
-                    x = self.runner.segment(position, self.size)(x.float())
+                segment = self.runner.segment(position, self.size)
+                # The counter does not know fused attention on a CPU: it would count nothing.
+                with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                    x = segment(x.float())
                 counts.append(counter.get_total_flops())
         return counts
 

@@ -73,6 +73,8 @@ class Stream(ABC):
         what joblib leaves to a worker.
     verbose : bool
         Show a progress bar.
+    progress : object with `update(n)`, default=None
+        A bar of the caller's that is moved instead.
 
     Attributes
     ----------
@@ -90,11 +92,13 @@ class Stream(ABC):
         batch_size: int | str = "auto",
         n_jobs: int | None = None,
         verbose: bool | int = False,
+        progress: Any = None,
     ) -> None:
         self.runner, self.keys, self.memory = runner, list(keys), memory
         self.claim_key = self.keys[0]  # streams that share work claim it under one name
         self.kept_keys = set(self.keys)
         self.batch_size, self.verbose = runner.batch_size(batch_size, image_size), verbose
+        self._shared_bar = progress
         self.step = runner.step(batch_size, image_size)
         self.in_threads = runner.runs_in_threads
         self.n_threads = n_threads(n_jobs)
@@ -118,9 +122,8 @@ class Stream(ABC):
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
         self._threads = one_core_threads(self.n_threads)
         self._writer = ThreadPoolExecutor(1)
-        self._progress = tqdm(
-            total=len(images), unit="image", desc=self.runner.name, disable=not self.verbose
-        )
+        bar = tqdm(total=len(images), unit="image", desc=self.runner.name, disable=not self.verbose)
+        self._progress = self._shared_bar or bar
         try:
             rows: Sequence[int] = range(len(images))
             while rows:
@@ -129,7 +132,7 @@ class Stream(ABC):
             self._threads.shutdown(cancel_futures=True)
             self._writer.shutdown()  # what was computed is written, even after Ctrl-C
             self._release(list(self._claimed))
-            self._progress.close()
+            bar.close()
 
     def _fill(self, rows: Sequence[int]) -> list[int]:
         """Fill `rows`, but for those that another process computes just now; return these."""

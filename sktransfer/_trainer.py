@@ -22,6 +22,7 @@ from sktransfer._head import make_head, solve_head
 from sktransfer._inference import Runner, network_lock
 from sktransfer._memory import check_memory
 from sktransfer._plan import Plan, make_plan
+from sktransfer._progress import Progress
 from sktransfer._settings import Settings, find_cut, n_threads
 from sktransfer._training import (
     Interrupted,
@@ -72,6 +73,7 @@ class Trainer:
         self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling)
         self.cut, self.unfrozen = find_cut(runner, settings.unfreeze)
         self.n_left = 0
+        self._progress = Progress()
         self._schedule: Schedule | None = None
         self._find_views(None)
 
@@ -105,27 +107,42 @@ class Trainer:
         with_embeddings = is_solved or n_head > 0
         if not goes_on:
             self.plan = self._plan(len(images), n_epochs, with_embeddings)
-        stored, embeddings = self._run_frozen(examples.views, with_embeddings, n_epochs > 0)
-        with self._seeded(seed):
-            if not goes_on:
-                head = self._new_head()
-                if is_solved:
-                    self._solve(head, embeddings, learnt, examples)
-                elif n_head:
-                    self._train_head(head, embeddings, learnt, examples, n_head)
-                self.module = self._new_module(head)
-            data = self._data(stored, learnt, examples)
-            valid = None
-            if settings.early_stopping:
-                valid = self._data(stored, held_out, examples, is_valid=True)
-            n_steps = math.ceil(len(learnt) / settings.images_a_step) * n_epochs
-            if not (self.n_left and self._schedule):
-                history = self.net.history if goes_on else None
-                self._schedule = Schedule(n_steps)
-                self.net = self._new_net(self.module, valid, self._schedule, seed)
-                if history is not None:
-                    self.net.history = history
-            self._run_epochs(data, n_epochs)
+        n_images = (n_head + n_epochs) * len(learnt) + n_epochs * len(held_out)
+        n_images += len(examples.views) * bool(self._to_run(with_embeddings, n_epochs > 0))
+        with self._progress.shown(n_images, settings.verbose):
+            stored, embeddings = self._run_frozen(examples.views, with_embeddings, n_epochs > 0)
+            with self._seeded(seed):
+                if not goes_on:
+                    head = self._new_head()
+                    if is_solved:
+                        self._solve(head, embeddings, learnt, examples)
+                    elif n_head:
+                        self._train_head(head, embeddings, learnt, examples, n_head)
+                    self.module = self._new_module(head)
+                self._train_blocks(stored, learnt, held_out, examples, n_epochs, goes_on)
+
+    def _train_blocks(
+        self,
+        stored: np.ndarray | None,
+        learnt: np.ndarray,
+        held_out: np.ndarray,
+        examples: _Examples,
+        n_epochs: int,
+        goes_on: bool,
+    ) -> None:
+        """Run the second phase."""
+        data = self._data(stored, learnt, examples)
+        valid = None
+        if self.settings.early_stopping:
+            valid = self._data(stored, held_out, examples, is_valid=True)
+        n_steps = math.ceil(len(learnt) / self.settings.images_a_step) * n_epochs
+        if not (self.n_left and self._schedule):
+            history = self.net.history if goes_on else None
+            self._schedule = Schedule(n_steps)
+            self.net = self._new_net(self.module, valid, self._schedule, examples.seed)
+            if history is not None:
+                self.net.history = history
+        self._run_epochs(data, n_epochs)
 
     def train_part(
         self, images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, seed: int
@@ -135,16 +152,20 @@ class Trainer:
         if is_new:
             self.plan = self._plan(len(images), 1, False)
         examples = _Examples(self._views(images), targets, weights, seed)
-        stored, _ = self._run_frozen(examples.views, False, True)
-        with self._seeded(seed):
-            data = self._data(stored, np.arange(len(images)), examples)
-            if is_new:
-                self.module = self._new_module(self._new_head())
-                self.net = self._new_net(self.module, None, None, seed)
-            self._run_epochs(data, 1)
+        n_images = len(images) + len(examples.views) * bool(self._to_run(False, True))
+        with self._progress.shown(n_images, self.settings.verbose):
+            stored, _ = self._run_frozen(examples.views, False, True)
+            with self._seeded(seed):
+                data = self._data(stored, np.arange(len(images)), examples)
+                if is_new:
+                    self.module = self._new_module(self._new_head())
+                    self.net = self._new_net(self.module, None, None, seed)
+                self._run_epochs(data, 1)
 
     def _run_epochs(self, data: TrainingData, n_epochs: int) -> None:
         before = len(self.net.history)
+        if n_epochs:
+            self._progress.stage("epoch", n_epochs)
         try:
             train(self.net, data, n_epochs)
         except Interrupted:
@@ -180,6 +201,7 @@ class Trainer:
         self, head: nn.Module, embeddings: np.ndarray, rows: np.ndarray, examples: _Examples
     ) -> None:
         assert isinstance(head, nn.Sequential)
+        self._progress.stage("head")
         targets, n_views = examples.targets, examples.views.n_views
         numbers = (rows[:, None] * n_views + np.arange(n_views)).ravel()
         each = np.ones(len(rows)) if examples.weights is None else examples.weights[rows]
@@ -205,6 +227,7 @@ class Trainer:
         data = self._data(embeddings, rows, examples)
         n_steps = math.ceil(len(rows) / self.settings.images_a_step) * n_epochs
         net = self._new_net(module, None, Schedule(n_steps), examples.seed)
+        self._progress.stage("head, epoch", n_epochs)
         try:
             train(net, data, n_epochs)
         except Interrupted:
@@ -263,6 +286,7 @@ class Trainer:
             callbacks=(settings.callbacks or []) if is_second_phase else [],
             schedule=schedule,
             seed=seed,
+            progress=self._progress,
             verbose=settings.verbose,
         )
 
@@ -319,15 +343,15 @@ class Trainer:
             folder,
             tempfile.gettempdir(),
         )
-        if self.settings.verbose:
-            print(plan)
+        if self.settings.verbose > 1:
+            tqdm.write(str(plan))
         return plan
 
     @property
     def _step(self) -> int:
         return self.frozen.runner.step(self.settings.batch_size, self.frozen.size)
 
-    def _stream(self, positions: Sequence[int], *, verbose: int) -> Activations:
+    def _stream(self, positions: Sequence[int], progress: Progress) -> Activations:
         return Activations(
             self.frozen,
             positions,
@@ -335,18 +359,24 @@ class Trainer:
             memory=check_memory(self.settings.memory),
             batch_size=self.settings.batch_size,
             n_jobs=self.settings.n_jobs,
-            verbose=verbose,
+            progress=progress,
         )
+
+    def _to_run(self, with_embeddings: bool, with_start: bool) -> list[int]:
+        """Return the positions to which the frozen blocks run before the training."""
+        start = self.plan.start if with_start else 0
+        return sorted({start, self.frozen.embedding if with_embeddings else 0} - {0})
 
     def _run_frozen(
         self, views: Views, with_embeddings: bool, with_start: bool
     ) -> tuple[np.ndarray | None, Any]:
         """Return what epochs start from, None if it is the images, and the embeddings."""
         start, end = self.plan.start if with_start else 0, self.frozen.embedding
-        positions = sorted({p for p in (start, end if with_embeddings else 0) if p})
+        positions = self._to_run(with_embeddings, with_start)
         if not positions:
             return None, None
-        stream = self._stream(positions, verbose=self.settings.verbose)
+        self._progress.stage("frozen blocks")
+        stream = self._stream(positions, self._progress)
         outs = {
             p: allocate((len(views), *self.frozen.shape(p)), self.frozen.dtype(p))
             for p in positions
@@ -373,18 +403,18 @@ class Trainer:
         augmentation = self._find_views(settings.n_views)
         views = Views(images, self.frozen.preprocessing, augmentation, n_views)
         results = np.empty((len(views), settings.n_outputs), np.float32)
-        progress = tqdm(total=len(views), unit="image", disable=not settings.verbose)
-        with progress:
+        progress = Progress()  # two threads may predict at once
+        with progress.shown(len(views), settings.verbose):
+            progress.stage(self.frozen.runner.name)
             for first in range(0, len(images), _CHUNK):
                 chunk = views[first : first + _CHUNK]
                 chunk.images.digests(n_threads(settings.n_jobs))
                 place = slice(first * n_views, first * n_views + len(chunk))
-                results[place] = self._chunk_outputs(chunk)
-                progress.update(len(chunk))
+                results[place] = self._chunk_outputs(chunk, progress)
         return results.reshape(len(images), n_views, settings.n_outputs)
 
-    def _chunk_outputs(self, views: Views) -> np.ndarray:
-        stream = self._stream([self.cut or self.frozen.embedding], verbose=0)
+    def _chunk_outputs(self, views: Views, progress: Progress) -> np.ndarray:
+        stream = self._stream([self.cut or self.frozen.embedding], progress)
         if self.cut:
             (rows,) = stream(views)
             batches = torch.from_numpy(rows)
@@ -399,6 +429,8 @@ class Trainer:
                 padding = batch[:1].expand(stream.step - len(batch), *batch.shape[1:])
                 found = module(torch.cat([batch, padding]), self.cut)
                 outputs.append(found[: len(batch)].cpu().numpy())
+                if not self.cut:  # else the stream moved the bar
+                    progress.update(len(batch))
         return np.concatenate(outputs)
 
     # ------------------------------------------------------------------------ states

@@ -20,9 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
 
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import network_lock
+from sktransfer._progress import Progress
 from sktransfer._training_data import TrainingData
 
 _WARM_UP = 0.1  # of all steps
@@ -291,15 +293,17 @@ def make_net(
     callbacks: Sequence[Any],
     schedule: Callable[[int], float] | None,
     seed: int,
+    progress: Progress,
     verbose: int,
 ) -> skorch.NeuralNet:
-    """Compose the skorch net that trains `module`."""
-    own: list[Any] = [("watch", _Watch())]
+    """Compose the skorch net that trains `module`; its table is shown from `verbose=2` on."""
+    sink = tqdm.write if verbose > 1 else print  # what is printed would tear the bar apart
+    own: list[Any] = [("watch", _Watch()), ("progress", progress)]
     if schedule is not None:
         policy = LRScheduler(LambdaLR, lr_lambda=schedule, last_epoch=-1, step_every="batch")
         own.append(("schedule", policy))
     if valid is not None:
-        own.append(("early_stopping", EarlyStopping(patience=patience, load_best=True)))
+        own.append(("early_stopping", EarlyStopping(patience=patience, load_best=True, sink=sink)))
     # skorch's classifier has a score of its own, which asks for the classes.
     classes = {"classes": list(range(n_outputs))} if kind == "class" else {}
     net = _NETS[kind](
@@ -315,7 +319,8 @@ def make_net(
         iterator_valid__collate_fn=_as_is,
         callbacks=[*own, *callbacks],
         device=str(next(module.parameters()).device),
-        verbose=verbose,
+        verbose=verbose > 1,
+        callbacks__print_log__sink=sink,
         **classes,
     )
     return net.initialize()

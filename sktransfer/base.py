@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -23,8 +25,9 @@ from torchvision.models import WeightsEnum
 
 from sktransfer._inference import POOLINGS, PRECISIONS, Runner, get_runner
 from sktransfer._runtime import RUNTIMES
+from sktransfer._summary import blocks_html
 from sktransfer.io import ImageSequence, check_images
-from sktransfer.models import Backbone, get_model
+from sktransfer.models import Backbone, get_model, loaded_model
 from sktransfer.transforms import Preprocessing
 
 __all__ = [
@@ -71,6 +74,36 @@ def takes_dask(empty: Callable[[Any], np.ndarray]) -> Callable[[Callable], Calla
         return call
 
     return decorate
+
+
+_only_looks: ContextVar[bool] = ContextVar("_only_looks", default=False)
+
+
+@contextmanager
+def _only_looking() -> Iterator[None]:
+    """Let estimators use only what is loaded already: nothing is downloaded to print them."""
+    token = _only_looks.set(True)
+    try:
+        yield
+    finally:
+        _only_looks.reset(token)
+
+
+class _NotLoadedError(AttributeError):
+    """What scikit-learn takes, while it prints an estimator, for an attribute that is not there."""
+
+
+class _AttributesAndBlocks:
+    """What scikit-learn's diagram shows of a fitted estimator, and its blocks below."""
+
+    def __init__(self, attributes: Any, blocks: str) -> None:
+        self.attributes, self.blocks = attributes, blocks
+
+    def __len__(self) -> int:
+        return len(self.attributes) + bool(self.blocks)
+
+    def _repr_html_inner(self) -> str:
+        return (self.attributes._repr_html_inner() if self.attributes else "") + self.blocks
 
 
 class ImageEstimator(BaseEstimator):
@@ -133,12 +166,31 @@ class ImageEstimator(BaseEstimator):
         """Load all that a prediction needs, before several threads ask for it at once."""
         self._load()[0].block_names  # noqa: B018 traces the network
 
+    # scikit-learn calls the next two for notebooks, if it is recent enough to show attributes.
+
+    def _html_repr(self) -> str:
+        with _only_looking():
+            return super()._html_repr()
+
+    def _get_fitted_attr_html(self, *args: Any, **kwargs: Any) -> _AttributesAndBlocks:
+        with _only_looking():  # it reads all properties, of estimators inside others as well
+            attributes = super()._get_fitted_attr_html(*args, **kwargs)
+            return _AttributesAndBlocks(attributes, blocks_html(self))
+
+    def _backbone(self) -> Backbone:
+        """Return the network that the parameters name."""
+        if not _only_looks.get():
+            return get_model(self.backbone, self.weights)
+        if (loaded := loaded_model(self.backbone, self.weights)) is None:
+            raise _NotLoadedError(f"{self.backbone!r} is not loaded.")
+        return loaded
+
     def _load(self, **fitted: Any) -> tuple[Runner, Preprocessing]:
         """Return the network that the parameters name, and what it wants images to be.
 
         `fitted` holds values of `precision` and `image_size` that go before the parameters.
         """
-        backbone = get_model(self.backbone, self.weights)
+        backbone = self._backbone()
         precision = fitted.get("precision", self.precision)
         runner = get_runner(backbone, self.device, precision, self.runtime)
         size = fitted.get("image_size", self.image_size)

@@ -69,6 +69,11 @@ class ImageSequence:
         """Return the rows of a slice, a list of indices or a mask; errors keep their numbers."""
         return ImageSequence(self._items, np.atleast_1d(self._rows[indices]), self._digests)
 
+    def file(self, i: int) -> str | None:
+        """Return the path of row `i`; None if it is no file."""
+        item = self._items[self._rows[i]]
+        return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
+
     def where(self, i: int) -> str:
         """Return the words by which an error calls row `i`: its number and its file, if any."""
         name = file_name(self._items[self._rows[i]])

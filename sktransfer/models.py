@@ -180,20 +180,25 @@ def get_model(backbone: str | nn.Module | Backbone, weights: Any = "default") ->
     >>> get_model("efficientnet_lite0").categories[985]
     'daisy'
     """
-    if isinstance(backbone, nn.Module):
-        backbone = Backbone(backbone)
-    if isinstance(backbone, Backbone):
-        # The module is the user's and may change, so it is looked up by its content.
-        key: Any = (fingerprint(backbone.network), backbone.preprocessing, backbone.categories)
-        return _keep(key, lambda: copy.deepcopy(backbone))
-    if not isinstance(backbone, str):
-        raise TypeError(
-            "backbone must be a name, a torch.nn.Module or a sktransfer.models.Backbone, "
-            f"got {type(backbone).__name__}"
-        )
-    path = weights_path(weights)
-    stamp = (path, path.stat().st_mtime_ns, path.stat().st_size) if path else weights
-    return _keep((backbone, stamp), lambda: _build(backbone, path or weights))
+    key = _key(backbone, weights)
+    if isinstance(backbone, str):
+        return _keep(key, lambda: _build(backbone, weights_path(weights) or weights))
+    given = Backbone(backbone) if isinstance(backbone, nn.Module) else backbone
+    return _keep(key, lambda: copy.deepcopy(given))
+
+
+def loaded_model(backbone: Any, weights: Any) -> Backbone | None:
+    """Return what `get_model` would, if it is loaded already: for those that only want to look."""
+    with _lock:
+        return _loaded.get(_key(backbone, weights))
+
+
+def get_architecture(backbone: Any, weights: Any) -> Backbone:
+    """Return what `get_model` does, but with random weights where it would have to download."""
+    is_local = not isinstance(backbone, str) or backbone in _builders or weights_path(weights)
+    if is_local or loaded_model(backbone, weights) is not None:
+        return get_model(backbone, weights)
+    return get_model(backbone, None)
 
 
 def unique_labels(labels: Iterable[str]) -> tuple[str, ...]:
@@ -204,6 +209,23 @@ def unique_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------ building
+
+
+def _key(backbone: Any, weights: Any) -> Any:
+    """Return all that shapes a loaded backbone."""
+    if isinstance(backbone, str):
+        path = weights_path(weights)
+        stamp = (path, path.stat().st_mtime_ns, path.stat().st_size) if path else weights
+        return backbone, stamp
+    if isinstance(backbone, nn.Module):
+        backbone = Backbone(backbone)
+    if not isinstance(backbone, Backbone):
+        raise TypeError(
+            "backbone must be a name, a torch.nn.Module or a sktransfer.models.Backbone, "
+            f"got {type(backbone).__name__}"
+        )
+    # The module is the user's and may change, so it is looked up by its content.
+    return fingerprint(backbone.network), backbone.preprocessing, backbone.categories
 
 
 def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:

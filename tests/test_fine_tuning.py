@@ -974,7 +974,7 @@ def test_half_precision_is_close(unfreeze, tmp_path):
 @pytest.mark.parametrize("unfreeze", [0, 1, "all"])
 def test_the_plan_is_one_line(unfreeze, capsys, tmp_path):
     X, y = pictures(6)
-    model = classifier(unfreeze=unfreeze, verbose=1, memory=tmp_path).fit(X, y)
+    model = classifier(unfreeze=unfreeze, verbose=2, memory=tmp_path).fit(X, y)
     assert isinstance(model.plan_, Plan)
     assert str(model.plan_) and "\n" not in str(model.plan_)
     assert str(model.plan_) in capsys.readouterr().out.splitlines()
