@@ -2,6 +2,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
@@ -246,3 +247,16 @@ def test_without_pandas_the_error_says_what_to_install(scaled, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="top_k needs pandas: pip install pandas"):
         PretrainedClassifier(scaled).top_k(np.zeros((1, 8, 8), np.uint8))
+
+
+def test_dask_collections(tiles, scaled):
+    paths = tiles[1][:6]
+    model, lazy = PretrainedClassifier(scaled), da.from_array(np.array(paths), chunks=4)
+    for method in ("predict", "predict_proba", "decision_function"):
+        found, expected = getattr(model, method)(lazy), getattr(model, method)(paths)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        computed = found.compute(scheduler="synchronous")
+        if method == "predict":
+            assert (computed == expected).all()
+        else:
+            np.testing.assert_allclose(computed, expected, rtol=1e-4, atol=1e-5)
