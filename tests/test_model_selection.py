@@ -41,19 +41,19 @@ class Colours(nn.Module):
         return self.head(self.pool(self.conv(x)).flatten(1))
 
 
-def build(weights, *, is_blind=False):
-    """Build a network whose random start is another one than its "pretrained" weights."""
+def build(weights, *, helps=True):
+    """Build a network that is blind from random weights, or, if they do not help, with its own."""
     with torch.random.fork_rng():
         torch.manual_seed(1 if weights is None else 0)
         categories = None if weights is None else tuple("abcd")
-        return Backbone(Colours(is_blind and weights is not None), SIZE, categories)
+        return Backbone(Colours((weights is None) == helps), SIZE, categories)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _models():
     register_model("small", lambda weights: Backbone(small(), SIZE))
     register_model("colours", build)
-    register_model("blind", lambda weights: build(weights, is_blind=True))
+    register_model("blind", lambda weights: build(weights, helps=False))
 
 
 def pictures(n=40, step=25):
