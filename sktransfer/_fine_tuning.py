@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import nn
 
 from sktransfer._augmentation import AUGMENTATIONS
 from sktransfer._depth_search import search_depth
+from sktransfer._export import Affine, export_onnx
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._settings import Settings, unordered
 from sktransfer._trainer import Trainer
@@ -254,6 +257,43 @@ class _FineTuned(ImageEstimator):
         parameters |= {name: self._shape[name] for name in shared & self._shape.keys()}
         parameters["backbone"] = Backbone(network, own.preprocessing, name=name)
         return PretrainedFeatureExtractor(**parameters)
+
+    def to_onnx(self, path: str | os.PathLike) -> Path:
+        """Write the whole network, frozen and trained blocks and the head, to an ONNX file.
+
+        Needs ``pip install 'sktransfer[onnx]'`` here, and nothing of this library where the file
+        is used.
+
+        Parameters
+        ----------
+        path : path
+            Of the file, `.onnx`. Weights of more than 2 GB go to a second one beside it.
+
+        Returns
+        -------
+        pathlib.Path
+
+        Raises
+        ------
+        ValueError
+            If torch can't export the network, or there is no such folder.
+
+        Notes
+        -----
+        The input `images` is uint8 RGB (n, 3, height, width) with any n, resized and cropped as
+        the file's metadata says under `preprocessing` (the size is fixed); normalisation is part
+        of the graph. The output is `probabilities` (n, n_classes), their names a JSON list under
+        `labels`; or, of a regressor, `values` (n, n_outputs) in the unit of `y`. It computes in
+        float32, and takes the image itself, whatever `precision` and `predict_views`.
+        """
+        check_is_fitted(self, "plan_")
+        classes = getattr(self, "classes_", None)
+        labels = None if classes is None else classes.tolist()
+        return export_onnx(self._trained, path, self._last_layer(), labels)
+
+    def _last_layer(self) -> nn.Module:
+        """Return what turns the head's outputs into predictions."""
+        return nn.Sigmoid() if self._kind == "label" else nn.Softmax(1)
 
     def _outputs(self, X: Any) -> np.ndarray:
         """Return what the network says of each view: (n, predict_views, n_outputs)."""
@@ -860,6 +900,9 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
     def _values(self, outputs: np.ndarray) -> np.ndarray:
         values = outputs.mean(1) * self._scale + self._mean  # (n, n_outputs)
         return values if self._is_table else values[:, 0]
+
+    def _last_layer(self) -> nn.Module:
+        return Affine(self._scale, self._mean)
 
     def _encode(self, y: Any, goes_on: bool) -> np.ndarray:
         y = check_y(y, multi_output=True, y_numeric=True, estimator=self).astype(np.float64)

@@ -115,7 +115,7 @@ class FrozenBlocks:
         results = {start: x} if start == stop else {}
         for position in range(start + 1, stop + 1):
             (x,) = self.runner.block(position - 1, self.size)(x.float())
-            x = self.pool(x) if position == self.embedding else self._round(x)
+            x = self.pool(x) if position == self.embedding else self.round(x)
             if position == stop or position in wanted:
                 results[position] = x
         return results
@@ -146,7 +146,7 @@ class FrozenBlocks:
         layout = layout_of(x.shape[1:], self.size)
         return pool(x.float(), layout, self.pooling, self.runner.n_prefix(self._whole))
 
-    def _round(self, x: torch.Tensor) -> torch.Tensor:
+    def round(self, x: torch.Tensor) -> torch.Tensor:
         if self.half == torch.float16 and x.dtype != torch.float16:
             x = x.clamp(-65504, 65504)  # else infinity
         return x.to(self.half)

@@ -1,0 +1,75 @@
+"""What the displays share: axes, grids of images, and matplotlib only when it is needed."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torchvision.transforms.v2 import functional as F
+
+from sktransfer._optional import load_optional
+from sktransfer.io import ImageSequence
+
+_CELL = 2.0  # inches of an image
+_LINE = 0.2  # and of a line above it
+_SIDE = 224  # pixels of the longer side of an image that is shown
+
+
+def pyplot(caller: str) -> Any:
+    """Return `matplotlib.pyplot`; `caller` is named if it is not installed."""
+    return load_optional("matplotlib.pyplot", caller, "'sktransfer[plots]'")
+
+
+def single_axes(ax: Any, caller: str, figsize: tuple[float, float] = (5.6, 4.2)) -> Any:
+    """Return the axes that were given, or those of a new figure."""
+    plt = pyplot(caller)
+    return plt.subplots(figsize=figsize, layout="constrained")[1] if ax is None else ax
+
+
+def grid_axes(
+    ax: Any, n_rows: int, n_cols: int, caller: str, n_lines: int = 2
+) -> tuple[Any, np.ndarray]:
+    """Return the axes around, of a new figure if none were given, and those in a grid inside."""
+    plt = pyplot(caller)
+    if ax is None:
+        size = (n_cols * _CELL, n_rows * (_CELL + n_lines * _LINE))
+        ax = plt.figure(figsize=size, layout="constrained").add_subplot()
+    if (place := ax.get_subplotspec()) is None:
+        raise ValueError("ax must be a subplot, as plt.subplots() makes it, to hold several images")
+    ax.set_axis_off()
+    grid = place.subgridspec(n_rows, n_cols)
+    inner = [[ax.figure.add_subplot(grid[i, j]) for j in range(n_cols)] for i in range(n_rows)]
+    for axes in np.ravel(inner):
+        axes.set_axis_off()
+    return ax, np.array(inner, object).reshape(n_rows, n_cols)
+
+
+def n_rows_and_cols(n: int, n_cols: int | None) -> tuple[int, int]:
+    """Return the shape of a grid for `n` images, about twice as wide as high."""
+    if n_cols is None:
+        n_rows = math.ceil(n / min(6, math.ceil(math.sqrt(2 * n))))
+        n_cols = math.ceil(n / n_rows)  # as few gaps in the last row as can be
+    return math.ceil(n / n_cols), min(n, n_cols)
+
+
+def shown(images: ImageSequence, i: int, side: int = _SIDE) -> np.ndarray:
+    """Return an image as it is shown: uint8 (height, width, 3), its longer side `side` pixels."""
+    image = images.load(i)  # (3, height, width)
+    scale = side / max(image.shape[1:])
+    size = [max(1, round(length * scale)) for length in image.shape[1:]]
+    return F.resize(image, size, antialias=True).permute(1, 2, 0).numpy()
+
+
+def put_image(axes: Any, image: np.ndarray, lines: Sequence[str], color: str = "black") -> None:
+    """Show an image with lines of text above it, none of them wider than the image."""
+    axes.imshow(image)
+    text = "\n".join(textwrap.shorten(line, 27, placeholder="…") for line in lines)
+    axes.set_title(text, fontsize=8, color=color)
+
+
+def text_of(label: Any) -> str:
+    """Return a label as text, without what NumPy writes around it."""
+    return str(label.item() if isinstance(label, np.generic) else label)
