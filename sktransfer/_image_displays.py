@@ -189,8 +189,8 @@ class TopLossesDisplay:
         self.axes_ = grid.ravel()[: len(self.images)]
         for i, axes in enumerate(self.axes_):
             is_wrong = self.predicted[i] != self.true[i]
-            said = f"said {text_of(self.predicted[i])} {self.predicted_proba[i]:.2f}"
-            is_ = f"is {text_of(self.true[i])} {self.true_proba[i]:.2f}"
+            said = f"said {text_of(self.predicted[i])} ({self.predicted_proba[i]:.2f})"
+            is_ = f"is {text_of(self.true[i])} ({self.true_proba[i]:.2f})"
             put_image(axes, self.images[i], [said, is_], _WRONG if is_wrong else "black")
         return self
 

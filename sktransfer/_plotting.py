@@ -14,7 +14,7 @@ from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence
 
 _CELL = 2.0  # inches of an image
-_LINE = 0.2  # and of a line above it
+_LINE = 0.22  # and of a line above it
 _SIDE = 224  # pixels of the longer side of an image that is shown
 
 

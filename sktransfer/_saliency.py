@@ -280,6 +280,6 @@ def _titles(estimator: Any, outputs: np.ndarray, columns: np.ndarray, X: Any) ->
     is_multilabel = getattr(estimator, "_kind", "class") == "label"
     proba = (logits.sigmoid() if is_multilabel else logits.softmax(1)).numpy()
     return [
-        f"{text_of(estimator.classes_[column])} {proba[i, column]:.2f}"
+        f"{text_of(estimator.classes_[column])} ({proba[i, column]:.2f})"
         for i, column in enumerate(columns)
     ]

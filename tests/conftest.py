@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ["SCIPY_ARRAY_API"] = "1"  # before scipy: one of scikit-learn's checks skips itself else
 
@@ -8,6 +9,13 @@ from joblib.externals.loky import get_reusable_executor
 from networks import LOG
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    if "matplotlib.pyplot" in sys.modules:  # which warns of more than 20 that are open
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_top_losses(tiles, linear):
     np.testing.assert_allclose(display.losses, losses[order])
     np.testing.assert_array_equal(display.predicted, linear.predict([paths[i] for i in order]))
     np.testing.assert_array_equal(display.true, labels[order])
-    first = f"said {display.predicted[0]} {proba[order[0]].max():.2f}\nis {labels[order[0]]} "
+    first = f"said {display.predicted[0]} ({proba[order[0]].max():.2f})\nis {labels[order[0]]} ("
     assert titles(display)[0].startswith(first)
     assert display.axes_.shape == (5,)
     np.testing.assert_allclose(
@@ -340,7 +340,7 @@ def test_saliency_is_grad_cam(tiles, fitted):
     scaled /= np.maximum(scaled.max((1, 2), keepdims=True), 1e-7)
     np.testing.assert_allclose(display.saliency[corners], scaled[corners], atol=0.1)
     assert titles(display) == [
-        f"{label} {p:.2f}"
+        f"{label} ({p:.2f})"
         for label, p in zip(
             fitted.predict(paths[:3]), fitted.predict_proba(paths[:3]).max(1), strict=True
         )
@@ -353,7 +353,7 @@ def test_saliency_finds_the_flower(photos):
     )
     flower = display.saliency[1]
     assert flower[60:160, 60:160].mean() > 3 * np.mean([flower[:40, :40], flower[:40, -40:]])
-    assert display.images.shape == (2, 224, 224, 3) and "daisy 0.3" in titles(display)[1]
+    assert display.images.shape == (2, 224, 224, 3) and "daisy (0.3" in titles(display)[1]
 
 
 def test_saliency_of_tokens(photos):
@@ -392,7 +392,7 @@ def test_saliency_of_a_regressor_and_of_several_labels(tiles):
     several = classifier().fit(paths, np.c_[y, 1 - y].astype(int))
     display = SaliencyDisplay.from_estimator(several, paths[:2], targets=[1, 0])
     proba = several.predict_proba(paths[:2])
-    assert titles(display) == [f"1 {proba[0, 1]:.2f}", f"0 {proba[1, 0]:.2f}"]
+    assert titles(display) == [f"1 ({proba[0, 1]:.2f})", f"0 ({proba[1, 0]:.2f})"]
 
 
 def test_saliency_of_bad_input(tiles, fitted, linear):
