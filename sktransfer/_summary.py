@@ -165,6 +165,10 @@ def summary_of(model: Any, parameters: dict[str, Any], image_size: Any = None) -
     backbone = get_architecture(parameters["backbone"], parameters["weights"])
     frozen = _frozen_blocks(backbone, parameters, image_size)
     if "unfreeze" in parameters:
+        if isinstance(parameters["unfreeze"], str) and parameters["unfreeze"] == "auto":
+            raise ValueError(
+                "unfreeze='auto' is decided by fit: fit the estimator first, or pass a number."
+            )
         unfrozen = find_cut(frozen.runner, parameters["unfreeze"])[1]
         return summarize(frozen, unfrozen, BlockRow("head", state="trained"))
     is_whole = parameters.get("layer", "output") == "output"

@@ -211,3 +211,8 @@ def test_bad_input():
         model_summary(FineTunedClassifier(Backbone(small(), SIZE), unfreeze="bodi"))
     with pytest.raises(ValueError, match="can't take images of 100 × 100"):
         model_summary("timm/vit_tiny_patch16_224", image_size=100)
+
+
+def test_a_depth_that_is_not_chosen_yet():
+    with pytest.raises(ValueError, match="decided by fit"):
+        model_summary(FineTunedClassifier(small(), unfreeze="auto"))
