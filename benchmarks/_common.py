@@ -233,8 +233,9 @@ def _serve(pipe: Any, build: Callable[..., Built], args: tuple) -> None:
     except EOFError:  # no more turns
         pass
     except Exception as error:
-        traceback.print_exc()
-        pipe.send((None, f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+        traceback.print_tb(error.__traceback__)
+        reason = next(iter(str(error).splitlines()), "")  # some print a graph behind it
+        pipe.send((None, f"{type(error).__name__}: {reason[:120]}"))
 
 
 @contextmanager

@@ -138,8 +138,13 @@ def run_compiled(network: nn.Module, precision: str, cast: str = "autocast") -> 
 def to_onnx(network: nn.Module, x: torch.Tensor) -> bytes:
     """Export a network to ONNX, for batches of the shape of `x`."""
     buffer = io.BytesIO()
-    with torch.no_grad():
-        torch.onnx.export(network, (x,), buffer, dynamo=False)
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its operator has no form in ONNX
+    try:
+        with torch.no_grad():
+            torch.onnx.export(network, (x,), buffer, dynamo=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
     return buffer.getvalue()
 
 
