@@ -125,6 +125,7 @@ def search_depth(
             verbose=0,
             callbacks=None,  # those of the user are about the one fit that they asked for
             warm_start=False,
+            image_shape=None,  # flat rows are images by now
         )
         if hasattr(candidate, "class_weight"):
             candidate.set_params(class_weight=None)  # it is in the weights

@@ -177,6 +177,10 @@ def h_score(X: Any, y: Any) -> float:
     Rotating, shifting or permuting the embeddings or scaling all of them by one factor changes
     nothing. Only without shrinkage would this hold for any linear map that can be undone.
 
+    With about as many features as images, or more, part of the score is chance, and more of it
+    where a few directions hold most of the variance: there is then little shrinkage, and
+    embeddings of random weights can come out first.
+
     References
     ----------
     Bao, Li, Huang, Zhang, Zheng, Zamir and Guibas, "An information-theoretic approach to

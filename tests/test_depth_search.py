@@ -270,6 +270,16 @@ def test_weights_weigh_the_score(kind):
             assert results[f"split{k}_test_score"][column] == pytest.approx(expected)
 
 
+def test_flat_rows_are_searched_as_images_are():
+    X, y = pictures(12, step=20)
+    options = {"max_epochs": 1}
+    expected = classifier(**options).fit(X, y)
+    flat = classifier(**options, image_shape=(32, 32, 3)).fit(X.reshape(12, -1), y)
+    scores = [m.depth_search_["cv_results_"]["mean_test_score"] for m in (expected, flat)]
+    assert np.array_equal(*scores)
+    assert np.array_equal(flat.predict_proba(X.reshape(12, -1)), expected.predict_proba(X))
+
+
 def test_several_labels_an_image():
     X, y = pictures(24, 4, step=180)
     Y = np.stack([y % 2, y // 2], axis=1)

@@ -381,8 +381,9 @@ def test_from_scratch_nothing_is_pretrained():
 def test_a_scorer_a_splitter_and_parameters():
     X, y = pictures(step=60)
     gain = transfer_gain(
-        list(X),
+        X.reshape(40, -1) / 255,
         y,
+        image_shape=(32, 32, 3),
         backbone="colours",
         scoring=lambda model, X, y: 100 * accuracy_score(y, model.predict(X)),
         cv=StratifiedKFold(4),
