@@ -153,7 +153,7 @@ from sktransfer import PretrainedFeatureExtractor
 import sktransfer._embedding as embedding
 pixels = embedding.Embedding._load
 def slow(self, *args):          # one image takes long enough for a person to press Ctrl-C
-    time.sleep(0.05)
+    time.sleep(0.2)
     return pixels(self, *args)
 embedding.Embedding._load = slow
 print("ready", flush=True)
