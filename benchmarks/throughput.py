@@ -140,7 +140,7 @@ def built(job: Job, axes: dict[str, Sequence[Any]], make: Callable[..., Embed]) 
 
     settings = tune(axes, lambda **some: partial(consume, make(**some), job.n_tuning))
     embed = make(**settings)
-    sample = np.concatenate(list(embed(SAMPLE)))[:SAMPLE]
+    sample = np.concatenate(list(embed(min(SAMPLE, len(job.files)))))
     notes = {
         "settings": ", ".join(f"{name} {value}" for name, value in settings.items()),
         "images": len(job.files),
