@@ -232,7 +232,11 @@ class Stream(ABC):
 
     def _start(self, group: Sequence[_Miss]) -> tuple[list[Any], list[Write]]:
         """Compute what becomes the results of a group: an array-like for each key."""
-        loaded = [miss.loaded.result() for miss in group]
+        try:
+            loaded = [miss.loaded.result() for miss in group]
+        except BaseException:
+            self._save_finished(group)
+            raise
         if self.in_threads:
             values = [np.concatenate(part) for part in zip(*(v for v, _ in loaded), strict=True)]
             return values, [extra for _, extras in loaded for extra in extras]
@@ -242,6 +246,15 @@ class Stream(ABC):
             return self._run(loaded, [miss.digest for miss in group])
 
         return self.runner.in_smaller_steps(run, self.step)
+
+    def _save_finished(self, group: Sequence[_Miss]) -> None:
+        """Keep what threads computed of a group in which an image failed."""
+        futures = [(miss, miss.loaded) for miss in group if miss.loaded.done()]
+        finished = [m for m, f in futures if not f.cancelled() and f.exception() is None]
+        if finished and self.in_threads and self.memory is not None:
+            values, extras = self._start(finished)
+            results = [*extras, *self._take(finished, values)]
+            self._writer.submit(self._store, finished, results)
 
     def _take(self, group: Sequence[_Miss], values: Sequence[Any]) -> list[Write]:
         """Fill the rows of a group."""

@@ -131,6 +131,18 @@ def test_fine_tuning_on_openvino(tiles, tmp_path):
     assert (model.predict_proba(X) == found["openvino"]).all()
 
 
+def test_what_was_computed_before_a_bad_image_is_kept(tiles, tmp_path):
+    paths, bad = tiles[1][:12], tmp_path / "bad.jpg"
+    bad.write_bytes(b"not an image")
+    model = extractor(backbone=Wide(), memory=tmp_path / "memory", n_jobs=1)
+    with pytest.raises(ValueError, match=r"row 10 .*bad\.jpg"):  # all in one batch
+        model.transform([*paths[:10], str(bad), *paths[10:]])
+    embedding = model._embedding()
+    rows = embedding(check_images(paths))
+    assert embedding.n_computed <= 2
+    assert (rows == extractor(backbone=model.backbone).transform(paths)).all()
+
+
 # ------------------------------------------------------------------------------ falling back
 
 
