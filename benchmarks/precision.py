@@ -74,13 +74,17 @@ def speeds(
 def compare(backbone: str, task: _benchmark.Task, args: argparse.Namespace) -> list[dict[str, str]]:
     """Return a row of the table for each precision."""
     options = {} if args.runtime is None else {"runtime": args.runtime}
+    options["image_size"] = args.image_size
     say(f"{backbone}: speed")
-    speed = speeds(backbone, task.images[: args.speed_images], options, args)
+    n = args.speed_images
+    speed = speeds(backbone, task.images[:n], options, args) if n else {}
     rows, exact = [], None
     for precision in args.precisions:
         say(f"{backbone}: {precision}")
         X = extractor(backbone, precision, options).transform(task.images)
-        row = {"network": backbone, "precision": precision, "images/s": f"{speed[precision]:.1f}"}
+        row = {"network": backbone, "precision": precision}
+        if speed:
+            row["images/s"] = f"{speed[precision]:.1f}"
         if precision == "float32":
             exact = X
         elif exact is not None:
@@ -114,7 +118,8 @@ def main() -> None:
     )
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--images", type=int, help="about so many cells; by default, all 2,624")
-    parser.add_argument("--speed-images", type=int, default=256, help="of a turn")
+    parser.add_argument("--image-size", type=int, help="pixels; by default the network's own")
+    parser.add_argument("--speed-images", type=int, default=256, help="of a turn; 0: no speeds")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--runtime", help="of our estimator; not passed by default")
     args = parser.parse_args()

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from sktransfer import FineTunedClassifier, get_model
 from sktransfer._blocks import TracedNetwork
-from sktransfer._inference import layout_of
+from sktransfer._pooling import layout_of
 
 N_CLASSES = 2
 

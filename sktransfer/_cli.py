@@ -5,17 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
-_EXAMPLES = """
-examples:
-  sktransfer benchmark                        the ELPV solar cells, a few minutes
-  sktransfer benchmark photos/                your own: photos/cat/1.jpg, photos/dog/7.jpg, ...
-  sktransfer benchmark photos/ --backbone resnet50 --backbone timm/convnext_tiny.in12k_ft_in1k
-  sktransfer benchmark photos/ --output report/ --memory cache/
-  sktransfer benchmark photos/ --depth          how many blocks should be fine-tuned?
-"""
+_CLASSES = "a folder with one subfolder of images for each class"
+_FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,8 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        options.run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+        # Imported here: `--help` should not wait for torch.
+        getattr(import_module("sktransfer._commands"), options.command)(options)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         message = " ".join(str(error).split())
         print(f"sktransfer: error: {message}", file=sys.stderr)
         return 2
@@ -38,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show_warning(message: Any, category: Any, *_: Any) -> None:
     if issubclass(category, UserWarning):
-        print(f"sktransfer: warning: {message}", file=sys.stderr)
+        print(f"sktransfer: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------ commands
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,8 +47,131 @@ def _parser() -> argparse.ArgumentParser:
         prog="sktransfer", description="Reuse pretrained networks on your own images."
     )
     parser.add_argument("--version", action="version", version=f"sktransfer {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    benchmark = commands.add_parser(
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _cache):
+        add(commands.add_parser)
+    return parser
+
+
+def _fit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "fit",
+        help="fine-tune a pretrained network on a folder of classes",
+        description=(
+            "Fine-tune a pretrained network: a new head and, with --depth, its last blocks. A "
+            "part of the images is held out and scored; the model is trained on the others."
+        ),
+        epilog="""
+examples:
+  sktransfer fit photos/ -o model.skops                a new head on frozen blocks
+  sktransfer fit photos/ -o model.skops --depth auto   as many blocks as a search finds best
+  sktransfer fit photos/ -o model.skops --depth 2 --memory cache/ --test-size 0
+""",
+        formatter_class=_FORMATTER,
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help=_CLASSES)
+    _add_output(parser, "FILE.skops", "the file to write the model to", required=True)
+    add(
+        "--depth",
+        default="0",
+        metavar="N|NAME|all|auto",
+        help="blocks to unfreeze, from the end; a block's name: from there on; 'auto' searches "
+        "(default 0: the head alone)",
+    )
+    _add_network(parser)
+    add("--max-epochs", type=int, default=10, metavar="N", help="of the blocks (default 10)")
+    add(
+        "--augment",
+        choices=["flip", "dihedral", "auto"],
+        help="train on other views of the images as well: mirrored; turned by quarters and "
+        "mirrored; or mirrored and changed at random",
+    )
+    add("--balanced", action="store_true", help="weigh classes inversely to their numbers")
+    add(
+        "--test-size",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the images, held out to score the model; 0 for none (default 0.2)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the split and of training (default 0)")
+    _add_running(parser, precisions=("float32", "bfloat16"))
+
+
+def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "predict",
+        help="label images with a model that `fit` wrote",
+        description=(
+            "Label images with a model that `fit` wrote, or that skops wrote of an estimator "
+            "or pipeline of this library and scikit-learn."
+        ),
+    )
+    parser.add_argument("model", metavar="FILE.skops")
+    _add_files(parser)
+    parser.add_argument("--csv", action="store_true", help="print CSV: path, label, probability")
+
+
+def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "embed",
+        help="write the embeddings of a folder of images to a table",
+        description=(
+            "Write one row for each image of a folder and its subfolders: its path, its label "
+            "(the name of the subfolder of FOLDER in which it lies) and its embedding."
+        ),
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="with images, or subfolders of them")
+    _add_output(parser, "FILE", "the table to write: .parquet or .csv", required=True)
+    _add_network(parser)
+    parser.add_argument("--layer", default="auto", help="a block's name or number (default: all)")
+    parser.add_argument(
+        "--pooling", default="avg", choices=["avg", "max", "token", "flatten"], help="(default avg)"
+    )
+    _add_running(parser)
+
+
+def _rank(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "rank",
+        help="which pretrained network suits these images best?",
+        description=(
+            "Embed the images once with each network and score how well the classes can be told "
+            "apart: cross-validated k-NN and logistic regression, LogME and H-score."
+        ),
+    )
+    parser.add_argument("folder", metavar="FOLDER", help=_CLASSES)
+    _add_network(
+        parser, several="default: those whose weights are installed: efficientnet_lite0, 1 and 2"
+    )
+    parser.add_argument(
+        "--sort-by",
+        default="logistic",
+        choices=["knn", "logistic", "logme", "h_score"],
+        help="(default logistic)",
+    )
+    parser.add_argument("--cv", type=int, default=5, metavar="N", help="folds (default 5)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")
+    _add_output(parser, "FILE.csv", "write the whole table there as well")
+    _add_running(parser)
+
+
+def _classify(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "classify",
+        help="what does a pretrained network, as it is, see in these images?",
+        description="Print the best labels, of those a network was trained on, for each image.",
+    )
+    _add_files(parser)
+    _add_network(parser)
+    parser.add_argument("-k", type=int, default=5, help="labels an image (default 5)")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    _add_running(parser)
+
+
+def _benchmark(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
         "benchmark",
         help="how well do classifiers on a pretrained network's embeddings do?",
         description=(
@@ -57,26 +179,24 @@ def _parser() -> argparse.ArgumentParser:
             "and RBF SVM on the embeddings with an SVM on the pixels and the majority class, on "
             "repeated 75/25 splits. All tuning happens inside the training part."
         ),
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""
+examples:
+  sktransfer benchmark                        the ELPV solar cells, a few minutes
+  sktransfer benchmark photos/                your own: photos/cat/1.jpg, photos/dog/7.jpg, ...
+  sktransfer benchmark photos/ --backbone resnet50 --backbone timm/convnext_tiny.in12k_ft_in1k
+  sktransfer benchmark photos/ --output report/ --memory cache/
+  sktransfer benchmark photos/ --depth          how many blocks should be fine-tuned?
+""",
+        formatter_class=_FORMATTER,
     )
-    benchmark.set_defaults(run=_benchmark)
-    add = benchmark.add_argument
+    add = parser.add_argument
     add(
         "folder",
         nargs="?",
         metavar="FOLDER",
-        help="a folder with one subfolder of images for each class; "
-        "without it the ELPV solar cells, which the 'demo' extra brings",
+        help=f"{_CLASSES}; without it the ELPV solar cells, which the 'demo' extra brings",
     )
-    add(
-        "--backbone",
-        action="append",
-        metavar="NAME",
-        help="a pretrained network: efficientnet_lite0 (default, needs no download), a name of "
-        "torchvision such as resnet50, or timm/NAME; may be given several times",
-    )
-    add("--weights", default="default", metavar="NAME|FILE", help="published name or a file")
+    _add_network(parser, several="default efficientnet_lite0")
     add(
         "--depth",
         action="store_true",
@@ -87,41 +207,75 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="these numbers, names of blocks or 'all', separated by commas (default 0,1,2,4,8)",
     )
-    add("--output", metavar="DIR", help="write results.csv and report.html with plots there")
-    add("--memory", metavar="DIR", help="keep embeddings there for later runs")
-    add("--image-size", type=int, metavar="PIXELS", help="size at which images enter the network")
+    _add_output(parser, "DIR", "write results.csv and report.html with plots there")
     add("--splits", type=int, default=5, metavar="N", help="number of random splits (default 5)")
     add("--seed", type=int, default=0, metavar="N", help="of the splits (default 0)")
-    add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
-    add("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
-    add("--n-jobs", type=int, metavar="N", help="threads that decode images (default: all cores)")
-    return parser
+    _add_running(parser)
 
 
-def _benchmark(options: argparse.Namespace) -> None:
-    # Imported here: `--help` should not wait for torch.
-    from sktransfer import _benchmark as benchmark
-    from sktransfer import _report
-
-    if options.output:
-        _report.prepare(options.output)
-    task = benchmark.load_folder(options.folder) if options.folder else benchmark.load_elpv()
-    depths = options.depths or ("0,1,2,4,8" if options.depth else "")
-    report = benchmark.compare(
-        task,
-        options.backbone or ["efficientnet_lite0"],
-        depths=[int(d) if d.isdecimal() else d for d in depths.split(",") if d],
-        n_splits=options.splits,
-        memory=options.memory,
-        random_state=options.seed,
-        verbose=int(sys.stderr.isatty()),
-        weights=options.weights,
-        image_size=options.image_size,
-        device=options.device,
-        precision=options.precision,
-        n_jobs=options.n_jobs,
+def _cache(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "cache",
+        help="look at, clear or reduce a folder that --memory named",
+        description="Look at, clear or reduce a folder that --memory, or memory=, named.",
     )
-    print(_report.as_text(report))
-    if options.output:
-        for path in _report.write(report, options.output):
-            print(f"written: {path}")
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    for name, text in (
+        ("info", "print how many results it holds, and how large they are"),
+        ("clear", "delete all of them"),
+        ("reduce", "delete those that were not used for longest"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("folder", metavar="DIR")
+    add = action.add_argument
+    add("--bytes", metavar="SIZE", help="keep at most so many, as in 500M or 10G")
+    add("--items", type=int, metavar="N", help="keep at most so many results")
+    add("--days", type=float, metavar="N", help="keep what was used in the last N days")
+
+
+# ------------------------------------------------------------------------------ options
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="images, or folders of them (with subfolders)"
+    )
+
+
+def _add_output(
+    parser: argparse.ArgumentParser, metavar: str, text: str, *, required: bool = False
+) -> None:
+    parser.add_argument("-o", "--output", metavar=metavar, help=text, required=required)
+
+
+def _add_network(parser: argparse.ArgumentParser, several: str | None = None) -> None:
+    """Add what names a network or, where a text says which are the default, several."""
+    text = (
+        "a pretrained network: efficientnet_lite0, which needs no download, a name of torchvision "
+        "such as resnet50, or timm/NAME"
+    )
+    if several is None:
+        parser.add_argument(
+            "--backbone", default="efficientnet_lite0", metavar="NAME", help=f"{text} (the default)"
+        )
+    else:
+        text += f"; may be given several times ({several})"
+        parser.add_argument("--backbone", action="append", metavar="NAME", help=text)
+    parser.add_argument(
+        "--weights", default="default", metavar="NAME|FILE", help="published name, or a file"
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="size at which images enter the network"
+    )
+
+
+def _add_running(
+    parser: argparse.ArgumentParser,
+    precisions: Sequence[str] = ("float32", "bfloat16", "float16"),
+) -> None:
+    """Add where and how it runs."""
+    add = parser.add_argument
+    add("--memory", metavar="DIR", help="keep what frozen blocks compute there, for later runs")
+    add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add("--precision", default="float32", choices=precisions, help="(default float32)")
+    add("--n-jobs", type=int, metavar="N", help="threads that decode images (default: all cores)")

@@ -55,5 +55,5 @@ class Embedding(Stream):
     def _run(
         self, loaded: list[torch.Tensor], digests: list[bytes]
     ) -> tuple[list[Any], list[Write]]:
-        rows = self.runner.rows(loaded, self.positions, self.pooling, self.preprocessing, self.step)
-        return rows, []
+        where = (self.positions, self.pooling, self.preprocessing)
+        return self.runner.rows(loaded, *where, self.step, is_alone=len(self._images) == 1), []

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer._augmentation import Views
-from sktransfer._inference import Runner, layout_of, network_lock, pool
+from sktransfer._inference import Runner, network_lock
+from sktransfer._pooling import layout_of, pool
 from sktransfer._stream import Stream, Write
 from sktransfer._threads import one_core_threads
 from sktransfer.transforms import Preprocessing
@@ -196,7 +197,8 @@ class Activations(Stream):
     ) -> None:
         keys = [frozen.key(p) for p in positions]
         super().__init__(frozen.runner, frozen.size, keys, **options)
-        self.frozen, self.positions, self.keep = frozen, list(positions), sorted(keep)
+        self.frozen, self.positions = frozen, list(positions)
+        self.keep = [] if self.memory is None else sorted(keep)
         self.claim_key = frozen.key("any")  # whoever runs an image keeps what others start from
         self.kept_keys = {frozen.key(p) for p in self.keep}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
 import sys
 import threading
 import warnings
@@ -20,6 +19,15 @@ import xxhash
 from torch import nn
 
 from sktransfer._blocks import TracedNetwork, TracingError
+from sktransfer._device import (
+    PRECISIONS,
+    fetch,
+    first_line,
+    is_out_of_memory,
+    resolve_device,
+    warn_of_copies,
+)
+from sktransfer._pooling import layout_of, pool
 from sktransfer._runtime import (
     OpenVinoProgram,
     Program,
@@ -32,9 +40,6 @@ from sktransfer._runtime import (
 from sktransfer._weights import Describer
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
-
-POOLINGS = ("avg", "max", "token", "flatten")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What a CPU takes at once: few images, see benchmarks/batch_size.py, and fewer of large ones. The
 # C library gets larger tensors anew from the system every time, which costs more than it saves.
@@ -49,60 +54,6 @@ _T = TypeVar("_T")
 network_lock = threading.RLock()
 _runners_lock = threading.Lock()
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
-
-
-# ------------------------------------------------------------------------------ pooling
-
-
-def layout_of(shape: Sequence[int], image_size: tuple[int, int]) -> str:
-    """Name the layout of one image's activation: vector, tokens, map, map_last or other.
-
-    A map with its channels last (as in Swin) is told by its sides: they have the proportions of
-    the image.
-    """
-    if len(shape) < 3:
-        return ("other", "vector", "tokens")[len(shape)]
-    if len(shape) > 3:
-        return "other"
-    proportions = image_size[0] / image_size[1]
-    first = abs(np.log(shape[1] / shape[2] / proportions))  # (c, h, w)
-    last = abs(np.log(shape[0] / shape[1] / proportions))  # (h, w, c)
-    return "map" if first <= last else "map_last"
-
-
-def pool(x: torch.Tensor, layout: str, pooling: str, n_prefix: int = 0) -> torch.Tensor:
-    """Reduce activations to one row an image; see `PretrainedFeatureExtractor`."""
-    if layout == "vector" or pooling == "flatten":
-        return x.flatten(1)  # (n, d)
-    if layout == "tokens":
-        if pooling == "token":
-            return x[:, 0]  # (n, c)
-        x = x[:, n_prefix:].transpose(1, 2)  # (n, c, t)
-    elif layout == "map_last":
-        x = x.flatten(1, 2).transpose(1, 2)  # (n, c, h * w)
-    else:
-        x = x.flatten(2)  # (n, c, h * w)
-    return x.mean(2) if pooling == "avg" else x.amax(2)
-
-
-# ------------------------------------------------------------------------------ the network
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn `"auto"` or a name into a device that is there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        if resolved.type == "meta":
-            raise RuntimeError("it computes shapes, no values")
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device={str(device)!r} can't be used here ({str(error).splitlines()[0]}). "
-            "Pass device='auto' or 'cpu'."
-        ) from error
-    return resolved
 
 
 def get_runner(
@@ -125,18 +76,6 @@ def _new_runner(runners: dict[Any, Runner], backbone: Backbone, asked: Any) -> R
     runners[key] = runners.get(key) or Runner(backbone, resolved, precision, chosen)
     runners[asked] = runners[key]
     return runners[asked]
-
-
-def warn_of_copies(device: torch.device) -> None:
-    """Warn in a joblib worker that every one of them has a copy of the network on the GPU."""
-    name = multiprocessing.current_process().name
-    if device.type == "cuda" and name.startswith("LokyProcess"):
-        warnings.warn(
-            f"{name} loads a copy of the backbone of its own onto {str(device)!r}: with n_jobs > 1 "
-            "each process does, and they take turns on the GPU. Use n_jobs=1, or device='cpu'.",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 class _OutputError(TypeError):
@@ -319,7 +258,7 @@ class Runner:
                 if step == 1:
                     raise MemoryError(
                         f"Not even one image fits into the memory of {str(self.device)!r} beside "
-                        f"backbone {self.name!r} ({_first_line(error)}). Pass a smaller "
+                        f"backbone {self.name!r} ({first_line(error)}). Pass a smaller "
                         "image_size, a smaller backbone or another device."
                     ) from error
             # Out of the handler, which holds on to the tensors of the failed step.
@@ -355,9 +294,17 @@ class Runner:
         )
 
     def rows_program(
-        self, positions: Sequence[int | None], pooling: str, preprocessing: Preprocessing
+        self,
+        positions: Sequence[int | None],
+        pooling: str,
+        preprocessing: Preprocessing,
+        is_alone: bool = False,
     ) -> Program:
-        """Return what turns a uint8 batch (n, 3, h, w) into pooled rows, for each position."""
+        """Return what turns a uint8 batch (n, 3, h, w) into pooled rows, for each position.
+
+        OpenVINO's takes one core for each call or, for the single image of a whole pass, all.
+        """
+        n_streams = 1 if is_alone else self._n_cores
 
         def example() -> torch.Tensor:
             noise = np.random.default_rng(0).integers(256, size=(1, 3, *preprocessing.size))
@@ -367,27 +314,39 @@ class Runner:
             (tuple(positions), pooling, preprocessing),
             lambda: _Rows(self, positions, pooling, preprocessing),
             example,
+            n_streams,
         )
 
     def _program(
-        self, key: Any, build: Callable[[], nn.Module], example: Callable[[], torch.Tensor]
+        self,
+        key: Any,
+        build: Callable[[], nn.Module],
+        example: Callable[[], torch.Tensor],
+        n_streams: int | None = None,
     ) -> Program:
+        n_streams = n_streams or self._n_cores
+        key = (key, n_streams if self.runs_in_threads else None)
         if (known := self._programs.get(key)) is None:
             # Out of inference mode, in which sizes can't be found.
             with network_lock, torch.inference_mode(False), torch.no_grad():
                 if (known := self._programs.get(key)) is None:
-                    known = self._programs[key] = self._make_program(build, example)
+                    known = self._make_program(build, example, n_streams)
+                    self._programs[key] = known
         return known
 
     def _make_program(
-        self, build: Callable[[], nn.Module], example: Callable[[], torch.Tensor]
+        self,
+        build: Callable[[], nn.Module],
+        example: Callable[[], torch.Tensor],
+        n_streams: int,
     ) -> Program:
         module = build()
         if self.runs_in_threads:
             try:
                 if not self.block_names:
                     raise ValueError("it can't be traced, so what it does may depend on the pixels")
-                return OpenVinoProgram(module, example(), self.precision, self._n_cores)
+                cores = self._n_cores
+                return OpenVinoProgram(module, example(), self.precision, cores, n_streams)
             except Exception as error:  # OpenVINO's own, of what it can't convert or compile
                 self.runtime = "torch"
                 warn_fallback(self.name, f"it can't take this network ({reason_of(error)})")
@@ -428,17 +387,20 @@ class Runner:
         pooling: str,
         preprocessing: Preprocessing,
         step: int,
+        is_alone: bool = False,
     ) -> list[Any]:
         """Return one float32 array (len(images), width) for each position.
 
         Every batch has `step` images, the last one padded: a row then does not depend on how
         many others came with it.
         """
-        program = self.rows_program(positions, pooling, preprocessing)
+        program = self.rows_program(positions, pooling, preprocessing, is_alone)
         parts: list[list[Any]] = [[] for _ in positions]
         for start in range(0, len(images), step):
             some = list(images[start : start + step])
-            batch = torch.stack(some + some[:1] * (step - len(some)))  # (step, 3, h, w) uint8
+            some_last = [image.permute(1, 2, 0) for image in some]  # channels last, as they lie
+            batch = torch.stack(some_last + some_last[:1] * (step - len(some)))
+            batch = batch.permute(0, 3, 1, 2)  # (step, 3, h, w) uint8
             for part, rows in zip(parts, program(self.to_device(batch)), strict=True):
                 part.append(fetch(rows[: len(some)]))
         return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
@@ -475,33 +437,3 @@ class _Rows(nn.Module):
             layout = layout_of(x.shape[1:], self.preprocessing.size)
             rows[position] = pool(x.float(), layout, self.pooling, self.n_prefix[position])
         return tuple(rows[position] for position in self.positions)
-
-
-class _Fetched:
-    """An array on its way from a GPU; it waits for it only when it is looked at."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self._host.copy_(x, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(x.device))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        self._done.synchronize()
-        return self._host.numpy()
-
-
-def fetch(x: torch.Tensor) -> Any:
-    """Return a tensor as an array, or as what becomes one while the GPU goes on."""
-    return _Fetched(x) if x.device.type == "cuda" else x.cpu().numpy()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a GPU, or the system, had no memory left."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -167,7 +167,7 @@ class _ChannelsLast(nn.Module):
 
 
 class OpenVinoProgram:
-    """A module compiled for one batch size; each call takes one core.
+    """A module compiled for one batch size.
 
     Parameters
     ----------
@@ -177,7 +177,9 @@ class OpenVinoProgram:
         An input, of the only shape and dtype that calls then take.
     precision : {"float32", "bfloat16"}
     n_cores : int
-        That many calls run at once.
+        To be used in all.
+    n_streams : int
+        That many calls run at once, on ``n_cores / n_streams`` cores each.
 
     Raises
     ------
@@ -187,10 +189,16 @@ class OpenVinoProgram:
     """
 
     def __init__(
-        self, module: nn.Module, example: torch.Tensor, precision: str, n_cores: int
+        self,
+        module: nn.Module,
+        example: torch.Tensor,
+        precision: str,
+        n_cores: int,
+        n_streams: int,
     ) -> None:
         model = _convert(_ChannelsLast(module), _channels_last(example))
-        self._compiled = _core().compile_model(model, "CPU", _settings(precision, n_cores))
+        settings = _settings(precision, n_cores, n_streams)
+        self._compiled = _core().compile_model(model, "CPU", settings)
         self._idle: list[Any] = []  # requests, each with buffers of its own
         self._check(module, example, _TOLERANCE[precision])
 
@@ -254,10 +262,10 @@ def _element_type(dtype: torch.dtype) -> Any:
     return openvino.Type.u8 if dtype == torch.uint8 else openvino.Type.f32
 
 
-def _settings(precision: str, n_cores: int) -> dict[str, Any]:
+def _settings(precision: str, n_cores: int, n_streams: int) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": "f32" if precision == "float32" else "bf16",
-        "NUM_STREAMS": n_cores,
+        "NUM_STREAMS": n_streams,
         "INFERENCE_NUM_THREADS": n_cores,
         "ENABLE_CPU_PINNING": False,  # or all processes would take the first cores
     }

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from sktransfer._inference import Runner, layout_of, network_lock
+from sktransfer._inference import Runner, network_lock
 from sktransfer._optional import load_optional
 from sktransfer._plotting import grid_axes, n_rows_and_cols, put_image, pyplot, text_of
+from sktransfer._pooling import layout_of
 from sktransfer._pretrained_classifier import PretrainedClassifier
 from sktransfer._whole import WholeNetwork, whole_of_runner, whole_of_trainer
 from sktransfer.io import ImageSequence

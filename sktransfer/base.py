@@ -23,7 +23,9 @@ from sklearn.utils.validation import validate_data
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from sktransfer._inference import POOLINGS, PRECISIONS, Runner, get_runner
+from sktransfer._device import PRECISIONS
+from sktransfer._inference import Runner, get_runner
+from sktransfer._pooling import POOLINGS
 from sktransfer._runtime import RUNTIMES
 from sktransfer._summary import blocks_html
 from sktransfer.io import ImageSequence, check_images

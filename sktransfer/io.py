@@ -28,7 +28,7 @@ from sktransfer._decoding import (
     white,
 )
 
-__all__ = ["ImageSequence", "check_images", "load_image", "load_image_folder"]
+__all__ = ["ImageSequence", "check_images", "list_images", "load_image", "load_image_folder"]
 
 # HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
 _IMAGE_EXTENSIONS = tuple(
@@ -263,6 +263,44 @@ def load_image_folder(
     )
 
 
+def list_images(path: str | os.PathLike) -> list[str]:
+    """List the image files in a folder and its sub-folders.
+
+    Hidden files and folders, and files with other extensions, are passed over; nothing is opened.
+
+    Parameters
+    ----------
+    path : path
+        The folder.
+
+    Returns
+    -------
+    list of str
+        Paths, sorted.
+
+    Raises
+    ------
+    ValueError
+        If there is no such folder, or no image in it.
+
+    Examples
+    --------
+    >>> import pathlib, sklearn.datasets
+    >>> from sktransfer.io import list_images
+    >>> folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
+    >>> [pathlib.Path(file).name for file in list_images(folder)]
+    ['china.jpg', 'flower.jpg']
+    """
+    _check_folder(Path(path), "pass a folder of images.")
+    found = _images_in(path, "", _IMAGE_EXTENSIONS)
+    if not found:
+        raise ValueError(
+            f"No image in {os.fspath(path)!r}: looked for files that end in "
+            f"{', '.join(_IMAGE_EXTENSIONS)}."
+        )
+    return found
+
+
 # Many images ----------------------------------------------------------------------------------
 
 
@@ -386,9 +424,7 @@ def _resolve_shape(image_shape: Sequence[int], n_features: int) -> tuple[int, ..
 
 
 def _category_names(folder: Path, categories: Sequence[str] | None) -> list[str]:
-    if not folder.is_dir():
-        reason = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{str(folder)!r} {reason}: pass the folder that holds the categories.")
+    _check_folder(folder, "pass the folder that holds the categories.")
     names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
     if not names:
         raise ValueError(
@@ -399,6 +435,12 @@ def _category_names(folder: Path, categories: Sequence[str] | None) -> list[str]
     if missing:
         raise ValueError(f"{str(folder)!r} has no categories {missing}; it has {names}.")
     return names if categories is None else [name for name in names if name in categories]
+
+
+def _check_folder(folder: Path, remedy: str) -> None:
+    if not folder.is_dir():
+        reason = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{str(folder)!r} {reason}: {remedy}")
 
 
 def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) -> list[str]:

