@@ -35,7 +35,8 @@ print(probabilities.shape, model.classes_[:3])
 # %%
 # Where does it see that? Grad-CAM marks the places that speak for a class, by default for the
 # one that is predicted. ``targets`` asks for others: for the flower, what speaks for "daisy",
-# and what would speak for "bee"? A map shows where, not why, and each has a scale of its own.
+# and what would speak for "bee"? The same petals. A map shows where, not why, and each has a
+# scale of its own.
 
 from sktransfer.inspection import SaliencyDisplay
 
@@ -52,4 +53,4 @@ plt.show()
 
 from sktransfer import model_summary
 
-model_summary(model).to_frame().head(8)
+model_summary(model).to_frame().iloc[1:9].round(3)

@@ -20,7 +20,7 @@ import pandas as pd
 
 source = Path(elpv_dataset.__file__).parent / "data"
 cells = pd.read_csv(source / "labels.csv", sep=r"\s+", names=["file", "probability", "kind"])
-cells = cells[cells.probability.isin([0, 1])].groupby("probability").sample(70, random_state=1)
+cells = cells[cells.probability.isin([0, 1])].groupby("probability").sample(100, random_state=1)
 
 work = tempfile.TemporaryDirectory()
 folder = Path(work.name, "cells")
@@ -47,8 +47,9 @@ names = np.array(data.target_names)[data.target]
 print(len(names), "images of", data.target_names)
 
 # %%
-# Held out before anything else: a third. The rest is learnt from, with one block unfrozen, and
-# each cell in its eight orientations, as a solar cell has no upright one.
+# Held out before anything else: a third. The rest is learnt from, with two blocks unfrozen. An
+# image without an upright direction, as a solar cell is, gains from ``augment="dihedral"``, its
+# eight orientations; that takes longer, and is left out here.
 
 from sklearn.model_selection import train_test_split
 
@@ -58,11 +59,11 @@ X_train, X_test, y_train, y_test = train_test_split(
     data.data, names, test_size=1 / 3, stratify=names, random_state=0
 )
 model = FineTunedClassifier(
-    unfreeze=1,
+    unfreeze=2,
     max_epochs=4,
-    augment="dihedral",
-    image_size=96,
-    memory=Path(work.name, "cache"),
+    image_size=128,
+    memory=str(Path(work.name, "cache")),
+    runtime="torch",  # so few images are not worth a compilation
     random_state=0,
 )
 model.fit(X_train, y_train)

@@ -24,7 +24,7 @@ from sktransfer import PretrainedFeatureExtractor
 source = Path(elpv_dataset.__file__).parent / "data" / "images"
 work = tempfile.TemporaryDirectory()
 first, *files = sorted(source.glob("*.png"))[:101]
-extractor = PretrainedFeatureExtractor(image_size=128, memory=Path(work.name, "cache"))
+extractor = PretrainedFeatureExtractor(image_size=128, memory=f"{work.name}/cache")
 
 # %%
 # The memory is a ``joblib.Memory``, so that it can be asked what is in it. What an image adds

@@ -52,7 +52,7 @@ print("the oddest cell:", Path(files[odd]).name)
 
 from sktransfer.inspection import PrototypeDisplay
 
-chosen = np.array([odd, *(i for i in (3, 40, 77) if i != odd)])
+chosen = np.array([odd, *(i for i in (40, 77) if i != odd)])
 others = np.setdiff1d(np.arange(len(files)), chosen)
 PrototypeDisplay.from_embeddings(
     everything[chosen], everything[others], files[chosen], files[others], n_neighbors=4
