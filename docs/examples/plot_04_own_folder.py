@@ -47,8 +47,8 @@ names = np.array(data.target_names)[data.target]
 print(len(names), "images of", data.target_names)
 
 # %%
-# Held out before anything else: a third. The rest is learnt from, with two blocks unfrozen. An
-# image without an upright direction, as a solar cell is, gains from ``augment="dihedral"``, its
+# Held out before anything else: a third. The rest is learnt from, with two blocks unfrozen. For
+# images without an upright direction, as these are, there is ``augment="dihedral"``, their
 # eight orientations; that takes longer, and is left out here.
 
 from sklearn.model_selection import train_test_split

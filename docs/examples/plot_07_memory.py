@@ -84,7 +84,7 @@ embed("another layer", files, middle)
 figure, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
 ax.barh(list(computed), list(computed.values()))
 ax.invert_yaxis()
-ax.set(xlabel="images that ran through the network", xlim=(0, 108))
+ax.set(xlabel="images that ran through the network", xlim=(0, 115))
 for place, number in enumerate(computed.values()):
     ax.text(number + 1, place, number, va="center")
 plt.show()
