@@ -11,6 +11,12 @@ import pytest
 import sktransfer
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for folder in ("traps", "migrate")
+    for page in (ROOT / "docs" / folder).glob("*.md")
+    if page.stem != "index"
+)
 MODULES = sorted(m.name for m in pkgutil.iter_modules(sktransfer.__path__) if m.name != "__main__")
 
 
@@ -21,19 +27,39 @@ def test_docstrings(name):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
-def test_snippets(page, tiles, tmp_path, monkeypatch):
+def run_snippets(page, tiles, tmp_path, monkeypatch):
+    """Run what stands in ```python fences; those of other libraries are ```py, for the reader."""
     root, _, _ = tiles
     (tmp_path / "photos").symlink_to(root)
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
     assert snippets
     namespace = {}
     for snippet in snippets:
         exec(compile(snippet, page, "exec"), namespace)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_snippets(page, tiles, tmp_path, monkeypatch):
+    run_snippets(page, tiles, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_on_traps_and_for_newcomers(page, tiles, tmp_path, monkeypatch):
+    run_snippets(page, tiles, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("folder", ["traps", "migrate"])
+def test_every_page_is_in_the_index(folder):
+    pages = {page.stem for page in (ROOT / "docs" / folder).glob("*.md")} - {"index"}
+    tree = re.search(
+        r"```{toctree}\n(.*?)```", (ROOT / f"docs/{folder}/index.md").read_text(), re.S
+    )
+    assert {line for line in tree[1].split() if not line.startswith(":")} - {"1"} == pages
+
+
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            if "auto_examples" not in target:  # written when the pages are built
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
