@@ -59,8 +59,8 @@ def fit(options: argparse.Namespace) -> None:
     if options.test_size:
         report = classification_report(y_test, model.predict(X_test), zero_division=0.0)
         lines += ["", f"on {len(X_test)} images that were held out:", "", report]
-    size = os.path.getsize(options.output) / 1e6
-    print(*lines, f"written: {options.output} ({size:.1f} MB)", sep="\n")
+    size = os.path.getsize(options.output) / 1e3
+    print(*lines, f"written: {options.output} ({size:,.0f} KB)", sep="\n")
 
 
 def predict(options: argparse.Namespace) -> None:
