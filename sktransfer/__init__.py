@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sktransfer._contrastive import ContrastivePretrainer
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
     from sktransfer._pretrained import PretrainedFeatureExtractor
     from sktransfer._pretrained_classifier import PretrainedClassifier
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContrastivePretrainer",
     "FineTunedClassifier",
     "FineTunedRegressor",
     "PretrainedClassifier",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ContrastivePretrainer": "_contrastive",
     "FineTunedClassifier": "_fine_tuning",
     "FineTunedRegressor": "_fine_tuning",
     "PretrainedClassifier": "_pretrained_classifier",

@@ -295,8 +295,13 @@ def make_net(
     seed: int,
     progress: Progress,
     verbose: int,
+    net_class: Any = None,
+    criterion: nn.Module | None = None,
 ) -> skorch.NeuralNet:
-    """Compose the skorch net that trains `module`; its table is shown from `verbose=2` on."""
+    """Compose the skorch net that trains `module`; its table is shown from `verbose=2` on.
+
+    `kind` says which net and which loss, unless they are given.
+    """
     sink = tqdm.write if verbose > 1 else print  # what is printed would tear the bar apart
     own: list[Any] = [("watch", _Watch()), ("progress", progress)]
     if schedule is not None:
@@ -306,9 +311,9 @@ def make_net(
         own.append(("early_stopping", EarlyStopping(patience=patience, load_best=True, sink=sink)))
     # skorch's classifier has a score of its own, which asks for the classes.
     classes = {"classes": list(range(n_outputs))} if kind == "class" else {}
-    net = _NETS[kind](
+    net = (net_class or _NETS[kind])(
         module,
-        criterion=Loss(kind),
+        criterion=criterion or Loss(kind),
         optimizer=lambda *_, **__: torch.optim.AdamW(groups, fused=True),
         max_epochs=max_epochs,
         batch_size=batch_size,
