@@ -201,8 +201,8 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
 
     Parameters
     ----------
-    backbone : str, torch.nn.Module or Backbone, default="efficientnet_lite0"
-        A name of :func:`sktransfer.list_models`, or a network; see
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        A name of :func:`sktransfer.list_models`, a network, or an estimator that trained one; see
         :class:`PretrainedFeatureExtractor`.
     weights : str, path or None, default="default"
         `"default"` for the best published weights, another published name, a path to a state dict,
