@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 from _common import environment, say, table
+from depth_auto import nested
 from elpv_fine_tuning import without_crop
-from learning_curves import nested
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
