@@ -15,7 +15,7 @@ from torch import nn
 
 from sktransfer._clips import Frames, check_clips, is_clips
 from sktransfer._pairs import PairSettings, PairTrainer, why_collapsed
-from sktransfer._settings import find_cut, n_threads
+from sktransfer._threads import n_threads
 from sktransfer._tiles import TILES
 from sktransfer._trained import TrainedEstimator
 from sktransfer.base import Interval, StrOptions, _fit_context, takes_dask
@@ -347,7 +347,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
             )
 
     def _check_depth(self, trainer: Any) -> None:
-        if not find_cut(trainer.frozen.runner, self.unfreeze)[1]:
+        if not trainer.unfrozen:
             raise ValueError(
                 f"unfreeze={self.unfreeze!r} leaves all blocks frozen: only the projection head "
                 "would be trained, which is thrown away. Pass at least 1."

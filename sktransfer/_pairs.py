@@ -18,7 +18,8 @@ from sktransfer._augmentation import Augmentation, Views
 from sktransfer._inference import is_out_of_memory
 from sktransfer._nt_xent import NTXent, matching_accuracy, spread
 from sktransfer._projection import make_projection
-from sktransfer._settings import Settings, n_threads
+from sktransfer._settings import Settings
+from sktransfer._threads import n_threads
 from sktransfer._tiles import Tiles, TileViews
 from sktransfer._trainer import Examples, Trainer
 from sktransfer._training_data import TrainingData
