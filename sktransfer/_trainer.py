@@ -154,11 +154,11 @@ class Trainer:
         if is_new:
             self.plan = self._plan(len(images), 1, False)
         examples = Examples(self._views(images), targets, weights, seed)
-        n_images = len(images) + len(examples.views) * bool(self._to_run(False, True))
+        n_images = len(targets) + len(examples.views) * bool(self._to_run(False, True))
         with self._progress.shown(n_images, self.settings.verbose):
             stored, _ = self._run_frozen(examples.views, False, True)
             with self._seeded(seed):
-                data = self._data(stored, np.arange(len(images)), examples)
+                data = self._data(stored, np.arange(len(targets)), examples)
                 if is_new:
                     self.module = self._new_module(self._new_head())
                     self.net = self._new_net(self.module, None, None, seed)

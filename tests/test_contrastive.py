@@ -46,6 +46,7 @@ def compact():
     network = small()
     network.stem[0] = nn.Conv2d(3, 8, 7, 4, 3).requires_grad_(False)
     nn.init.normal_(network.stem[0].weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(network.stem[0].bias)
     return Backbone(network, SIZE)
 
 
@@ -435,8 +436,8 @@ def test_the_head_may_be_a_module():
 
 
 @pytest.mark.parametrize("unfreeze, n_shown", [(1, 48 + 24), ("all", 24)])
-def test_what_it_shows(capfd, unfreeze, n_shown):
-    model = pretrainer(unfreeze=unfreeze, verbose=1).fit(pictures())
+def test_what_it_shows(slow_machine, capfd, unfreeze, n_shown):
+    model = pretrainer(compact(), unfreeze=unfreeze, verbose=1).fit(pictures())
     shown = capfd.readouterr()
     assert shown.out == ""
     (bar,) = [line.split("\r")[-1] for line in shown.err.split("\n") if line.strip()]
@@ -460,7 +461,7 @@ def test_half_precision(tmp_path):
 
 
 def a_photo(photos):
-    return torch.from_numpy(photos[0][:64, :64]).permute(2, 0, 1)
+    return torch.tensor(photos[0][:64, :64]).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("augment", ["auto", "dihedral", v2.RandomCrop(40), nn.Identity()])
