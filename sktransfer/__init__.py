@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sktransfer._contrastive import ContrastivePretrainer
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
+    from sktransfer._masked_language import MaskedLanguagePretrainer
     from sktransfer._pretrained import PretrainedFeatureExtractor
     from sktransfer._pretrained_classifier import PretrainedClassifier
     from sktransfer.inspection import model_summary
@@ -18,6 +19,7 @@ __all__ = [
     "ContrastivePretrainer",
     "FineTunedClassifier",
     "FineTunedRegressor",
+    "MaskedLanguagePretrainer",
     "PretrainedClassifier",
     "PretrainedFeatureExtractor",
     "get_model",
@@ -31,6 +33,7 @@ _HOMES = {
     "ContrastivePretrainer": "_contrastive",
     "FineTunedClassifier": "_fine_tuning",
     "FineTunedRegressor": "_fine_tuning",
+    "MaskedLanguagePretrainer": "_masked_language",
     "PretrainedClassifier": "_pretrained_classifier",
     "PretrainedFeatureExtractor": "_pretrained",
     "get_model": "models",

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from sktransfer._augmentation import Augmentation, Views
 from sktransfer._inference import is_out_of_memory
 from sktransfer._nt_xent import NTXent, matching_accuracy, spread
+from sktransfer._plan import Plan
 from sktransfer._projection import make_projection
 from sktransfer._settings import Settings
 from sktransfer._threads import n_threads
@@ -190,6 +191,9 @@ class PairTrainer(Trainer):
     def _n_steps(self, n_images: int) -> int:
         size = batch_size_of(n_images, self.settings.images_a_step)
         return math.ceil(n_images / size) - (n_images % size == 1)
+
+    def _plan(self, n_images: int, n_epochs: int, with_embeddings: bool) -> Plan:
+        return super()._plan(n_images, 2 * n_epochs, with_embeddings)  # two tiles in each
 
     def _new_head(self) -> nn.Module:
         return make_projection(self.settings.head, self.frozen.width)

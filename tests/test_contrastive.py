@@ -92,7 +92,7 @@ def runs(log):
 def test_check_estimator_whole():
     model = pretrainer(max_epochs=1, image_shape=(1, -1), image_size=8, batch_size=256)
     results = check_estimator(model, on_fail=None)
-    assert len(results) > 50
+    assert len(results) > 40
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] != "passed"}
     assert failed == {}
 
@@ -435,17 +435,17 @@ def test_the_head_may_be_a_module():
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
 
 
-@pytest.mark.parametrize("unfreeze, n_shown", [(1, 48 + 24), ("all", 24)])
+@pytest.mark.parametrize("unfreeze, n_shown", [(1, 48 + 48), ("all", 48)])
 def test_what_it_shows(slow_machine, capfd, unfreeze, n_shown):
-    model = pretrainer(compact(), unfreeze=unfreeze, verbose=1).fit(pictures())
+    model = pretrainer(compact(), unfreeze=unfreeze, max_epochs=4, verbose=1).fit(pictures())
     shown = capfd.readouterr()
     assert shown.out == ""
     (bar,) = [line.split("\r")[-1] for line in shown.err.split("\n") if line.strip()]
-    assert f"{n_shown}/{n_shown}" in bar and "epoch 2/2" in bar and "train_loss=" in bar
+    assert f"{n_shown}/{n_shown}" in bar and "epoch 4/4" in bar and "train_loss=" in bar
     model.set_params(verbose=2).fit(pictures())
     out = capfd.readouterr().out
     assert str(model.plan_) in out.splitlines()
-    assert "matching_accuracy" in out and len(re.findall(r"^ +[12] +", out, re.M)) == 2
+    assert "matching_accuracy" in out and len(re.findall(r"^ +[1-4] +", out, re.M)) == 4
     model.set_params(verbose=0).fit(pictures()).transform(pictures())
     assert capfd.readouterr() == ("", "")
 
