@@ -137,6 +137,10 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
     (2, 384)
     """
 
+    history_: list[dict[str, Any]]
+    _network: Any
+    _state: dict[str, np.ndarray]
+
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "model": [str, os.PathLike],
         "tokenizer": [str, os.PathLike, None],
