@@ -128,7 +128,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     Raises
     ------
     ValueError, TypeError
-        In `fit`: for fewer than two different images; for clips of fewer than two frames, or of
+        In `fit`: for a single image; for clips of fewer than two frames, or of
         different lengths; for an image that can't be read, naming its row, file and reason.
     MemoryError
         In `fit`, for a batch that does not fit into the memory.
@@ -138,7 +138,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     Warns
     -----
     ConvergenceWarning
-        If the representation collapsed: for three epochs in a row, or in the last one, all tiles
+        If all images are the same; or if the representation collapsed: for three epochs in a row, or in the last one, all tiles
         had one and the same row. The training stops; `stop_reason_` says the same.
 
     See Also
@@ -306,9 +306,14 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
             self._keep_shape()
             trainer = self._new_trainer(n_outputs=0)
             self._check_depth(trainer)
+        digests = images.digests(n_threads(self.n_jobs))
+        are_same = digests[:n_frames] == digests[n_frames : 2 * n_frames]
+        if are_same:
+            trainer.settings.max_epochs = min(1, self.max_epochs)
         numbers = np.arange(n_items)
         self._train(trainer, images, numbers, None, seed, in_parts=in_parts, goes_on=goes_on)
-        self.stop_reason_ = why_collapsed(self.history_)
+        same = "All images are the same, so that none can be told from another: look at them."
+        self.stop_reason_ = same if are_same else why_collapsed(self.history_)
         if self.stop_reason_ is not None:
             warnings.warn(self.stop_reason_, ConvergenceWarning, stacklevel=4)
         return self
@@ -327,14 +332,14 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         first: dict[bytes, int] = {}
         for start in range(0, len(images), n_frames):
             first.setdefault(b"".join(digests[start : start + n_frames]), start)
-        if len(first) < 2:
-            n = len(images) // n_frames
-            came = "1 sample" if n == 1 else f"{n} that are all the same"
+        if len(images) == n_frames:
             raise ValueError(
                 f"{type(self).__name__} learns to tell images apart, so it needs at least 2 "
-                f"different ones; got {came}."
+                "different ones; got 1 sample."
             )
         starts = np.array([first[key] for key in sorted(first)])
+        if len(starts) == 1:  # nothing can be learnt, which is said then
+            starts = np.array([0, n_frames])
         return images[(starts[:, None] + np.arange(n_frames)).ravel()], len(starts)
 
     def _check_crop_scale(self) -> None:
