@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sktransfer._contrastive import ContrastivePretrainer
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
+    from sktransfer._masked_language import MaskedLanguagePretrainer
     from sktransfer._pretrained import PretrainedFeatureExtractor
     from sktransfer._pretrained_classifier import PretrainedClassifier
     from sktransfer.inspection import model_summary
@@ -14,8 +16,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContrastivePretrainer",
     "FineTunedClassifier",
     "FineTunedRegressor",
+    "MaskedLanguagePretrainer",
     "PretrainedClassifier",
     "PretrainedFeatureExtractor",
     "get_model",
@@ -26,8 +30,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ContrastivePretrainer": "_contrastive",
     "FineTunedClassifier": "_fine_tuning",
     "FineTunedRegressor": "_fine_tuning",
+    "MaskedLanguagePretrainer": "_masked_language",
     "PretrainedClassifier": "_pretrained_classifier",
     "PretrainedFeatureExtractor": "_pretrained",
     "get_model": "models",

@@ -32,6 +32,8 @@ _seed_lock = threading.Lock()  # torch has one seed a process
 class Augmentation:
     """What `augment` stands for, on uint8 images (3, height, width) of the network's size.
 
+    `starts_with_image` says whether the first fixed view is the image itself.
+
     Parameters
     ----------
     augment : None, {"flip", "dihedral", "auto"} or callable
@@ -42,6 +44,8 @@ class Augmentation:
     size : tuple of (int, int)
         Of the images; "dihedral" has quarter turns only of square ones.
     """
+
+    starts_with_image = True
 
     def __init__(
         self,
@@ -94,21 +98,33 @@ class Augmentation:
 
     def _random(self, image: torch.Tensor, seed: int) -> torch.Tensor:
         assert self._transform is not None
-        with _seed_lock, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed % 2**63)
-            view = self._transform(image)
+        view = seeded(self._transform, image, seed)
         if not isinstance(view, torch.Tensor) or view.shape != image.shape:
             came = f"a tensor {tuple(view.shape)}" if hasattr(view, "shape") else type(view)
             raise ValueError(
                 f"augment must return a tensor of the shape that it gets, {tuple(image.shape)}; "
                 f"it returned {came}. End it with torchvision's v2.Resize({image.shape[1:]})."
             )
-        if view.dtype != torch.uint8:
-            raise ValueError(
-                f"augment must return uint8 in 0 to 255, as it gets; it returned {view.dtype}. "
-                "Leave v2.ToDtype and v2.Normalize out: the images are normalised afterwards."
-            )
-        return view
+        return check_bytes(view)
+
+
+def seeded(
+    transform: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, seed: int
+) -> torch.Tensor:
+    """Call a random transform of one image with a seed of its own."""
+    with _seed_lock, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        return transform(image)
+
+
+def check_bytes(view: torch.Tensor) -> torch.Tensor:
+    """Return a view, if it is one of 8 bits."""
+    if view.dtype != torch.uint8:
+        raise ValueError(
+            f"augment must return uint8 in 0 to 255, as it gets; it returned {view.dtype}. "
+            "Leave v2.ToDtype and v2.Normalize out: the images are normalised afterwards."
+        )
+    return view
 
 
 def _symmetric(image: torch.Tensor, quarter_turns: int, is_flipped: bool) -> torch.Tensor:
@@ -151,7 +167,8 @@ class Views:
     def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
         """Return number `i`, uint8 (3, *size); see `ImageSequence.load`."""
         number, view = divmod(i, self.n_views)
-        base = self.images.digest(number) if digest is not None or view else None
+        is_image = view == 0 and self.augmentation.starts_with_image
+        base = self.images.digest(number) if digest is not None or not is_image else None
         fitted = self._fitted.pop(number, None)
         if fitted is None:
             fitted = self.preprocessing.fit_size(self.images.load(number, base))
@@ -159,7 +176,16 @@ class Views:
             self._fitted[number] = fitted
             while len(self._fitted) > _KEPT:
                 self._fitted.popitem(last=False)
-        return self.augmentation.view(fitted, view, base or b"")
+        return self.show(fitted, number, view)
+
+    def show(self, fitted: torch.Tensor, number: int, view: int) -> torch.Tensor:
+        """Return a view of image `number`, which was brought to the size of the preprocessing."""
+        is_image = view == 0 and self.augmentation.starts_with_image
+        return self.augmentation.view(fitted, view, b"" if is_image else self.chance(number))
+
+    def chance(self, number: int) -> bytes:
+        """Return what stands for image `number` in the seeds of its views."""
+        return self.images.digest(number)
 
     def __getitem__(self, numbers: Any) -> Views:
         """Return the views of some of the images."""

@@ -20,12 +20,10 @@ from torch import nn
 from sktransfer._augmentation import AUGMENTATIONS
 from sktransfer._depth_search import search_depth
 from sktransfer._export import Affine, export_onnx
-from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._settings import Settings, unordered
+from sktransfer._trained import TrainedEstimator
 from sktransfer._trainer import Trainer
-from sktransfer._training import Interrupted
 from sktransfer.base import (
-    ImageEstimator,
     Interval,
     StrOptions,
     _fit_context,
@@ -34,43 +32,27 @@ from sktransfer.base import (
     takes_dask,
 )
 from sktransfer.io import ImageSequence
-from sktransfer.models import Backbone, get_model
 
 __all__ = ["FineTunedClassifier", "FineTunedRegressor"]
 
 
-_SHAPE = ("unfreeze", "head", "pooling", "image_size", "precision")  # of what a fit trains
-
-
-class _FineTuned(ImageEstimator):
+class _FineTuned(TrainedEstimator):
     """What the classifier and the regressor share: all but the meaning of `y`."""
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **ImageEstimator._parameter_constraints,
-        "unfreeze": [Integral, str, list, tuple],
+        **TrainedEstimator._parameter_constraints,
         "head": [StrOptions({"linear"}), list, tuple, nn.Module],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "head_epochs": [StrOptions({"auto"}), Interval(Integral, 0, None, closed="left")],
-        "max_epochs": [Interval(Integral, 0, None, closed="left")],
-        "lr": [Interval(Real, 0, None, closed="left")],
-        "head_lr": [Interval(Real, 0, None, closed="left"), None],
-        "lr_decay": [Interval(Real, 0, 1, closed="right")],
-        "weight_decay": [Interval(Real, 0, None, closed="left")],
         "augment": [StrOptions(set(AUGMENTATIONS)), callable, None],
         "n_views": [Interval(Integral, 1, None, closed="left"), None],
         "predict_views": [Interval(Integral, 1, None, closed="left")],
         "early_stopping": ["boolean"],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "callbacks": [list, tuple, None],
-        "warm_start": ["boolean"],
-        "precision": [StrOptions({"float32", "bfloat16"})],
-        "random_state": ["random_state"],
     }
 
     _kind: str
-    _trainer: Trainer | None
-    _shape: dict[str, Any]
 
     # ------------------------------------------------------------------------ fitting
 
@@ -103,21 +85,11 @@ class _FineTuned(ImageEstimator):
         self._check_targets(targets, in_parts)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         if not goes_on:
-            self._shape = {name: getattr(self, name) for name in _SHAPE}
+            self._keep_shape()
             self._choose_depth(*found, seed)
-        trainer = self._resume() if goes_on else self._new_trainer(targets, weights)
+        trainer = self._resume() if goes_on else self._begin_trainer(targets, weights)
         targets = self._scaled(targets)
-        stopped: Interrupted | None = None
-        try:
-            if in_parts:
-                trainer.train_part(images, targets, weights, seed)
-            else:
-                trainer.train(images, targets, weights, seed, goes_on=goes_on)
-        except Interrupted as error:
-            stopped = error
-        self._take(trainer)
-        if stopped is not None:
-            raise KeyboardInterrupt(str(stopped)) from None
+        self._train(trainer, images, targets, weights, seed, in_parts=in_parts, goes_on=goes_on)
         return self
 
     def _choose_depth(
@@ -141,40 +113,13 @@ class _FineTuned(ImageEstimator):
             )
 
     def _settings(self, n_outputs: int) -> Settings:
-        names = Settings.taken_from_parameters()
-        values = {name: self._shape.get(name, getattr(self, name)) for name in names}
-        if values["unfreeze"] == "auto":
-            values["unfreeze"] = self.depth_search_["unfreeze"]
-        return Settings(kind=self._kind, n_outputs=n_outputs, **values)
+        settings = super()._settings(n_outputs)
+        if settings.unfreeze == "auto":
+            settings.unfreeze = self.depth_search_["unfreeze"]
+        return settings
 
-    def _new_trainer(self, targets: np.ndarray, weights: np.ndarray | None) -> Trainer:
-        n_outputs = self._begin(targets, weights)
-        runner, preprocessing = self._load()
-        return Trainer(runner, preprocessing, self._settings(n_outputs))
-
-    def _resume(self) -> Trainer:
-        """Return the trainer as it stands, with the parameters as they now are."""
-        for name, fitted in self._shape.items():
-            if (value := getattr(self, name)) is not fitted and value != fitted:
-                raise ValueError(
-                    f"{name} has changed from {fitted!r} to {value!r} since the first fit, with "
-                    "which warm_start and partial_fit go on. Set it back, or fit a new estimator, "
-                    "as sklearn.base.clone makes it."
-                )
-        trainer = self._trained
-        trainer.settings = self._settings(trainer.settings.n_outputs)
-        return trainer
-
-    def _take(self, trainer: Trainer) -> None:
-        """Set the fitted attributes."""
-        self._trainer = trainer
-        self._fingerprint = trainer.frozen.runner.fingerprint
-        self.block_names_ = trainer.frozen.runner.block_names
-        self.unfrozen_block_names_ = [self.block_names_[i] for i in trainer.unfrozen_blocks]
-        self.n_trainable_parameters_ = trainer.n_trainable_parameters
-        self.history_ = trainer.history()
-        self.n_iter_ = len(self.history_)
-        self.plan_ = trainer.plan
+    def _begin_trainer(self, targets: np.ndarray, weights: np.ndarray | None) -> Trainer:
+        return self._new_trainer(self._begin(targets, weights))
 
     def _weights(self, y: Any, sample_weight: Any, images: ImageSequence) -> np.ndarray | None:
         if sample_weight is None:
@@ -197,66 +142,6 @@ class _FineTuned(ImageEstimator):
         return targets
 
     # ------------------------------------------------------------------------ what is fitted
-
-    @property
-    def _trained(self) -> Trainer:
-        """The trainer; rebuilt after unpickling."""
-        check_is_fitted(self, "plan_")
-        if self._trainer is None:
-            shape = {name: self._shape[name] for name in ("precision", "image_size")}
-            runner, preprocessing = self._load(**shape)
-            if runner.fingerprint != self._fingerprint:
-                raise ValueError(
-                    f"The weights that backbone={self.backbone!r}, weights={self.weights!r} name "
-                    "are not those on which this estimator was fitted (fingerprint "
-                    f"{runner.fingerprint[:8]}, then {self._fingerprint[:8]}), and its trained "
-                    "blocks do not fit to others. Pass the old weights by "
-                    "set_params(weights='path/to/file.pth'), or fit it again."
-                )
-            trainer = Trainer(runner, preprocessing, self._settings(self._n_outputs))
-            trainer.restore(self._state, self.history_, self.plan_, self._n_left)
-            self._trainer = trainer
-        return self._trainer
-
-    @property
-    def net_(self) -> Any:
-        """The skorch net, whose module is what follows the cut."""
-        return self._trained.net
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Kept is what cannot be rebuilt: the trained blocks and the head, as NumPy arrays. The
-        # frozen rest is loaded again, and checked, when it is needed.
-        state = super().__getstate__()
-        if state.get("_trainer") is not None:
-            trainer = state["_trainer"]
-            state = {
-                **state,
-                "_trainer": None,
-                "_state": trainer.state(),
-                "_n_outputs": trainer.settings.n_outputs,
-                "_n_left": trainer.n_left,
-            }
-        return state
-
-    def _prepare(self) -> None:
-        self._trained  # noqa: B018 restores it
-
-    def to_feature_extractor(self) -> PretrainedFeatureExtractor:
-        """Return a transformer whose embeddings are those of the fine-tuned network.
-
-        Returns
-        -------
-        PretrainedFeatureExtractor
-            On a copy of the network, with the parameters that both have.
-        """
-        network = self._trained.whole_network()
-        own = get_model(self.backbone, self.weights)
-        name = f"fine-tuned-{own.name.rpartition('/')[2]}"
-        shared = PretrainedFeatureExtractor().get_params().keys() & self.get_params().keys()
-        parameters = {name: getattr(self, name) for name in shared - {"weights"}}
-        parameters |= {name: self._shape[name] for name in shared & self._shape.keys()}
-        parameters["backbone"] = Backbone(network, own.preprocessing, name=name)
-        return PretrainedFeatureExtractor(**parameters)
 
     def to_onnx(self, path: str | os.PathLike) -> Path:
         """Write the whole network, frozen and trained blocks and the head, to an ONNX file.
@@ -316,8 +201,8 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
 
     Parameters
     ----------
-    backbone : str, torch.nn.Module or Backbone, default="efficientnet_lite0"
-        A name of :func:`sktransfer.list_models`, or a network; see
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        A name of :func:`sktransfer.list_models`, a network, or an estimator that trained one; see
         :class:`PretrainedFeatureExtractor`.
     weights : str, path or None, default="default"
         `"default"` for the best published weights, another published name, a path to a state dict,

@@ -24,10 +24,11 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
 
     Parameters
     ----------
-    backbone : str, torch.nn.Module or Backbone, default="efficientnet_lite0"
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
         A name of :func:`sktransfer.models.list_models`: torchvision's (`"resnet50"`), timm's
         (`"timm/vit_small_patch14_dinov2.lvd142m"`), or an embedded one that needs no download;
-        or a network.
+        a network; or a fitted estimator that trained one, such as
+        :class:`ContrastivePretrainer`.
     weights : str, path or None, default="default"
         `"default"` for the best published weights, another published name, a path to a state
         dict, or None for random ones. See :func:`sktransfer.models.get_model`.

@@ -21,9 +21,9 @@ class Progress(Callback):
         self._bar: Any = None
 
     @contextmanager
-    def shown(self, n_images: int, verbose: int) -> Iterator[None]:
+    def shown(self, n_images: int, verbose: int, unit: str = "image") -> Iterator[None]:
         """Show the bar for the length of a ``with`` block; `n_images` is an estimate."""
-        self._bar = tqdm(total=n_images, unit="image", disable=not verbose)
+        self._bar = tqdm(total=n_images, unit=unit, disable=not verbose)
         try:
             yield
             self._bar.total = self._bar.n  # early stopping, or a memory that knew it all

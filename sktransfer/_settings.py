@@ -1,4 +1,4 @@
-"""What the parameters of a fine-tuned estimator say, before anything is trained."""
+"""What the parameters of an estimator that trains say, before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ _BATCH = 32  # images of a training step
 _REPEATED = 4  # times the images, of which some count more than once
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Settings:
-    """The parameters of an estimator that its training takes, and what `y` says."""
+    """The parameters of an estimator that its training takes, and what `y` says.
 
-    kind: str  # "class", "label" or "value"
+    Those with a default are not parameters of every estimator.
+    """
+
+    kind: str  # "class", "label" or "value"; "pair" without `y`
     n_outputs: int
     weights: Any
     unfreeze: Any
     head: Any
     pooling: str
-    dropout: float
-    head_epochs: int | str
+    dropout: float = 0.0
+    head_epochs: int | str = 0
     max_epochs: int
     batch_size: int | str
     lr: float
@@ -36,10 +39,10 @@ class Settings:
     weight_decay: float
     augment: Any
     n_views: int | None
-    predict_views: int
-    early_stopping: bool
-    validation_fraction: float
-    n_iter_no_change: int
+    predict_views: int = 1
+    early_stopping: bool = False
+    validation_fraction: float = 0.1
+    n_iter_no_change: int = 5
     callbacks: Sequence[Any] | None
     memory: Any
     n_jobs: int | None

@@ -33,12 +33,13 @@ from sktransfer._training import (
 )
 from sktransfer._training_data import TrainingData, allocate
 from sktransfer.io import ImageSequence
+from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 
 _CHUNK = 256  # images whose activations a prediction holds at once
 
 
-class _Examples(NamedTuple):
+class Examples(NamedTuple):
     """What is learnt from, and the seed of the chance in it."""
 
     views: Views
@@ -75,6 +76,7 @@ class Trainer:
         self.n_left = 0
         self._progress = Progress()
         self._schedule: Schedule | None = None
+        self._backbone: Backbone | None = None  # the result, once it is asked for
         self._find_views(None)
 
     @property
@@ -99,7 +101,7 @@ class Trainer:
         """Run the phases, or go on with the last one."""
         settings = self.settings
         learnt, held_out = self._split(targets, seed)
-        examples = _Examples(self._views(images), targets, weights, seed)
+        examples = Examples(self._views(images), targets, weights, seed)
         is_solved = settings.solves_head and not goes_on
         n_epochs = 0 if is_solved and self.cut == self.frozen.embedding else settings.max_epochs
         n_epochs = self.n_left or n_epochs
@@ -126,7 +128,7 @@ class Trainer:
         stored: np.ndarray | None,
         learnt: np.ndarray,
         held_out: np.ndarray,
-        examples: _Examples,
+        examples: Examples,
         n_epochs: int,
         goes_on: bool,
     ) -> None:
@@ -135,7 +137,7 @@ class Trainer:
         valid = None
         if self.settings.early_stopping:
             valid = self._data(stored, held_out, examples, is_valid=True)
-        n_steps = math.ceil(len(learnt) / self.settings.images_a_step) * n_epochs
+        n_steps = self._n_steps(len(learnt)) * n_epochs
         if not (self.n_left and self._schedule):
             history = self.net.history if goes_on else None
             self._schedule = Schedule(n_steps)
@@ -151,12 +153,12 @@ class Trainer:
         is_new = not hasattr(self, "net")
         if is_new:
             self.plan = self._plan(len(images), 1, False)
-        examples = _Examples(self._views(images), targets, weights, seed)
-        n_images = len(images) + len(examples.views) * bool(self._to_run(False, True))
+        examples = Examples(self._views(images), targets, weights, seed)
+        n_images = len(targets) + len(examples.views) * bool(self._to_run(False, True))
         with self._progress.shown(n_images, self.settings.verbose):
             stored, _ = self._run_frozen(examples.views, False, True)
             with self._seeded(seed):
-                data = self._data(stored, np.arange(len(images)), examples)
+                data = self._data(stored, np.arange(len(targets)), examples)
                 if is_new:
                     self.module = self._new_module(self._new_head())
                     self.net = self._new_net(self.module, None, None, seed)
@@ -164,6 +166,7 @@ class Trainer:
 
     def _run_epochs(self, data: TrainingData, n_epochs: int) -> None:
         before = len(self.net.history)
+        self._backbone = None
         if n_epochs:
             self._progress.stage("epoch", n_epochs)
         try:
@@ -172,7 +175,7 @@ class Trainer:
             done = len(self.net.history) - before
             self.n_left = n_epochs - done
             if self._schedule is not None:
-                self._schedule.offset += done * math.ceil(len(data) / self.settings.images_a_step)
+                self._schedule.offset += done * self._n_steps(len(data))
             raise Interrupted(
                 f"fit was interrupted after {done} of {n_epochs} epochs. The estimator predicts "
                 f"with what it learnt in them; with warm_start=True, fit goes on for {self.n_left}."
@@ -198,7 +201,7 @@ class Trainer:
             ) from error
 
     def _solve(
-        self, head: nn.Module, embeddings: np.ndarray, rows: np.ndarray, examples: _Examples
+        self, head: nn.Module, embeddings: np.ndarray, rows: np.ndarray, examples: Examples
     ) -> None:
         assert isinstance(head, nn.Sequential)
         self._progress.stage("head")
@@ -219,13 +222,13 @@ class Trainer:
         head: nn.Module,
         embeddings: np.ndarray,
         rows: np.ndarray,
-        examples: _Examples,
+        examples: Examples,
         n_epochs: int,
     ) -> None:
         end = self.frozen.embedding
         module = TrainedPart(self.frozen, end, end, set(), head, self._step, False)
         data = self._data(embeddings, rows, examples)
-        n_steps = math.ceil(len(rows) / self.settings.images_a_step) * n_epochs
+        n_steps = self._n_steps(len(rows)) * n_epochs
         net = self._new_net(module, None, Schedule(n_steps), examples.seed)
         self._progress.stage("head, epoch", n_epochs)
         try:
@@ -253,6 +256,10 @@ class Trainer:
         with network_lock, torch.random.fork_rng():
             torch.manual_seed(seed)
             yield
+
+    def _n_steps(self, n_images: int) -> int:
+        """Return the steps of an epoch."""
+        return math.ceil(n_images / self.settings.images_a_step)
 
     def _new_head(self) -> nn.Module:
         settings = self.settings
@@ -283,18 +290,26 @@ class Trainer:
             max_epochs=settings.max_epochs,
             batch_size=settings.images_a_step,
             patience=settings.n_iter_no_change,
-            callbacks=(settings.callbacks or []) if is_second_phase else [],
+            callbacks=self._callbacks() if is_second_phase else [],
             schedule=schedule,
             seed=seed,
             progress=self._progress,
             verbose=settings.verbose,
+            **self._task(),
         )
+
+    def _callbacks(self) -> list[Any]:
+        return list(self.settings.callbacks or [])
+
+    def _task(self) -> dict[str, Any]:
+        """Return options of `make_net` for what is not told by the kind of `y`."""
+        return {}
 
     def _data(
         self,
         stored: np.ndarray | None,
         rows: np.ndarray,
-        examples: _Examples,
+        examples: Examples,
         *,
         is_valid: bool = False,
     ) -> TrainingData:
@@ -457,6 +472,13 @@ class Trainer:
             self.module.eval()
             self.net = self._new_net(self.module, None, None, 0)
         self.net.history.extend(history)
+
+    def backbone(self, prefix: str) -> Backbone:
+        """Return the whole network as it is now; the same object until it is trained further."""
+        if self._backbone is None:
+            name = f"{prefix}-{self.frozen.runner.name.rpartition('/')[2]}"
+            self._backbone = Backbone(self.whole_network(), self.frozen.preprocessing, name=name)
+        return self._backbone
 
     def whole_network(self) -> nn.Module:
         """Return a copy of the whole network, with the blocks as they are now."""

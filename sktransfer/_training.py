@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from sktransfer._frozen import FrozenBlocks
@@ -295,8 +296,13 @@ def make_net(
     seed: int,
     progress: Progress,
     verbose: int,
+    net_class: Any = None,
+    criterion: nn.Module | None = None,
 ) -> skorch.NeuralNet:
-    """Compose the skorch net that trains `module`; its table is shown from `verbose=2` on."""
+    """Compose the skorch net that trains `module`; its table is shown from `verbose=2` on.
+
+    `kind` says which net and which loss, unless they are given.
+    """
     sink = tqdm.write if verbose > 1 else print  # what is printed would tear the bar apart
     own: list[Any] = [("watch", _Watch()), ("progress", progress)]
     if schedule is not None:
@@ -306,9 +312,9 @@ def make_net(
         own.append(("early_stopping", EarlyStopping(patience=patience, load_best=True, sink=sink)))
     # skorch's classifier has a score of its own, which asks for the classes.
     classes = {"classes": list(range(n_outputs))} if kind == "class" else {}
-    net = _NETS[kind](
+    net = (net_class or _NETS[kind])(
         module,
-        criterion=Loss(kind),
+        criterion=criterion or Loss(kind),
         optimizer=lambda *_, **__: torch.optim.AdamW(groups, fused=True),
         max_epochs=max_epochs,
         batch_size=batch_size,
@@ -345,7 +351,7 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def train(net: skorch.NeuralNet, data: TrainingData, n_epochs: int) -> None:
+def train(net: skorch.NeuralNet, data: Dataset, n_epochs: int) -> None:
     """Run epochs; `Interrupted` on Ctrl-C, the net as it then was."""
     net.notify("on_train_begin", X=data, y=None)
     try:

@@ -95,19 +95,24 @@ class TrainingData(Dataset):
             return torch.stack(list(threads.map(self._image, rows.tolist(), numbers.tolist())))
 
     def _image(self, row: int, number: int) -> torch.Tensor:
-        views = self.views
-        if self._images is not None and self._is_loaded[row]:
-            fitted = torch.from_numpy(self._images[row])
-        else:
-            fitted = views.preprocessing.fit_size(views.images.load(row))
-            if self._images is not None:
-                self._images[row] = fitted.numpy()
-                self._is_loaded[row] = True
         if self.augments == "draws":
-            seed = xxhash.xxh3_64_intdigest(f"{self.seed} {self.epoch} {row}".encode())
-            return views.augmentation.draw(fitted, seed)
-        digest = views.images.digest(row) if number else b""
-        return views.augmentation.view(fitted, number, digest)
+            return self._drawn(row, f"{self.seed} {self.epoch} {row}")
+        return self.views.show(self._fitted(row), row, number)
+
+    def _drawn(self, row: int, chance: str) -> torch.Tensor:
+        """Return a fresh view of an image."""
+        seed = xxhash.xxh3_64_intdigest(chance.encode())
+        return self.views.augmentation.draw(self._fitted(row), seed)
+
+    def _fitted(self, row: int) -> torch.Tensor:
+        """Return an image at the size of the preprocessing, from memory if there is room."""
+        if self._images is not None and self._is_loaded[row]:
+            return torch.from_numpy(self._images[row])
+        fitted = self.views.preprocessing.fit_size(self.views.images.load(row))
+        if self._images is not None:
+            self._images[row] = fitted.numpy()
+            self._is_loaded[row] = True
+        return fitted
 
 
 def allocate(shape: Sequence[int], dtype: Any) -> np.ndarray | None:

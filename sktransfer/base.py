@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions, va
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 from sklearn.utils.validation import _check_y as check_y
+from sklearn.utils.validation import _is_fitted as is_fitted
 from sklearn.utils.validation import validate_data
 from torch import nn
 from torchvision.models import WeightsEnum
@@ -116,7 +117,7 @@ class ImageEstimator(BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "backbone": [str, nn.Module, Backbone],
+        "backbone": [str, nn.Module, Backbone, HasMethods(["to_backbone"])],
         "weights": [str, os.PathLike, WeightsEnum, None],
         "pooling": [StrOptions(set(POOLINGS))],
         "image_shape": [tuple, list, None],
@@ -163,6 +164,14 @@ class ImageEstimator(BaseEstimator):
         if reset or hasattr(self, "n_features_in_") or hasattr(self, "feature_names_in_"):
             validate_data(self, X, reset=reset, skip_check_array=True, ensure_2d=False)
         return check_images(X)
+
+    def __sklearn_clone__(self) -> Self:
+        cloned = super().__sklearn_clone__()
+        # scikit-learn clones what is a parameter of a parameter, too: a fitted estimator would lose
+        # the weights for which it is the backbone.
+        if hasattr(self.backbone, "to_backbone") and is_fitted(self.backbone):
+            cloned.backbone = self.backbone
+        return cloned
 
     def _prepare(self) -> None:
         """Load all that a prediction needs, before several threads ask for it at once."""

@@ -149,17 +149,18 @@ def list_models(pattern: str = "*") -> list[str]:
     return fnmatch.filter([*ours, *timms], pattern)
 
 
-def get_model(backbone: str | nn.Module | Backbone, weights: Any = "default") -> Backbone:
+def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     """Load a pretrained network.
 
     Parameters
     ----------
-    backbone : str, torch.nn.Module or Backbone
-        A name of :func:`list_models`, or the network itself.
+    backbone : str, torch.nn.Module, Backbone or fitted estimator
+        A name of :func:`list_models`; the network itself; or what has it: an estimator of this
+        library that trained one, or anything else with a method `to_backbone`.
     weights : str, path or None, default="default"
         `"default"`: the best published ones. Another published name such as `"IMAGENET1K_V1"`.
         A path to a state dict (`.pth`, `.pt`, `.bin`, `.safetensors`), read without running code.
-        `None`: random, always the same. Ignored for a module, which has its weights.
+        `None`: random, always the same. Ignored for a network, which has its weights.
 
     Returns
     -------
@@ -180,6 +181,7 @@ def get_model(backbone: str | nn.Module | Backbone, weights: Any = "default") ->
     >>> get_model("efficientnet_lite0").categories[985]
     'daisy'
     """
+    backbone = _unwrapped(backbone)
     key = _key(backbone, weights)
     if isinstance(backbone, str):
         return _keep(key, lambda: _build(backbone, weights_path(weights) or weights))
@@ -190,7 +192,7 @@ def get_model(backbone: str | nn.Module | Backbone, weights: Any = "default") ->
 def loaded_model(backbone: Any, weights: Any) -> Backbone | None:
     """Return what `get_model` would, if it is loaded already: for those that only want to look."""
     with _lock:
-        return _loaded.get(_key(backbone, weights))
+        return _loaded.get(_key(_unwrapped(backbone), weights))
 
 
 def get_architecture(backbone: Any, weights: Any) -> Backbone:
@@ -211,6 +213,11 @@ def unique_labels(labels: Iterable[str]) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------ building
 
 
+def _unwrapped(backbone: Any) -> Any:
+    """Return the network of a fitted estimator, and anything else as it is."""
+    return backbone.to_backbone() if hasattr(backbone, "to_backbone") else backbone
+
+
 def _key(backbone: Any, weights: Any) -> Any:
     """Return all that shapes a loaded backbone."""
     if isinstance(backbone, str):
@@ -221,8 +228,8 @@ def _key(backbone: Any, weights: Any) -> Any:
         backbone = Backbone(backbone)
     if not isinstance(backbone, Backbone):
         raise TypeError(
-            "backbone must be a name, a torch.nn.Module or a sktransfer.models.Backbone, "
-            f"got {type(backbone).__name__}"
+            "backbone must be a name, a torch.nn.Module, a sktransfer.models.Backbone or a fitted "
+            f"estimator with a method to_backbone, got {type(backbone).__name__}"
         )
     # The module is the user's and may change, so it is looked up by its content.
     return fingerprint(backbone.network), backbone.preprocessing, backbone.categories
