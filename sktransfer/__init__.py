@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sktransfer._coco import load_coco
+    from sktransfer._detection import FineTunedDetector
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
     from sktransfer._pretrained import PretrainedFeatureExtractor
     from sktransfer._pretrained_classifier import PretrainedClassifier
@@ -15,11 +17,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FineTunedClassifier",
+    "FineTunedDetector",
     "FineTunedRegressor",
     "PretrainedClassifier",
     "PretrainedFeatureExtractor",
     "get_model",
     "list_models",
+    "load_coco",
     "load_image_folder",
     "model_summary",
     "register_model",
@@ -27,11 +31,13 @@ __all__ = [
 
 _HOMES = {
     "FineTunedClassifier": "_fine_tuning",
+    "FineTunedDetector": "_detection",
     "FineTunedRegressor": "_fine_tuning",
     "PretrainedClassifier": "_pretrained_classifier",
     "PretrainedFeatureExtractor": "_pretrained",
     "get_model": "models",
     "list_models": "models",
+    "load_coco": "_coco",
     "load_image_folder": "io",
     "model_summary": "inspection",
     "register_model": "models",
