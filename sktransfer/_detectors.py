@@ -29,9 +29,11 @@ from sktransfer.transforms import Preprocessing
 NEW = ("fcos", "retinanet", "faster_rcnn")  # what is built on a backbone
 _FAMILIES = (FasterRCNN, RetinaNet, FCOS, SSD)
 _SEED = 0  # of the random weights that weights=None asks for, as in `models`
+_N_COCO = 91  # categories of a detector of torchvision that is not told their number
 _PRIOR = 0.01  # of an object at any one place: focal losses start from it
 _MIN_STRIDE = 6  # of a map on which objects are looked for
 _LEVELS = 3  # maps of the backbone that are taken
+_GROUPS = 32  # of the group norms in torchvision's FCOS
 _N_CONVS = 2  # of the towers of a new FCOS
 
 
@@ -88,11 +90,7 @@ def _from_file(create: Callable[..., nn.Module], name: str, path: Any) -> nn.Mod
     state = {**counters, **state}
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     if other and own[other[0]].ndim and len(state[other[0]]):
-        size, categories = (
-            len(own[other[0]]),
-            len(get_model_weights(name).DEFAULT.meta["categories"]),
-        )  # type: ignore[attr-defined]
-        n_classes = len(state[other[0]]) * categories // size
+        n_classes = _N_COCO * len(state[other[0]]) // len(own[other[0]])
         network = create(num_classes=max(2, n_classes))
     return load_state(create, network, state, name, path)
 
@@ -262,9 +260,7 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.cut, self.taken, self.out_channels = cut, taken, width
-        self.positions = sorted(
-            {p for p in taken if p <= cut} | ({cut} if cut < taken[-1] else {*()})
-        )
+        self.positions = sorted({cut, *(p for p in taken if p < cut)})
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, taken[-1])]
         self.blocks = nn.ModuleList(copy.deepcopy(segments))
@@ -298,6 +294,8 @@ def new_detector(
     n_classes : int
         Without the background.
     """
+    if width % _GROUPS:
+        raise ValueError(f"width={width}: it must be a multiple of {_GROUPS}, for its norms.")
     strides = [_stride(frozen, position) for position in taken]
     if kind == "faster_rcnn":
         pyramid = Pyramid(frozen, cut, taken, width, LastLevelMaxPool())
@@ -322,7 +320,7 @@ def new_detector(
 
 
 class AsGiven(nn.Module):
-    """Stands for a detector's resizing: images come at its size, and boxes are turned back later."""
+    """Stands for a detector's resizing: images come at its size, boxes are mapped elsewhere."""
 
     def forward(self, images: Sequence[torch.Tensor], targets: Any = None) -> tuple[ImageList, Any]:
         """Put images of one size into a batch."""
