@@ -205,6 +205,7 @@ class FineTunedDetector(ImageEstimator):
         "random_state": ["random_state"],
     }
 
+    classes_: np.ndarray
     _part: DetectorPart | None
     _shape: dict[str, Any]
 

@@ -72,7 +72,7 @@ def load_detector(name: str, weights: Any) -> nn.Module:
         return create()
     published = get_model_weights(name)
     if weights == "default":
-        return create(weights=published.DEFAULT)  # type: ignore[attr-defined]
+        return create(weights=published.DEFAULT)
     if isinstance(weights, str) and weights not in published.__members__:
         raise ValueError(
             f"weights={weights!r} are not published for {name!r}; there are "
@@ -110,7 +110,7 @@ def first_label(detector: nn.Module) -> int:
     return int(isinstance(detector, (FasterRCNN, SSD)))
 
 
-def replace_predictor(detector: nn.Module, n_classes: int) -> list[nn.Module]:
+def replace_predictor(detector: Any, n_classes: int) -> Sequence[nn.Module]:
     """Cut the predictor off, put one for other categories in its place, and return what is new."""
     if isinstance(detector, FasterRCNN):
         width = detector.roi_heads.box_predictor.cls_score.in_features
@@ -139,6 +139,7 @@ def _resized(part: nn.Module, n_old: int, n_new: int) -> nn.Conv2d:
     size = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
     new = nn.Conv2d(old.in_channels, n_outputs, **size)
     nn.init.normal_(new.weight, std=0.01)
+    assert new.bias is not None
     nn.init.zeros_(new.bias)
     return new
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from sktransfer._frozen import FrozenBlocks
@@ -345,7 +346,7 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def train(net: skorch.NeuralNet, data: TrainingData, n_epochs: int) -> None:
+def train(net: skorch.NeuralNet, data: Dataset, n_epochs: int) -> None:
     """Run epochs; `Interrupted` on Ctrl-C, the net as it then was."""
     net.notify("on_train_begin", X=data, y=None)
     try:
