@@ -485,7 +485,7 @@ class FineTunedDetector(ImageEstimator):
     @property
     def _trained(self) -> DetectorPart:
         """What is fitted; rebuilt after unpickling."""
-        check_is_fitted(self, "classes_")
+        check_is_fitted(self, "_part")
         if self._part is None:
             part = self._build(len(self.classes_))
             if part.fingerprint != self._fingerprint:
@@ -539,7 +539,7 @@ class FineTunedDetector(ImageEstimator):
             `boxes`, float32 (k, 4), x1, y1, x2, y2 in pixels of the image; `labels` (k,), of
             `classes_`; `scores`, float32 (k,), 0 to 1, falling.
         """
-        check_is_fitted(self, "classes_")
+        check_is_fitted(self, "_part")
         self._validate_params()
         images, part = self._check_images(X, reset=False), self._trained
         part.limit(self.score_threshold, self.nms_threshold, self.max_detections)
@@ -584,7 +584,7 @@ class FineTunedDetector(ImageEstimator):
         float
             0 to 1, the mean over categories and over overlaps of 0.5 to 0.95.
         """
-        check_is_fitted(self, "classes_")
+        check_is_fitted(self, "_part")
         images = self._check_images(X, reset=False)
         objects = check_objects(y, len(images))
         encode(objects, self.classes_)

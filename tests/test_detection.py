@@ -402,6 +402,11 @@ def test_not_fitted(scenes):
         make().predict(scenes[0])
     with pytest.raises(NotFittedError):
         make().score(*scenes)
+    model = make()
+    with pytest.raises(ValueError, match="no object in any image"):
+        model.fit(scenes[0][-1:], scenes[1][-1:])
+    with pytest.raises(NotFittedError):
+        model.predict(scenes[0])
 
 
 def test_limits(fitted, scenes):
