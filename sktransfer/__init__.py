@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sktransfer._coco import load_coco
     from sktransfer._contrastive import ContrastivePretrainer
+    from sktransfer._detection import FineTunedDetector
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
     from sktransfer._masked_language import MaskedLanguagePretrainer
     from sktransfer._pretrained import PretrainedFeatureExtractor
@@ -18,12 +20,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ContrastivePretrainer",
     "FineTunedClassifier",
+    "FineTunedDetector",
     "FineTunedRegressor",
     "MaskedLanguagePretrainer",
     "PretrainedClassifier",
     "PretrainedFeatureExtractor",
     "get_model",
     "list_models",
+    "load_coco",
     "load_image_folder",
     "model_summary",
     "register_model",
@@ -32,12 +36,14 @@ __all__ = [
 _HOMES = {
     "ContrastivePretrainer": "_contrastive",
     "FineTunedClassifier": "_fine_tuning",
+    "FineTunedDetector": "_detection",
     "FineTunedRegressor": "_fine_tuning",
     "MaskedLanguagePretrainer": "_masked_language",
     "PretrainedClassifier": "_pretrained_classifier",
     "PretrainedFeatureExtractor": "_pretrained",
     "get_model": "models",
     "list_models": "models",
+    "load_coco": "_coco",
     "load_image_folder": "io",
     "model_summary": "inspection",
     "register_model": "models",

@@ -241,7 +241,7 @@ class _Regressor(_InPieces, skorch.NeuralNetRegressor):
 _NETS: dict[str, Any] = {"class": _Classifier, "label": _Labeller, "value": _Regressor}
 
 
-class _Watch(Callback):
+class Watch(Callback):
     """Stop where the loss is lost; tell the data which epoch it is."""
 
     def on_epoch_begin(self, net: Any, dataset_train: Any = None, **kwargs: Any) -> None:
@@ -304,7 +304,7 @@ def make_net(
     `kind` says which net and which loss, unless they are given.
     """
     sink = tqdm.write if verbose > 1 else print  # what is printed would tear the bar apart
-    own: list[Any] = [("watch", _Watch()), ("progress", progress)]
+    own: list[Any] = [("watch", Watch()), ("progress", progress)]
     if schedule is not None:
         policy = LRScheduler(LambdaLR, lr_lambda=schedule, last_epoch=-1, step_every="batch")
         own.append(("schedule", policy))

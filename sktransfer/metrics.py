@@ -16,7 +16,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils import check_X_y
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
-__all__ = ["h_score", "knn_score", "leep_score", "log_me_score"]
+from sktransfer._coco import coco_scores
+
+__all__ = ["coco_scores", "h_score", "knn_score", "leep_score", "log_me_score"]
 
 _TINY = 1e-12  # relative: of a noise and of a prior that are taken for none
 _MAX_ITERATIONS = 1000

@@ -125,7 +125,7 @@ class Preprocessing:
         """
         image = F.resize(
             image,
-            list(self._scaled_size(image.shape[1], image.shape[2])),
+            list(self.scaled_size(image.shape[1], image.shape[2])),
             interpolation=InterpolationMode(self.interpolation),
             antialias=True,
         )
@@ -139,7 +139,8 @@ class Preprocessing:
             image = F.pad(image, padding, fill=fill)
         return F.center_crop(image, list(self.size))
 
-    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+    def scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width to which an image is scaled before the crop."""
         target_height, target_width = self.resize
         if self.mode == "squash":
             return self.resize

@@ -1,0 +1,585 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from networks import small
+from PIL import Image
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.estimator_checks import (
+    check_estimator_cloneable,
+    check_estimator_repr,
+    check_get_params_invariance,
+    check_no_attributes_set_in_init,
+    check_parameters_default_constructible,
+    check_set_params,
+)
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+
+from sktransfer import FineTunedDetector, load_coco
+from sktransfer._detectors import list_detectors, load_detector
+from sktransfer.inspection import DetectionDisplay
+from sktransfer.metrics import coco_scores
+from sktransfer.models import Backbone
+from sktransfer.transforms import Preprocessing
+
+
+def make_scenes(n=12, size=64, seed=0):
+    """Grey images with one bright or dark square each; the last has none."""
+    rng = np.random.RandomState(seed)
+    X = rng.randint(110, 140, (n, size, size, 3)).astype(np.uint8)
+    y = []
+    for i, image in enumerate(X[:-1]):
+        side = rng.randint(20, 32)
+        left, top = rng.randint(0, size - side, 2)
+        image[top : top + side, left : left + side] = 250 * (i % 2)
+        box = [left, top, left + side, top + side]
+        y.append({"boxes": [box], "labels": [("dark", "bright")[i % 2]]})
+    return X, [*y, {"boxes": [], "labels": []}]
+
+
+def make(detector="fcos", **parameters):
+    given = {"backbone": small(), "image_size": 64, "width": 64, "runtime": "torch"}
+    given |= {"max_epochs": 1, "random_state": 0, **parameters}
+    return FineTunedDetector(detector, **given)
+
+
+class Maps(nn.Module):
+    """A backbone of a detector, of one map at an eighth of the sides."""
+
+    out_channels = 32
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 32, 3, 4, 1)
+        )
+
+    def forward(self, x):
+        return {"0": self.body(x)}
+
+
+def small_detector(family):
+    torch.manual_seed(0)
+    options = {"min_size": 64, "max_size": 64}
+    square = AnchorGenerator(((24,),), ((1.0,),))
+    if family is SSD:
+        boxes = DefaultBoxGenerator([[2]])
+        found = SSD(_ListOfChannels(), boxes, (64, 64), 5)
+    elif family is FasterRCNN:
+        found = FasterRCNN(Maps(), 5, rpn_anchor_generator=square, **options)
+    else:
+        found = family(Maps(), 5, anchor_generator=square, **options)
+    return found
+
+
+class _ListOfChannels(Maps):
+    out_channels = [32]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return make_scenes()
+
+
+@pytest.fixture(scope="module")
+def fitted(scenes):
+    return make(max_epochs=30, lr=3e-3, batch_size=4).fit(*scenes)
+
+
+def same(a, b):
+    return all(
+        np.array_equal(one[key], other[key])
+        for one, other in zip(a, b, strict=True)
+        for key in ("boxes", "labels", "scores")
+    )
+
+
+# ------------------------------------------------------------------------------ learning
+
+
+def test_it_learns_to_find_objects(fitted, scenes):
+    X, y = scenes
+    found = fitted.predict(X)
+    scores = coco_scores(y, found)
+    assert scores["map_50"] > 0.8
+    assert fitted.score(X, y) == pytest.approx(scores["map"])
+    assert fitted.classes_.tolist() == ["bright", "dark"]
+    first = found[0]
+    assert first["labels"][0] == "dark"
+    assert first["boxes"].dtype == np.float32 and first["boxes"].shape[1] == 4
+    assert (np.diff(first["scores"]) <= 0).all()
+    assert fitted.history_[-1]["train_loss"] < fitted.history_[0]["train_loss"] / 1.5
+    assert fitted.n_iter_ == len(fitted.history_) == 30
+
+
+def test_only_new_layers_are_trained(fitted):
+    reference = small()
+    detector = fitted.net_.module_.detector
+    assert len(detector.backbone.blocks) == 0
+    for ours, theirs in zip(
+        fitted.backbone.state_dict().values(), reference.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs)  # statistics of batch-norms among them
+    assert fitted.unfrozen_block_names_ == []
+    assert fitted.block_names_ == ["stem", "body.0", "body.1"]
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn"])
+@pytest.mark.parametrize(
+    "unfreeze, names", [(1, ["body.1"]), ("body", ["body.0", "body.1"]), ("all", None)]
+)
+def test_depths(detector, unfreeze, names, scenes):
+    model = make(detector, unfreeze=unfreeze).fit(scenes[0][:4], scenes[1][:4])
+    names = names or ["stem", "body.0", "body.1"]
+    assert model.unfrozen_block_names_ == names
+    blocks = model.net_.module_.detector.backbone.blocks
+    reference = dict(small().named_parameters())
+    moved = {
+        f"{name}.{key}".rpartition(".")[0]: True
+        for name in names
+        for key, value in reference.items()
+        if key.startswith(name)
+    }
+    assert moved and len(blocks) == len(names)
+    trained = torch.cat([p.detach().flatten() for p in blocks.parameters()])
+    before = [p.flatten() for key, p in reference.items() if key.startswith(tuple(names))]
+    assert not torch.equal(trained.sort().values, torch.cat(before).sort().values)
+    for norm in (m for m in blocks.modules() if isinstance(m, _BatchNorm)):
+        assert torch.equal(norm.running_mean, torch.zeros(8))  # as `small` made it
+    assert len(model.predict(scenes[0][:2])) == 2
+
+
+def test_from_random_weights_statistics_move(scenes):
+    model = FineTunedDetector(
+        backbone="mobilenet_v3_small",
+        weights=None,
+        unfreeze=1,
+        image_size=64,
+        width=64,
+        max_epochs=1,
+        runtime="torch",
+    ).fit(scenes[0][:4], scenes[1][:4])
+    norms = [
+        m
+        for m in model.net_.module_.detector.backbone.blocks.modules()
+        if isinstance(m, _BatchNorm)
+    ]
+    assert norms and all(norm.running_mean.abs().sum() > 0 for norm in norms)
+
+
+def test_default_backbone(scenes):
+    X, y = scenes[0][:2], scenes[1][:2]
+    model = make(backbone="efficientnet_lite0").fit(X, y)
+    assert model.block_names_[-1] == "conv_head"
+    assert len(model.predict(X)) == 2
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_maps_of_tokens_and_of_channels_last(name, scenes):
+    options = {"depth": 2} if name.startswith("vit") else {"depths": (1, 1, 1, 1), "window_size": 2}
+    heads = 2 if name.startswith("vit") else (1, 2, 2, 2)
+    network = timm.create_model(name, img_size=64, embed_dim=16, num_heads=heads, **options)
+    backbone = Backbone(network, Preprocessing(size=(64, 64), resize=(64, 64)))
+    model = make(backbone=backbone, unfreeze=1).fit(scenes[0][:2], scenes[1][:2])
+    assert len(model.predict(scenes[0][:1])) == 1
+
+
+# ------------------------------------------------------------------------------ predictors cut off
+
+
+@pytest.mark.parametrize("family", [FasterRCNN, RetinaNet, FCOS, SSD])
+def test_predictor_is_replaced(family, scenes):
+    network = small_detector(family)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    model = make(network, max_epochs=2).fit(*scenes)
+    after = model.net_.module_.detector.state_dict()
+    changed = {k for k in after if k in before and not _equal(after[k], before[k])}
+    new = ("roi_heads.box_predictor", "head.classification_head")
+    assert changed and all(key.startswith(new) for key in changed)
+    assert not any(key.startswith("backbone") for key in after)  # its maps are kept
+    found = model.predict(scenes[0])
+    assert set(np.concatenate([f["labels"] for f in found])) <= {"bright", "dark"}
+    assert all(_equal(v, before[k]) for k, v in network.state_dict().items())  # the user's own
+    deeper = clone(model).set_params(unfreeze=1).fit(*scenes)
+    assert deeper.unfrozen_block_names_ == ["body.3"]
+    assert deeper.n_trainable_parameters_ > model.n_trainable_parameters_
+    frozen = deeper.net_.module_.detector.state_dict()
+    assert _equal(frozen["backbone.body.0.weight"], before["backbone.body.0.weight"])
+    assert _equal(frozen["backbone.body.1.running_mean"], before["backbone.body.1.running_mean"])
+    assert same(pickle.loads(pickle.dumps(deeper)).predict(scenes[0]), deeper.predict(scenes[0]))
+
+
+def _equal(a, b):
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def test_published_name_from_a_state_dict(tmp_path, scenes):
+    name, path = "ssdlite320_mobilenet_v3_large", tmp_path / "detector.pth"
+    network = load_detector(name, None)
+    torch.save(network.state_dict(), path)
+    model = make(name, weights=path, batch_size=2).fit(scenes[0][:2], scenes[1][:2])
+    assert model.net_.module_.detector.head.classification_head.num_columns == 3
+    again = pickle.loads(pickle.dumps(model))
+    assert same(again.predict(scenes[0][:1]), model.predict(scenes[0][:1]))
+    other = {k: v + 1 if k.endswith("0.0.weight") else v for k, v in network.state_dict().items()}
+    torch.save(other, path)
+    with pytest.raises(ValueError, match="not those on which this estimator was fitted"):
+        pickle.loads(pickle.dumps(model)).predict(scenes[0][:1])
+
+
+def test_state_dict_of_other_categories(tmp_path):
+    name, path = "fasterrcnn_mobilenet_v3_large_320_fpn", tmp_path / "detector.pth"
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as build
+
+    network = build(weights=None, weights_backbone=None, num_classes=4)
+    # As torchvision publishes them: its frozen batch-norms count no batches.
+    state = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    torch.save(state, path)
+    loaded = load_detector(name, path).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    torch.save({k: v for k, v in state.items() if not k.startswith("rpn")}, path)
+    with pytest.raises(ValueError, match="does not hold the weights of .*rpn"):
+        load_detector(name, path)
+
+
+def test_names():
+    assert {"fcos_resnet50_fpn", "ssd300_vgg16"} < set(list_detectors())
+    with pytest.raises(ValueError, match="'yolo' is not known. Pass one of fcos, retinanet"):
+        load_detector("yolo", "default")
+    with pytest.raises(
+        ValueError, match="not published for 'fcos_resnet50_fpn'; there are COCO_V1"
+    ):
+        load_detector("fcos_resnet50_fpn", "IMAGENET1K_V1")
+    with pytest.raises(TypeError, match="Pass a classification network as `backbone`"):
+        make(small()).fit(*make_scenes(2))
+
+
+# ------------------------------------------------------------------------------ the memory
+
+
+def test_each_image_runs_once(tmp_path, scenes, run_log):
+    X, y = scenes
+    model = make(memory=tmp_path, max_epochs=2).fit(X, y)
+    n = len(run_log())
+    assert n > 0
+    model.predict(X)
+    clone(model).set_params(lr=1e-2).fit(X[::-1], y[::-1])
+    assert len(run_log()) == n
+
+
+def test_memory_does_not_change_the_result(tmp_path, scenes):
+    X, y = scenes
+    plain = make().fit(X, y).predict(X)
+    for _ in range(2):
+        assert same(make(memory=tmp_path).fit(X, y).predict(X), plain)
+
+
+# ------------------------------------------------------------------------------ images and labels
+
+
+def test_images_of_any_kind_and_size(tmp_path, scenes):
+    X, y = scenes
+    sizes = [(64, 128), (100, 50), (64, 64)]
+    images, targets = [], []
+    for image, found, (height, width) in zip(X, y, sizes, strict=False):
+        images.append(np.array(Image.fromarray(image).resize((width, height))))
+        scale = np.array([width, height] * 2) / 64
+        targets.append({**found, "boxes": np.array(found["boxes"]) * scale})
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for image, file in zip(images, files, strict=True):
+        Image.fromarray(image).save(file)
+    found = make().fit(files, targets).predict(files)
+    pictures = [Image.fromarray(image) for image in images]
+    assert same(found, make().fit(images, targets).predict(pictures))
+    for own, (height, width) in zip(found, sizes, strict=True):
+        assert (own["boxes"] >= 0).all() and (own["boxes"] <= [width, height] * 2).all()
+    frame = pd.DataFrame({"file": files[:1]})
+    assert make().fit(frame, targets[:1]).feature_names_in_.tolist() == ["file"]
+
+
+def test_boxes_of_wide_images_come_back(fitted, scenes):
+    X, y = scenes
+    wide = np.full((32, 128, 3), 125, np.uint8)
+    wide[4:26, 70:92] = 0
+    found = fitted.predict([wide])[0]
+    expected = np.array([70, 4, 92, 26])
+    assert np.abs(found["boxes"] - expected).max(1).min() < 8
+
+
+def test_labels_of_any_type(scenes):
+    X, y = scenes
+    numbered = [{**found, "labels": [len(s) * 10 for s in found["labels"]]} for found in y]
+    model = make().fit(X, numbered)
+    assert model.classes_.tolist() == [40, 60]
+    assert model.predict(X[:1])[0]["labels"].dtype == model.classes_.dtype
+    assert same(make().fit(X, numbered).predict(X), model.predict(X))
+
+
+def test_flat_rows(scenes):
+    X, y = scenes
+    model = make(image_shape=(64, 64, 3)).fit(X.reshape(len(X), -1), y)
+    assert model.n_features_in_ == 64 * 64 * 3
+    assert same(model.predict(X.reshape(len(X), -1)), make().fit(X, y).predict(X))
+
+
+# ------------------------------------------------------------------------------ the contract
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_estimator_cloneable,
+        check_estimator_repr,
+        check_get_params_invariance,
+        check_no_attributes_set_in_init,
+        check_parameters_default_constructible,
+        check_set_params,
+    ],
+)
+def test_estimator_checks(check):
+    check("FineTunedDetector", FineTunedDetector())
+
+
+def test_seeds(scenes):
+    X, y = scenes
+    X, y = X[:4], y[:4]
+    first = make("faster_rcnn", score_threshold=0.0).fit(X, y)
+    torch.rand(3)
+    assert same(clone(first).fit(X, y).predict(X), first.predict(X))
+    assert not same(clone(first).set_params(random_state=1).fit(X, y).predict(X), first.predict(X))
+
+
+def test_global_seed_is_left_alone(scenes):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    make("faster_rcnn").fit(scenes[0][:2], scenes[1][:2])
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_pickle(fitted, scenes):
+    data = pickle.dumps(fitted)
+    again = pickle.loads(data)
+    assert same(again.predict(scenes[0]), fitted.predict(scenes[0]))
+    assert again.history_ == fitted.history_
+    again.set_params(warm_start=True, max_epochs=1).fit(*scenes)
+    assert again.n_iter_ == fitted.n_iter_ + 1
+
+
+def test_warm_start_and_partial_fit(scenes):
+    X, y = scenes
+    model = make().partial_fit(X, y)
+    weights = model.net_.module_.detector.head.state_dict()
+    before = {key: value.clone() for key, value in weights.items()}
+    model.partial_fit(X[:1], y[:1])
+    after = model.net_.module_.detector.head.state_dict()
+    assert model.n_iter_ == 2 and model.classes_.tolist() == ["bright", "dark"]
+    assert any(not torch.equal(after[key], before[key]) for key in before)
+    with pytest.raises(ValueError, match="row 0: unknown categories .'round'"):
+        model.partial_fit(X[:1], [{**y[0], "labels": ["round"]}])
+    with pytest.raises(ValueError, match="width has changed from 64 to 96"):
+        model.set_params(width=96).partial_fit(X, y)
+
+
+def test_progress(scenes, capsys):
+    make(verbose=2).fit(*scenes)
+    captured = capsys.readouterr()
+    assert "training 1/1" in captured.err and "train_loss" in captured.out
+
+
+def test_not_fitted(scenes):
+    with pytest.raises(NotFittedError):
+        make().predict(scenes[0])
+    with pytest.raises(NotFittedError):
+        make().score(*scenes)
+    model = make()
+    with pytest.raises(ValueError, match="no object in any image"):
+        model.fit(scenes[0][-1:], scenes[1][-1:])
+    with pytest.raises(NotFittedError):
+        model.predict(scenes[0])
+
+
+def test_limits(fitted, scenes):
+    X, _ = scenes
+    model = pickle.loads(pickle.dumps(fitted))
+    many = model.set_params(score_threshold=0.0, nms_threshold=1.0).predict(X[:1])[0]
+    assert len(many["boxes"]) > 20
+    assert len(model.set_params(max_detections=3).predict(X[:1])[0]["boxes"]) == 3
+    few = model.set_params(score_threshold=0.9).predict(X[:1])[0]
+    assert (few["scores"] >= 0.9).all()
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "box, reason",
+    [
+        ([10, 10, 10, 30], "box 0, .10.0, 10.0, 10.0, 30.0., is empty or reversed"),
+        ([30, 10, 10, 30], "is empty or reversed"),
+        ([np.nan, 10, 20, 30], "holds NaN or infinity"),
+        ([0, 0, np.inf, 30], "holds NaN or infinity"),
+        ([10, 10, 80, 30], "lies outside its image of width 64 and height 64"),
+        ([-9, 10, 20, 30], "lies outside its image"),
+        ([64.5, 10, 64.9, 30], "nothing is left of a box inside the image"),
+        ([10, 10, 20], "boxes of shape .1, 3. and labels of shape .1,. do not go together"),
+        (["left", 0, 1, 1], "boxes must be numbers"),
+    ],
+)
+def test_bad_boxes(box, reason, scenes):
+    X, y = scenes
+    bad = [*y[:2], {"boxes": [box], "labels": ["dark"]}]
+    with pytest.raises(ValueError, match=f"y, row 2: .*{reason}|y, row 2: {reason}"):
+        make().fit(X[:3], bad)
+
+
+def test_bad_y(fitted, scenes):
+    X, y = scenes
+    with pytest.raises(ValueError, match="X has 12 images and y has 11 dicts"):
+        make().fit(X, y[:-1])
+    with pytest.raises(ValueError, match="row 1: the keys .'labels'. are missing"):
+        make().fit(X[:2], [y[0], {"boxes": []}])
+    with pytest.raises(TypeError, match="row 1: expected a dict"):
+        make().fit(X[:2], [y[0], [1, 2]])
+    with pytest.raises(TypeError, match="must be a sequence with a dict"):
+        make().fit(X[:2], {"boxes": [], "labels": []})
+    with pytest.raises(ValueError, match="the target y is None"):
+        make().fit(X, None)
+    with pytest.raises(ValueError, match="no object in any image"):
+        make().fit(X[:1], y[-1:])
+    with pytest.raises(TypeError, match="mixed types, int and str"):
+        make().fit(X[:2], [y[0], {**y[1], "labels": [1]}])
+    with pytest.raises(ValueError, match="row 0: unknown categories .'round'.; .* fitted to"):
+        fitted.score(X[:1], [{**y[0], "labels": ["round"]}])
+
+
+def test_a_pixel_outside_is_clipped(scenes):
+    X, y = scenes
+    make().fit(X[:1], [{"boxes": [[-0.6, 3, 64.9, 50]], "labels": ["dark"]}])
+
+
+def test_bad_depth_and_backbone(scenes):
+    for unfreeze, reason in [(9, "uses 3 blocks"), ("layer9", "Blocks: stem, body.0, body.1")]:
+        with pytest.raises(ValueError, match=reason):
+            make(unfreeze=unfreeze).fit(*scenes)
+    with pytest.raises(ValueError, match="no block whose result is a map"):
+        make(backbone=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())).fit(*scenes)
+    with pytest.raises(ValueError, match="width=65: it must be a multiple of 32"):
+        make(width=65).fit(*scenes)
+
+
+# ------------------------------------------------------------------------------ COCO
+
+
+def test_coco_scores_of_a_case_solved_by_hand():
+    y = [{"boxes": [[0, 0, 10, 10]], "labels": [3]}, {"boxes": [[0, 0, 10, 10]], "labels": [3]}]
+    # The first box is met by 0.8 of the union; the second image has a wrong one of a higher score.
+    found = [
+        {"boxes": [[0, 0, 10, 8]], "labels": [3], "scores": [0.5]},
+        {"boxes": [[50, 50, 60, 60]], "labels": [3], "scores": [0.9]},
+    ]
+    scores = coco_scores(y, found)
+    # One of two is found, behind a false one: precision 1/2 up to recall 1/2, of 101 points 51.
+    assert scores["map_50"] == pytest.approx(0.5 * 51 / 101)
+    assert scores["map_75"] == pytest.approx(0.5 * 51 / 101)
+    assert scores["map"] == pytest.approx(0.5 * 51 / 101 * 7 / 10)  # from 0.5 to 0.8
+    assert scores["map_per_class"] == {3: pytest.approx(scores["map"])}
+    nothing = [{"boxes": [], "labels": [], "scores": []}] * 2
+    assert coco_scores(y, nothing)["map"] == 0
+    with pytest.raises(ValueError, match="has no boxes"):
+        coco_scores(nothing, nothing)
+    with pytest.raises(ValueError, match="2 images, y_pred has 1"):
+        coco_scores(y, found[:1])
+
+
+def test_missing_pycocotools_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
+    with pytest.raises(
+        ImportError, match=r"coco_scores needs pycocotools.*sktransfer\[detection\]"
+    ):
+        coco_scores([], [])
+
+
+@pytest.fixture
+def coco(tmp_path, scenes):
+    content = {
+        "images": [{"id": 5, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 9, "name": "dog"}],
+        "annotations": [
+            {"image_id": 5, "category_id": 9, "bbox": [10, 20, 30, 15]},
+            {"image_id": 5, "category_id": 1, "bbox": [0, 0, 30, 15], "iscrowd": 1},
+        ],
+    }
+    for name in ("a.png", "b.png"):
+        Image.fromarray(scenes[0][0]).save(tmp_path / name)
+
+    def write(**changes):
+        (tmp_path / "boxes.json").write_text(json.dumps({**content, **changes}))
+        return tmp_path / "boxes.json"
+
+    return write
+
+
+def test_load_coco(coco, tmp_path):
+    data = load_coco(coco(), tmp_path)
+    assert [Path(path).name for path in data.data] == ["a.png", "b.png"]
+    assert data.target[0]["boxes"].tolist() == [[10, 20, 40, 35]]
+    assert data.target[0]["labels"].tolist() == ["dog"]
+    assert data.target[1]["boxes"].shape == (0, 4) and data.target_names == ["cat", "dog"]
+    assert len(load_coco(coco(), tmp_path, crowd=True).target[0]["boxes"]) == 2
+    assert make().fit(data.data, data.target).classes_.tolist() == ["dog"]
+
+
+def test_bad_coco(coco, tmp_path):
+    missing = [{"id": 5, "file_name": "a.png"}, {"id": 2, "file_name": "c.png"}]
+    with pytest.raises(ValueError, match="1 of 2 images .* Missing:\n.*c.png"):
+        load_coco(coco(images=missing), tmp_path)
+    with pytest.raises(ValueError, match="annotation 0 is of image 8"):
+        load_coco(
+            coco(annotations=[{"image_id": 8, "category_id": 9, "bbox": [0, 0, 1, 1]}]), tmp_path
+        )
+    with pytest.raises(ValueError, match="not in COCO's format: an entry lacks .*'bbox'"):
+        load_coco(coco(annotations=[{"image_id": 5, "category_id": 9}]), tmp_path)
+    with pytest.raises(ValueError, match="has no list .'categories'."):
+        load_coco(coco(categories=None), tmp_path)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        load_coco(coco(), tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="there is no such file"):
+        load_coco(tmp_path / "nothing.json", tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        load_coco(tmp_path / "broken.json", tmp_path)
+
+
+# ------------------------------------------------------------------------------ the display
+
+
+def test_display(fitted, scenes):
+    X, y = scenes
+    display = DetectionDisplay.from_estimator(fitted, X, y, n_images=3)
+    assert len(display.axes_) == 3 and display.rows.tolist() == [0, 1, 2]
+    dashed = [patch for patch in display.axes_[0].patches if patch.get_linestyle() == "--"]
+    assert len(dashed) == 1
+    scale = display.images[0].shape[0] / 64
+    assert np.allclose(dashed[0].get_bbox().extents / scale, y[0]["boxes"][0])
+    texts = [text.get_text() for text in display.axes_[0].texts]
+    assert texts and texts[0].startswith("dark ")
+
+
+def test_display_of_true_boxes_alone(scenes):
+    X, y = scenes
+    display = DetectionDisplay.from_predictions(X, y, n_images=2, n_cols=1)
+    assert display.classes == ["bright", "dark"]
+    assert [text.get_text() for text in display.axes_[1].texts] == ["bright"]
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        DetectionDisplay.from_predictions(X, y[:3])
