@@ -139,8 +139,8 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     -----
     ConvergenceWarning
         If all images are the same; or if the representation collapsed: for three epochs in a row,
-        or in the last one, all tiles had one and the same row. The training stops; `stop_reason_`
-        says the same.
+        or in the last one, all tiles had one and the same row. The training stops;
+        `stop_reason_` says the same.
 
     See Also
     --------
