@@ -173,10 +173,11 @@ class TrainedEstimator(ImageEstimator):
         PretrainedFeatureExtractor
             On a copy of the network, with the parameters that both have.
         """
+        backbone = self.to_backbone()  # or an error, if nothing is fitted
         shared = PretrainedFeatureExtractor().get_params().keys() & self.get_params().keys()
         parameters = {name: getattr(self, name) for name in shared - {"weights"}}
         parameters |= {name: self._shape[name] for name in shared & self._shape.keys()}
-        parameters["backbone"] = self.to_backbone()
+        parameters["backbone"] = backbone
         if not self.block_names_:  # it can't be cut: all of it is its embedding
             parameters["layer"] = "output"
         return PretrainedFeatureExtractor(**parameters)

@@ -156,6 +156,7 @@ def test_the_commands_of_the_guide(tiles, tmp_path, monkeypatch, capsys):
         words = line.partition("#")[0].split()[1:]
         if words[0] in ("fit", "embed", "rank", "classify", "benchmark"):
             words += ["--image-size", "32"]  # for speed
+        words += {"fit": ["--max-epochs", "1"], "benchmark": ["--splits", "1"]}.get(words[0], [])
         run(capsys, *words)
 
 
