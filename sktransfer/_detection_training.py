@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from sktransfer._depthwise import FastDepthwise
 from sktransfer._detectors import AsGiven, Given, first_label
 from sktransfer._embedding import Embedding
 from sktransfer._frozen import Activations, FrozenBlocks
@@ -223,7 +224,7 @@ class DetectorPart(nn.Module):
 
     def forward(self, stored: list[torch.Tensor], targets: Any = None) -> Any:
         """Return the losses by name while it trains, else boxes, labels and scores."""
-        with network_lock:
+        with network_lock, FastDepthwise():
             given = self.source.unpack(stored)
             backbone: Any = self.detector.backbone
             if hasattr(backbone, "positions") or isinstance(backbone, Given):

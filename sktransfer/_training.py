@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from sktransfer._depthwise import FastDepthwise
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import network_lock
 from sktransfer._progress import Progress
@@ -91,7 +92,7 @@ class TrainedPart(nn.Module):
         The weights of the images come with a batch, but only the loss needs them.
         """
         frozen, start = self.frozen, (self.start if start is None else start)
-        with network_lock, frozen.runner.autocast():
+        with network_lock, frozen.runner.autocast(), FastDepthwise():
             if start < self.cut:
                 x = frozen.advance_in_steps(stored, start, self.cut, self.step)
             else:

@@ -1,0 +1,82 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sktransfer._depthwise import FastDepthwise
+from sktransfer.models import get_model
+
+
+def gradients(layer, x, mode=None):
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    if mode is None:
+        y = layer(x)
+    else:
+        with mode:
+            y = layer(x)
+    (y * torch.linspace(-1, 1, y.numel()).reshape(y.shape)).sum().backward()
+    return y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [5, (5, 3), 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_torch(side, stride, kernel, bias):
+    torch.manual_seed(0)
+    height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+    padding = (height // 2, width // 2)
+    layer = nn.Conv2d(6, 6, kernel, stride, padding, groups=6, bias=bias)
+    x = torch.randn(3, 6, side, side + 1)
+    for found, expected in zip(
+        gradients(layer, x, FastDepthwise()), gradients(layer, x), strict=True
+    ):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def nodes(y):
+    """Return the names of all backward functions behind a tensor."""
+    found, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(node for node, _ in node.next_functions)
+    return [type(node).__name__ for node in found]
+
+
+@pytest.mark.parametrize(
+    ("layer", "side", "is_ours"),
+    [
+        (nn.Conv2d(4, 4, 5, groups=4), 7, True),
+        (nn.Conv2d(4, 4, 5, groups=4), 8, False),  # torch is fast there
+        (nn.Conv2d(4, 4, 3, groups=4), 7, False),  # and there
+        (nn.Conv2d(4, 8, 5, groups=4), 7, False),
+        (nn.Conv2d(4, 4, 5), 7, False),
+        (nn.Conv2d(4, 4, 5, groups=4, padding=2, dilation=2), 7, False),
+        (nn.Conv2d(4, 4, 5, groups=4, padding="same"), 7, False),
+        (nn.Conv2d(4, 4, 5, groups=4).requires_grad_(False), 7, False),
+        (nn.Conv2d(4, 4, 5, groups=4).double(), 7, False),
+    ],
+)
+def test_what_is_left_to_torch(layer, side, is_ours):
+    x = torch.ones(2, 4, side, side, dtype=layer.weight.dtype, requires_grad=True)
+    with FastDepthwise():
+        names = nodes(layer(x))
+    assert any("Depthwise" in name for name in names) == is_ours
+    assert not any("Depthwise" in name for name in nodes(layer(x)))
+
+
+def test_a_whole_network():
+    network = copy.deepcopy(get_model("efficientnet_lite0").network)  # that one is shared
+    part = nn.Sequential(network.blocks[4], network.blocks[5]).requires_grad_(True).eval()
+    x = torch.randn(2, 80, 6, 6, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(
+        gradients(part, x, FastDepthwise()), gradients(part, x), strict=True
+    ):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()
+        )
