@@ -113,7 +113,7 @@ def seeded(
 ) -> torch.Tensor:
     """Call a random transform of one image with a seed of its own."""
     with _seed_lock, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
+        torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed takes 0.4 ms
         return transform(image)
 
 

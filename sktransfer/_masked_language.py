@@ -23,7 +23,7 @@ from sktransfer._masked_words import (
     MaskedNet,
     WordGuesser,
     accuracy_scoring,
-    hidden_ones,
+    hidden_logits,
 )
 from sktransfer._memory import check_memory
 from sktransfer._progress import Progress
@@ -361,9 +361,10 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         n_right, loss, n = 0, 0.0, 0
         for start in range(0, len(data), _SCORED):
             batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))
+            targets = y[batch["is_hidden"]]
             with network_lock, torch.inference_mode():
-                found = network(**{name: value.to(device) for name, value in batch.items()}).logits
-                logits, targets = hidden_ones(found.float().cpu(), y)
+                moved = {name: value.to(device) for name, value in batch.items()}
+                logits = hidden_logits(network, **moved).cpu()
                 n_right += int((logits.argmax(1) == targets).sum())
                 loss += F.cross_entropy(logits, targets, reduction="sum").item()
                 n += len(targets)

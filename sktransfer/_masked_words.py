@@ -95,13 +95,15 @@ class MaskedData(Dataset):
         return len(self.sentences)
 
     def __getitems__(self, numbers: Sequence[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return a batch (X, y), padded to its longest sentence."""
+        """Return a batch (X, y), padded to its longest sentence; X says which words are hidden."""
         pairs = [self._masked(number) for number in numbers]
         length = max(len(hidden) for hidden, _ in pairs)
         targets = np.full((len(pairs), length), _IGNORED)  # (n, t)
         for row, (_, target) in enumerate(pairs):
             targets[row, : len(target)] = target
-        return self.model.padded([hidden for hidden, _ in pairs], length), torch.from_numpy(targets)
+        y = torch.from_numpy(targets)
+        X = self.model.padded([hidden for hidden, _ in pairs], length)
+        return {**X, "is_hidden": y != _IGNORED}, y
 
     def __getitem__(self, number: int) -> Any:
         X, y = self.__getitems__([number])
@@ -126,10 +128,12 @@ class WordGuesser(nn.Module):
         super().__init__()
         self.network = network.requires_grad_(True)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return a logit for each word that may stand there, (n, t, n_words)."""
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, is_hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a logit for each word that may stand in place of a hidden one, (k, n_words)."""
         with network_lock:
-            return self.network(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+            return hidden_logits(self.network, is_hidden, input_ids, attention_mask)
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return the parameters; only matrices decay."""
@@ -146,16 +150,39 @@ class MaskedNet(skorch.NeuralNet):
         self, y_pred: torch.Tensor, y_true: torch.Tensor, X: Any = None, training: bool = False
     ) -> torch.Tensor:
         """Return the mean cross-entropy of the hidden words."""
-        logits, targets = hidden_ones(y_pred, to_tensor(y_true, device=self.device))
-        accuracy = (logits.argmax(1) == targets).float().mean().item()
+        targets = to_tensor(y_true[y_true != _IGNORED], device=self.device)
+        accuracy = (y_pred.argmax(1) == targets).float().mean().item()
         self.history.record_batch("masked_accuracy", accuracy)
-        return F.cross_entropy(logits, targets)
+        return F.cross_entropy(y_pred, targets)
 
 
-def hidden_ones(y_pred: torch.Tensor, y_true: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits (k, n_words) and targets (k,) of the k hidden words of a batch."""
-    is_hidden = y_true != _IGNORED
-    return y_pred[is_hidden], y_true[is_hidden]
+def hidden_logits(
+    network: Any, is_hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits of the hidden words; the last layer, the largest, sees no others.
+
+    Parameters
+    ----------
+    network : transformers.PreTrainedModel
+        A masked language model.
+    is_hidden : tensor of bool, shape (n, t)
+    input_ids, attention_mask : tensor of int, shape (n, t)
+
+    Returns
+    -------
+    tensor of shape (k, n_words), float32
+        Of k hidden words, sentence by sentence.
+    """
+
+    def only_hidden(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][is_hidden], *args[1:]) if args[0].ndim == 3 else args
+
+    hook = network.get_output_embeddings().register_forward_pre_hook(only_hidden)
+    try:
+        logits = network(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+    finally:
+        hook.remove()
+    return logits if logits.ndim == 2 else logits[is_hidden]
 
 
 def accuracy_scoring() -> tuple[str, PassthroughScoring]:

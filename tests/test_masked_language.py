@@ -23,7 +23,7 @@ from sklearn.utils import estimator_checks
 from skorch.callbacks import Callback
 
 from sktransfer import MaskedLanguagePretrainer
-from sktransfer._masked_words import MaskedData, mask_tokens
+from sktransfer._masked_words import MaskedData, hidden_logits, mask_tokens
 from sktransfer._memory import check_memory
 from sktransfer._text_model import load_text_model
 
@@ -363,3 +363,19 @@ def test_parameters_that_do_not_fit(tiny):
         (name,) = options
         with pytest.raises(ValueError, match=f"The '{name}' parameter"):
             pretrainer(tiny, **options).transform(SENTENCES)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta", "Electra", "DebertaV2", "MPNet"])
+def test_logits_are_those_of_the_whole_network_where_words_are_hidden(kind):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=50, **sizes)
+    model = getattr(transformers, f"{kind}ForMaskedLM")
+    network = model(config).eval()
+    ids = torch.randint(5, 50, (3, 8), generator=torch.Generator().manual_seed(0))
+    is_hidden = torch.zeros(3, 8, dtype=bool)
+    is_hidden[[0, 0, 2], [1, 5, 7]] = True
+    with torch.inference_mode():
+        whole = network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        found = hidden_logits(network, is_hidden, ids, torch.ones_like(ids))
+        assert network(input_ids=ids).logits.shape == whole.shape  # the hook is gone
+    torch.testing.assert_close(found, whole[is_hidden], rtol=1e-4, atol=1e-5)
