@@ -65,11 +65,11 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         AdamW's; of matrices and kernels, not of biases and norms.
     augment : {"auto", "dihedral"} or callable, default="auto"
         What makes a tile. `"auto"`: a crop of random size, place and proportions, mirrored or not,
-        in other brightness and contrast; of colour pictures also in other colours or in grey; and
-        blurred or not, if tiles are at least 32 pixels wide. `"dihedral"`: also turned by quarters,
-        for images without an upright direction. Or any random callable from uint8 tensors (3,
-        height, width), which come at twice the network's image size, to such tensors of any size,
-        as transforms of :mod:`torchvision.transforms.v2` are.
+        in other brightness and contrast; of colour pictures more so, also in other colours or in
+        grey, and blurred or not, if tiles are at least 32 pixels wide. `"dihedral"`: also turned by
+        quarters, for images without an upright direction. Or any random callable from uint8 tensors
+        (3, height, width), which come at twice the network's image size, to such tensors of any
+        size, as transforms of :mod:`torchvision.transforms.v2` are.
     crop_scale : tuple of (float, float), default=(0.2, 1.0)
         Least and greatest share of the picture's area in a crop, above 0 and up to 1. What you
         look for must be likely to be seen in both crops.

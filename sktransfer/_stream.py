@@ -82,6 +82,8 @@ class Stream(ABC):
         Images that ran through the network.
     """
 
+    unit = "image"  # of the bar
+
     def __init__(
         self,
         runner: Runner,
@@ -122,7 +124,7 @@ class Stream(ABC):
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
         self._threads = one_core_threads(self.n_threads)
         self._writer = ThreadPoolExecutor(1)
-        bar = tqdm(total=len(images), unit="image", desc=self.runner.name, disable=not self.verbose)
+        bar = tqdm(total=len(images), unit=self.unit, desc=self.runner.name, disable=not self.verbose)
         self._progress = self._shared_bar or bar
         try:
             rows: Sequence[int] = range(len(images))

@@ -269,6 +269,8 @@ class TextEmbedding(Stream):
         See `Stream`.
     """
 
+    unit = "sentence"
+
     def __init__(
         self,
         runner: Any,

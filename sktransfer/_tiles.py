@@ -20,7 +20,8 @@ TILES = ("auto", "dihedral")
 _ROOM = 2  # a picture is kept at so many times the size of a tile, which so is not blurred
 _FIXED = 4  # tiles of a picture that frozen blocks run on
 _BLURRED = 32  # pixels of the side from which on a tile may be blurred: small ones are blurred now
-_VERSION = 1  # of what "auto" and "dihedral" do
+_SHADES = 0.2  # brightness and contrast of grey pictures, which are all that they have
+_VERSION = 2  # of what "auto" and "dihedral" do
 
 
 class Tiles(Augmentation):
@@ -82,13 +83,17 @@ class Tiles(Augmentation):
 
 
 class _Crop:
-    """Crop, change colours, blur: as in SimCLR, where the picture's kind allows it."""
+    """Crop, change colours, blur: as in SimCLR, where the picture's kind allows it.
+
+    Of grey pictures, X-rays for one, shades and fine texture are all there is to see: the former
+    are changed by half as much as colours are, and the latter is not blurred.
+    """
 
     def __init__(self, size: tuple[int, int], crop_scale: tuple[float, float]) -> None:
         self.crop = v2.RandomResizedCrop(size, scale=crop_scale, antialias=True)
         colours = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
         self.colours = v2.Compose([v2.RandomApply([colours], 0.8), v2.RandomGrayscale(0.2)])
-        self.shades = v2.RandomApply([v2.ColorJitter(0.4, 0.4)], 0.8)
+        self.shades = v2.RandomApply([v2.ColorJitter(_SHADES, _SHADES)], 0.8)
         kernel = min(size) // 10 // 2 * 2 + 1
         blur = v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], 0.5)
         self.blur = blur if min(size) >= _BLURRED else v2.Identity()
@@ -96,7 +101,7 @@ class _Crop:
     def __call__(self, picture: torch.Tensor) -> torch.Tensor:
         tile = self.crop(picture)
         is_grey = torch.equal(picture[0], picture[1]) and torch.equal(picture[1], picture[2])
-        return self.blur(self.shades(tile) if is_grey else self.colours(tile))
+        return self.shades(tile) if is_grey else self.blur(self.colours(tile))
 
 
 class TileViews(Views):
