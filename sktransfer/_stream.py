@@ -124,7 +124,8 @@ class Stream(ABC):
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
         self._threads = one_core_threads(self.n_threads)
         self._writer = ThreadPoolExecutor(1)
-        bar = tqdm(total=len(images), unit=self.unit, desc=self.runner.name, disable=not self.verbose)
+        silent = not self.verbose
+        bar = tqdm(total=len(images), unit=self.unit, desc=self.runner.name, disable=silent)
         self._progress = self._shared_bar or bar
         try:
             rows: Sequence[int] = range(len(images))
