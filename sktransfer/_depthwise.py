@@ -24,7 +24,8 @@ class FastDepthwise(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Take the faster way where there is one."""
-        if func is torch.conv2d and not kwargs and _is_slow(*args):
+        is_layer = func is torch.conv2d and len(args) == 7 and not kwargs  # as of nn.Conv2d
+        if is_layer and _is_slow(*args):
             return _DepthwiseConvolution.apply(*args[:5])
         return func(*args, **(kwargs or {}))
 
@@ -32,11 +33,11 @@ class FastDepthwise(TorchFunctionMode):
 def _is_slow(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
 ) -> bool:
     return (
         groups == len(weight) == x.shape[1]

@@ -70,6 +70,12 @@ def test_what_is_left_to_torch(layer, side, is_ours):
     assert not any("Depthwise" in name for name in nodes(layer(x)))
 
 
+def test_a_function_without_options_is_left_to_torch():
+    x, weight = torch.ones(2, 1, 7, 7), torch.ones(1, 1, 5, 5, requires_grad=True)
+    with FastDepthwise():
+        assert nn.functional.conv2d(x, weight).shape == (2, 1, 3, 3)
+
+
 def test_a_whole_network():
     network = copy.deepcopy(get_model("efficientnet_lite0").network)  # that one is shared
     part = nn.Sequential(network.blocks[4], network.blocks[5]).requires_grad_(True).eval()
