@@ -708,3 +708,21 @@ def test_parameters_are_left_as_they_are():
     before = model.get_params()
     model.fit(pictures())
     assert model.get_params() == before
+
+
+def test_grey_tiles_stay_sharp_and_change_less_than_coloured_ones():
+    board = (torch.arange(48)[:, None] + torch.arange(48)) % 2  # neighbours differ
+    grey = (80 + 60 * board).to(torch.uint8).expand(3, -1, -1).contiguous()
+    coloured = grey.clone()
+    coloured[0] += 30
+    tiles = Tiles("auto", None, (48, 48), (1.0, 1.0))  # all of the picture, mirrored or not
+
+    def contrasts(picture):
+        drawn = [tiles.draw(picture, seed).float() for seed in range(40)]
+        return [float((tile[:, :, 1:] - tile[:, :, :-1]).abs().mean()) for tile in drawn]
+
+    of_grey, of_coloured = contrasts(grey), contrasts(coloured)
+    assert len(set(of_grey)) > 20
+    assert min(of_grey) > 0.6 * 60
+    assert max(of_grey) < 1.5 * 60
+    assert min(of_coloured) < 0.3 * 60  # blurred
