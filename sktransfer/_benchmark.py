@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,8 @@ from sklearn.preprocessing import normalize
 from sklearn.svm import SVC, LinearSVC
 from tqdm.auto import tqdm
 
-from sktransfer._comparison import PIXELS, embed, pixel_svm, thumbnails
+from sktransfer._comparison import PIXELS, embed, name_rare_classes, pixel_svm, thumbnails
+from sktransfer._escaping import escape
 from sktransfer._fine_tuning import FineTunedClassifier
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._settings import find_cut
@@ -149,17 +149,16 @@ def load_elpv() -> Task:
 
 
 def load_folder(folder: str) -> Task:
-    """Make a task of a folder with one subfolder of images a class."""
+    """Make a task of a folder with one subfolder of images a class, names escaped to be shown."""
     data = load_image_folder(folder)
-    labels = np.asarray(data.target_names)[data.target]
-    counts = Counter(labels.tolist())
-    rare = [f"{label!r} has {count}" for label, count in counts.items() if count < 8]
-    if len(counts) < 2 or rare:
-        problem = f"only {', '.join(rare)}" if rare else f"one class only, {list(counts)}"
+    labels = np.array([escape(name) for name in data.target_names])[data.target]
+    if len(data.target_names) < 2 or (rare := name_rare_classes(labels, 8)):
+        few = rare if len(data.target_names) > 1 else f"one class, {data.target_names[0]!r}"
         raise ValueError(
-            f"{folder!r}: {problem}. A comparison needs at least two classes of 8 images each."
+            f"{folder!r}: only {few}. A comparison needs at least two classes of 8 images each: "
+            "add images, or remove the folders of small classes."
         )
-    return Task(Path(folder).resolve().name, list(data.data), {"": labels})
+    return Task(escape(Path(folder).resolve().name), list(data.data), {"": labels})
 
 
 # ------------------------------------------------------------------------------ classifiers

@@ -3,38 +3,84 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
+
+from sktransfer._escaping import printable
 
 _CLASSES = "a folder with one subfolder of images for each class"
 _FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 for bad input."""
+    """Run the command line and return the exit code.
+
+    0, 2 for bad input, 130 after Ctrl-C, 141 where the reader of the output went away.
+    """
+    _escape_what_the_encoding_lacks()
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        return 141  # what a shell says of a program that SIGPIPE ended
+    finally:
+        _flush_or_drop_output()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         # Imported here: `--help` should not wait for torch.
         getattr(import_module("sktransfer._commands"), options.command)(options)
+        print(end="", flush=True)  # a full disk is an error of the command as well
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        message = " ".join(str(error).split())
-        print(f"sktransfer: error: {message}", file=sys.stderr)
+        print(f"sktransfer: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         kept = getattr(options, "memory", None)
         hint = f"; what was computed is in {kept}" if kept else ""
-        print(f"sktransfer: interrupted{hint}", file=sys.stderr)
+        print(f"sktransfer: interrupted{printable(hint)}", file=sys.stderr)
         return 130
     return 0
 
 
 def _show_warning(message: Any, category: Any, *_: Any) -> None:
     if issubclass(category, UserWarning):
-        print(f"sktransfer: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"sktransfer: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: Any) -> str:
+    lines = (line.strip() for line in str(message).split("\n"))
+    return printable(" ".join(line for line in lines if line))
+
+
+def _escape_what_the_encoding_lacks() -> None:
+    """Let the terminal show escapes of characters that it has not, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_or_drop_output() -> None:
+    try:
+        print(end="", flush=True)
+    except OSError:
+        # Python would write the rest once more when it exits, and print the error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Quotes arguments, which may be names of files, without what a terminal would obey."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 # ------------------------------------------------------------------------------ commands
@@ -43,9 +89,7 @@ def _show_warning(message: Any, category: Any, *_: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     from sktransfer import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="sktransfer", description="Reuse pretrained networks on your own images."
-    )
+    parser = _Parser(prog="sktransfer", description="Reuse pretrained networks on your own images.")
     parser.add_argument("--version", action="version", version=f"sktransfer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _cache):

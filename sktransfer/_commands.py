@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,11 +16,16 @@ from typing import Any
 import numpy as np
 import skops.io
 from joblib import Memory
+from scipy.sparse import issparse
+from sklearn.base import is_regressor
 from sklearn.metrics import classification_report
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline
 from tabulate import tabulate
 
 from sktransfer import _benchmark, _report
+from sktransfer._comparison import name_rare_classes
+from sktransfer._escaping import csv_cell, csv_frame, escape
 from sktransfer._fine_tuning import FineTunedClassifier
 from sktransfer._memory import check_memory
 from sktransfer._optional import load_optional
@@ -49,6 +55,7 @@ def fit(options: argparse.Namespace) -> None:
         **_common(options),
     )
     if options.test_size:
+        _check_test_size(y, options)
         X, X_test, y, y_test = train_test_split(
             X, y, test_size=options.test_size, stratify=y, random_state=options.seed
         )
@@ -57,24 +64,73 @@ def fit(options: argparse.Namespace) -> None:
     skops.io.dump(model, options.output)
     lines = [_what_was_fitted(model, len(X))]
     if options.test_size:
-        report = classification_report(y_test, model.predict(X_test), zero_division=0.0)
+        labels, found = ([escape(name) for name in y] for y in (y_test, model.predict(X_test)))
+        report = classification_report(labels, found, zero_division=0.0)
         lines += ["", f"on {len(X_test)} images that were held out:", "", report]
     size = os.path.getsize(options.output) / 1e3
-    print(*lines, f"written: {options.output} ({size:,.0f} KB)", sep="\n")
+    print(*lines, f"written: {escape(options.output)} ({size:,.0f} KB)", sep="\n")
 
 
 def predict(options: argparse.Namespace) -> None:
     """Label images with a model from a file."""
     model = _load(options.model)
     files = _files(options.files)
+    predicted, probabilities = _predict(model, files)
     columns: dict[str, Any] = {"path": files}
-    if hasattr(model, "predict_proba"):
-        probabilities = model.predict_proba(files)  # (n, n_classes)
-        columns["label"] = model.classes_[probabilities.argmax(1)]
-        columns["probability"] = [f"{value:.4f}" for value in probabilities.max(1)]
+    if is_regressor(model):
+        columns |= _numbered("value", predicted)
+    elif predicted.ndim == 1:
+        columns["label"] = predicted.tolist()
+        if probabilities is not None:
+            of_label = np.where(model.classes_ == predicted[:, None], probabilities, 0).max(1)
+            columns["probability"] = [f"{value:.4f}" for value in of_label]
+    elif _is_indicator(model):
+        columns |= _several_labels(predicted, probabilities, options.csv)
     else:
-        columns["label"] = model.predict(files)
+        columns |= _numbered("label", predicted)
     _print_columns(columns, options.csv)
+
+
+def _predict(model: Any, files: list[str]) -> tuple[np.ndarray, Any]:
+    """Return predictions, and probabilities or None; images run through the network once."""
+    X: Any = files
+    model = getattr(model, "best_estimator_", model)
+    if isinstance(model, Pipeline) and len(model) > 1:
+        X, model = model[:-1].transform(files), model[-1]
+    if isinstance(model, FineTunedClassifier):
+        probabilities = model.predict_proba(X)
+        return model._labels(probabilities), probabilities
+    probabilities = model.predict_proba(X) if hasattr(model, "predict_proba") else None
+    predicted = model.predict(X)
+    return predicted.toarray() if issparse(predicted) else np.asarray(predicted), probabilities
+
+
+def _is_indicator(model: Any) -> bool:
+    """Return whether predictions (n, n_labels) are zeros and ones: any number of labels each."""
+    classes = model.classes_  # a list of arrays, if every column of `y` has its own
+    return not isinstance(classes, list) or all({*own} <= {0, 1} for own in classes)
+
+
+def _several_labels(predicted: np.ndarray, probabilities: Any, for_all: bool) -> dict[str, Any]:
+    """Return columns for a multilabel model; labels are numbers of columns of its `y`."""
+    found = [np.flatnonzero(row) for row in predicted]
+    columns = {"labels": [" ".join(map(str, labels)) for labels in found]}
+    if probabilities is None:
+        return columns
+    if isinstance(probabilities, list):  # an array (n, 1 or 2) for each label
+        probabilities = np.stack([p[:, -1] for p in probabilities], axis=1)
+    texts = np.array([[f"{value:.4f}" for value in row] for row in probabilities])
+    if for_all:
+        return columns | _numbered("probability", texts)
+    pairs = zip(texts, found, strict=True)
+    return columns | {"probabilities": [" ".join(row[labels]) for row, labels in pairs]}
+
+
+def _numbered(name: str, values: np.ndarray) -> dict[str, Any]:
+    """Return the columns of an array as `name_0`, `name_1`, ...; one of shape (n,) as `name`."""
+    if values.ndim == 1:
+        return {name: values.tolist()}
+    return {f"{name}_{i}": column for i, column in enumerate(values.T.tolist())}
 
 
 def classify(options: argparse.Namespace) -> None:
@@ -109,6 +165,28 @@ def _load(path: str) -> Any:
     if not hasattr(model, "predict"):
         raise ValueError(f"{path!r} holds a {type(model).__name__}, which can't predict.")
     return model
+
+
+def _check_test_size(y: np.ndarray, options: argparse.Namespace) -> None:
+    """Refuse, in words of the command line, what can't be split into two parts of all classes."""
+    share, n_classes = options.test_size, len(np.unique(y))
+    if not 0 < share < 1:
+        raise ValueError(
+            f"--test-size {share:g} is not a share of the images: pass 0 for none, or a number "
+            "below 1."
+        )
+    if rare := name_rare_classes(y, 2):
+        raise ValueError(
+            f"{options.folder!r}: {rare}, but --test-size {share:g} needs 2 of each class, to "
+            "train on and to score on. Add images, or pass --test-size 0 to hold out none."
+        )
+    n_test = math.ceil(share * len(y))
+    if n_classes > min(n_test, len(y) - n_test):
+        raise ValueError(
+            f"{options.folder!r}: --test-size {share:g} trains on {len(y) - n_test} images and "
+            f"holds out {n_test}, but both parts need an image of each of the {n_classes} classes. "
+            "Pass --test-size 0.5, or 0 to hold out none, or add images."
+        )
 
 
 def _what_was_fitted(model: FineTunedClassifier, n: int) -> str:
@@ -150,13 +228,15 @@ def embed(options: argparse.Namespace) -> None:
     rows = extractor.fit_transform(files)  # (n, n_features) float32
     table = pandas.DataFrame(rows, columns=extractor.get_feature_names_out())
     parts = [Path(file).relative_to(options.folder).parts for file in files]
-    table.insert(0, "label", [part[0] if len(part) > 1 else "" for part in parts])
-    table.insert(0, "path", files)
+    labels = [escape(part[0]) if len(part) > 1 else "" for part in parts]
+    table.insert(0, "label", labels)
+    table.insert(0, "path", [escape(file) for file in files])
     if suffix == ".parquet":
-        table.to_parquet(options.output, index=False)
+        with open(options.output, "wb") as file:  # pyarrow opens no path that is not UTF-8
+            table.to_parquet(file, index=False)
     else:
-        table.to_csv(options.output, index=False)
-    print(f"written: {options.output} ({rows.shape[0]} images, {rows.shape[1]} features)")
+        csv_frame(table).to_csv(options.output, index=False)
+    print(f"written: {escape(options.output)} ({rows.shape[0]} images, {rows.shape[1]} features)")
 
 
 def rank(options: argparse.Namespace) -> None:
@@ -177,10 +257,10 @@ def rank(options: argparse.Namespace) -> None:
         **common,
     )
     if options.output:
-        table.to_csv(options.output, index=False)
+        csv_frame(table).to_csv(options.output, index=False)
     print(_ranking(table))
     if options.output:
-        print(f"written: {options.output}")
+        print(f"written: {escape(options.output)}")
 
 
 def _ranking(table: Any) -> str:
@@ -216,10 +296,14 @@ def benchmark(options: argparse.Namespace) -> None:
         random_state=options.seed,
         **common,
     )
-    print(_report.as_text(report))
-    if options.output:
-        for path in _report.write(report, options.output):
-            print(f"written: {path}")
+    paths = []
+    try:
+        if options.output:  # first, as the reader of what is printed may go away
+            paths = _report.write(report, options.output)
+    finally:
+        print(_report.as_text(report))
+    for path in paths:
+        print(f"written: {escape(str(path))}")
 
 
 # ------------------------------------------------------------------------------ the memory
@@ -230,7 +314,7 @@ def cache(options: argparse.Namespace) -> None:
     if not (Path(options.folder) / "joblib").is_dir():
         raise ValueError(f"{options.folder!r} is not a folder that --memory, or memory=, named.")
     memory = Memory(options.folder, backend=BACKEND, verbose=0)
-    print(f"{options.folder}: {_size(memory)}")
+    print(f"{escape(options.folder)}: {_size(memory)}")
     if options.action == "clear":
         memory.clear(warn=False)
     elif options.action == "reduce":
@@ -305,7 +389,16 @@ def _check_output(path: str, suffixes: Sequence[str]) -> str:
 def _print_columns(columns: dict[str, Any], as_csv: bool) -> None:
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+        writer.writerow(map(csv_cell, columns))
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow(map(csv_cell, row))
     else:
-        print(tabulate(columns, headers="keys", disable_numparse=True))
+        cells = {name: [_shown(value) for value in values] for name, values in columns.items()}
+        print(tabulate(cells, headers="keys", disable_numparse=True))
+
+
+def _shown(value: Any) -> str:
+    """Return a cell as the terminal shows it; it must be known how wide that is."""
+    text = f"{value:.6g}" if isinstance(value, float) else escape(str(value))
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

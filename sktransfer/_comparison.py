@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, check_cv
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -69,6 +73,51 @@ def check_labels(y: Any, images: ImageSequence, purpose: str) -> np.ndarray:
             f"{classes.tolist()[0]!r}."
         )
     return y
+
+
+def name_rare_classes(y: np.ndarray, at_least: int) -> str:
+    """Return, in words, the classes of fewer images and their counts; "" if there are none."""
+    classes, counts = np.unique(y, return_counts=True)
+    rare = [
+        f"{label!r} has {count} image{'s' if count > 1 else ''}"
+        for label, count in zip(classes.tolist(), counts.tolist(), strict=True)
+        if count < at_least
+    ]
+    more = [f"{len(rare) - 5} more classes have few"] if len(rare) > 6 else rare[5:]
+    return ", ".join(rare[:5] + more)
+
+
+def stratified_folds(splitter: Any, y: np.ndarray, cv: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the folds of a splitter; of a number `cv` of them, say which classes are too small."""
+    if isinstance(cv, Integral):
+        _check_folds(int(cv), y)
+    with without_words_on_small_classes():
+        return list(check_cv(splitter, y, classifier=True).split(np.zeros(len(y)), y))
+
+
+def _check_folds(cv: int, y: np.ndarray) -> None:
+    """Raise or warn where scikit-learn would, with the classes and the remedy."""
+    rare = name_rare_classes(y, cv)
+    counts = np.unique(y, return_counts=True)[1]
+    fewer = f"pass cv={counts.min()} (--cv on the command line), or " if counts.min() > 1 else ""
+    remedy = f"{fewer}add images"
+    if counts.max() < cv:
+        raise ValueError(f"No class has images for cv={cv} folds: {rare}. To go on, {remedy}.")
+    if rare:
+        warnings.warn(
+            f"Some of the cv={cv} folds have no image of a class to score on: {rare}. If that "
+            f"matters, {remedy}.",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
+@contextmanager
+def without_words_on_small_classes() -> Iterator[None]:
+    """Hide scikit-learn's warning of classes smaller than the number of folds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        yield
 
 
 def import_pandas(purpose: str) -> Any:

@@ -18,6 +18,7 @@ import torchvision  # noqa: F401  (registers torch.ops.image)
 import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+_LONGEST_NAME = 500  # characters in an error
 ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
 _KINDS: dict[str, tuple[type, ...]] = {
     "a path": (str, os.PathLike),
@@ -76,7 +77,14 @@ def open_image(item: Any, where: str) -> OpenImage:
 
 
 def file_name(item: Any) -> str:
-    return repr(str(os.fspath(item))) if isinstance(item, (str, os.PathLike)) else ""
+    """Return a path as errors quote it: nothing for what is none, the ends of one without end."""
+    if not isinstance(item, (str, os.PathLike)):
+        return ""
+    name = str(os.fspath(item))
+    if len(name) <= _LONGEST_NAME:
+        return repr(name)
+    part = _LONGEST_NAME // 5
+    return f"{name[:part]!r}...{name[-part:]!r}, {len(name):,} characters"
 
 
 def kind_of(item: Any) -> str:
@@ -98,7 +106,9 @@ def _read(path: str | os.PathLike, where: str) -> bytes:
         here = "" if os.path.isabs(path) else f" in {os.getcwd()!r}"
         raise ValueError(f"{where}: there is no such file{here}; check the path.") from error
     except (OSError, ValueError) as error:
-        reason = "this is a folder, use load_image_folder" if os.path.isdir(path) else str(error)
+        reason = getattr(error, "strerror", None) or str(error)  # without the name once more
+        if os.path.isdir(path):
+            reason = "this is a folder, use load_image_folder"
         raise ValueError(f"{where}: the file cannot be read: {reason}.") from error
     if not data:
         raise ValueError(f"{where}: the file is empty (0 bytes); replace it or drop the row.")

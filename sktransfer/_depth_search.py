@@ -109,8 +109,8 @@ def search_depth(
     if n_folds == 0:
         warnings.warn(
             f"unfreeze='auto' can't compare depths on {len(targets)} images"
-            f"{', of a class of which there is one only' if model._kind == 'class' else ''}: the "
-            "head alone is trained. Pass more images, or a number of blocks.",
+            f"{_rare_class(model, targets)}: the head alone is trained. Pass more images, or a "
+            "number of blocks.",
             UserWarning,
             stacklevel=6,
         )
@@ -187,6 +187,14 @@ def _n_folds(kind: str, targets: np.ndarray) -> int:
     """Return the number of folds, 0 if there are too few images for two."""
     n = np.unique(targets, return_counts=True)[1].min() if kind == "class" else len(targets) // 2
     return min(_FOLDS, int(n)) if n >= 2 else 0
+
+
+def _rare_class(model: Any, targets: np.ndarray) -> str:
+    if model._kind != "class":
+        return ""
+    numbers, counts = np.unique(targets, return_counts=True)
+    name = model.classes_[numbers[counts.argmin()]]
+    return f", of a class of which there is one only, {str(name)!r}"
 
 
 def _splitter(kind: str, n_folds: int, seed: int) -> StratifiedKFold | KFold:

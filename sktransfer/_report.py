@@ -18,6 +18,7 @@ from sklearn.metrics import auc, roc_curve
 from tabulate import tabulate
 
 from sktransfer._benchmark import METRICS, Report, Result
+from sktransfer._escaping import csv_cell
 
 
 def _titles(result: Result) -> dict[str, str]:
@@ -47,11 +48,12 @@ def write(report: Report, folder: str) -> list[Path]:
     """Write `results.csv` and `report.html`; return their paths."""
     target = prepare(folder)
     paths = [target / "results.csv", target / "report.html"]
-    with paths[0].open("w", newline="") as file:
+    with paths[0].open("w", newline="", encoding="utf-8") as file:
         rows = list(_csv_rows(report))
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file)
+        writer.writerow(map(csv_cell, rows[0]))
+        for row in rows:
+            writer.writerow(csv_cell(row.get(column, "")) for column in rows[0])
     paths[1].write_text(_page(report), encoding="utf-8")
     return paths
 
@@ -229,6 +231,17 @@ def _figure(width: float = 5.2, height: float = 4.4) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
+def _drawn(text: str) -> str:
+    """Return text as matplotlib draws it: no formula, and escapes of what the font has not."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    shown = "".join(
+        c if ord(c) in known else c.encode("ascii", "backslashreplace").decode() for c in text
+    )
+    return shown.replace("$", r"\$")
+
+
 def _png(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
@@ -240,10 +253,11 @@ def _style(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     names = list(dict.fromkeys(other.classifier for other in results))
     backbones = [name for name in dict.fromkeys(r.backbone for r in results) if name != "none"]
     several = len(backbones) > 1 and result.backbone != "none"
+    label = f"{result.classifier} ({result.backbone})" if several else result.classifier
     return {
         "color": f"C{names.index(result.classifier)}",
         "marker": "osD^v<>P"[backbones.index(result.backbone) % 8] if several else "o",
-        "label": f"{result.classifier} ({result.backbone})" if several else result.classifier,
+        "label": _drawn(label),
     }
 
 
@@ -288,7 +302,7 @@ def _plot_depth(results: Sequence[Result]) -> str:
         places = [names.index(str(result.depth)) for result in own]
         accuracies = [result.scores["accuracy"] for result in own]
         means, deviations = [a.mean() for a in accuracies], [a.std() for a in accuracies]
-        upper.errorbar(places, means, deviations, marker="o", capsize=3, label=backbone)
+        upper.errorbar(places, means, deviations, marker="o", capsize=3, label=_drawn(backbone))
         lower.plot(places, [r.fit_seconds.mean() for r in own], marker="o")
         svm = [r for r in results if r.backbone == backbone and r.depth is None]
         for result in svm:
@@ -296,7 +310,7 @@ def _plot_depth(results: Sequence[Result]) -> str:
             upper.axhline(result.scores["accuracy"].mean(), color="grey", ls=":", label=label)
     upper.set(ylabel="accuracy", title="Accuracy and cost against the depth")
     lower.set(yscale="log", ylabel="seconds of a fit", xlabel="unfrozen blocks (unfreeze)")
-    lower.set_xticks(range(len(names)), names)
+    lower.set_xticks(range(len(names)), [_drawn(name) for name in names])
     upper.legend(fontsize="x-small")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
@@ -318,12 +332,12 @@ def _plot_roc(results: Sequence[Result]) -> str:
             for r in results
             if r.classifier != "majority class"
         ]
-        title = f"ROC curves, all splits pooled: {positive!r}"
+        title = f"ROC curves, all splits pooled: {_drawn(repr(positive))}"
     else:
         best = _best(results)
         scores, truth = np.concatenate(best.y_score), np.concatenate(best.y_true)
         curves = [
-            ({"label": str(c), "color": f"C{i}"}, truth == c, scores[:, i])
+            ({"label": _drawn(str(c)), "color": f"C{i}"}, truth == c, scores[:, i])
             for i, c in enumerate(best.classes[:10])
         ]
         title = f"{_style(best, results)['label']}: each class against the rest"
@@ -352,6 +366,7 @@ def _plot_confusion(best: Result, results: Sequence[Result]) -> str:
         np.concatenate(best.y_true),
         np.concatenate(best.y_pred),
         labels=best.classes,
+        display_labels=[_drawn(str(name)) for name in best.classes],
         normalize="true",
         values_format=".2f",
         include_values=n <= 15,

@@ -14,12 +14,19 @@ from scipy.stats import t as student
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import check_scoring
-from sklearn.model_selection import RepeatedStratifiedKFold, check_cv
+from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.utils import check_random_state
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from sktransfer._comparison import PIXELS, check_labels, import_pandas, pixel_svm, thumbnails
+from sktransfer._comparison import (
+    PIXELS,
+    check_labels,
+    import_pandas,
+    pixel_svm,
+    stratified_folds,
+    thumbnails,
+)
 from sktransfer._fine_tuning import FineTunedClassifier
 from sktransfer.base import Interval, StrOptions, validate_params
 from sktransfer.io import ImageSequence, check_images
@@ -211,9 +218,10 @@ def transfer_gain(
     images = check_images(X, image_shape=image_shape)
     y = check_labels(y, images, "transfer_gain")
     seed = check_random_state(random_state).randint(2**31 - 1)
+    splitter = cv
     if isinstance(cv, Integral):
-        cv = RepeatedStratifiedKFold(n_splits=int(cv), n_repeats=n_repeats, random_state=seed)
-    splits = list(check_cv(cv, y, classifier=True).split(np.zeros(len(y)), y))
+        splitter = RepeatedStratifiedKFold(int(cv), n_repeats=n_repeats, random_state=seed)
+    splits = stratified_folds(splitter, y, cv)
     if len(splits) < 2:
         raise ValueError("cv has one fold only: an interval takes at least 2.")
     with tempfile.TemporaryDirectory() as folder:

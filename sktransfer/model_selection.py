@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, check_cv, cross_val_score
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -18,7 +18,14 @@ from sklearn.utils import check_random_state
 from torch import nn
 from tqdm.auto import tqdm
 
-from sktransfer._comparison import check_labels, embed, import_pandas
+from sktransfer._comparison import (
+    check_labels,
+    embed,
+    import_pandas,
+    name_rare_classes,
+    stratified_folds,
+    without_words_on_small_classes,
+)
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._transfer_gain import TransferGain, transfer_gain
 from sktransfer.base import StrOptions, validate_params
@@ -169,6 +176,8 @@ def rank_backbones(
     y = check_labels(y, images, "rank_backbones")
     seed = check_random_state(random_state).randint(2**31 - 1)
     folds = _Folds(y, _splits(cv, y, seed), metric, seed)
+    if {"knn", "logistic"} & {*scores}:
+        folds.check_training_parts()
     options = {
         "image_size": image_size,
         "memory": memory,
@@ -214,9 +223,30 @@ class _Folds:
     seed: int
 
     def score(self, model: Any, X: np.ndarray) -> np.ndarray:
-        return cross_val_score(
-            model, X, self.y, cv=self.splits, scoring=self.metric, error_score="raise"
-        )
+        with without_words_on_small_classes():
+            return cross_val_score(
+                model, X, self.y, cv=self.splits, scoring=self.metric, error_score="raise"
+            )
+
+    @property
+    def n_train(self) -> int:
+        """The number of images in the smallest training part."""
+        return min(len(train) for train, _ in self.splits)
+
+    @property
+    def n_of_two_classes(self) -> int:
+        """Of how many images each training part has at least two classes."""
+        parts = [np.unique(self.y[train], return_counts=True)[1] for train, _ in self.splits]
+        return min(int(np.sort(counts)[-2]) if len(counts) > 1 else 0 for counts in parts)
+
+    def check_training_parts(self) -> None:
+        """Refuse what can't be cross-validated, before any image is embedded."""
+        if self.n_of_two_classes < 2:
+            raise ValueError(
+                "The scores 'knn' and 'logistic' train on parts of the images, and each part needs "
+                f"2 images of at least two classes, but {name_rare_classes(self.y, 5)}. Add "
+                "images, or pass another cv (--cv on the command line)."
+            )
 
 
 def _check_scores(scores: Sequence[str], sort_by: str | None) -> str:
@@ -231,9 +261,10 @@ def _check_scores(scores: Sequence[str], sort_by: str | None) -> str:
 
 def _splits(cv: Any, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the folds, the same for every network."""
+    splitter = cv
     if isinstance(cv, Integral):
-        cv = StratifiedKFold(int(cv), shuffle=True, random_state=seed)
-    return list(check_cv(cv, y, classifier=True).split(np.zeros(len(y)), y))
+        splitter = StratifiedKFold(int(cv), shuffle=True, random_state=seed)
+    return stratified_folds(splitter, y, cv)
 
 
 def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
@@ -298,9 +329,10 @@ def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[
     if name == "leep":
         known = logits.shape[1] > 0
         return {name: leep_score(softmax(logits, axis=1), folds.y) if known else np.nan}
-    model: Any = KNeighborsClassifier(_NEIGHBORS, metric="cosine")
+    model: Any = KNeighborsClassifier(min(_NEIGHBORS, folds.n_train), metric="cosine")
     if name == "logistic":
-        inner = StratifiedKFold(3, shuffle=True, random_state=folds.seed)
+        n_inner = min(3, folds.n_of_two_classes)
+        inner = StratifiedKFold(n_inner, shuffle=True, random_state=folds.seed)
         pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         grid = {"logisticregression__C": _CS}
         model = GridSearchCV(pipeline, grid, cv=inner, scoring=folds.metric, error_score="raise")
