@@ -25,7 +25,7 @@ from tabulate import tabulate
 
 from sktransfer import _benchmark, _report
 from sktransfer._comparison import name_rare_classes
-from sktransfer._escaping import csv_cell, csv_frame, escape
+from sktransfer._escaping import csv_cell, escape, map_text
 from sktransfer._fine_tuning import FineTunedClassifier
 from sktransfer._memory import check_memory
 from sktransfer._optional import load_optional
@@ -85,6 +85,10 @@ def predict(options: argparse.Namespace) -> None:
             of_label = np.where(model.classes_ == predicted[:, None], probabilities, 0).max(1)
             columns["probability"] = [f"{value:.4f}" for value in of_label]
     elif _is_indicator(model):
+        if isinstance(probabilities, list):  # an array (n, 1 or 2) for each label
+            pairs = zip(probabilities, model.classes_, strict=True)
+            ones = [(p * (classes == 1)).sum(1) for p, classes in pairs]
+            probabilities = np.stack(ones, axis=1)
         columns |= _several_labels(predicted, probabilities, options.csv)
     else:
         columns |= _numbered("label", predicted)
@@ -111,14 +115,14 @@ def _is_indicator(model: Any) -> bool:
     return not isinstance(classes, list) or all({*own} <= {0, 1} for own in classes)
 
 
-def _several_labels(predicted: np.ndarray, probabilities: Any, for_all: bool) -> dict[str, Any]:
+def _several_labels(
+    predicted: np.ndarray, probabilities: np.ndarray | None, for_all: bool
+) -> dict[str, Any]:
     """Return columns for a multilabel model; labels are numbers of columns of its `y`."""
     found = [np.flatnonzero(row) for row in predicted]
     columns = {"labels": [" ".join(map(str, labels)) for labels in found]}
     if probabilities is None:
         return columns
-    if isinstance(probabilities, list):  # an array (n, 1 or 2) for each label
-        probabilities = np.stack([p[:, -1] for p in probabilities], axis=1)
     texts = np.array([[f"{value:.4f}" for value in row] for row in probabilities])
     if for_all:
         return columns | _numbered("probability", texts)
@@ -228,14 +232,15 @@ def embed(options: argparse.Namespace) -> None:
     rows = extractor.fit_transform(files)  # (n, n_features) float32
     table = pandas.DataFrame(rows, columns=extractor.get_feature_names_out())
     parts = [Path(file).relative_to(options.folder).parts for file in files]
-    labels = [escape(part[0]) if len(part) > 1 else "" for part in parts]
-    table.insert(0, "label", labels)
-    table.insert(0, "path", [escape(file) for file in files])
+    labels = [part[0] if len(part) > 1 else "" for part in parts]
+    # Of objects, as pandas' own strings hold no names that are not UTF-8.
+    table.insert(0, "label", pandas.Series(labels, dtype=object))
+    table.insert(0, "path", pandas.Series(files, dtype=object))
     if suffix == ".parquet":
         with open(options.output, "wb") as file:  # pyarrow opens no path that is not UTF-8
-            table.to_parquet(file, index=False)
+            map_text(table, escape).to_parquet(file, index=False)
     else:
-        csv_frame(table).to_csv(options.output, index=False)
+        map_text(table, csv_cell).to_csv(options.output, index=False)
     print(f"written: {escape(options.output)} ({rows.shape[0]} images, {rows.shape[1]} features)")
 
 
@@ -257,7 +262,7 @@ def rank(options: argparse.Namespace) -> None:
         **common,
     )
     if options.output:
-        csv_frame(table).to_csv(options.output, index=False)
+        map_text(table, csv_cell).to_csv(options.output, index=False)
     print(_ranking(table))
     if options.output:
         print(f"written: {escape(options.output)}")

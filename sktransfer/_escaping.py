@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 # Control characters, the escape sequences of terminals among them; line and paragraph ends; marks
@@ -28,6 +29,10 @@ def escape(name: str) -> str:
     >>> print(escape("two\nlines"), escape(r"two\nlines"), escape(r"two\x0alines"))
     two\x0alines two\nlines two\x5cx0alines
     """
+    try:  # where the locale is not UTF-8, Python splits characters into bytes
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        pass  # halves of characters, which a name on Windows may have
     return re.sub(f"{_UNSAFE}|{_AMBIGUOUS}", _escaped, name)
 
 
@@ -46,12 +51,10 @@ def csv_cell(value: Any) -> Any:
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
-def csv_frame(table: Any) -> Any:
-    """Return a pandas data frame whose names of columns and text are cells of a CSV file."""
+def map_text(table: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a pandas data frame in which names of columns and text are changed by a function."""
     text = table.select_dtypes(exclude="number")
-    return table.assign(**{name: text[name].map(csv_cell) for name in text}).rename(
-        columns=csv_cell
-    )
+    return table.assign(**{name: text[name].map(change) for name in text}).rename(columns=change)
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -237,7 +237,8 @@ class PretrainedClassifier(ImageEstimator):
             "probability": np.take_along_axis(probabilities, best, axis=1).ravel(),
         }
         if any(files := [images.file(i) for i in range(len(images))]):
-            columns["file"] = np.repeat(np.array(files, object), k)
+            # Of objects, as pandas' own strings hold no names that are not UTF-8.
+            columns["file"] = pandas.Series(np.repeat(np.array(files, object), k), dtype=object)
         order = ["row", "file", "rank", "label", "probability"]
         return pandas.DataFrame({name: columns[name] for name in order if name in columns})
 

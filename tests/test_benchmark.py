@@ -1,7 +1,12 @@
 import csv
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,6 +78,47 @@ def test_csv_and_page(report, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 3
     assert "http" not in text  # self-contained
+
+
+def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path, capsys):
+    names = [b"<script>", b"=cmd()", b"$x^$", b"\x1b[2J\xff\n", "\N{GRINNING FACE}".encode()]
+    root = tmp_path / "<b>"
+    for k, name in enumerate(names):
+        folder = os.path.join(os.fsencode(root), name)
+        os.makedirs(folder)
+        for file in tiles[1][8 * k : 8 * k + 8]:
+            shutil.copy(file, os.path.join(folder, os.path.basename(os.fsencode(file))))
+    output = str(tmp_path / "report")
+    task = _benchmark.load_folder(str(root))
+    report = _benchmark.compare(task, n_splits=1, depths=[0], image_size=32)
+    assert r"8 \x1b[2J\udcff\x0a" in _report.as_text(report)
+    table, page = _report.write(report, output)
+    with table.open(encoding="utf-8") as file:
+        assert {row["task"] for row in csv.DictReader(file)} == {"<b>"}
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text and "8 &lt;script&gt;, 8 =cmd()" in text
+    assert "<b>" not in text and "&lt;b&gt;: 40 images" in text and "\x1b" not in text
+
+
+def test_the_encoding_of_files_is_not_that_of_the_terminal(report, tmp_path):
+    joblib.dump(report, tmp_path / "report.pickle")
+    script = (
+        "import joblib, sktransfer._report as r; r.write(joblib.load('report.pickle'), 'written')"
+    )
+    environment = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, cwd=tmp_path, check=True
+    )
+    table = (tmp_path / "written" / "results.csv").read_text(encoding="utf-8")
+    assert "RBF SVM on 32 × 32 pixels" in table
+
+
+def test_a_report_that_can_not_be_written_is_printed(tiles, tmp_path, capsys):
+    (tmp_path / "results.csv").mkdir()
+    arguments = ["benchmark", str(tiles[0]), "--splits", "1", "--image-size", "32"]
+    assert main([*arguments, "--depths", "0", "--output", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert "fine-tuned, unfreeze=0" in out and "results.csv" in err
 
 
 def test_a_memory_is_used_again(tiles, tmp_path):

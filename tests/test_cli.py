@@ -2,7 +2,11 @@
 
 import csv
 import io
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +14,19 @@ import pandas
 import pytest
 import skops.io
 from sklearn.base import BaseEstimator
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import (
+    FineTunedClassifier,
+    FineTunedRegressor,
+    PretrainedFeatureExtractor,
+)
 from sktransfer._cli import main
+from sktransfer._escaping import csv_cell, map_text
+from sktransfer.io import list_images
 
 SMALL = ["--image-size", "64"]
 
@@ -79,6 +90,73 @@ def test_predict_by_a_pipeline_of_scikit_learn(tiles, tmp_path, capsys):
     skops.io.dump(pipeline.fit(files, labels), tmp_path / "svm.skops")
     rows = rows_of(run(capsys, "predict", tmp_path / "svm.skops", *files, "--csv"))
     assert [row["label"] for row in rows] == pipeline.predict(files).tolist()
+
+
+@pytest.fixture(scope="module")
+def several(tiles):
+    """Six tiles, and three labels as zeros and ones: flower, every seventh tile, none."""
+    _, files, labels = tiles
+    chosen = [*range(0, 20, 7), *range(20, 40, 7)]
+    y = np.stack([labels == "flower", np.arange(40) % 7 == 0, labels == "no"], 1).astype(int)
+    return [files[i] for i in chosen], y[chosen]
+
+
+def test_predict_several_labels_an_image(several, tmp_path, capsys):
+    files, y = several
+    model = FineTunedClassifier(unfreeze=0, image_size=64, random_state=0).fit(files, y[:, :2])
+    skops.io.dump(model, tmp_path / "m.skops")
+    predicted, probabilities = model.predict(files), model.predict_proba(files)
+    assert 0 < predicted.sum() < predicted.size
+    rows = rows_of(run(capsys, "predict", tmp_path / "m.skops", *files, "--csv"))
+    for row, found, wanted in zip(rows, predicted, probabilities, strict=True):
+        assert row["labels"].split() == [str(i) for i in np.flatnonzero(found)]
+        shown = [float(row["probability_0"]), float(row["probability_1"])]
+        assert shown == pytest.approx(wanted, abs=1e-4)
+    out = run(capsys, "predict", tmp_path / "m.skops", *files).splitlines()
+    assert out[0].split() == ["path", "labels", "probabilities"]
+    for line, found, wanted in zip(out[2:], predicted, probabilities, strict=True):
+        labels = np.flatnonzero(found)
+        assert line.split()[1:] == [*map(str, labels), *(f"{wanted[i]:.4f}" for i in labels)]
+
+
+@pytest.mark.parametrize("last", [KNeighborsClassifier(1), RidgeClassifier()])
+def test_predict_several_labels_by_scikit_learn(several, tmp_path, capsys, last):
+    files, y = several  # no image has label 2
+    pipeline = make_pipeline(PretrainedFeatureExtractor(image_size=64), last).fit(files, y)
+    skops.io.dump(pipeline, tmp_path / "m.skops")
+    rows = rows_of(run(capsys, "predict", tmp_path / "m.skops", *files, "--csv"))
+    wanted = [" ".join(map(str, np.flatnonzero(row))) for row in pipeline.predict(files)]
+    assert [row["labels"] for row in rows] == wanted
+    if hasattr(last, "predict_proba"):
+        shown = [[float(row[f"probability_{i}"]) for i in range(3)] for row in rows]
+        np.testing.assert_array_equal(shown, y)
+    run(capsys, "predict", tmp_path / "m.skops", *files)
+
+
+def test_predict_several_labels_of_words(several, tmp_path, capsys):
+    files, y = several
+    words = np.stack([np.where(y[:, 0], "flower", "china"), np.where(y[:, 1], "-1", "b")], 1)
+    extractor = PretrainedFeatureExtractor(image_size=64)
+    skops.io.dump(
+        make_pipeline(extractor, KNeighborsClassifier(1)).fit(files, words), tmp_path / "m.skops"
+    )
+    rows = rows_of(run(capsys, "predict", tmp_path / "m.skops", *files, "--csv"))
+    assert [row["label_0"] for row in rows] == words[:, 0].tolist()
+    assert [row["label_1"].removeprefix("'") for row in rows] == words[:, 1].tolist()
+
+
+def test_predict_numbers(several, tmp_path, capsys):
+    files, y = several
+    values = np.arange(12.0).reshape(6, 2) - 5.5
+    one = FineTunedRegressor(unfreeze=0, image_size=64).fit(files, values[:, 0])
+    two = make_pipeline(PretrainedFeatureExtractor(image_size=64), Ridge()).fit(files, values)
+    for model, names in ((one, ["value"]), (two, ["value_0", "value_1"])):
+        skops.io.dump(model, tmp_path / "m.skops")
+        rows = rows_of(run(capsys, "predict", tmp_path / "m.skops", *files, "--csv"))
+        assert list(rows[0]) == ["path", *names] and float(rows[0][names[0]]) < 0
+        shown = [[float(row[name]) for name in names] for row in rows]
+        np.testing.assert_allclose(shown, model.predict(files).reshape(6, -1), rtol=1e-6)
+        assert len(run(capsys, "predict", tmp_path / "m.skops", *files).splitlines()) == 8
 
 
 def test_fit_searches_for_the_depth(tiles, tmp_path, capsys):
@@ -160,6 +238,119 @@ def test_the_commands_of_the_guide(tiles, tmp_path, monkeypatch, capsys):
         run(capsys, *words)
 
 
+# ------------------------------------------------------------------------------ odd names
+
+
+@pytest.fixture(scope="module")
+def odd(tiles, tmp_path_factory):
+    """A folder, classes and images of which have odd names; a model of it, and what fit said."""
+    root = tmp_path_factory.mktemp("odd")
+    names = [
+        b"\xff.jpg",
+        b"=1+1.jpg",
+        b"\x1b[31m.jpg",
+        b"a\nb.jpg",
+        b"x" * 200 + b".jpg",
+        b"\\x0a.jpg",
+    ]
+    names += ["\N{GRINNING FACE} ä.jpg".encode(), "\u202e.jpg".encode()]
+    for k, label in enumerate((b"=cmd()", b"\x1b[2J\xfe")):
+        folder = os.path.join(os.fsencode(root), label)
+        os.mkdir(folder)
+        for name, file in zip(names, tiles[1][20 * k :], strict=False):
+            shutil.copy(file, os.path.join(folder, name))
+    model = tmp_path_factory.mktemp("model") / "odd.skops"
+    printed, code = run_encoded("utf-8", "fit", root, "-o", model, *SMALL)
+    assert code == 0
+    return root, list_images(root), model, printed
+
+
+def run_encoded(encoding, *arguments):
+    """Return what a command prints to an output of this encoding, and its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", output := io.TextIOWrapper(io.BytesIO(), encoding))
+        code = main([str(argument) for argument in arguments])
+    return output.buffer.getvalue().decode(encoding), code
+
+
+def read_back(cell):
+    """Return the name that a cell of a CSV file stands for, as the guide says."""
+    escapes = r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
+    return re.sub(escapes, lambda m: chr(int(m[1][1:], 16)), cell.removeprefix("'"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_odd_names_are_printed(odd, encoding):
+    _, files, model, _ = odd
+    for command in (("predict", model), ("classify", "-k", "1", *SMALL)):
+        out, code = run_encoded(encoding, *command, *files)
+        lines = out.split("\n")
+        assert code == 0 and len(lines) == len(files) + 3
+        assert len({line.index("0.") for line in lines[2:-1] if "0.jpg" not in line}) <= 2
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", out)
+        out, code = run_encoded(encoding, *command, "--csv", *files)
+        rows = rows_of(out)
+        assert code == 0 and [read_back(row["path"]) for row in rows] == files
+        if command[0] == "predict":
+            assert {row["label"] for row in rows} <= {"'=cmd()", r"\x1b[2J\udcfe"}
+
+
+def test_the_scores_of_odd_classes_are_printed(odd):
+    printed = odd[3]
+    assert "=cmd()" in printed and r"\x1b[2J\udcfe" in printed and "\x1b" not in printed
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_embed_odd_names(odd, tmp_path, capsys, suffix):
+    root, files, _, _ = odd
+    output = tmp_path / f"\udcff{suffix}"
+    out = run(capsys, "embed", root, "-o", output, "--layer", "0", "--image-size", 32)
+    assert r"\udcff" in out
+    with open(output, "rb") as file:
+        table = (pandas.read_parquet if suffix == ".parquet" else pandas.read_csv)(file)
+    assert [read_back(cell) for cell in table["path"]] == files
+    assert {read_back(cell) for cell in table["label"]} == {"=cmd()", "\x1b[2J\udcfe"}
+    assert table["label"].str.startswith("=").any() == (suffix == ".parquet")
+
+
+def test_no_text_of_a_csv_file_is_a_formula():
+    text = ["=1", "+1", "-1", "@a", "\t=1", "\r=1", "'=1", "cat", "", r"\x09=1"]
+    cells = [csv_cell(name) for name in text]
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in cells)
+    assert [read_back(cell) for cell in cells] == text and len({*cells}) == len(text)
+    assert csv_cell(-0.5) == -0.5 and csv_cell(np.float32(-0.5)) == -0.5
+    table = pandas.DataFrame({"=a": ["-x", None], "b": [-1.5, 2]})
+    assert map_text(table, csv_cell).to_csv(index=False) == "'=a,b\n'-x,-1.5\n,2.0\n"
+
+
+def closed_pipe():
+    end, closed = os.pipe()
+    os.close(end)
+    return os.fdopen(closed, "w")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_an_output_that_nobody_takes(odd, monkeypatch, capsys):
+    _, files, model, _ = odd
+    arguments = ["predict", str(model), files[0]]
+    for output, code, error in (
+        (closed_pipe(), 141, ""),
+        (open("/dev/full", "w"), 2, "sktransfer: error: [Errno 28] No space left on device\n"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", output)
+            assert main(arguments) == code
+        assert capsys.readouterr().err == error
+        output.close()  # as Python does when it exits: it would raise, were there text to write
+
+
+def test_help_that_nobody_reads():
+    command = [sys.executable, "-m", "sktransfer", "--help"]
+    with closed_pipe() as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 # ------------------------------------------------------------------------------ bad input
 
 
@@ -171,6 +362,11 @@ def place(tiles, model, tmp_path_factory):
     shutil.copytree(Path(files[0]).parent, root / "single" / "china")
     shutil.copytree(tiles[0], root / "damaged")
     (root / "damaged" / "china" / "00.jpg").write_bytes(Path(files[0]).read_bytes()[:900])
+    for name, counts in (("rare", (5, 1)), ("few", (2,) * 5), ("tiny", (2, 2))):
+        for k, count in enumerate(counts):
+            (root / name / f"class{k}").mkdir(parents=True)
+            for file in files[8 * k : 8 * k + count]:
+                shutil.copy(file, root / name / f"class{k}")
     (root / "empty").mkdir()
     (root / "text.skops").write_text("no model")
     skops.io.dump(Foreign(), root / "foreign.skops")
@@ -191,7 +387,9 @@ def place(tiles, model, tmp_path_factory):
         ("fit {1} -o nowhere/m.skops", "no folder 'nowhere'"),
         ("fit {1} -o {0}/m.skops --backbone resnet5", "Did you mean 'resnet50'"),
         ("fit {1} -o {0}/m.skops --depth 99 --image-size 64", "18 blocks"),
-        ("fit {1} -o {0}/m.skops --test-size 2", "test_size"),
+        ("fit {1} -o {0}/m.skops --test-size 2", "pass 0 for none, or a number below 1"),
+        ("fit {0}/rare -o {0}/m.skops", "'class1' has 1 image, but --test-size 0.2 needs 2"),
+        ("fit {0}/few -o {0}/m.skops", "trains on 8 images and holds out 2, but"),
         ("predict nowhere.skops {0}/photo.jpg", "no such file"),
         ("predict {0}/text.skops {0}/photo.jpg", "is not a skops file"),
         ("predict {0}/foreign.skops {0}/photo.jpg", "test_cli.Foreign"),
@@ -204,6 +402,10 @@ def place(tiles, model, tmp_path_factory):
         ("embed {0}/damaged -o {0}/e.csv --image-size 64", "row 0"),
         ("embed {1} -o {0}/e.csv --layer nolayer --image-size 64", "nolayer"),
         ("rank {0}/single", "has one class only"),
+        ("rank {0}/tiny --cv 3", "'class1' has 2 images. To go on, pass cv=2 (--cv on"),
+        ("rank {0}/tiny --cv 2", "2 images of at least two classes, but 'class0' has 2 images"),
+        ("benchmark {0}/few", "'class4' has 2 images. A comparison needs"),
+        ("predict {0}/model.skops data:" + 6000 * "A", "AAA', 6,005 characters"),
         ("rank {1} --backbone lite0", "lite0"),
         ("rank {1} --backbone efficientnet_lite0 --cv 1", "range [2, inf)"),
         ("classify {0}/nowhere.jpg", "nowhere.jpg"),
@@ -219,7 +421,13 @@ def test_bad_input_ends_with_one_line_and_code_2(tiles, place, capsys, arguments
     out, err = capsys.readouterr()
     errors = [line for line in err.splitlines() if not line.startswith("sktransfer: warning")]
     assert len(errors) == 1 and errors[0].startswith("sktransfer: error: ")
-    assert message in errors[0] and "Traceback" not in err and out == ""
+    assert message in errors[0] and "Traceback" not in err and out == "" and len(err) < 3000
+
+
+def test_an_argument_is_quoted_without_escape_sequences(capsys):
+    with pytest.raises(SystemExit):
+        main(["classify", "photo.jpg", "--\x1b[2J"])
+    assert r"arguments: --\x1b[2J" in capsys.readouterr().err
 
 
 def test_nothing_to_reduce_by(tiles, tmp_path, capsys):
