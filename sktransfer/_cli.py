@@ -149,12 +149,14 @@ def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         help="label images with a model that `fit` wrote",
         description=(
             "Label images with a model that `fit` wrote, or that skops wrote of an estimator "
-            "or pipeline of this library and scikit-learn."
+            "or pipeline of this library and scikit-learn. Columns: path, label and probability; "
+            "labels, as numbers of columns of y, if an image may have several; value of a "
+            "regressor."
         ),
     )
     parser.add_argument("model", metavar="FILE.skops")
     _add_files(parser)
-    parser.add_argument("--csv", action="store_true", help="print CSV: path, label, probability")
+    parser.add_argument("--csv", action="store_true", help="print CSV, text in it never a formula")
 
 
 def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -163,7 +165,9 @@ def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         help="write the embeddings of a folder of images to a table",
         description=(
             "Write one row for each image of a folder and its subfolders: its path, its label "
-            "(the name of the subfolder of FOLDER in which it lies) and its embedding."
+            "(the name of the subfolder of FOLDER in which it lies) and its embedding. In names, "
+            "control characters and bytes that are not UTF-8 are escapes, as \\x1b; in CSV, text "
+            "that a spreadsheet would compute has an apostrophe before it."
         ),
     )
     parser.add_argument("folder", metavar="FOLDER", help="with images, or subfolders of them")

@@ -220,7 +220,7 @@ def transfer_gain(
     seed = check_random_state(random_state).randint(2**31 - 1)
     splitter = cv
     if isinstance(cv, Integral):
-        splitter = RepeatedStratifiedKFold(int(cv), n_repeats=n_repeats, random_state=seed)
+        splitter = RepeatedStratifiedKFold(n_splits=int(cv), n_repeats=n_repeats, random_state=seed)
     splits = stratified_folds(splitter, y, cv)
     if len(splits) < 2:
         raise ValueError("cv has one fold only: an interval takes at least 2.")

@@ -1,9 +1,8 @@
 import csv
+import locale
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import joblib
@@ -80,7 +79,7 @@ def test_csv_and_page(report, tmp_path):
     assert "http" not in text  # self-contained
 
 
-def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path, capsys):
+def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path):
     names = [b"<script>", b"=cmd()", b"$x^$", b"\x1b[2J\xff\n", "\N{GRINNING FACE}".encode()]
     root = tmp_path / "<b>"
     for k, name in enumerate(names):
@@ -90,7 +89,8 @@ def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path,
             shutil.copy(file, os.path.join(folder, os.path.basename(os.fsencode(file))))
     output = str(tmp_path / "report")
     task = _benchmark.load_folder(str(root))
-    report = _benchmark.compare(task, n_splits=1, depths=[0], image_size=32)
+    with joblib.parallel_config("threading"):
+        report = _benchmark.compare(task, n_splits=1, depths=[0], image_size=32)
     assert r"8 \x1b[2J\udcff\x0a" in _report.as_text(report)
     table, page = _report.write(report, output)
     with table.open(encoding="utf-8") as file:
@@ -100,23 +100,21 @@ def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path,
     assert "<b>" not in text and "&lt;b&gt;: 40 images" in text and "\x1b" not in text
 
 
-def test_the_encoding_of_files_is_not_that_of_the_terminal(report, tmp_path):
-    joblib.dump(report, tmp_path / "report.pickle")
-    script = (
-        "import joblib, sktransfer._report as r; r.write(joblib.load('report.pickle'), 'written')"
-    )
-    environment = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | environment, cwd=tmp_path, check=True
-    )
-    table = (tmp_path / "written" / "results.csv").read_text(encoding="utf-8")
-    assert "RBF SVM on 32 × 32 pixels" in table
+def test_the_encoding_of_files_is_not_that_of_the_locale(report, tmp_path):
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        table, _ = _report.write(report, str(tmp_path))
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert "RBF SVM on 32 × 32 pixels" in table.read_text(encoding="utf-8")
 
 
 def test_a_report_that_can_not_be_written_is_printed(tiles, tmp_path, capsys):
     (tmp_path / "results.csv").mkdir()
     arguments = ["benchmark", str(tiles[0]), "--splits", "1", "--image-size", "32"]
-    assert main([*arguments, "--depths", "0", "--output", str(tmp_path)]) == 2
+    with joblib.parallel_config("threading"):
+        assert main([*arguments, "--depths", "0", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "fine-tuned, unfreeze=0" in out and "results.csv" in err
 

@@ -398,6 +398,17 @@ def test_missing_file(tmp_path, monkeypatch):
     assert isinstance(info.value.__cause__, FileNotFoundError)
 
 
+@pytest.mark.parametrize("letter", ["A", "A/"])  # the name too long for a file, or no such folder
+def test_text_without_end_is_quoted_once_and_in_part(letter):
+    uri = "data:image/png;base64," + 6000 // len(letter) * letter
+    for call in (lambda: load_image(uri), lambda: check_images([uri]).load(0)):
+        with pytest.raises(
+            ValueError, match=r"'data:image/png;base64,A.*, 6,022 characters"
+        ) as info:
+            call()
+        assert len(str(info.value)) < 500 and str(info.value).count("data:") == 1
+
+
 def test_files_that_are_no_images(tmp_path):
     with pytest.raises(ValueError, match=r"row 0 \(.*the file cannot be read: this is a folder"):
         check_images([tmp_path]).load(0)

@@ -231,7 +231,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
         ({"scoring": ["knn", "leap"]}, "'knn', 'leap'.*one or several of knn, logistic"),
         ({"scoring": []}, "one or several of"),
         ({"scoring": ["knn"], "sort_by": "logme"}, "sort_by='logme' is not one of"),
-        ({"cv": 30}, "n_splits=30 cannot be greater"),
+        ({"cv": 30}, "for cv=30 folds: 'bright' has 20 images, 'dim' has 20 images"),
         ({"device": "warp"}, "device='warp'"),
         ({"batch_size": 0}, "batch_size"),
         ({"metric": "speed"}, "speed"),
@@ -304,6 +304,30 @@ def test_the_correction_keeps_the_promised_level():
             low, high = corrected_interval(d, share, 0.95)
             found[name] += low > 0 or high < 0
     assert 0.02 < found["corrected"] / 400 < 0.08 < 0.2 < found["plain"] / 400
+
+
+def test_small_classes_are_named_once():
+    X, y = pictures(12)
+    y = np.array(["dim"] * 8 + ["rare"] * 4)
+    options = {"random_state": 0}
+    with pytest.warns(UserWarning) as caught:
+        table = rank_backbones(X, y, ["small"], cv=5, **options)
+    assert len(table) == 1 and len(caught) == 1
+    assert "'rare' has 4 images. If that matters, pass cv=4" in str(caught[0].message)
+    with pytest.raises(ValueError, match="cv=9 folds: 'dim' has 8 images, 'rare' has 4 images"):
+        rank_backbones(X, y, ["small"], cv=9, **options)
+    y[8:11] = "dim"
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="'rare' has 1 image. Add im"):
+        rank_backbones(X, y, ["small"], cv=2, **options)
+    with pytest.raises(ValueError, match="'rare' has 1 image. To go on, add images"):
+        transfer_gain(X, y, backbone="colours", baselines="majority", cv=12)
+
+
+def test_fewer_images_than_neighbours():
+    X, _ = pictures(6)
+    y = ["a", "b"] * 3
+    table = rank_backbones(X, y, ["small"], scoring=["knn", "logistic"], cv=3, random_state=0)
+    assert np.isfinite(table[["knn", "logistic"]].to_numpy()).all()
 
 
 @pytest.fixture(scope="module")
