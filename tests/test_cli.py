@@ -346,8 +346,9 @@ def test_an_output_that_nobody_takes(odd, monkeypatch, capsys):
 
 def test_help_that_nobody_reads():
     command = [sys.executable, "-m", "sktransfer", "--help"]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # Python writes all when it exits
     with closed_pipe() as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, env=environment)
     assert done.returncode == 0 and done.stderr == b""
 
 
@@ -405,7 +406,7 @@ def place(tiles, model, tmp_path_factory):
         ("rank {0}/tiny --cv 3", "'class1' has 2 images. To go on, pass cv=2 (--cv on"),
         ("rank {0}/tiny --cv 2", "2 images of at least two classes, but 'class0' has 2 images"),
         ("benchmark {0}/few", "'class4' has 2 images. A comparison needs"),
-        ("predict {0}/model.skops data:" + 6000 * "A", "AAA', 6,005 characters"),
+        ("predict {0}/model.skops data:{2}", "AAA', 6,005 characters"),
         ("rank {1} --backbone lite0", "lite0"),
         ("rank {1} --backbone efficientnet_lite0 --cv 1", "range [2, inf)"),
         ("classify {0}/nowhere.jpg", "nowhere.jpg"),
@@ -417,7 +418,7 @@ def place(tiles, model, tmp_path_factory):
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_bad_input_ends_with_one_line_and_code_2(tiles, place, capsys, arguments, message):
-    assert main([word.format(place, tiles[0]) for word in arguments.split()]) == 2
+    assert main([word.format(place, tiles[0], 6000 * "A") for word in arguments.split()]) == 2
     out, err = capsys.readouterr()
     errors = [line for line in err.splitlines() if not line.startswith("sktransfer: warning")]
     assert len(errors) == 1 and errors[0].startswith("sktransfer: error: ")
