@@ -151,9 +151,10 @@ def load_elpv() -> Task:
 def load_folder(folder: str) -> Task:
     """Make a task of a folder with one subfolder of images a class, names escaped to be shown."""
     data = load_image_folder(folder)
-    labels = np.array([escape(name) for name in data.target_names])[data.target]
-    if len(data.target_names) < 2 or (rare := name_rare_classes(labels, 8)):
-        few = rare if len(data.target_names) > 1 else f"one class, {data.target_names[0]!r}"
+    names = data.target_names
+    labels = np.array([escape(name) for name in names])[data.target]
+    if len(names) < 2 or (rare := name_rare_classes(np.array(names)[data.target], 8)):
+        few = rare if len(names) > 1 else f"one class, {names[0]!r}"
         raise ValueError(
             f"{folder!r}: only {few}. A comparison needs at least two classes of 8 images each: "
             "add images, or remove the folders of small classes."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -58,7 +59,8 @@ def _show_warning(message: Any, category: Any, *_: Any) -> None:
 
 def _one_line(message: Any) -> str:
     lines = (line.strip() for line in str(message).split("\n"))
-    return printable(" ".join(line for line in lines if line))
+    text = printable(" ".join(line for line in lines if line))
+    return re.sub(r"(\S{100})\S{300,}(\S{100})", r"\1...\2", text)  # a data URI given as a path
 
 
 def _escape_what_the_encoding_lacks() -> None:

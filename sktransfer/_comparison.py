@@ -99,7 +99,8 @@ def _check_folds(cv: int, y: np.ndarray) -> None:
     """Raise or warn where scikit-learn would, with the classes and the remedy."""
     rare = name_rare_classes(y, cv)
     counts = np.unique(y, return_counts=True)[1]
-    fewer = f"pass cv={counts.min()} (--cv on the command line), or " if counts.min() > 1 else ""
+    possible = counts.min() if counts.min() > 1 or counts.max() >= cv else counts.max()
+    fewer = f"pass cv={possible} (--cv on the command line), or " if possible > 1 else ""
     remedy = f"{fewer}add images"
     if counts.max() < cv:
         raise ValueError(f"No class has images for cv={cv} folds: {rare}. To go on, {remedy}.")

@@ -398,6 +398,7 @@ def place(tiles, model, tmp_path_factory):
         ("predict {0}/model.skops {0}/nowhere.jpg", "nowhere.jpg"),
         ("predict {0}/model.skops {0}/text.skops", "text.skops"),
         ("predict {0}/model.skops {0}/empty", "No image in"),
+        ("embed {1} -o data:{2}/e.csv", "File name too long"),
         ("embed nowhere -o {0}/e.csv", "'nowhere' does not exist"),
         ("embed {1} -o {0}/e.xlsx", "must end in .parquet or .csv"),
         ("embed {0}/damaged -o {0}/e.csv --image-size 64", "row 0"),

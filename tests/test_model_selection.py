@@ -319,7 +319,7 @@ def test_small_classes_are_named_once():
     y[8:11] = "dim"
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="'rare' has 1 image. Add im"):
         rank_backbones(X, y, ["small"], cv=2, **options)
-    with pytest.raises(ValueError, match="'rare' has 1 image. To go on, add images"):
+    with pytest.raises(ValueError, match="'rare' has 1 image. To go on, pass cv=11"):
         transfer_gain(X, y, backbone="colours", baselines="majority", cv=12)
 
 
