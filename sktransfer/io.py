@@ -7,14 +7,12 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from scipy.sparse import issparse
-from sklearn.utils import Bunch, check_array
+from sklearn.utils import check_array
 
 from sktransfer._decoding import (
     ACCEPTED,
@@ -27,14 +25,10 @@ from sktransfer._decoding import (
     quantise,
     white,
 )
+from sktransfer._folders import list_images, load_image_folder
 
 __all__ = ["ImageSequence", "check_images", "list_images", "load_image", "load_image_folder"]
 
-# HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
-_IMAGE_EXTENSIONS = tuple(
-    ".apng .avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm"
-    " .tga .tif .tiff .webp".split()
-)
 _ONE_FILE = ("a path", "encoded bytes", "a PIL image")
 
 
@@ -191,116 +185,6 @@ def load_image(source: Any) -> torch.Tensor:
     return open_image(source, file_name(source) or "the image").decode()
 
 
-def load_image_folder(
-    path: str | os.PathLike,
-    *,
-    categories: Sequence[str] | None = None,
-    extensions: Sequence[str] | None = None,
-    on_error: str = "warn",
-) -> Bunch:
-    """List the images of a folder that has one sub-folder for each category.
-
-    The counterpart of `sklearn.datasets.load_files`. Images are listed, not loaded; the order is
-    that of the sorted paths. Hidden files and those with other extensions are passed over.
-
-    Parameters
-    ----------
-    path : path
-        The folder; images may also lie in sub-folders of a category's folder.
-    categories : list of str, default=None
-        The category folders to use; None means all but the hidden ones.
-    extensions : list of str, default=None
-        The file extensions of images, in lower case; None means the usual ones.
-    on_error : {"warn", "raise"}, default="warn"
-        What to do with files whose header Pillow can't read: leave them out, with a warning that
-        names them, or raise a `ValueError`. Damage behind the header shows when a file is decoded.
-
-    Returns
-    -------
-    sklearn.utils.Bunch
-        `data` and `filenames` (the paths, an array of str), `target` (integers into
-        `target_names`), `target_names` (the sorted folder names) and `unreadable` (the paths
-        that were left out).
-
-    Raises
-    ------
-    ValueError
-        If the folder, a category or its images are missing.
-
-    Examples
-    --------
-    >>> import tempfile, pathlib
-    >>> from PIL import Image
-    >>> from sktransfer.io import load_image_folder
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for name in ["cracked/1.png", "intact/1.png", "intact/2.png"]:
-    ...         file = pathlib.Path(folder, name)
-    ...         file.parent.mkdir(exist_ok=True)
-    ...         Image.new("L", (8, 8)).save(file)
-    ...     data = load_image_folder(folder)
-    >>> data.target_names, data.target
-    (['cracked', 'intact'], array([0, 1, 1]))
-    """
-    if on_error not in ("warn", "raise"):
-        raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}.")
-    names = _category_names(Path(path), categories)
-    extensions = tuple(extensions or _IMAGE_EXTENSIONS)
-    listed = [(f, k) for k, name in enumerate(names) for f in _images_in(path, name, extensions)]
-    reasons = {file: reason for file, _ in listed if (reason := _header_error(file))}
-    if reasons:
-        _report(list(reasons.values()), on_error)
-    kept = [(file, k) for file, k in listed if file not in reasons]
-    target = np.array([k for _, k in kept], dtype=int)
-    empty = [os.path.join(path, names[k]) for k in sorted({*range(len(names))} - {*target})]
-    if empty:
-        raise ValueError(
-            f"No image in {empty}: looked for readable files that end in {', '.join(extensions)}. "
-            "Remove the folder, or set `categories`."
-        )
-    data = np.array([file for file, _ in kept], dtype=object)
-    return Bunch(
-        data=data, filenames=data, target=target, target_names=names, unreadable=list(reasons)
-    )
-
-
-def list_images(path: str | os.PathLike) -> list[str]:
-    """List the image files in a folder and its sub-folders.
-
-    Hidden files and folders, and files with other extensions, are passed over; nothing is opened.
-
-    Parameters
-    ----------
-    path : path
-        The folder.
-
-    Returns
-    -------
-    list of str
-        Paths, sorted.
-
-    Raises
-    ------
-    ValueError
-        If there is no such folder, or no image in it.
-
-    Examples
-    --------
-    >>> import pathlib, sklearn.datasets
-    >>> from sktransfer.io import list_images
-    >>> folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
-    >>> [pathlib.Path(file).name for file in list_images(folder)]
-    ['china.jpg', 'flower.jpg']
-    """
-    _check_folder(Path(path), "pass a folder of images.")
-    found = _images_in(path, "", _IMAGE_EXTENSIONS)
-    if not found:
-        raise ValueError(
-            f"No image in {os.fspath(path)!r}: looked for files that end in "
-            f"{', '.join(_IMAGE_EXTENSIONS)}."
-        )
-    return found
-
-
 # Many images ----------------------------------------------------------------------------------
 
 
@@ -418,57 +302,3 @@ def _resolve_shape(image_shape: Sequence[int], n_features: int) -> tuple[int, ..
     if len(shape) == 3 and shape[2] > 4:
         raise ValueError(f"image_shape={shape} has {shape[2]} channels, an image has 1 to 4.")
     return shape
-
-
-# A folder of images ---------------------------------------------------------------------------
-
-
-def _category_names(folder: Path, categories: Sequence[str] | None) -> list[str]:
-    _check_folder(folder, "pass the folder that holds the categories.")
-    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
-    if not names:
-        raise ValueError(
-            f"{str(folder)!r} has no category folders: images are expected as "
-            f"{str(folder / 'category' / 'image.jpg')!r}."
-        )
-    missing = sorted(set(categories or []) - set(names))
-    if missing:
-        raise ValueError(f"{str(folder)!r} has no categories {missing}; it has {names}.")
-    return names if categories is None else [name for name in names if name in categories]
-
-
-def _check_folder(folder: Path, remedy: str) -> None:
-    if not folder.is_dir():
-        reason = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{str(folder)!r} {reason}: {remedy}")
-
-
-def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) -> list[str]:
-    def refuse(error: OSError) -> None:  # os.walk would pass over what it can't list
-        raise ValueError(f"The folder {error.filename!r} cannot be listed: {error}") from error
-
-    found = []
-    for root, folders, files in os.walk(os.path.join(path, name), onerror=refuse):
-        folders[:] = [folder for folder in folders if folder[0] != "."]
-        files = [f for f in files if f[0] != "." and f.lower().endswith(extensions)]
-        found += [os.path.join(root, file) for file in files]
-    return sorted(found)
-
-
-def _header_error(file: str) -> str:
-    """Return why Pillow can't open a file, or nothing if it can."""
-    try:
-        with Image.open(file):
-            return ""
-    except UnidentifiedImageError:
-        reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        reason = str(error)
-    return f"{file!r}: {reason}"
-
-
-def _report(reasons: list[str], on_error: str) -> None:
-    if on_error == "raise":
-        raise ValueError(f"{len(reasons)} unreadable images:\n" + "\n".join(reasons))
-    first = "\n".join(reasons[:5] + ["..."] * (len(reasons) > 5))
-    warnings.warn(f"{len(reasons)} unreadable images are left out:\n{first}", stacklevel=3)

@@ -19,7 +19,13 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
 from sktransfer import _decoding
-from sktransfer.io import ImageSequence, check_images, load_image, load_image_folder
+from sktransfer.io import (
+    ImageSequence,
+    check_images,
+    list_images,
+    load_image,
+    load_image_folder,
+)
 
 CHINA, FLOWER = load_sample_images().images  # uint8 (427, 640, 3)
 SMALL = np.ascontiguousarray(FLOWER[100:340:8, 100:420:8])  # (30, 40, 3)
@@ -760,7 +766,7 @@ def test_bad_folders(folder, tmp_path):
     with pytest.raises(ValueError, match="readme.md' is a file, not a folder"):
         load_image_folder(folder / "readme.md")
     with pytest.raises(
-        ValueError, match="has no category folders: images are expected as '.*image"
+        ValueError, match=r"has no category folders: .* as '.*image.jpg'; 1 image \('1.tif'\)"
     ):
         load_image_folder(folder / "cat/deep/er")
     with pytest.raises(ValueError, match=r"on_error must be"):
@@ -773,6 +779,101 @@ def test_bad_folders(folder, tmp_path):
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="No image in"):
             load_image_folder(folder)
+
+
+def test_links_are_followed_by_all_who_list_images(folder, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "more").mkdir(parents=True)
+    for name in ("more/1.png", "more/2.png", "3.png"):
+        Image.fromarray(SMALL).save(elsewhere / name)
+    (folder / "cat/linked").symlink_to(elsewhere / "more")  # a folder in a class
+    (folder / "dog/linked.png").symlink_to(elsewhere / "3.png")  # an image
+    (folder / "owl").symlink_to(elsewhere)  # a class
+    (folder / "same owl").symlink_to(elsewhere)  # the same folder twice is listed twice
+    # links that lead back: to the class, the folder of classes, above it, and to each other
+    (folder / "cat/deep/again").symlink_to(folder / "cat")
+    (folder / "dog/all").symlink_to(folder)
+    (elsewhere / "back").symlink_to(tmp_path)
+    (elsewhere / "more/up").symlink_to(elsewhere)
+    owl = ["3.png", "more/1.png", "more/2.png"]
+    cat = ["10.jpg", "2.JPG", "deep/er/1.tif", "linked/1.png", "linked/2.png", "linked/up/3.png"]
+    expected = [f"cat/{name}" for name in cat] + ["dog/b.png", "dog/linked.png"]
+    expected += [f"{name}/{file}" for name in ("owl", "same owl") for file in owl]
+
+    data = load_image_folder(folder)
+    assert [Path(f).relative_to(folder).as_posix() for f in data.data] == expected
+    assert data.target.tolist() == [0] * 6 + [1] * 2 + [2] * 3 + [3] * 3
+    (tmp_path / "photos").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for place in (folder, f"{folder}/", "photos", "elsewhere/../photos"):
+        assert [Path(f).relative_to(place).as_posix() for f in list_images(place)] == expected
+        assert len(load_image_folder(place).data) == 14
+
+
+def test_links_that_lead_nowhere(folder):
+    (folder / "owl").symlink_to(folder / "no disk")
+    with pytest.warns(UserWarning, match=r"1 link \('.*owl'\) left out") as record:
+        assert load_image_folder(folder).target_names == ["cat", "dog"]
+    assert len(record) == 1 and record[0].filename == __file__
+    with pytest.warns(UserWarning, match="owl.*left out"):
+        assert len(list_images(folder)) == 4
+    (folder / "owl").unlink()
+    (folder / "cat/a").symlink_to(folder / "cat/b")
+    (folder / "cat/b").symlink_to(folder / "cat/a")
+    with pytest.warns(UserWarning, match=r"2 links \('.*a', '.*b'\) left out"):
+        assert len(load_image_folder(folder).data) == 4
+
+
+def make_images(root, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(SMALL).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    "names, part",
+    [
+        ("train/cat/1.png val/cat/2.png test/cat/3.png", "train"),
+        ("Training/cat/1.png Training/dog/1.png Test/2.png", "Training"),
+        ("test/cat/1.png test/dog/1.png", "test"),
+        ("train/a/1.png train/b/1.png valid/b/1.png valid/stray.png", "train"),
+    ],
+)
+def test_parts_of_a_data_set_are_no_classes(tmp_path, names, part):
+    root = make_images(tmp_path / "photos", names.split())
+    (root / "notes").mkdir()
+    message = rf"(?i)the parts \[.*{part}.* lie inside.*load_image_folder\('.*photos.{part}'\)"
+    with pytest.raises(ValueError, match=message):
+        load_image_folder(root)
+    parts = sorted({name.split("/")[0] for name in names.split()})
+    assert load_image_folder(root, categories=parts).target_names == parts
+    assert len(list_images(root)) == len(names.split())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "train/1.png test/1.png",  # to tell the parts from each other
+        "train/steam/1.png bus/city/1.png",  # vehicles
+        "train/2023/1.png test/2024/2.png",
+        "cat/train/1.png cat/test/1.png dog/train/1.png",
+    ],
+)
+def test_classes_that_are_called_like_parts(tmp_path, names):
+    root = make_images(tmp_path, names.split())
+    classes = sorted({name.split("/")[0] for name in names.split()})
+    assert load_image_folder(root).target_names == classes
+
+
+def test_images_beside_class_folders_are_told(folder):
+    make_images(folder, ["5.png", "1.JPG", "3.png", "2.png", ".hidden.png"])
+    message = r"4 images \('1.JPG', '2.png', '3.png', \.\.\.\) left out, .*pets' beside"
+    with pytest.warns(UserWarning, match=message) as record:
+        data = load_image_folder(folder)
+    assert len(record) == 1 and record[0].filename == __file__ and len(data.data) == 4
+    assert len(load_image_folder(folder, categories=["cat", "dog"]).data) == 4
+    assert len(list_images(folder)) == 8
 
 
 def test_damaged_jpeg_of_which_pillow_makes_something(capfd):
