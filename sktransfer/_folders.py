@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from sklearn.utils import Bunch
 
+from sktransfer._decoding import reason_of
+
 # HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
 _IMAGE_EXTENSIONS = tuple(
     ".apng .avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm"
@@ -194,7 +196,7 @@ def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
 def _images_beside(folder: str | os.PathLike, extensions: tuple[str, ...]) -> list[str]:
     """Return the names of images that lie in the folder itself."""
     return sorted(
-        f.name for f in os.scandir(folder) if _is_image(f.name, extensions) and not f.is_dir()
+        f.name for f in Path(folder).iterdir() if _is_image(f.name, extensions) and not f.is_dir()
     )
 
 
@@ -259,7 +261,7 @@ def _header_error(file: str) -> str:
     except UnidentifiedImageError:
         reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        reason = str(error)
+        reason = reason_of(error)
     return f"{file!r}: {reason}"
 
 

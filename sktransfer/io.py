@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ from sklearn.utils import check_array
 
 from sktransfer._decoding import (
     ACCEPTED,
+    CHANNELS,
     OpenImage,
     as_numpy,
     check_dtype,
@@ -24,11 +25,13 @@ from sktransfer._decoding import (
     open_image,
     quantise,
     white,
+    without_last,
 )
 from sktransfer._folders import list_images, load_image_folder
 
 __all__ = ["ImageSequence", "check_images", "list_images", "load_image", "load_image_folder"]
 
+_DARK = 16  # of 255; images in which nothing is brighter were probably scaled otherwise
 _ONE_FILE = ("a path", "encoded bytes", "a PIL image")
 
 
@@ -112,9 +115,11 @@ def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSe
     X : sequence of images
         Paths (list, array, Series or data frame of one column), encoded bytes, PIL images,
         arrays (height, width[, channels]) of any sizes, tensors (channels, height, width); or one
-        array (n, height, width[, channels]) or tensor (n, channels, height, width). One to
-        four channels: grey, grey and alpha, RGB, RGBA; alpha is dropped. Pixels are uint8, other
-        integers in 0..255, bool, or floats in [0, 1], which are rounded to 8 bits.
+        array (n, height, width[, channels]) or tensor (n, channels, height, width). An array or
+        a tensor has one channel, grey, or three, RGB. Pixels are uint8, other integers in 0..255,
+        bool, or floats in [0, 1], which are rounded to 8 bits. There is a warning if no pixel of
+        integer images is brighter than 16, as they would be nearly black. The same PIL image may
+        come several times, but not as the pages of a stack: pass a copy of each page.
     image_shape : tuple of 2 or 3 ints, default=None
         Height, width and perhaps channels of flat rows (n, n_features); one may be -1, as in
         `reshape`. Only here are values out of range clipped, with a warning.
@@ -151,6 +156,11 @@ def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSe
         _check_block(items)
     if len(items) == 0:
         raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
+    kind = "an array" if is_block else kind_of(items[0])
+    if kind in ("an array", "a tensor"):
+        _warn_of_darkness(items)
+    elif kind == "a PIL image":
+        _refuse_repeated_pages(items)
     return ImageSequence(items)
 
 
@@ -158,7 +168,7 @@ def load_image(source: Any) -> torch.Tensor:
     """Decode one image to upright RGB, as Pillow would show it.
 
     Palette, CMYK, 1-bit and animated images (their first frame) are converted, 16-bit grey is
-    scaled to 8 bits, EXIF orientation is applied and alpha is dropped.
+    scaled to 8 bits, EXIF orientation is applied, and the alpha of files and PIL images is dropped.
 
     Parameters
     ----------
@@ -182,7 +192,10 @@ def load_image(source: Any) -> torch.Tensor:
     >>> load_image(np.full((2, 3), 0.5)).shape
     torch.Size([3, 2, 3])
     """
-    return open_image(source, file_name(source) or "the image").decode()
+    pixels = open_image(source, file_name(source) or "the image").decode()
+    if kind_of(source) in ("an array", "a tensor"):
+        _warn_of_darkness([source])
+    return pixels
 
 
 # Many images ----------------------------------------------------------------------------------
@@ -248,17 +261,61 @@ def _check_block(X: np.ndarray | torch.Tensor) -> None:
         remedy = "These are flat rows or one grey image: pass image_shape=(height, width), or [X]."
     elif is_tensor and len(shape) == 3:
         remedy = "Pass X.unsqueeze(1) for grey images, or X.unsqueeze(0) for a single image."
-    elif is_tensor and len(shape) == 4 and not 1 <= shape[1] <= 4:
-        remedy = "A tensor has its 1 to 4 channels first: pass X.permute(0, 3, 1, 2)."
+    elif len(shape) == 4 and shape[1 if is_tensor else 3] not in CHANNELS:
+        remedy = _channels_remedy(shape, is_tensor)
     elif not is_tensor and len(shape) == 3 and shape[2] in (3, 4) and shape[1] > 8:
         remedy = "If this is one colour image, pass [X]; if it is grey ones, X[..., np.newaxis]."
-    elif not is_tensor and len(shape) == 4 and not 1 <= shape[3] <= 4:
-        remedy = "An array has its 1 to 4 channels last"
-        remedy += ": pass X.transpose(0, 2, 3, 1)." if 1 <= shape[1] <= 4 else "."
     elif len(shape) > 4:
         remedy = "Images have at most 4 dimensions: (n, height, width, channels)."
     if remedy:
         raise ValueError(f"X has shape {shape}. {remedy}")
+
+
+def _channels_remedy(shape: tuple[int, ...], is_tensor: bool) -> str:
+    """Return what to do with images of this shape, (n, ...), which have not 1 or 3 channels."""
+    n_channels, other = (shape[1], shape[3]) if is_tensor else (shape[3], shape[1])
+    if n_channels in (2, 4) and other not in CHANNELS:
+        rest = f"X[:, :{n_channels - 1}]" if is_tensor else f"X[..., :{n_channels - 1}]"
+        return f"But {without_last(n_channels, rest)}."
+    order = "0, 3, 1, 2" if is_tensor else "0, 2, 3, 1"
+    move = f"X.{'permute' if is_tensor else 'transpose'}({order})"
+    what, where = ("A tensor", "first") if is_tensor else ("An array", "last")
+    remedy = f": pass {move}" if other in CHANNELS else ""
+    return f"{what} has its 1 or 3 channels {where}{remedy}."
+
+
+def _warn_of_darkness(images: Iterable[Any]) -> None:
+    """Warn if integer images are nearly black; nothing is read behind the first bright one."""
+    brightest = 0
+    for image in map(as_numpy, images):
+        if image.dtype.kind not in "iu" or image.size == 0:
+            return
+        brightest = max(brightest, int(image.max()))
+        if brightest > _DARK:
+            return
+    if brightest > 0:
+        warnings.warn(
+            f"The brightest pixel is {brightest}, but white is 255 for integers: the images are "
+            "nearly black. Divide by the largest possible value, as in X / 16 for scikit-learn's "
+            "digits.",
+            stacklevel=3,
+        )
+
+
+def _refuse_repeated_pages(images: Sequence[Any]) -> None:
+    """Raise a `ValueError` if an image that was moved to a later page is in several rows."""
+    rows: dict[int, list[int]] = {}
+    for row, image in enumerate(images):
+        if image.tell() > 0:
+            rows.setdefault(id(image), []).append(row)
+    for same in rows.values():
+        if len(same) > 1:
+            first = ", ".join(map(str, same[:5])) + ", ..." * (len(same) > 5)
+            raise ValueError(
+                f"rows {first} are one PIL image of several pages, which shows page "
+                f"{images[same[0]].tell()} (counted from 0) in all of them: pass a copy of each "
+                "page, [page.copy() for page in PIL.ImageSequence.Iterator(stack)]."
+            )
 
 
 def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
@@ -283,6 +340,8 @@ def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
             UserWarning,
             stacklevel=3,
         )
+    else:
+        _warn_of_darkness([X])
     return quantise(X).reshape(len(X), *shape)
 
 
@@ -299,6 +358,10 @@ def _resolve_shape(image_shape: Sequence[int], n_features: int) -> tuple[int, ..
         holds = f"a multiple of {known}" if -1 in shape else str(known)
         raise ValueError(f"X has {n_features} features, but image_shape={shape} takes {holds}.")
     shape = tuple(n_features // known if side == -1 else int(side) for side in shape)
-    if len(shape) == 3 and shape[2] > 4:
-        raise ValueError(f"image_shape={shape} has {shape[2]} channels, an image has 1 to 4.")
+    if len(shape) == 3 and shape[2] not in CHANNELS:
+        remedy = "an image has 1 or 3"
+        if shape[2] in (2, 4):
+            rest = f"X.reshape(-1, {', '.join(map(str, shape))})[..., :{shape[2] - 1}]"
+            remedy = without_last(shape[2], rest + " without image_shape")
+        raise ValueError(f"image_shape={shape} has {shape[2]} channels; {remedy}.")
     return shape
