@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 import torchvision  # noqa: F401  (registers torch.ops.image)
 import xxhash
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 _LONGEST_NAME = 500  # characters in an error
 ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
+CHANNELS = (1, 3)  # that an array may have: grey, or red, green and blue
 _KINDS: dict[str, tuple[type, ...]] = {
     "a path": (str, os.PathLike),
     "encoded bytes": (bytes, bytearray, memoryview),
@@ -28,6 +30,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "a tensor": (torch.Tensor,),
     "a list": (list, tuple),
 }
+# For PIL images of users, which may be in several rows, or in the hands of several threads. They
+# have no hash, by which a dictionary could hold a lock for each.
+_pillow_locks = [threading.Lock() for _ in range(256)]
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,9 @@ def open_image(item: Any, where: str) -> OpenImage:
             raise ValueError(f"{where}: the encoded image is empty (0 bytes); drop the row.")
         return OpenImage(bytes(item), where)
     if isinstance(item, Image.Image):
-        item = _guarded(_from_pillow, item, where)
+        item = _guarded(_from_users_pillow, item, where)
     if isinstance(item, torch.Tensor):
-        item = as_numpy(item)
-        item = np.moveaxis(item, 0, -1) if item.ndim == 3 else item  # (height, width, channels)
+        item = _channels_last(item, where)
     if not isinstance(item, np.ndarray):
         raise TypeError(f"{where} is {kind_of(item)}: pass {ACCEPTED}.")
     return OpenImage(_from_array(item, where), where)
@@ -117,6 +121,7 @@ def _read(path: str | os.PathLike, where: str) -> bytes:
 
 def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
     """Call `decode(source)`; its errors become a `ValueError` that says where and what to do."""
+    is_closed = _lost_its_file(source)  # known before Pillow tries
     try:
         return decode(source)
     except MemoryError:
@@ -124,14 +129,30 @@ def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         if isinstance(error, (NameError, AttributeError)) and not _came_through_pillow(error):
             raise  # a mistake in this code
-        reason = f"the image cannot be decoded, it may be damaged or cut short ({error})"
+        reason = f"the image cannot be decoded, it may be damaged or cut short ({reason_of(error)})"
         remedy = "replace it, or drop the row"
-        if isinstance(error, UnidentifiedImageError):
+        if is_closed or (isinstance(source, Image.Image) and "closed image" in str(error)):
+            reason = "the PIL image is closed, its pixels are gone"
+            remedy = "pass its copy(), made before it is closed, or the path"
+        elif isinstance(error, UnidentifiedImageError):
             reason = f"Pillow knows no image that starts with {source[:12]!r}"
         elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             reason = f"too many pixels ({error})"
             remedy = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         raise ValueError(f"{where}: {reason}; {remedy}.") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the text of an error, or its name if it has none."""
+    return str(error) or type(error).__name__
+
+
+def _lost_its_file(source: Any) -> bool:
+    """Tell whether this is a PIL image that waits for pixels which it can't get any more."""
+    if not isinstance(source, ImageFile.ImageFile) or not source.tile:
+        return False
+    file = getattr(source, "fp", None)
+    return file is None or getattr(file, "closed", False)
 
 
 def _came_through_pillow(error: Exception) -> bool:
@@ -164,6 +185,21 @@ def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
     )
 
 
+def _from_users_pillow(image: Image.Image) -> np.ndarray:
+    """Decode an image that other threads may hold: Pillow reads its file when it is first used."""
+    with _pillow_locks[id(image) // 64 % len(_pillow_locks)]:
+        return _from_pillow(image)
+
+
+def _renew_locks() -> None:
+    """Let a child of a fork go on, though a thread of its parent held a lock."""
+    _pillow_locks[:] = [threading.Lock() for _ in _pillow_locks]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 def _from_pillow(image: Image.Image) -> np.ndarray:
     """Return upright uint8 RGB (height, width, 3), or 32-bit grey (height, width)."""
     is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
@@ -184,22 +220,47 @@ def as_numpy(X: Any) -> Any:
     return (X.float() if X.is_floating_point() else X).numpy()  # NumPy has no bfloat16
 
 
+def _channels_last(tensor: torch.Tensor, where: str) -> np.ndarray:
+    """Return a tensor (channels, height, width) as an array (height, width, channels)."""
+    shape = tuple(tensor.shape)
+    if len(shape) != 3:
+        return as_numpy(tensor)
+    if shape[0] in CHANNELS:
+        return np.moveaxis(as_numpy(tensor), 0, -1)
+    remedy = "pass (height, width) or (channels, height, width) with 1 or 3 channels"
+    if shape[2] in CHANNELS:
+        remedy += "; image.permute(2, 0, 1) puts the channels first"
+    elif shape[0] in (2, 4):
+        remedy = without_last(shape[0], f"image[:{shape[0] - 1}]")
+    raise ValueError(f"{where}: got a tensor of shape {shape}; {remedy}.")
+
+
+def without_last(n_channels: int, rest: str) -> str:
+    """Return what to do with 2 or 4 channels; `rest` is the code that leaves the last one out."""
+    kind = "grey" if n_channels == 2 else "red, green and blue"
+    return (
+        f"an image has 1 or 3 channels, and none of {n_channels} is dropped unasked: pass {rest} "
+        f"if the others are {kind}; to show transparency, composite it on a colour with "
+        "PIL.Image.alpha_composite"
+    )
+
+
 def _from_array(array: np.ndarray, where: str) -> np.ndarray:
     """Return (height, width[, channels]) as uint8 (height, width, 3), itself if it is that."""
     shape = array.shape
     if array.ndim == 2:
         array = array[:, :, None]  # (height, width, 1)
-    if array.ndim != 3 or not 1 <= array.shape[2] <= 4:
-        remedy = "(height, width) or (height, width, channels) with 1 to 4 channels"
-        if array.ndim == 3 and 1 <= array.shape[0] <= 4:
+    if array.ndim != 3 or array.shape[2] not in CHANNELS:
+        remedy = "pass (height, width) or (height, width, channels) with 1 or 3 channels"
+        if array.ndim == 3 and array.shape[0] in CHANNELS:
             remedy += "; np.moveaxis(image, 0, -1) puts the channels last"
-        raise ValueError(f"{where}: got an image of shape {shape}; pass {remedy}.")
+        elif array.ndim == 3 and array.shape[2] in (2, 4):
+            remedy = without_last(array.shape[2], f"image[..., :{array.shape[2] - 1}]")
+        raise ValueError(f"{where}: got an image of shape {shape}; {remedy}.")
     if array.size == 0:
         raise ValueError(f"{where}: the image has no pixels (shape {shape}); drop the row.")
     array = _to_uint8(array, where)
-    if array.shape[2] < 3:  # grey, perhaps with alpha
-        return np.repeat(array[:, :, :1], 3, axis=2)
-    return array[:, :, :3]
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
 
 
 def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from scipy.sparse import issparse
-from sklearn.utils import Bunch, check_array
+from sklearn.utils import check_array
 
 from sktransfer._decoding import (
     ACCEPTED,
+    CHANNELS,
     OpenImage,
     as_numpy,
     check_dtype,
@@ -26,15 +25,13 @@ from sktransfer._decoding import (
     open_image,
     quantise,
     white,
+    without_last,
 )
+from sktransfer._folders import list_images, load_image_folder
 
 __all__ = ["ImageSequence", "check_images", "list_images", "load_image", "load_image_folder"]
 
-# HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
-_IMAGE_EXTENSIONS = tuple(
-    ".apng .avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm"
-    " .tga .tif .tiff .webp".split()
-)
+_DARK = 16  # of 255; images in which nothing is brighter were probably scaled otherwise
 _ONE_FILE = ("a path", "encoded bytes", "a PIL image")
 
 
@@ -118,9 +115,11 @@ def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSe
     X : sequence of images
         Paths (list, array, Series or data frame of one column), encoded bytes, PIL images,
         arrays (height, width[, channels]) of any sizes, tensors (channels, height, width); or one
-        array (n, height, width[, channels]) or tensor (n, channels, height, width). One to
-        four channels: grey, grey and alpha, RGB, RGBA; alpha is dropped. Pixels are uint8, other
-        integers in 0..255, bool, or floats in [0, 1], which are rounded to 8 bits.
+        array (n, height, width[, channels]) or tensor (n, channels, height, width). An array or
+        a tensor has one channel, grey, or three, RGB. Pixels are uint8, other integers in 0..255,
+        bool, or floats in [0, 1], which are rounded to 8 bits. There is a warning if no pixel of
+        integer images is brighter than 16, as they would be nearly black. The same PIL image may
+        come several times, but not as the pages of a stack: pass a copy of each page.
     image_shape : tuple of 2 or 3 ints, default=None
         Height, width and perhaps channels of flat rows (n, n_features); one may be -1, as in
         `reshape`. Only here are values out of range clipped, with a warning.
@@ -157,6 +156,11 @@ def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSe
         _check_block(items)
     if len(items) == 0:
         raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
+    kind = "an array" if is_block else kind_of(items[0])
+    if kind in ("an array", "a tensor"):
+        _warn_of_darkness(items)
+    elif kind == "a PIL image":
+        _refuse_repeated_pages(items)
     return ImageSequence(items)
 
 
@@ -164,7 +168,7 @@ def load_image(source: Any) -> torch.Tensor:
     """Decode one image to upright RGB, as Pillow would show it.
 
     Palette, CMYK, 1-bit and animated images (their first frame) are converted, 16-bit grey is
-    scaled to 8 bits, EXIF orientation is applied and alpha is dropped.
+    scaled to 8 bits, EXIF orientation is applied, and the alpha of files and PIL images is dropped.
 
     Parameters
     ----------
@@ -188,117 +192,10 @@ def load_image(source: Any) -> torch.Tensor:
     >>> load_image(np.full((2, 3), 0.5)).shape
     torch.Size([3, 2, 3])
     """
-    return open_image(source, file_name(source) or "the image").decode()
-
-
-def load_image_folder(
-    path: str | os.PathLike,
-    *,
-    categories: Sequence[str] | None = None,
-    extensions: Sequence[str] | None = None,
-    on_error: str = "warn",
-) -> Bunch:
-    """List the images of a folder that has one sub-folder for each category.
-
-    The counterpart of `sklearn.datasets.load_files`. Images are listed, not loaded; the order is
-    that of the sorted paths. Hidden files and those with other extensions are passed over.
-
-    Parameters
-    ----------
-    path : path
-        The folder; images may also lie in sub-folders of a category's folder.
-    categories : list of str, default=None
-        The category folders to use; None means all but the hidden ones.
-    extensions : list of str, default=None
-        The file extensions of images, in lower case; None means the usual ones.
-    on_error : {"warn", "raise"}, default="warn"
-        What to do with files whose header Pillow can't read: leave them out, with a warning that
-        names them, or raise a `ValueError`. Damage behind the header shows when a file is decoded.
-
-    Returns
-    -------
-    sklearn.utils.Bunch
-        `data` and `filenames` (the paths, an array of str), `target` (integers into
-        `target_names`), `target_names` (the sorted folder names) and `unreadable` (the paths
-        that were left out).
-
-    Raises
-    ------
-    ValueError
-        If the folder, a category or its images are missing.
-
-    Examples
-    --------
-    >>> import tempfile, pathlib
-    >>> from PIL import Image
-    >>> from sktransfer.io import load_image_folder
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for name in ["cracked/1.png", "intact/1.png", "intact/2.png"]:
-    ...         file = pathlib.Path(folder, name)
-    ...         file.parent.mkdir(exist_ok=True)
-    ...         Image.new("L", (8, 8)).save(file)
-    ...     data = load_image_folder(folder)
-    >>> data.target_names, data.target
-    (['cracked', 'intact'], array([0, 1, 1]))
-    """
-    if on_error not in ("warn", "raise"):
-        raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}.")
-    names = _category_names(Path(path), categories)
-    extensions = tuple(extensions or _IMAGE_EXTENSIONS)
-    listed = [(f, k) for k, name in enumerate(names) for f in _images_in(path, name, extensions)]
-    reasons = {file: reason for file, _ in listed if (reason := _header_error(file))}
-    if reasons:
-        _report(list(reasons.values()), on_error)
-    kept = [(file, k) for file, k in listed if file not in reasons]
-    target = np.array([k for _, k in kept], dtype=int)
-    empty = [os.path.join(path, names[k]) for k in sorted({*range(len(names))} - {*target})]
-    if empty:
-        raise ValueError(
-            f"No image in {empty}: looked for readable files that end in {', '.join(extensions)}. "
-            "Remove the folder, or set `categories`."
-        )
-    data = np.array([file for file, _ in kept], dtype=object)
-    return Bunch(
-        data=data, filenames=data, target=target, target_names=names, unreadable=list(reasons)
-    )
-
-
-def list_images(path: str | os.PathLike) -> list[str]:
-    """List the image files in a folder and its sub-folders.
-
-    Hidden files and folders, and files with other extensions, are passed over; nothing is opened.
-
-    Parameters
-    ----------
-    path : path
-        The folder.
-
-    Returns
-    -------
-    list of str
-        Paths, sorted.
-
-    Raises
-    ------
-    ValueError
-        If there is no such folder, or no image in it.
-
-    Examples
-    --------
-    >>> import pathlib, sklearn.datasets
-    >>> from sktransfer.io import list_images
-    >>> folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
-    >>> [pathlib.Path(file).name for file in list_images(folder)]
-    ['china.jpg', 'flower.jpg']
-    """
-    _check_folder(Path(path), "pass a folder of images.")
-    found = _images_in(path, "", _IMAGE_EXTENSIONS)
-    if not found:
-        raise ValueError(
-            f"No image in {os.fspath(path)!r}: looked for files that end in "
-            f"{', '.join(_IMAGE_EXTENSIONS)}."
-        )
-    return found
+    pixels = open_image(source, file_name(source) or "the image").decode()
+    if kind_of(source) in ("an array", "a tensor"):
+        _warn_of_darkness([source])
+    return pixels
 
 
 # Many images ----------------------------------------------------------------------------------
@@ -364,17 +261,61 @@ def _check_block(X: np.ndarray | torch.Tensor) -> None:
         remedy = "These are flat rows or one grey image: pass image_shape=(height, width), or [X]."
     elif is_tensor and len(shape) == 3:
         remedy = "Pass X.unsqueeze(1) for grey images, or X.unsqueeze(0) for a single image."
-    elif is_tensor and len(shape) == 4 and not 1 <= shape[1] <= 4:
-        remedy = "A tensor has its 1 to 4 channels first: pass X.permute(0, 3, 1, 2)."
+    elif len(shape) == 4 and shape[1 if is_tensor else 3] not in CHANNELS:
+        remedy = _channels_remedy(shape, is_tensor)
     elif not is_tensor and len(shape) == 3 and shape[2] in (3, 4) and shape[1] > 8:
         remedy = "If this is one colour image, pass [X]; if it is grey ones, X[..., np.newaxis]."
-    elif not is_tensor and len(shape) == 4 and not 1 <= shape[3] <= 4:
-        remedy = "An array has its 1 to 4 channels last"
-        remedy += ": pass X.transpose(0, 2, 3, 1)." if 1 <= shape[1] <= 4 else "."
     elif len(shape) > 4:
         remedy = "Images have at most 4 dimensions: (n, height, width, channels)."
     if remedy:
         raise ValueError(f"X has shape {shape}. {remedy}")
+
+
+def _channels_remedy(shape: tuple[int, ...], is_tensor: bool) -> str:
+    """Return what to do with images of this shape, (n, ...), which have not 1 or 3 channels."""
+    n_channels, other = (shape[1], shape[3]) if is_tensor else (shape[3], shape[1])
+    if n_channels in (2, 4) and other not in CHANNELS:
+        rest = f"X[:, :{n_channels - 1}]" if is_tensor else f"X[..., :{n_channels - 1}]"
+        return f"But {without_last(n_channels, rest)}."
+    order = "0, 3, 1, 2" if is_tensor else "0, 2, 3, 1"
+    move = f"X.{'permute' if is_tensor else 'transpose'}({order})"
+    what, where = ("A tensor", "first") if is_tensor else ("An array", "last")
+    remedy = f": pass {move}" if other in CHANNELS else ""
+    return f"{what} has its 1 or 3 channels {where}{remedy}."
+
+
+def _warn_of_darkness(images: Iterable[Any]) -> None:
+    """Warn if integer images are nearly black; nothing is read behind the first bright one."""
+    brightest = 0
+    for image in map(as_numpy, images):
+        if image.dtype.kind not in "iu" or image.size == 0:
+            return
+        brightest = max(brightest, int(image.max()))
+        if brightest > _DARK:
+            return
+    if brightest > 0:
+        warnings.warn(
+            f"The brightest pixel is {brightest}, but white is 255 for integers: the images are "
+            "nearly black. Divide by the largest possible value, as in X / 16 for scikit-learn's "
+            "digits.",
+            stacklevel=3,
+        )
+
+
+def _refuse_repeated_pages(images: Sequence[Any]) -> None:
+    """Raise a `ValueError` if an image that was moved to a later page is in several rows."""
+    rows: dict[int, list[int]] = {}
+    for row, image in enumerate(images):
+        if image.tell() > 0:
+            rows.setdefault(id(image), []).append(row)
+    for same in rows.values():
+        if len(same) > 1:
+            first = ", ".join(map(str, same[:5])) + ", ..." * (len(same) > 5)
+            raise ValueError(
+                f"rows {first} are one PIL image of several pages, which shows page "
+                f"{images[same[0]].tell()} (counted from 0) in all of them: pass a copy of each "
+                "page, [page.copy() for page in PIL.ImageSequence.Iterator(stack)]."
+            )
 
 
 def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
@@ -399,6 +340,8 @@ def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
             UserWarning,
             stacklevel=3,
         )
+    else:
+        _warn_of_darkness([X])
     return quantise(X).reshape(len(X), *shape)
 
 
@@ -415,60 +358,10 @@ def _resolve_shape(image_shape: Sequence[int], n_features: int) -> tuple[int, ..
         holds = f"a multiple of {known}" if -1 in shape else str(known)
         raise ValueError(f"X has {n_features} features, but image_shape={shape} takes {holds}.")
     shape = tuple(n_features // known if side == -1 else int(side) for side in shape)
-    if len(shape) == 3 and shape[2] > 4:
-        raise ValueError(f"image_shape={shape} has {shape[2]} channels, an image has 1 to 4.")
+    if len(shape) == 3 and shape[2] not in CHANNELS:
+        remedy = "an image has 1 or 3"
+        if shape[2] in (2, 4):
+            rest = f"X.reshape(-1, {', '.join(map(str, shape))})[..., :{shape[2] - 1}]"
+            remedy = without_last(shape[2], rest + " without image_shape")
+        raise ValueError(f"image_shape={shape} has {shape[2]} channels; {remedy}.")
     return shape
-
-
-# A folder of images ---------------------------------------------------------------------------
-
-
-def _category_names(folder: Path, categories: Sequence[str] | None) -> list[str]:
-    _check_folder(folder, "pass the folder that holds the categories.")
-    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
-    if not names:
-        raise ValueError(
-            f"{str(folder)!r} has no category folders: images are expected as "
-            f"{str(folder / 'category' / 'image.jpg')!r}."
-        )
-    missing = sorted(set(categories or []) - set(names))
-    if missing:
-        raise ValueError(f"{str(folder)!r} has no categories {missing}; it has {names}.")
-    return names if categories is None else [name for name in names if name in categories]
-
-
-def _check_folder(folder: Path, remedy: str) -> None:
-    if not folder.is_dir():
-        reason = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{str(folder)!r} {reason}: {remedy}")
-
-
-def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) -> list[str]:
-    def refuse(error: OSError) -> None:  # os.walk would pass over what it can't list
-        raise ValueError(f"The folder {error.filename!r} cannot be listed: {error}") from error
-
-    found = []
-    for root, folders, files in os.walk(os.path.join(path, name), onerror=refuse):
-        folders[:] = [folder for folder in folders if folder[0] != "."]
-        files = [f for f in files if f[0] != "." and f.lower().endswith(extensions)]
-        found += [os.path.join(root, file) for file in files]
-    return sorted(found)
-
-
-def _header_error(file: str) -> str:
-    """Return why Pillow can't open a file, or nothing if it can."""
-    try:
-        with Image.open(file):
-            return ""
-    except UnidentifiedImageError:
-        reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        reason = str(error)
-    return f"{file!r}: {reason}"
-
-
-def _report(reasons: list[str], on_error: str) -> None:
-    if on_error == "raise":
-        raise ValueError(f"{len(reasons)} unreadable images:\n" + "\n".join(reasons))
-    first = "\n".join(reasons[:5] + ["..."] * (len(reasons) > 5))
-    warnings.warn(f"{len(reasons)} unreadable images are left out:\n{first}", stacklevel=3)

@@ -10,16 +10,25 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import PIL.ImageSequence
 import polars as pl
 import pytest
 import scipy.sparse
 import torch
+from joblib import Parallel, delayed
 from PIL import Image, ImageFile, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
+from sklearn.utils import resample
 
 from sktransfer import _decoding
-from sktransfer.io import ImageSequence, check_images, load_image, load_image_folder
+from sktransfer.io import (
+    ImageSequence,
+    check_images,
+    list_images,
+    load_image,
+    load_image_folder,
+)
 
 CHINA, FLOWER = load_sample_images().images  # uint8 (427, 640, 3)
 SMALL = np.ascontiguousarray(FLOWER[100:340:8, 100:420:8])  # (30, 40, 3)
@@ -97,7 +106,6 @@ item_kinds = {
     "float16": lambda a: (a / 255).astype(np.float16),
     "tensor": lambda a: torch.tensor(a).permute(2, 0, 1),
     "float tensor": lambda a: (torch.tensor(a).permute(2, 0, 1) / 255).requires_grad_(),
-    "RGBA": lambda a: np.concatenate([a, a[..., :1]], axis=2),
 }
 
 
@@ -128,11 +136,11 @@ def test_polars_binary_and_bytes_array():
         np.testing.assert_array_equal(hwc(check_images(X).load(0)), SMALL)
 
 
-@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [None, 1, 3])
 @pytest.mark.parametrize("torch_tensor", [False, True])
 def test_blocks(channels, torch_tensor):
     X = np.random.RandomState(0).randint(0, 256, (4, 9, 7, channels or 1), dtype=np.uint8)
-    expected = X[..., :3] if (channels or 1) > 2 else np.repeat(X[..., :1], 3, axis=3)
+    expected = X if channels == 3 else np.repeat(X, 3, axis=3)
     if torch_tensor:
         X = torch.tensor(X).permute(0, 3, 1, 2)
     elif channels is None:
@@ -213,7 +221,7 @@ def test_open_reads_a_file_once(paths):
         ((1, -1), (1, 24)),
         ((-1, 6), (4, 6)),
         ((4, 2, 3), (4, 2)),
-        ((2, -1, 4), (2, 3)),
+        ((2, -1, 3), (2, 4)),
         ((4, 6, -1), (4, 6)),
         (np.array([4, 6]), (4, 6)),
     ],
@@ -258,7 +266,9 @@ def test_flat_rows_out_of_range_are_clipped_with_one_warning(dtype):
     [
         (np.zeros((2, 5)), (2, 3), ValueError, r"5 features, but image_shape=\(2, 3\) takes 6"),
         (np.zeros((2, 5)), (2, -1), ValueError, "takes a multiple of 2"),
-        (np.zeros((2, 10)), (1, 2, 5), ValueError, "5 channels"),
+        (np.zeros((2, 10)), (1, 2, 5), ValueError, "5 channels; an image has 1 or 3"),
+        (np.zeros((2, 24)), (2, 3, 4), ValueError, r"4 .*X\.reshape\(-1, 2, 3, 4\)\[\.\.\., :3\]"),
+        (np.zeros((2, 12)), (-1, 3, 2), ValueError, r"2 .*X\.reshape\(-1, 2, 3, 2\)\[\.\.\., :1\]"),
         (np.zeros((2, 10)), (-1, -1), ValueError, "one may be -1"),
         (np.zeros((2, 10)), (10,), ValueError, "must be"),
         (np.zeros((2, 10)), (2.0, 5.0), ValueError, "must be"),
@@ -309,9 +319,17 @@ def test_bad_flat_rows(X, image_shape, error, message):
         (torch.zeros(5, 64), ValueError, "image_shape"),
         (FLOWER, ValueError, r"\(427, 640, 3\).*one colour image, pass \[X\]"),
         (np.zeros((2, 3, 32, 30)), ValueError, r"channels last: pass X\.transpose\(0, 2, 3, 1\)"),
-        (np.zeros((2, 8, 8, 8)), ValueError, "1 to 4 channels last"),
+        (np.zeros((2, 8, 8, 8)), ValueError, "1 or 3 channels last"),
         (np.zeros((2, 2, 3, 8, 8)), ValueError, "at most 4 dimensions"),
         (torch.zeros(2, 32, 30, 3), ValueError, r"pass X\.permute\(0, 3, 1, 2\)"),
+        (
+            np.zeros((2, 8, 9, 4)),
+            ValueError,
+            r"9, 4\)\. But .*4 is dropped.*X\[\.{3}, :3\].*alpha",
+        ),
+        (np.zeros((2, 8, 9, 2)), ValueError, r"dropped unasked: pass X\[\.\.\., :1\].*grey"),
+        (torch.zeros(2, 4, 8, 9), ValueError, r"dropped unasked: pass X\[:, :3\]"),
+        (torch.ones(2, 2, 8, 9), ValueError, r"dropped unasked: pass X\[:, :1\]"),
         (torch.zeros(3, 32, 30), ValueError, r"unsqueeze\(1\).*unsqueeze\(0\)"),
         (torch.zeros(2, 2, 3, 8, 8), ValueError, "at most 4 dimensions"),
         (torch.eye(3).to_sparse(), TypeError, "Sparse input is not supported"),
@@ -357,8 +375,19 @@ def test_bad_sequences(X, error, message):
         (np.array([["a"]]), TypeError, "dtype <U1"),
         (np.zeros((0, 4)), ValueError, r"no pixels \(shape \(0, 4\)\)"),
         (np.zeros((3, 9, 8)), ValueError, r"np\.moveaxis\(image, 0, -1\)"),
-        (np.zeros((9, 8, 7)), ValueError, "1 to 4 channels"),
+        (np.zeros((9, 8, 7)), ValueError, "1 or 3 channels"),
         (np.zeros(9), ValueError, r"shape \(9,\)"),
+        (torch.zeros(9), ValueError, r"shape \(9,\)"),
+        (
+            np.ones((9, 8, 4)),
+            ValueError,
+            r"\(9, 8, 4\);.*image\[\.\.\., :3\].*alpha_composite",
+        ),
+        (np.ones((9, 8, 2)), ValueError, r"image\[\.\.\., :1\] if the others are grey"),
+        (torch.ones(4, 9, 8), ValueError, r"tensor of shape \(4, 9, 8\);.*pass image\[:3\]"),
+        (torch.ones(9, 8, 3), ValueError, r"\(9, 8, 3\);.*image\.permute\(2, 0, 1\)"),
+        (torch.ones(4, 8, 3), ValueError, r"\(4, 8, 3\);.*image\.permute\(2, 0, 1\)"),
+        (torch.ones(9, 8, 7), ValueError, r"\(9, 8, 7\); pass .* with 1 or 3 channels\."),
     ],
 )
 def test_bad_arrays_name_their_row(image, error, message):
@@ -374,6 +403,125 @@ def test_bad_arrays_name_their_row(image, error, message):
 def test_load_image_refuses_other_things():
     with pytest.raises(TypeError, match="the image is a number: pass paths, encoded bytes"):
         load_image(3)
+
+
+# Brightness ----------------------------------------------------------------------------------
+
+
+DIGITS = load_digits().images  # 0 to 16
+
+
+@pytest.mark.parametrize(
+    "X, brightest",
+    [
+        (DIGITS.astype(int), 16),
+        (DIGITS.astype(np.uint8), 16),
+        (torch.tensor(DIGITS, dtype=torch.int16)[:, None], 16),
+        (list(DIGITS[:3].astype(int)), 16),
+        (list(torch.tensor(DIGITS[:3]).int()), 16),
+        (DIGITS[:3].astype(int).tolist(), 16),
+        ((DIGITS > 8).astype(np.uint8), 1),  # a mask
+        (np.concatenate([np.zeros((5, 8, 8), int), DIGITS[:1].astype(int)]), 15),
+    ],
+)
+def test_integers_that_come_out_nearly_black_are_told(X, brightest):
+    message = rf"brightest pixel is {brightest}, but white is 255.*X / 16 for scikit-learn's digits"
+    with pytest.warns(UserWarning, match=message) as record:
+        check_images(X)
+    assert len(record) == 1
+
+
+def test_single_images_and_flat_rows_that_come_out_nearly_black_are_told():
+    for image in (DIGITS[0].astype(int), torch.tensor(DIGITS[0], dtype=torch.uint8)):
+        with pytest.warns(UserWarning, match="brightest pixel is 15"):
+            load_image(image)
+    with pytest.warns(UserWarning, match="brightest pixel is 16"):
+        check_images(load_digits().data.astype(int), image_shape=(8, 8))
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        np.zeros((3, 8, 8), int),
+        np.zeros((3, 8, 8), bool),
+        DIGITS > 8,
+        DIGITS / 160,
+        list(DIGITS / 160),
+        np.stack([np.zeros((8, 8), int), np.full((8, 8), 17)]),
+        [np.zeros((8, 8), int), np.full((9, 9), 17), np.ones((8, 8), int)],
+    ],
+)
+def test_other_dark_images_are_not_told(X):
+    check_images(X)  # a warning would be an error
+
+
+def test_nothing_is_read_behind_a_bright_image(tmp_path):
+    file = tmp_path / "images"
+    file.write_bytes(bytes([200] * 2**20))
+    os.truncate(file, 2**40)  # a terabyte, of which hardly anything is on the disk
+    check_images(np.memmap(file, np.uint8, "r", shape=(2**20, 2**10, 2**10)))
+
+
+# Images in memory ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP"])
+def test_a_lazily_opened_image_in_many_rows_and_threads(tmp_path, format):
+    Image.fromarray(FLOWER).save(tmp_path / "image", format)
+    expected = load_image(str(tmp_path / "image"))
+    for _ in range(8):
+        with Image.open(tmp_path / "image") as image, ThreadPoolExecutor(8) as threads:
+            images = check_images([image] * 8)
+            loaded = list(threads.map(images.load, range(8)))
+        assert all(torch.equal(one, expected) for one in loaded)
+
+
+def test_resampled_lazy_images_under_joblibs_threads(tmp_path):
+    for k in range(4):
+        Image.fromarray(np.roll(FLOWER, 50 * k, axis=1)).save(tmp_path / f"{k}.png")
+    expected = [check_images([load_image(tmp_path / f"{k}.png")]).digest(0) for k in range(4)]
+    for seed in range(5):
+        opened = [Image.open(tmp_path / f"{k}.png") for k in range(4)]
+        X, numbers = resample(opened, list(range(4)), n_samples=12, random_state=seed)
+        calls = (delayed(check_images(X).digests)(4) for _ in range(4))
+        for digests in Parallel(4, backend="threading")(calls):
+            assert digests == [expected[number] for number in numbers]
+        for image in opened:
+            image.close()
+
+
+@pytest.mark.parametrize("format", ["TIFF", "GIF", "PNG"])
+def test_pages_that_are_one_image_object_are_told(tmp_path, format):
+    pages = [Image.fromarray(np.roll(SMALL, k, axis=0)) for k in (0, 9, 20)]
+    pages[0].save(tmp_path / "stack", format, save_all=True, append_images=pages[1:])
+    with Image.open(tmp_path / "stack") as stack:
+        whole = [stack, stack]  # its first page, twice, as a bootstrap may give it
+        assert torch.equal(check_images(whole).load(1), load_image(str(tmp_path / "stack")))
+        X = list(PIL.ImageSequence.Iterator(stack))
+        with pytest.raises(ValueError, match=r"rows 0, 1, 2 are one .*page 2 .*page\.copy\(\)"):
+            check_images(X)
+        copies = [page.copy() for page in PIL.ImageSequence.Iterator(stack)]
+        assert len({check_images(copies).digest(k) for k in range(3)}) == 3
+        check_images([stack])  # moved by the user to another page
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
+def test_closed_images_say_so(tmp_path, format):
+    Image.fromarray(SMALL).save(tmp_path / "image", format)
+    with Image.open(tmp_path / "image") as left:
+        pass
+    with Image.open(tmp_path / "image") as loaded:
+        loaded.load()
+    with open(tmp_path / "image", "rb") as file:
+        of_file = Image.open(file)
+    used = Image.fromarray(SMALL)
+    closed = Image.open(tmp_path / "image")
+    closed.close()
+    used.close()
+    for image in (left, closed, of_file, used):
+        with pytest.raises(ValueError, match=r"^row 1: the PIL image is closed.*copy\(\).* path\."):
+            check_images([loaded, image]).load(1)
+    assert check_images([loaded, left]).load(0).shape == (3, 30, 40)
 
 
 # Broken files ----------------------------------------------------------------------------------
@@ -480,6 +628,12 @@ def failing(error):
 def test_whatever_pillow_raises_is_damage(tmp_path, monkeypatch, error):
     monkeypatch.setattr(ImageFile.ImageFile, "load", failing(error("from a plugin")))
     with pytest.raises(ValueError, match=r"row 1 \('.*'\): .*damaged.*from a plugin"):
+        bad_file(tmp_path, encode(SMALL, "PNG")).load(1)
+
+
+def test_an_error_without_a_text_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", failing(AssertionError()))
+    with pytest.raises(ValueError, match=r"row 1 .*cut short \(AssertionError\)"):
         bad_file(tmp_path, encode(SMALL, "PNG")).load(1)
 
 
@@ -672,7 +826,6 @@ def test_digest_of_pixels():
         SMALL.astype(int),
         Image.fromarray(SMALL),
         torch.tensor(SMALL).permute(2, 0, 1),
-        np.concatenate([SMALL, SMALL[..., :1]], axis=2),
     ]
     digests = {check_images([image]).digest(0) for image in decoded}
     assert len(digests) == 1
@@ -771,7 +924,7 @@ def test_bad_folders(folder, tmp_path):
     with pytest.raises(ValueError, match="readme.md' is a file, not a folder"):
         load_image_folder(folder / "readme.md")
     with pytest.raises(
-        ValueError, match="has no category folders: images are expected as '.*image"
+        ValueError, match=r"has no category folders: .* as '.*image.jpg'; 1 image \('1.tif'\)"
     ):
         load_image_folder(folder / "cat/deep/er")
     with pytest.raises(ValueError, match=r"on_error must be"):
@@ -784,6 +937,101 @@ def test_bad_folders(folder, tmp_path):
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="No image in"):
             load_image_folder(folder)
+
+
+def test_links_are_followed_by_all_who_list_images(folder, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "more").mkdir(parents=True)
+    for name in ("more/1.png", "more/2.png", "3.png"):
+        Image.fromarray(SMALL).save(elsewhere / name)
+    (folder / "cat/linked").symlink_to(elsewhere / "more")  # a folder in a class
+    (folder / "dog/linked.png").symlink_to(elsewhere / "3.png")  # an image
+    (folder / "owl").symlink_to(elsewhere)  # a class
+    (folder / "same owl").symlink_to(elsewhere)  # the same folder twice is listed twice
+    # links that lead back: to the class, the folder of classes, above it, and to each other
+    (folder / "cat/deep/again").symlink_to(folder / "cat")
+    (folder / "dog/all").symlink_to(folder)
+    (elsewhere / "back").symlink_to(tmp_path)
+    (elsewhere / "more/up").symlink_to(elsewhere)
+    owl = ["3.png", "more/1.png", "more/2.png"]
+    cat = ["10.jpg", "2.JPG", "deep/er/1.tif", "linked/1.png", "linked/2.png", "linked/up/3.png"]
+    expected = [f"cat/{name}" for name in cat] + ["dog/b.png", "dog/linked.png"]
+    expected += [f"{name}/{file}" for name in ("owl", "same owl") for file in owl]
+
+    data = load_image_folder(folder)
+    assert [Path(f).relative_to(folder).as_posix() for f in data.data] == expected
+    assert data.target.tolist() == [0] * 6 + [1] * 2 + [2] * 3 + [3] * 3
+    (tmp_path / "photos").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for place in (folder, f"{folder}/", "photos", "elsewhere/../photos"):
+        assert [Path(f).relative_to(place).as_posix() for f in list_images(place)] == expected
+        assert len(load_image_folder(place).data) == 14
+
+
+def test_links_that_lead_nowhere(folder):
+    (folder / "owl").symlink_to(folder / "no disk")
+    with pytest.warns(UserWarning, match=r"1 link \('.*owl'\) left out") as record:
+        assert load_image_folder(folder).target_names == ["cat", "dog"]
+    assert len(record) == 1 and record[0].filename == __file__
+    with pytest.warns(UserWarning, match="owl.*left out"):
+        assert len(list_images(folder)) == 4
+    (folder / "owl").unlink()
+    (folder / "cat/a").symlink_to(folder / "cat/b")
+    (folder / "cat/b").symlink_to(folder / "cat/a")
+    with pytest.warns(UserWarning, match=r"2 links \('.*a', '.*b'\) left out"):
+        assert len(load_image_folder(folder).data) == 4
+
+
+def make_images(root, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(SMALL).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    "names, part",
+    [
+        ("train/cat/1.png val/cat/2.png test/cat/3.png", "train"),
+        ("Training/cat/1.png Training/dog/1.png Test/2.png", "Training"),
+        ("test/cat/1.png test/dog/1.png", "test"),
+        ("train/a/1.png train/b/1.png valid/b/1.png valid/stray.png", "train"),
+    ],
+)
+def test_parts_of_a_data_set_are_no_classes(tmp_path, names, part):
+    root = make_images(tmp_path / "photos", names.split())
+    (root / "notes").mkdir()
+    message = rf"(?i)the parts \[.*{part}.* lie inside.*load_image_folder\('.*photos.{part}'\)"
+    with pytest.raises(ValueError, match=message):
+        load_image_folder(root)
+    parts = sorted({name.split("/")[0] for name in names.split()})
+    assert load_image_folder(root, categories=parts).target_names == parts
+    assert len(list_images(root)) == len(names.split())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "train/1.png test/1.png",  # to tell the parts from each other
+        "train/steam/1.png bus/city/1.png",  # vehicles
+        "train/2023/1.png test/2024/2.png",
+        "cat/train/1.png cat/test/1.png dog/train/1.png",
+    ],
+)
+def test_classes_that_are_called_like_parts(tmp_path, names):
+    root = make_images(tmp_path, names.split())
+    classes = sorted({name.split("/")[0] for name in names.split()})
+    assert load_image_folder(root).target_names == classes
+
+
+def test_images_beside_class_folders_are_told(folder):
+    make_images(folder, ["5.png", "1.JPG", "3.png", "2.png", ".hidden.png"])
+    message = r"4 images \('1.JPG', '2.png', '3.png', \.\.\.\) left out, .*pets' beside"
+    with pytest.warns(UserWarning, match=message) as record:
+        data = load_image_folder(folder)
+    assert len(record) == 1 and record[0].filename == __file__ and len(data.data) == 4
+    assert len(load_image_folder(folder, categories=["cat", "dog"]).data) == 4
+    assert len(list_images(folder)) == 8
 
 
 def test_damaged_jpeg_of_which_pillow_makes_something(capfd):
