@@ -1,4 +1,4 @@
-"""Small random networks by the hundred, in threads: OpenVINO's rows and activations against torch's.
+"""Small random networks by the hundred, in threads: what OpenVINO computes against torch.
 
 Networks come from files and in turn, so that older ones are destroyed while others run; five
 images each, `batch_size=3`. Some end in blocks that only pass on what they get. Freed memory is
