@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import platform
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ _SMALL = 100_000  # parameters; a smaller network takes less time than reading i
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 _KNOWN = ("torch.nn.", "timm.layers.")  # convolutions and norms whose maths is known
 _EXTRA = "pip install 'sktransfer[openvino]'"
+_MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")  # OpenVINO's names of what only passes on
 
 
 def resolve_runtime(
@@ -186,6 +189,12 @@ class OpenVinoProgram:
     Exception
         Whatever OpenVINO says of a module that it can't take; ValueError if it computes something
         else than torch.
+
+    Notes
+    -----
+    OpenVINO copies no input and not every weight. The weights that it takes from the module are
+    held by the compiled model. Of an input, it knows the address alone: its memory is held until
+    the results are copied, as they may lie there too.
     """
 
     def __init__(
@@ -196,22 +205,36 @@ class OpenVinoProgram:
         n_cores: int,
         n_streams: int,
     ) -> None:
-        model = _convert(_ChannelsLast(module), _channels_last(example))
-        settings = _settings(precision, n_cores, n_streams)
-        self._compiled = _core().compile_model(model, "CPU", settings)
+        traced = _trace(_ChannelsLast(module), _channels_last(example))
+        model = _convert(traced, _channels_last(example))
+        # What computes nothing is not worth a call of OpenVINO, whose result would be its input.
+        # A call of the traced graph does not meet torch.fx, which may trace in another thread.
+        self._pass_on = traced.forward if _only_moves(model) else None
+        if self._pass_on is None:
+            settings = _settings(precision, n_cores, n_streams)
+            self._compiled = _core().compile_model(model, "CPU", settings)
         self._idle: list[Any] = []  # requests, each with buffers of its own
-        self._check(module, example, _TOLERANCE[precision])
+        self._check(module, example, _TOLERANCE[precision], n_streams)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = _channels_last(x)
+        if self._pass_on is None:
+            found = self._infer(x)
+        else:
+            found = [y.clone() for y in self._pass_on(x)]  # results share no memory with inputs
+        return [y.permute(0, 3, 1, 2) if y.ndim == 4 else y for y in found]
+
+    def _infer(self, x: torch.Tensor) -> list[torch.Tensor]:
         import openvino
 
+        shared = x.numpy()  # named, to live until the results are copied: they may lie in it
         request = self._take_request()
         try:
-            request.infer({0: openvino.Tensor(_channels_last(x).numpy(), shared_memory=True)})
+            request.infer({0: openvino.Tensor(shared, shared_memory=True)})
             found = [torch.from_numpy(t.data.copy()) for t in request.output_tensors]
         finally:
             self._idle.append(request)
-        return [y.permute(0, 3, 1, 2) if y.ndim == 4 else y for y in found]
+        return found
 
     def _take_request(self) -> Any:
         try:
@@ -219,32 +242,60 @@ class OpenVinoProgram:
         except IndexError:
             return self._compiled.create_infer_request()
 
-    def _check(self, module: nn.Module, example: torch.Tensor, tolerance: float) -> None:
-        """Compare with torch on one batch: what traced wrongly must not be used."""
+    def _check(
+        self, module: nn.Module, example: torch.Tensor, tolerance: float, n_streams: int
+    ) -> None:
+        """Compare with torch: what traced or compiled wrongly must not be used.
+
+        Every stream has a graph of its own, and a graph may be right only for the first input
+        that it is given. So each stream runs two.
+        """
+        inputs = [example, (example / 2).to(example.dtype)]
         with torch.inference_mode():
-            expected = module(example)
-        expected = expected if isinstance(expected, tuple) else (expected,)
-        for mine, theirs in zip(self(example), expected, strict=True):
-            if mine.shape != theirs.shape:
-                raise ValueError(f"its result has shape {tuple(mine.shape)}, not {theirs.shape}")
-            error = float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
-            if not error <= tolerance:
-                raise ValueError(f"its result differs by {error:.2g} of the largest value")
+            expected = [module(x) for x in inputs]
+        # Threads that run at the same time take a stream each.
+        all_started = threading.Barrier(n_streams, timeout=60)
+
+        def run(_: int) -> list[list[torch.Tensor]]:
+            all_started.wait()
+            return [self(x) for x in inputs]
+
+        with ThreadPoolExecutor(n_streams) as threads:
+            for found in threads.map(run, range(n_streams)):
+                for mine, theirs in zip(found, expected, strict=True):
+                    theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+                    _compare(mine, theirs, tolerance)
+
+
+def _compare(
+    mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], tolerance: float
+) -> None:
+    """Raise a ValueError if OpenVINO's results are not those of torch."""
+    for a, b in zip(mine, theirs, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"its result has shape {tuple(a.shape)}, not {tuple(b.shape)}")
+        error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+        if not error <= tolerance:
+            raise ValueError(f"its result differs by {error:.2g} of the largest value")
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).contiguous()
 
 
-def _convert(module: nn.Module, example: torch.Tensor) -> Any:
-    """Return OpenVINO's model of what the module does to inputs of this shape and dtype."""
+def _trace(module: nn.Module, example: torch.Tensor) -> Any:
+    """Return the module's graph for inputs of this shape and dtype, its weights a part of it."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the tracer's, of what is constant for one shape
+        return torch.jit.freeze(torch.jit.trace(module.eval(), example, check_trace=False))
+
+
+def _convert(traced: Any, example: torch.Tensor) -> Any:
+    """Return OpenVINO's model of a traced graph."""
     from openvino import PartialShape
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer's, of what is constant for one shape
-        traced = torch.jit.freeze(torch.jit.trace(module.eval(), example, check_trace=False))
     # openvino.convert_model does the same, and reports its use over the network.
     decoder = TorchScriptPythonDecoder(traced, example_input=(example,))
     frontend = FrontEndManager().load_by_framework("pytorch")
@@ -254,6 +305,19 @@ def _convert(module: nn.Module, example: torch.Tensor) -> Any:
     source.set_element_type(_element_type(example.dtype))
     model.validate_nodes_and_infer_types()
     return model
+
+
+def _only_moves(model: Any) -> bool:
+    """Tell whether a model passes its input on, in another shape or order at most."""
+    ahead = list(model.inputs[0].get_node().outputs())
+    while ahead:
+        for use in ahead.pop().get_target_inputs():
+            node = use.get_node()
+            if node.get_type_name() in _MOVES:
+                ahead += node.outputs()
+            elif node.get_type_name() not in ("Result", "ShapeOf"):
+                return False
+    return True
 
 
 def _element_type(dtype: torch.dtype) -> Any:

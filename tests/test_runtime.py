@@ -1,5 +1,6 @@
 """OpenVINO or torch: the same rows, and what happens when OpenVINO can't do it."""
 
+import gc
 import os
 import pickle
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from networks import Untraceable, small
 from torch import nn
@@ -15,7 +17,7 @@ from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_mode
 from sktransfer._augmentation import Augmentation, Views
 from sktransfer._frozen import Activations, FrozenBlocks
 from sktransfer._inference import get_runner
-from sktransfer._runtime import fold_batch_norms, has_bfloat16
+from sktransfer._runtime import OpenVinoProgram, fold_batch_norms, has_bfloat16
 from sktransfer.io import check_images
 
 SIZE = 64  # pixels: the smallest that keeps positions until the last blocks
@@ -153,6 +155,107 @@ def test_what_was_computed_before_a_bad_image_is_kept(tiles, tmp_path):
     rows = embedding(check_images(paths))
     assert embedding.n_computed <= 2
     assert (rows == extractor(backbone=model.backbone).transform(paths)).all()
+
+
+# ------------------------------------------------------------------------------ shared memory
+
+
+class Twofold(nn.Module):
+    """Returns its input, and what it computes of it."""
+
+    def forward(self, x):
+        return x, x.relu()
+
+
+EMPTY = {
+    "identity": nn.Identity(),
+    "dropout": nn.Dropout(),
+    "flatten": nn.Flatten(),
+    "tokens": nn.Sequential(nn.Flatten(2), nn.Dropout(), nn.Unflatten(2, (49, 1))),
+}
+
+
+def program(module, *shape, n_streams=2):
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    return OpenVinoProgram(module.eval(), x, "float32", 2, n_streams)
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_only_passes_on_stays_off_openvino(name):
+    run = program(EMPTY[name], 64, 7, 7)
+    assert not hasattr(run, "_compiled")
+    x = torch.rand(1, 64, 7, 7)
+    expected = EMPTY[name](x.clone())
+    (y,) = run(x)
+    x.fill_(torch.nan)
+    assert torch.equal(y, expected)  # it shares no memory with the input
+
+
+def test_a_result_outlives_an_input_that_it_may_share():
+    run = program(Twofold(), 64, 7, 7)
+    found = []
+    inputs = [torch.randn(1, 64, 7, 7) for _ in range(20)]
+    for i, x in enumerate(inputs):
+        layout = torch.channels_last if i % 2 else torch.contiguous_format
+        copy = x.clone(memory_format=layout)  # the program makes another one of every second
+        found.append(run(copy))
+        copy.fill_(torch.nan)  # a request that goes on with another input does not look back
+    for x, (same, positive) in zip(inputs, found, strict=True):
+        assert torch.equal(same, x)
+        assert torch.equal(positive, x.relu())
+    assert len(run._idle) == 2
+
+
+def test_a_program_outlives_the_network():
+    module = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.GELU())
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = module(x)
+    run = program(module, 3, 16, 16)
+    assert torch.allclose(run(x)[0], expected, atol=1e-5)
+    shapes = [p.shape for p in module.parameters()]
+    del module
+    gc.collect()
+    junk = [torch.full(shape, torch.nan) for shape in shapes * 50]  # takes what was freed
+    assert torch.allclose(run(x)[0], expected, atol=1e-5)
+    assert len(junk) == 200
+
+
+def test_every_stream_is_compared_with_torch():
+    run = program(Wide(), 3, 32, 32, n_streams=4)
+    assert len(run._idle) == 4  # requests that ran at the same time
+
+
+class Fickle(nn.Module):
+    """Computes something else once it is traced: after its first calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * 2 if self.calls < 3 else x * 2 + (x < 0.5)
+
+
+def test_a_fault_that_the_first_input_does_not_show_is_found():
+    with pytest.raises(ValueError, match="differs by"):
+        program(Fickle(), 4)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet10t"])
+def test_last_slices_that_compute_nothing(name):
+    """In front of squeezenet's head is only a dropout; without head and pooling nothing is left."""
+    backbone = get_model("squeezenet1_1", None)
+    if name == "resnet10t":
+        backbone = get_model(timm.create_model(name, num_classes=0, global_pool=""))
+    found = []
+    for runtime in ("openvino", "torch"):
+        runner = get_runner(backbone, "cpu", "float32", runtime)
+        last = runner.embedding - 1
+        x = torch.rand(1, *runner.shape(last, (SIZE, SIZE)), generator=torch.Generator())
+        found += runner.block(last, (SIZE, SIZE))(x)  # a warning of falling back is an error
+    assert torch.equal(*found)
 
 
 # ------------------------------------------------------------------------------ falling back
