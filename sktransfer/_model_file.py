@@ -228,6 +228,7 @@ def _check_array(name: str, data: bytes) -> None:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)  # an archive or a pickle has another one
     read = np.lib.format.read_array_header_1_0
+    shape: Any
     shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
     n_bytes = math.prod(shape) * dtype.itemsize
     if dtype.hasobject or n_bytes != len(data) - file.tell() or (not n_bytes and math.prod(shape)):
@@ -302,15 +303,15 @@ class _Audit:
         words = [node.get(key) for key in ("__loader__", "__module__", "__class__")]
         if not all(isinstance(word, str) for word in words):
             raise _RefusedError(f"has a node without a kind, a module or a class: {words}.")
-        kind, name = words[0], f"{words[1]}.{words[2]}"
+        kind, name = words[0], _name(node)
         if kind not in _VALUES or _KNOWN.get(name, kind) != kind:
             self.calls.add(name)
         elif kind == "ObjectNode" and not _has_attributes(node):
             self.calls.add(name)  # its __setstate__ gets something else
         elif kind == "JsonNode":
             _value(node)
-        elif kind == "DictNode" and not _has_types_of_keys(node):
-            raise _RefusedError("has a dict whose types of keys are no types.")
+        elif kind == "DictNode":
+            self.calls |= _callers_of_keys(node)
         elif kind == "MaskedArrayNode" and not _is_masked_array(node["content"]):
             raise _RefusedError("has a masked array of what is no array.")
         elif kind == "NdArrayNode" and node["type"] == "json" and not _is_table(node):
@@ -387,12 +388,15 @@ def _has_attributes(node: dict[str, Any]) -> bool:
     )
 
 
-def _has_types_of_keys(node: dict[str, Any]) -> bool:
-    # Each is called with its key.
+def _callers_of_keys(node: dict[str, Any]) -> set[str]:
+    """Return the names of what is called with the keys of a dict, but types."""
     types = node["key_types"]
-    return types["__loader__"] == "ListNode" and all(
-        item["__loader__"] == "TypeNode" for item in types["content"]
-    )
+    items = types["content"] if types["__loader__"] == "ListNode" else [types]
+    return {_name(item) for item in items if item["__loader__"] != "TypeNode"}
+
+
+def _name(node: dict[str, Any]) -> str:
+    return f"{node['__module__']}.{node['__class__']}"
 
 
 def _is_masked_array(content: dict[str, Any]) -> bool:

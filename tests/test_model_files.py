@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 import zlib
@@ -101,13 +102,11 @@ def test_genuine_models_predict_the_same(kind, tmp_path):
 
 def test_genuine_detectors_and_language_models(tmp_path):
     objects = [{"boxes": np.array([[2, 2, 20, 20.0]]), "labels": np.array(["a"])}] * 3
-    detector = FineTunedDetector("fcos", max_epochs=1, image_size=64, random_state=0)
+    detector = FineTunedDetector("fcos", backbone="small", width=64, max_epochs=1, random_state=0)
     for i, model in enumerate([detector.fit(X[:3], objects), MaskedLanguagePretrainer("nowhere")]):
         skops.io.dump(model, tmp_path / f"{i}.skops", compression=zipfile.ZIP_DEFLATED)
         loaded = load_model(str(tmp_path / f"{i}.skops"))
-        assert (
-            type(loaded) is type(model) and loaded.get_params().keys() == model.get_params().keys()
-        )
+        assert repr(loaded) == repr(model)
     found = load_model(tmp_path / "0.skops").predict(X[:2])
     assert np.array_equal(found[0]["boxes"], detector.predict(X[:2])[0]["boxes"])
 
@@ -179,7 +178,7 @@ OS = node("ConstructorFromReduceNode", IMPORT, content=sequence(value("os")))
 SYSTEM = node("MethodNode", IMPORT, content={"obj": OS, "func": "system"})
 BITS = table({"bit_generator": value("seed")})
 ARRAY, FILE = array(np.array("canary"))
-DATA = array(np.arange(3))[0]
+MASK, OTHER = array(np.array(False), "1.npy")
 
 CODE = {  # root, members, what the error names
     "function": (table(KEY, [node("FunctionNode", PREPARE)]), PREPARE),
@@ -193,7 +192,7 @@ CODE = {  # root, members, what the error names
         node(
             "ConstructorFromReduceNode",
             "sktransfer._decoding._guarded",
-            content=sequence(SYSTEM, value("mkdir canary")),
+            content=sequence(SYSTEM, value("mkdir canary"), value("")),
         ),
         "sktransfer._decoding._guarded",
     ),
@@ -254,7 +253,7 @@ CODE = {  # root, members, what the error names
     "tuple": (sequence(name="sktransfer._cli.main"), "sktransfer._cli.main"),
     "array": ({**ARRAY, "__module__": "sktransfer._report", "__class__": "prepare"}, PREPARE),
     "masked array": (
-        node("MaskedArrayNode", PREPARE, content={"data": ARRAY, "mask": DATA}),
+        node("MaskedArrayNode", PREPARE, content={"data": ARRAY, "mask": MASK}),
         PREPARE,
     ),
     "random state": (node("RandomStateNode", "sktransfer._cli.main", content=table({})), "main"),
@@ -312,7 +311,7 @@ CODE = {  # root, members, what the error names
 def test_no_node_runs_code(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root, name = CODE[kind]
-    path = write(tmp_path / "crafted.skops", root, FILE)
+    path = write(tmp_path / "crafted.skops", root, FILE | OTHER)
     with pytest.raises(ValueError, match="could run any code") as error:
         load_model(path)
     assert name in str(error.value) and "trusted=[...]" in str(error.value)
@@ -389,11 +388,7 @@ def test_a_file_can_not_choose_a_folder_to_write_to(tmp_path, monkeypatch):
         make_pipeline(extractor, SVC(), memory="cache").fit(X, Y),
         classifier(unfreeze=0, memory="cache").fit(X, Y),
     ]
-    joblib.Memory("cache").clear(warn=False)
-    for name in os.listdir("cache/joblib"):
-        os.unlink(f"cache/joblib/{name}")
-    os.rmdir("cache/joblib")
-    os.rmdir("cache")
+    shutil.rmtree("cache")
     for model in models:
         skops.io.dump(model, "model.skops")
         loaded = load_model("model.skops")
@@ -459,9 +454,8 @@ def write_with(path, root, deflated):
         (name, deflated, 8, 100, zlib.crc32(bytes(100))),
         (b"schema.json", schema, 0, len(schema), zlib.crc32(schema)),
     ):
-        header = struct.pack(
-            "<HHHHHIIIHH", 20, 0, method, 0, 0, check, len(body), size, len(member), 0
-        )
+        sizes = check, len(body), size, len(member), 0
+        header = struct.pack("<HHHHHIIIHH", 20, 0, method, 0, 0, *sizes)
         central += b"PK\1\2" + struct.pack("<H", 20) + header
         central += struct.pack("<HHHII", 0, 0, 0, 0, len(parts)) + member
         parts += b"PK\3\4" + header + member + body
@@ -528,13 +522,16 @@ def deep(levels):
 
 
 BOMBS = {
-    "shared": (lambda: (shared(60), {}), "two objects of one id"),
+    "shared": (lambda: (shared(20), {}), "two objects of one id"),
     "in itself": (
         lambda: ({**sequence({**sequence(), "__id__": 1}), "__id__": 1}, {}),
         "two objects of one id",
     ),
     "no kind": (lambda: (sequence({**value(1), "__id__": 1}, {"__id__": 1}), {}), "but an id"),
-    "cached": (lambda: (sequence(node("CachedNode", "builtins.list", __id__=3)), {}), "list"),
+    "cached": (
+        lambda: (node("CachedNode", "builtins.list", __id__=3), {}),
+        "refers to an unknown object",
+    ),
     "one file, many arrays": (several_of_one_file, "for several objects"),
     "lying array": (lying_array, "a damaged array"),
     "archive for an array": (nested_archive, "magic string"),
