@@ -194,9 +194,9 @@ class Worker:
         return None
 
     def end(self) -> None:
+        self.pipe.close()  # it ends, if it does not hang
+        self.process.join(5)
         self.process.kill()
-        self.process.join()
-        self.pipe.close()
 
 
 def cases(parts: list[str], chance: random.Random) -> Iterator[Case]:

@@ -1,5 +1,6 @@
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,19 @@ def test_csv_and_page(report, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 3
     assert "http" not in text  # self-contained
+
+
+def test_no_name_is_html(report):
+    bad = "<script>{}</script>"
+    task = replace(report.task, name=bad.format(1), note=bad.format(2))
+    task.targets = {bad.format(3): np.where(report.task.targets[""] == "china", bad.format(4), "b")}
+    results = [
+        replace(r, convention=bad.format(3), backbone=bad.format(5), classifier=bad.format(i + 9))
+        for i, r in enumerate(report.results)
+    ]
+    costs = [replace(cost, backbone=bad.format(6)) for cost in report.costs]
+    page = _report._page(replace(report, task=task, results=results, costs=costs))
+    assert "<script" not in page and page.count("&lt;script&gt;") > len(results)
 
 
 def test_a_memory_is_used_again(tiles, tmp_path):

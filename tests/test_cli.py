@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import PretrainedFeatureExtractor, load_model
 from sktransfer._cli import main
 
 SMALL = ["--image-size", "64"]
@@ -54,7 +54,7 @@ def test_fit_says_what_it_made(model):
     assert "trained on 32 images of 2 classes: the head alone, 2,562 parameters" in out
     assert "on 8 images that were held out" in out and "macro avg" in out
     assert f"written: {path}" in out
-    loaded = skops.io.load(path, trusted=skops.io.get_untrusted_types(file=path))
+    loaded = load_model(path)
     assert loaded.memory is None and loaded.unfreeze == 0 and loaded.image_size == 64
 
 

@@ -37,9 +37,9 @@ from sktransfer import (
     load_model,
     register_model,
 )
-from sktransfer import _model_file as module
 from sktransfer._cli import main
 from sktransfer._detectors import load_detector
+from sktransfer._model_audit import OURS
 from sktransfer.models import Backbone, _builders
 from sktransfer.transforms import Preprocessing
 
@@ -71,7 +71,7 @@ GENUINE = {
     "several labels": lambda: classifier().fit(X, np.eye(2, dtype=int)[[0, 1] * 6]),
     "numbers": lambda: FineTunedRegressor("small", max_epochs=1).fit(X, np.arange(12.0)),
     "state": lambda: classifier(random_state=np.random.RandomState(0)).fit(X, Y),
-    "as it is": lambda: PretrainedClassifier("efficientnet_lite0", image_size=32),
+    "as it is": lambda: PretrainedClassifier(image_size=32, runtime="torch"),
     "svm": lambda: make_pipeline(PretrainedFeatureExtractor("small"), StandardScaler(), SVC()).fit(
         X, Y
     ),
@@ -101,9 +101,11 @@ def test_genuine_models_predict_the_same(kind, tmp_path):
 
 
 def test_genuine_detectors_and_language_models(tmp_path):
-    objects = [{"boxes": np.array([[2, 2, 20, 20.0]]), "labels": np.array(["a"])}] * 3
-    detector = FineTunedDetector("fcos", backbone="small", width=64, max_epochs=1, random_state=0)
-    for i, model in enumerate([detector.fit(X[:3], objects), MaskedLanguagePretrainer("nowhere")]):
+    objects = [{"boxes": np.array([[2, 2, 20, 20.0]]), "labels": np.array(["a"])}]
+    detector = FineTunedDetector(
+        "retinanet", backbone="small", width=64, image_size=64, max_epochs=1, runtime="torch"
+    )
+    for i, model in enumerate([detector.fit(X[:1], objects), MaskedLanguagePretrainer("nowhere")]):
         skops.io.dump(model, tmp_path / f"{i}.skops", compression=zipfile.ZIP_DEFLATED)
         loaded = load_model(str(tmp_path / f"{i}.skops"))
         assert repr(loaded) == repr(model)
@@ -115,7 +117,7 @@ def test_the_list_holds_our_estimators_and_nothing_else():
     exported = {getattr(sktransfer, name) for name in sktransfer.__all__}
     estimators = {c for c in exported if isinstance(c, type) and issubclass(c, BaseEstimator)}
     listed = set()
-    for name in module._OURS:
+    for name in OURS:
         place, _, attribute = name.rpartition(".")
         found = getattr(import_module(place), attribute)
         assert f"{found.__module__}.{found.__qualname__}" == name and isinstance(found, type)
@@ -550,6 +552,26 @@ BOMBS = {
     ),
     "JSON in JSON": (lambda: (value([[1]]), {}), "is a container"),
     "deep": (lambda: (deep(150), {}), "nested in more than 200 levels"),
+    "ids of one hash": (lambda: ({**value(1), "__id__": 2**61 - 1}, {}), "no address"),
+    "numbers of one hash": (
+        lambda: (sequence(*[value(i * (2**61 - 1)) for i in range(10_001)], kind="Set"), {}),
+        "more than 10,000 numbers",
+    ),
+    "keys of one hash": (
+        lambda: (
+            table(
+                {str(i * (2**61 - 1)): value(1) for i in range(10_001)},
+                [node("TypeNode", "builtins.int")] * 10_001,
+            ),
+            {},
+        ),
+        "more than 10,000 numbers",
+    ),
+    "a number for bytes": (
+        lambda: ({**array(np.array(10**12))[0], "__class__": "void"}, array(np.array(10**12))[1]),
+        "'numpy.void'",
+    ),
+    "many values": (lambda: ({**value(1), "x": [0] * 1_000_000}, {}), "more than 1,000,000 values"),
     "missing member": (lambda: (array(1)[0], {}), "lacks a member"),
     "no object": (lambda: ({}, {}), "describes no object"),
 }
@@ -558,7 +580,7 @@ BOMBS = {
 @pytest.mark.parametrize("kind", BOMBS)
 def test_bombs_of_other_kinds(kind, tmp_path):
     make, message = BOMBS[kind]
-    path = write(tmp_path / "bomb.skops", *make())
+    path = write(tmp_path / "bomb.skops", *make(), compression=8)
     with pytest.raises(ValueError, match=message):
         load_model(path)
 
