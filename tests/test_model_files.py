@@ -56,7 +56,8 @@ def _small_is_a_name():
 
 
 def classifier(**options):
-    return FineTunedClassifier("small", **{"max_epochs": 1, "random_state": 0, **options})
+    defaults = {"backbone": "small", "max_epochs": 1, "random_state": 0}
+    return FineTunedClassifier(**{**defaults, **options})
 
 
 # ------------------------------------------------------------------------------ genuine files
