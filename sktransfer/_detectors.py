@@ -72,13 +72,16 @@ def load_detector(name: str, weights: Any) -> nn.Module:
         return create()
     published = get_model_weights(name)
     if weights == "default":
-        return create(weights=published.DEFAULT)
+        weights = published.DEFAULT
     if isinstance(weights, str) and weights not in published.__members__:
         raise ValueError(
             f"weights={weights!r} are not published for {name!r}; there are "
             f"{', '.join(published.__members__)}, 'default', a path to a state dict, or None."
         )
-    return create(weights=published[weights] if isinstance(weights, str) else weights)
+    chosen = published[weights] if isinstance(weights, str) else weights
+    # The builder reads the downloaded file as a pickle: look first that it holds tensors alone.
+    chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    return create(weights=chosen)
 
 
 def _from_file(create: Callable[..., nn.Module], name: str, path: Any) -> nn.Module:

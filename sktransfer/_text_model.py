@@ -162,8 +162,8 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
     try:
         with _silence(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            network = AutoModelForMaskedLM.from_pretrained(model)
-            words = AutoTokenizer.from_pretrained(tokenizer or model)
+            network = AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False)
+            words = AutoTokenizer.from_pretrained(tokenizer or model, trust_remote_code=False)
     except Exception as error:  # it has a dozen ways to say what is missing
         raise OSError(
             f"model={model!r}, tokenizer={tokenizer!r} could not be loaded "

@@ -3,6 +3,7 @@ import locale
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -117,6 +118,19 @@ def test_a_report_that_can_not_be_written_is_printed(tiles, tmp_path, capsys):
         assert main([*arguments, "--depths", "0", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "fine-tuned, unfreeze=0" in out and "results.csv" in err
+
+
+def test_no_name_is_html(report):
+    bad = "<script>{}</script>"
+    task = replace(report.task, name=bad.format(1), note=bad.format(2))
+    task.targets = {bad.format(3): np.where(report.task.targets[""] == "china", bad.format(4), "b")}
+    results = [
+        replace(r, convention=bad.format(3), backbone=bad.format(5), classifier=bad.format(i + 9))
+        for i, r in enumerate(report.results)
+    ]
+    costs = [replace(cost, backbone=bad.format(6)) for cost in report.costs]
+    page = _report._page(replace(report, task=task, results=results, costs=costs))
+    assert "<script" not in page and page.count("&lt;script&gt;") > len(results)
 
 
 def test_a_memory_is_used_again(tiles, tmp_path):

@@ -23,6 +23,7 @@ from sktransfer import (
     FineTunedClassifier,
     FineTunedRegressor,
     PretrainedFeatureExtractor,
+    load_model,
 )
 from sktransfer._cli import main
 from sktransfer._escaping import csv_cell, map_text
@@ -65,7 +66,7 @@ def test_fit_says_what_it_made(model):
     assert "trained on 32 images of 2 classes: the head alone, 2,562 parameters" in out
     assert "on 8 images that were held out" in out and "macro avg" in out
     assert f"written: {path}" in out
-    loaded = skops.io.load(path, trusted=skops.io.get_untrusted_types(file=path))
+    loaded = load_model(path)
     assert loaded.memory is None and loaded.unfreeze == 0 and loaded.image_size == 64
 
 
