@@ -454,8 +454,8 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         X : sequence of images
             See :class:`sktransfer.PretrainedFeatureExtractor`.
         y : array-like of shape (n,) or (n, n_labels)
-            Labels of any type; or an indicator matrix of zeros and ones, if an image may have
-            several.
+            Strings, integers, booleans or other labels of one type, none of them missing; or an
+            indicator matrix of zeros and ones, not sparse, if an image may have several.
         sample_weight : array-like of shape (n,), default=None
             Weights of the images; one of weight 2 counts as two of them.
 

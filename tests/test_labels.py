@@ -75,7 +75,8 @@ def test_labels_in_weights_parts_and_held_out_images(name):
     y = {**LABELS, **NULLABLE}[name]
     classes = classifier().fit(X, y).classes_
     weights = dict(zip(classes.tolist(), (1.0, 3.0), strict=True))
-    weighted = classifier(class_weight=weights, early_stopping=True, validation_fraction=0.25)
+    options = {"unfreeze": 1, "early_stopping": True, "validation_fraction": 0.25}
+    weighted = classifier(class_weight=weights, **options)
     same_labels(weighted.fit(X, y).classes_, classes)
     in_parts = classifier(unfreeze=1)
     for _ in range(2):
