@@ -19,6 +19,7 @@ from sklearn.svm import SVC
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length
 
+from sktransfer._labels import plain_labels
 from sktransfer._pretrained import PretrainedFeatureExtractor
 from sktransfer.base import check_y
 from sktransfer.io import ImageSequence
@@ -63,7 +64,7 @@ def check_labels(y: Any, images: ImageSequence, purpose: str) -> np.ndarray:
     """Return one label of any type for each image, of two classes at least."""
     if y is None:
         raise ValueError(f"{purpose} requires y to be passed, but the target y is None.")
-    y = check_y(y)
+    y = check_y(plain_labels(y))
     check_consistent_length(images, y)
     check_classification_targets(y)
     classes = np.unique(y)

@@ -20,6 +20,7 @@ from torch import nn
 from sktransfer._augmentation import AUGMENTATIONS
 from sktransfer._depth_search import search_depth
 from sktransfer._export import Affine, export_onnx
+from sktransfer._labels import plain_labels, refuse_missing
 from sktransfer._settings import Settings, unordered
 from sktransfer._trained import TrainedEstimator
 from sktransfer._trainer import Trainer
@@ -66,7 +67,7 @@ class _FineTuned(TrainedEstimator):
         in_parts: bool = False,
     ) -> Self:
         """Fit or, with `in_parts` or `warm_start`, go on with what is fitted."""
-        self._check_given(y)
+        y = self._check_given(y)
         if in_parts and self.unfreeze == "auto" and not hasattr(self, "_trainer"):
             raise ValueError(
                 "unfreeze='auto' can't be searched for on a part of the images: call fit first, "
@@ -105,12 +106,15 @@ class _FineTuned(TrainedEstimator):
             depths = ", ".join(map(str, self.depth_search_["depths"]))
             print(f"unfreeze='auto' took {self.depth_search_['unfreeze']} of {depths}")
 
-    def _check_given(self, y: Any) -> None:
+    def _check_given(self, y: Any) -> Any:
+        """Return `y` in a container that scikit-learn takes; raise an error if it misses some."""
         if y is None:
             raise ValueError(
                 f"This {type(self).__name__} estimator requires y to be passed, but the target y "
                 "is None."
             )
+        refuse_missing(y)
+        return y
 
     def _settings(self, n_outputs: int) -> Settings:
         settings = super()._settings(n_outputs)
@@ -450,8 +454,8 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         X : sequence of images
             See :class:`sktransfer.PretrainedFeatureExtractor`.
         y : array-like of shape (n,) or (n, n_labels)
-            Labels of any type; or an indicator matrix of zeros and ones, if an image may have
-            several.
+            Strings, integers, booleans or other labels of one type, none of them missing; or an
+            indicator matrix of zeros and ones, not sparse, if an image may have several.
         sample_weight : array-like of shape (n,), default=None
             Weights of the images; one of weight 2 counts as two of them.
 
@@ -476,22 +480,23 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         -------
         self
         """
-        self._check_given(y)
+        y = self._check_given(y)
+        classes = None if classes is None else np.unique(plain_labels(classes))
         if self.class_weight == "balanced":
             raise ValueError(
                 "class_weight='balanced' is not known from a part of the images; pass "
                 "sklearn.utils.class_weight.compute_class_weight's result as a dict."
             )
         if hasattr(self, "_trainer"):
-            if classes is not None and not np.array_equal(np.unique(classes), self.classes_):
+            if classes is not None and not np.array_equal(classes, self.classes_):
                 raise ValueError(
-                    f"classes={list(classes)!r} are not those of the first call to partial_fit, "
+                    f"classes={classes.tolist()!r} are not those of the first call to partial_fit, "
                     f"{self.classes_.tolist()}."
                 )
         elif classes is None:
             raise ValueError("classes must be passed on the first call to partial_fit.")
         else:
-            self.classes_ = np.unique(classes)
+            self.classes_ = classes
             is_multilabel = type_of_target(y) == "multilabel-indicator"
             self._kind = "label" if is_multilabel else "class"
         return self._fit(X, y, sample_weight, lambda y, _: self._encode(y, True), in_parts=True)
@@ -545,6 +550,25 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         """
         return self._labels(self.predict_proba(X))
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy on images; of several labels an image, how often all are right.
+
+        Parameters
+        ----------
+        X : sequence of images
+        y : array-like of shape (n,) or (n, n_labels)
+            Labels as in `fit`.
+        sample_weight : array-like of shape (n,), default=None
+
+        Returns
+        -------
+        float
+        """
+        return super().score(X, plain_labels(y), sample_weight)
+
+    def _check_given(self, y: Any) -> Any:
+        return plain_labels(super()._check_given(y))
+
     def _labels(self, probabilities: np.ndarray) -> np.ndarray:
         if self._kind == "label":
             return (probabilities > 0.5).astype(int)
@@ -561,6 +585,12 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         """Turn labels into class numbers (n,), or zeros and ones (n, n_labels)."""
         y = check_y(y, multi_output=True, estimator=self)
         y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
+        if type_of_target(y) == "continuous-multioutput":
+            raise ValueError(
+                f"Unknown label type: y has {y.shape[1]} columns of fractions. Soft labels are not "
+                "taken: pass the most probable one, y.argmax(1), or every image once for each of "
+                "its labels, with the shares as sample_weight."
+            )
         check_classification_targets(y)
         is_multilabel = type_of_target(y) == "multilabel-indicator"
         if y.ndim == 2 and not is_multilabel:

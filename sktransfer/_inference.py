@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import sys
 import threading
 import warnings
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from sktransfer._runtime import (
     OpenVinoProgram,
     Program,
     fold_batch_norms,
+    forget_openvino,
     reason_of,
     resolve_runtime,
     warn_fallback,
@@ -54,6 +56,7 @@ _T = TypeVar("_T")
 network_lock = threading.RLock()
 _runners_lock = threading.Lock()
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
+_all_runners: WeakSet[Runner] = WeakSet()  # also those of fitted estimators
 
 
 def get_runner(
@@ -76,6 +79,25 @@ def _new_runner(runners: dict[Any, Runner], backbone: Backbone, asked: Any) -> R
     runners[key] = runners.get(key) or Runner(backbone, resolved, precision, chosen)
     runners[asked] = runners[key]
     return runners[asked]
+
+
+def _after_fork() -> None:
+    """Let a forked child compute on torch, on one core.
+
+    It has none of its parent's threads: OpenMP, through which torch uses several cores, and
+    OpenVINO would wait for them forever. Nor is there anybody who would release a lock.
+    """
+    torch.set_num_threads(1)
+    forget_openvino([runner._programs for runner in _all_runners])
+    for lock in (network_lock, _runners_lock):
+        lock._at_fork_reinit()  # type: ignore[union-attr]
+    _runners.clear()
+    for runner in _all_runners:
+        runner.runtime, runner._programs, runner._n_cores = "torch", {}, 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _OutputError(TypeError):
@@ -110,6 +132,7 @@ class Runner:
         # As many cores as torch may use here, which joblib limits in its workers.
         self._n_cores = torch.get_num_threads()
         self._programs: dict[Any, Program] = {}
+        _all_runners.add(self)
         self.flops: dict[tuple[int, int], list[int]] = {}  # see FrozenBlocks.flops
 
     @cached_property

@@ -7,7 +7,7 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import joblib
@@ -157,44 +157,45 @@ class ImageMemory:
         items = self._backend.get_items()
         return {"n_entries": len(items), "n_bytes": sum(item.size for item in items)}
 
-    def claim(self, func_id: str, digests: Iterable[bytes]) -> list[bool]:
+    def claim(self, func_id: str, digests: Iterable[bytes], owner: object) -> list[bool]:
         """Take the right to compute these, as far as nobody else has it, without waiting.
 
         A caller reads, claims what is missing, *reads the claimed once more*, as another may have
         finished it in between, computes, writes and releases. What it did not get it defers.
 
+        Parameters
+        ----------
+        func_id : str
+        digests : iterable of bytes
+        owner : object
+            Whose the claims will be. It, not a list that Ctrl-C may cut short, is what a caller
+            keeps: `release_all` gives back whatever it holds.
+
         Returns
         -------
         list of bool
-            False where another process or thread, or this one, holds the claim. The death of
+            False where another process or owner, or this one, holds the claim. The death of
             a process frees its claims.
         """
-        return self._claims.take(_places(func_id, digests))
+        return self._claims.take(_places(func_id, digests), owner)
 
-    def release(self, func_id: str, digests: Iterable[bytes]) -> None:
-        """Give claims back, from any thread; what this process does not hold is left alone."""
-        self._claims.give_back(_places(func_id, digests))
+    def release(self, func_id: str, digests: Iterable[bytes], owner: object) -> None:
+        """Give claims back, from any thread; what `owner` does not hold is left alone."""
+        self._claims.give_back(_places(func_id, digests), owner)
 
-    @contextlib.contextmanager
-    def claimed(self, func_id: str, digests: Iterable[bytes]) -> Iterator[list[bool]]:
-        """Claim for the length of a ``with`` block; see `claim`."""
-        places = _places(func_id, digests)
-        mine: list[bool] = []
-        try:
-            self._claims.take(places, mine)
-            yield mine
-        finally:
-            self._claims.give_back([p for p, is_mine in zip(places, mine, strict=False) if is_mine])
+    def release_all(self, owner: object) -> None:
+        """Give back all that `owner` holds."""
+        self._claims.give_all_back(owner)
 
-    def wait(self, func_id: str, digest: bytes) -> None:
+    def wait(self, func_id: str, digest: bytes, owner: object) -> None:
         """Return once nobody holds the claim of this key; then read, or claim it.
 
         Raises
         ------
         RuntimeError
-            This thread holds claims: two that wait for each other would wait forever.
+            `owner` holds claims: two that wait for each other would wait forever.
         """
-        self._claims.wait(_places(func_id, [digest])[0])
+        self._claims.wait(_places(func_id, [digest])[0], owner)
 
     @functools.cached_property
     def _claims(self) -> Claims:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,7 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 _KNOWN = ("torch.nn.", "timm.layers.")  # convolutions and norms whose maths is known
 _EXTRA = "pip install 'sktransfer[openvino]'"
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")  # OpenVINO's names of what only passes on
+_lost_threads = False  # this process was forked from one in which OpenVINO runs
 
 
 def resolve_runtime(
@@ -59,11 +61,28 @@ def warn_fallback(name: str, reason: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=2)
 
 
+def forget_openvino(programs: Iterable[Any]) -> None:
+    """Have a forked child use torch: OpenVINO waits for threads that only the parent has.
+
+    So does the end of its objects, which therefore never comes: not even with the process.
+    """
+    global _lost_threads
+    if _core.cache_info().currsize:
+        _lost_threads = True
+        for kept in (_core(), *programs):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+
+
 def _reason_against(device: torch.device, precision: str) -> str | None:
     if device.type != "cpu":
         return f"runtime='openvino' is for a CPU, and the device is {str(device)!r}"
     if precision not in _TOLERANCE:
         return f"it does not compute in {precision}"
+    if _lost_threads:
+        return (
+            "this process was forked from one in which OpenVINO runs; start it by the method "
+            "'spawn' or 'forkserver' of multiprocessing, or by joblib's default, loky"
+        )
     if importlib.util.find_spec("openvino") is None:
         return f"it is not installed: {_EXTRA}"
     return None

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import lmdb
@@ -71,17 +71,19 @@ class Store:
     power loss may take back the latest batch, which is then computed again, never half of it.
     """
 
+    _fd: Any = None
+    _env: Any = None  # py-lmdb does not touch an environment of another process
+
     def __init__(self, folder: str) -> None:
         self.folder, self.path = folder, os.path.join(folder, "data.mdb")
         self.forget()
 
     def forget(self) -> None:
         """Let go of what belongs to the parent process, or to a first use."""
-        if getattr(self, "_fd", None) is not None:
+        if self._fd is not None:
             os.close(self._fd)  # a copy that would prolong a lock held by the parent
         self._mutex = threading.Lock()
-        self._fd: Any = None
-        self._env: Any = None  # py-lmdb does not touch an environment of another process
+        self._fd = self._env = None
         self._tables: dict[bytes, Any] = {}
         self._known: tuple[int, ...] | None = None  # the file as it was last found sound
         self._suspect = self._doubted = self.readonly = False
@@ -102,21 +104,21 @@ class Store:
             The store cannot be read or written; its message says why.
         """
         try:
-            with self.locked(write):
-                return self._transact(job, write)
-        except _Damaged:
-            with self.locked(write):  # now checked, whatever its seal says
-                return self._transact(job, write)
+            return self._in_turn(lambda env: self._transact(job, write), write)
+        except _Damaged:  # now checked, whatever its seal says
+            return self._in_turn(lambda env: self._transact(job, write), write)
 
-    @contextlib.contextmanager
-    def locked(self, write: bool) -> Iterator[Any]:
-        """Keep others from writing, or altogether, while this yields a sound environment."""
+    def _in_turn(self, action: Callable[[Any], T], write: bool) -> T:
+        """Call `action(env)` while others are kept from writing, or altogether.
+
+        No context manager of our own: Ctrl-C between its start and the block would leave it locked.
+        """
         with self._mutex:
             try:
                 self._acquire(write)
                 if write and self.readonly:
                     raise OSError(errno.EROFS, os.strerror(errno.EROFS), self.path)
-                yield self._env
+                result = action(self._env)
             except _DAMAGE as error:
                 self._suspect = True
                 raise _Damaged(f"{self.path}: {error}") from error
@@ -129,7 +131,8 @@ class Store:
                     fcntl.flock(self._fd, fcntl.LOCK_UN)
             news, self._news = self._news, []
         for text in news:
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(text, UserWarning, stacklevel=4)
+        return result
 
     def _transact(self, job: Callable[..., T], write: bool) -> T:
         while True:
@@ -144,8 +147,7 @@ class Store:
             except _DAMAGE:
                 raise
             except lmdb.Error:  # such as a full disk: what was committed before stands
-                self._env.close()
-                self._env = None
+                self._close_env()
                 if write:
                     self._seal()
                 raise
@@ -180,9 +182,7 @@ class Store:
         return stamp(found) == self._known or is_sealed(found) or not (fcntl or self._env is None)
 
     def _open(self, found: os.stat_result) -> None:
-        if self._env is not None:
-            self._env.close()
-            self._env = None
+        self._close_env()
         if not self._is_sound(found):
             problem = find_problem(self.path)
             if problem is not None:
@@ -205,7 +205,11 @@ class Store:
             lock=not (fcntl or self.readonly),
             max_dbs=len(TABLES),
         )
-        self._tables = {n: self._env.open_db(n, create=not self.readonly) for n in TABLES}
+        try:
+            self._tables = {n: self._env.open_db(n, create=not self.readonly) for n in TABLES}
+        except BaseException:  # such as Ctrl-C: an environment without tables is of no use
+            self._close_env()
+            raise
         self._seal()
 
     def _seal(self) -> None:
@@ -232,11 +236,19 @@ class Store:
         )
 
     def _close(self) -> None:
-        if self._env is not None:
-            self._env.close()
-        if self._fd is not None:
-            os.close(self._fd)
-        self._env = self._fd = None
+        self._close_env()
+        try:
+            if self._fd is not None:
+                os.close(self._fd)
+        finally:  # Ctrl-C may come right after: another file could get the number
+            self._fd = None
+
+    def _close_env(self) -> None:
+        try:
+            if self._env is not None:
+                self._env.close()
+        finally:
+            self._env = None
 
     def doubt(self) -> None:
         """Have the file checked at its next use, its seal notwithstanding; once is enough."""
@@ -265,33 +277,40 @@ class Store:
 
     def clear(self) -> None:
         """Delete everything, and give its space back at once."""
-        with self.locked(write=True):
-            os.unlink(self.path)
-            for path in glob.glob(glob.escape(self.path) + ".*"):  # damaged or unfinished ones
-                os.unlink(path)
-            self._close()
+        self._in_turn(self._unlink, write=True)
+
+    def _unlink(self, env: Any) -> None:
+        os.unlink(self.path)
+        for path in glob.glob(glob.escape(self.path) + ".*"):  # damaged or unfinished ones
+            os.unlink(path)
+        self._close()
 
     def shrink(self) -> None:
         """Give the space of deleted entries back, once it is the larger part of the file."""
-        with self.locked(write=True) as env:
-            if _n_bytes(env, self._tables) > os.path.getsize(self.path) // 2:
-                return
-            fresh = f"{self.path}.{os.getpid()}"
-            try:
-                with open(fresh, "wb") as file:
-                    env.copyfd(file.fileno(), compact=True)
-                    os.fsync(file.fileno())
-                seal(fresh)
-                os.replace(fresh, self.path)
-            except (OSError, lmdb.Error):  # no room for a copy: the free pages stay for later rows
-                with contextlib.suppress(OSError):
-                    os.unlink(fresh)
-            else:
-                self._close()
+        self._in_turn(self._compact, write=True)
+
+    def _compact(self, env: Any) -> None:
+        if _n_bytes(env, self._tables) > os.path.getsize(self.path) // 2:
+            return
+        fresh = f"{self.path}.{os.getpid()}"
+        try:
+            with open(fresh, "wb") as file:
+                env.copyfd(file.fileno(), compact=True)
+                os.fsync(file.fileno())
+            seal(fresh)
+            os.replace(fresh, self.path)
+        except (OSError, lmdb.Error):  # no room for a copy: the free pages stay for later rows
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+        else:
+            self._close()
 
     def info(self) -> dict[str, int]:
         """Count entries, and the bytes of their pages."""
-        with self.locked(write=False) as env, env.begin() as txn:
+        return self._in_turn(self._count, write=False)
+
+    def _count(self, env: Any) -> dict[str, int]:
+        with env.begin() as txn:
             n_rows, n_files = (txn.stat(self._tables[t])["entries"] for t in (b"rows", b"files"))
         return {"n_entries": n_rows + n_files, "n_bytes": _n_bytes(env, self._tables)}
 
@@ -329,7 +348,14 @@ class Claims:
     The kernel drops the locks of a process that dies, so no claim can be left over. They
     belong to the process as a whole, and all of them go when it closes any descriptor of the file:
     hence one descriptor for good, and a table of our own for the threads.
+
+    Ctrl-C may come between any two steps. So the table, and nothing else, says who owns a place,
+    and it never says too little: a place is entered before it is locked, and leaves the table after
+    it was unlocked. There is no mutex that could stay locked: what changes the table is one
+    operation of a dict. `give_back` of the same place must not run in two threads at once.
     """
+
+    _fd: int | None = None
 
     def __init__(self, folder: str | None) -> None:
         self.path = folder and os.path.join(folder, "claims")
@@ -337,41 +363,45 @@ class Claims:
 
     def forget(self) -> None:
         """Start anew, as a forked child must: locks are not inherited."""
-        if getattr(self, "_fd", None) is not None:
-            os.close(self._fd)  # type: ignore[arg-type]
-        self._fd: int | None = None
-        self._held: dict[int, int] = {}  # place: thread that took it
-        self._changed = threading.Condition()
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
+        self._owners: dict[int, object] = {}  # of the places that are taken
 
-    def take(self, places: Iterable[int], mine: list[bool] | None = None) -> list[bool]:
-        """Append to `mine`, place by place, so that an interrupted caller knows what it holds."""
-        mine = [] if mine is None else mine
-        with self._changed:
-            for place in places:
-                free = place not in self._held and self._lock(place)
-                if free:
-                    self._held[place] = threading.get_ident()
-                mine.append(free)
-        return mine
+    def take(self, places: Iterable[int], owner: object) -> list[bool]:
+        """Take the places that are free for `owner`; tell for each whether it was."""
+        return [self._take(place, owner) for place in places]
 
-    def give_back(self, places: Iterable[int]) -> None:
-        with self._changed:
-            for place in places:
-                if self._held.pop(place, None) is not None:
-                    self._unlock(place)
-            self._changed.notify_all()
+    def give_back(self, places: Iterable[int], owner: object) -> None:
+        """Free those of the places that `owner` holds."""
+        for place in places:
+            if self._owners.get(place) is owner:
+                self._unlock(place)
+                self._owners.pop(place, None)
 
-    def wait(self, place: int) -> None:
+    def give_all_back(self, owner: object) -> None:
+        """Free all that `owner` holds."""
+        self.give_back(self._owners.copy(), owner)
+
+    def wait(self, place: int, owner: object) -> None:
+        """Return once nobody holds the place; `owner` must hold none."""
+        if any(other is owner for other in self._owners.copy().values()):
+            raise RuntimeError("Release your claims before you wait for those of others.")
         pause = 0.001
-        with self._changed:
-            if threading.get_ident() in self._held.values():
-                raise RuntimeError("Release your claims before you wait for those of others.")
-            # By trials: a lock that blocks cannot be given back to Ctrl-C on all systems, and the
-            # kernel may see a deadlock between processes where only their threads cross.
-            while place in self._held or not self._lock(place):
-                self._changed.wait(pause)
-                pause = min(2 * pause, 0.05)
-            self._unlock(place)
+        # By trials: a lock that blocks cannot be given back to Ctrl-C on all systems, and the
+        # kernel may see a deadlock between processes where only their threads cross.
+        while not self._take(place, owner):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        self.give_back([place], owner)
+
+    def _take(self, place: int, owner: object) -> bool:
+        if place in self._owners or self._owners.setdefault(place, owner) is not owner:
+            return False
+        if self._lock(place):
+            return True
+        self._owners.pop(place, None)
+        return False
 
     def _lock(self, place: int) -> bool:
         if fcntl is None or self.path is None:
@@ -406,13 +436,13 @@ def open_store(folder: str) -> Store:
     """Return the store of a folder, which stays open as long as somebody refers to it."""
     folder = os.path.realpath(folder)
     with _REGISTRY:
-        return _STORES.get(folder) or _STORES.setdefault(folder, Store(folder))
+        store = _STORES.get(folder) or _STORES.setdefault(folder, Store(folder))
+    return store
 
 
 def open_claims(folder: str) -> Claims:
     """Return the claims of a folder, which stay open for good."""
-    with _REGISTRY:
-        return _CLAIMS.setdefault(os.path.realpath(folder), Claims(folder))
+    return _CLAIMS.setdefault(os.path.realpath(folder), Claims(folder))
 
 
 def _after_fork() -> None:

@@ -6,10 +6,11 @@ batches, computed, and their results written back.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -120,22 +121,42 @@ class Stream(ABC):
     def _fill_outs(self, images: Images, outs: Sequence[np.ndarray]) -> None:
         """Fill `outs`, for each key an array with a row for each image."""
         self._images, self._outs = images, outs
-        self._claimed: set[bytes] = set()  # ours to compute, not yet in the memory
+        self._owner = object()  # of claims: what is ours to compute, and not yet in the memory
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
         self._threads = one_core_threads(self.n_threads)
         self._writer = ThreadPoolExecutor(1)
         silent = not self.verbose
         bar = tqdm(total=len(images), unit=self.unit, desc=self.runner.name, disable=silent)
         self._progress = self._shared_bar or bar
+        filling = threading.Lock()
+        parts = filling, self._threads, self._writer, self._owner
+        cleaner = threading.Thread(target=self._clean_up, args=parts, daemon=True)
         try:
-            rows: Sequence[int] = range(len(images))
-            while rows:
-                rows = self._fill(rows)
+            # A lock is left in one step, whatever happens; Ctrl-C could cut off what a `finally`
+            # does, and a second one what it does in answer to the first.
+            with filling:
+                cleaner.start()
+                rows: Sequence[int] = range(len(images))
+                while rows:
+                    rows = self._fill(rows)
         finally:
-            self._threads.shutdown(cancel_futures=True)
-            self._writer.shutdown()  # what was computed is written, even after Ctrl-C
-            self._release(list(self._claimed))
+            if cleaner.is_alive():
+                cleaner.join()
             bar.close()
+
+    def _clean_up(
+        self, filling: threading.Lock, threads: Executor, writer: Executor, owner: object
+    ) -> None:
+        """Write what was computed, once `filling` is free, and give all claims back.
+
+        In a thread of its own, which Ctrl-C does not reach.
+        """
+        with filling:
+            threads.shutdown(wait=False, cancel_futures=True)
+            writer.shutdown()
+            if self.memory is not None:
+                self.memory.release_all(owner)
+            threads.shutdown()
 
     def _fill(self, rows: Sequence[int]) -> list[int]:
         """Fill `rows`, but for those that another process computes just now; return these."""
@@ -156,7 +177,7 @@ class Stream(ABC):
         for write in writes:
             write.result()
         if others and self.memory is not None:
-            self.memory.wait(self.claim_key, next(iter(others.values())))
+            self.memory.wait(self.claim_key, next(iter(others.values())), self._owner)
         return list(others)
 
     def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
@@ -184,11 +205,11 @@ class Stream(ABC):
         """Take what nobody computes; another may have finished it since it was looked up."""
         assert self.memory is not None
         digests = list(lacking)
+        are_free = self.memory.claim(self.claim_key, digests, self._owner)
         mine = []
-        for digest, free in zip(digests, self.memory.claim(self.claim_key, digests), strict=True):
-            if free:
+        for digest, is_free in zip(digests, are_free, strict=True):
+            if is_free:
                 mine.append(digest)
-                self._claimed.add(digest)
             else:
                 others |= dict.fromkeys(lacking[digest], digest)
         unread = self._read({row: digest for digest in mine for row in lacking[digest]})
@@ -283,9 +304,8 @@ class Stream(ABC):
             del self._misses[digest]
 
     def _release(self, digests: Sequence[bytes]) -> None:
-        if self.memory is not None and digests:
-            self.memory.release(self.claim_key, digests)
-            self._claimed.difference_update(digests)
+        if self.memory is not None:
+            self.memory.release(self.claim_key, digests, self._owner)
 
 
 def _ahead(items: Iterable[_T], n: int) -> Iterator[_T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,9 +17,10 @@ def n_threads(n_jobs: int | None) -> int:
 
     None or -1 is one a core, or what joblib leaves to a worker process. In a task of a dask worker
     it is one: the worker runs as many tasks at once as it has cores, where joblib would count
-    those of the whole cluster, or warn.
+    those of the whole cluster, or warn. So it is in a daemonic process, such as a worker of a pool
+    of `multiprocessing`: joblib would warn of processes, which are not what is asked for.
     """
-    if dask_worker() is None:
+    if dask_worker() is None and not multiprocessing.current_process().daemon:
         return joblib.effective_n_jobs(-1 if n_jobs is None else n_jobs)
     return 1 if n_jobs is None or n_jobs < 0 else n_jobs
 

@@ -6,9 +6,12 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 import torch
 from networks import Untraceable, small
+from scipy.sparse import csr_array, issparse
 from sklearn.exceptions import NotFittedError
 from skorch.callbacks import Callback
 from torch import nn
@@ -43,7 +46,7 @@ def pictures(n=12):
 
 
 def refuses(model, y, message, error=ValueError, X=None, method="fit", **options):
-    X = pictures(len(y))[0] if X is None else X
+    X = pictures(np.shape(y)[0] if issparse(y) else len(y))[0] if X is None else X
     with pytest.raises(error, match=message):
         getattr(model, method)(X, y, **options)
 
@@ -71,13 +74,59 @@ def test_a_class_too_small_to_hold_out():
     assert classifier(unfreeze=0).fit(pictures()[0], y).classes_.tolist() == ["cat", "dog"]
 
 
-@pytest.mark.parametrize(
-    "y",
-    [np.array([0, 1, np.nan, 1]), np.array(["a", "b", np.nan, "b"], object)],
-    ids=["float", "object"],
-)
+MISSING = {
+    "float": np.array([0, 1, np.nan, 1]),
+    "object": np.array(["a", "b", np.nan, "b"], object),
+    "list": ["a", "b", None, "b"],
+    "NaN in a list": ["a", "b", float("nan"), "b"],
+    "Int64": pd.Series([0, 1, None, 1], dtype="Int64"),
+    "boolean": pd.Series([True, False, None, True], dtype="boolean"),
+    "string": pd.Series(["a", "b", None, "b"], dtype="string"),
+    "category": pd.Series(["a", "b", None, "b"], dtype="category"),
+    "NA": np.array(["a", "b", pd.NA, "b"], object),
+    "NaT": np.array(["2020-01-01", "2021-01-01", "NaT", "2021-01-01"], "M8[D]"),
+    "polars": pl.Series(["a", "b", None, "b"]),
+    "polars integers": pl.Series([0, 1, None, 1]),
+    "polars booleans": pl.Series([True, False, None, True]),
+    "a table": [[0, 1], [1, 1], [None, 0], [1, 0]],
+}
+
+
+@pytest.mark.parametrize("y", MISSING.values(), ids=MISSING)
 def test_missing_labels(y):
-    refuses(classifier(), y, "contains NaN")
+    message = r"y contains NaN, None or NA in 1 of 4 rows \(2\)\. Leave these images out"
+    refuses(classifier(), y, message)
+    if not isinstance(y, pd.Series) or y.dtype == "Int64":
+        refuses(regressor(), y, message)
+
+
+def test_only_the_first_rows_without_labels_are_named():
+    refuses(classifier(), ["a"] + [None] * 9, r"in 9 of 10 rows \(1, 2, 3, 4, 5, \.\.\.\)")
+    model = classifier(max_epochs=1).fit(*pictures(4))
+    for use in (model.score, model.partial_fit):
+        with pytest.raises(ValueError, match=r"in 1 of 4 rows \(3\)"):
+            use(pictures(4)[0], [0, 1, 0, None])
+
+
+@pytest.mark.parametrize(
+    "y, message",
+    [
+        ([["a", "b"], ["a"], ["b"], []], r"y\[0\] is \['a', 'b'\].*MultiLabelBinarizer"),
+        ([{"a"}, {"b"}, {"a"}, {"b"}], r"y\[0\] is \{'a'\}, a set.*MultiLabelBinarizer"),
+        ([("a", "b"), ("a", "c")] * 2, "2 columns.*MultiLabelBinarizer"),
+        (csr_array(np.eye(4, 2, dtype=int)), r"sparse csr_array: pass y.toarray\(\)"),
+        ([[0.3, 0.7]] * 4, r"Soft labels are not taken.*y.argmax\(1\).*sample_weight"),
+        (
+            ["1", 1, "1", 1],
+            r"mixes types: y\[0\] is '1', y\[1\] is 1.*str\(label\)",
+        ),
+        (np.array([True, "a"] * 2, object), r"mixes types: y\[0\] is True, y\[1\] is 'a'"),
+        ([pd.Timestamp(2020, 1, 1)] * 4, "Unknown label type: .*type Timestamp; pass strings"),
+    ],
+    ids=["lists", "sets", "even tuples", "sparse", "soft", "mixed", "mixed objects", "dates"],
+)
+def test_what_is_no_label(y, message):
+    refuses(classifier(), y, message)
 
 
 def test_missing_and_infinite_values():

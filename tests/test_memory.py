@@ -22,6 +22,7 @@ from sktransfer._memory import BACKEND, ImageMemory, check_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 FUNC = "network-1:cut-5:avg:float32"
+ME = "me"  # the owner of claims
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
@@ -558,7 +559,7 @@ def test_read_only_folder(tmp_path):
             write(memory, range(12))
         assert len(caught) == 1
         assert read(memory, range(12)).sum() == 10
-        assert memory.claim(FUNC, [digest(1)]) == [True]
+        assert memory.claim(FUNC, [digest(1)], ME) == [True]
         with pytest.raises(OSError, match="[Rr]ead-only"):
             memory.memory.clear(warn=False)
         del memory
@@ -570,7 +571,7 @@ def test_no_folder_there(tmp_path):
     with pytest.warns(UserWarning, match=r"cannot be read: .*The work goes on") as caught:
         assert not read(memory, range(3)).any()
         write(memory, range(3))
-        assert memory.claim(FUNC, [digest(1)]) == [True]
+        assert memory.claim(FUNC, [digest(1)], ME) == [True]
         assert memory.memory.cache(double)(3) == 6
     assert len(caught) == 1
 
@@ -613,9 +614,9 @@ KEYS = [digest(i) for i in range(5)]
 
 
 def _hold(memory, digests, connection):
-    connection.send(memory.claim(FUNC, digests))
+    connection.send(memory.claim(FUNC, digests, ME))
     if connection.recv() == "release":
-        memory.release(FUNC, digests)
+        memory.release_all(ME)
         connection.recv()
 
 
@@ -635,47 +636,49 @@ def holder(any_memory):
 
 def test_claims_between_processes(any_memory, holder):
     _, connection = holder
-    assert any_memory.claim(FUNC, KEYS) == [False, False, True, True, True]
-    assert any_memory.claim("other", KEYS[:2]) == [True, True]
+    assert any_memory.claim(FUNC, KEYS, ME) == [False, False, True, True, True]
+    assert any_memory.claim("other", KEYS[:2], ME) == [True, True]
     with pytest.raises(RuntimeError, match="Release your claims"):
-        any_memory.wait(FUNC, KEYS[0])
-    any_memory.release("other", KEYS[:2])
-    any_memory.release(FUNC, KEYS)
+        any_memory.wait(FUNC, KEYS[0], ME)
+    any_memory.release("other", KEYS[:2], ME)
+    any_memory.release(FUNC, KEYS, ME)
     start = time.monotonic()
     threading.Timer(0.3, connection.send, ["release"]).start()
-    any_memory.wait(FUNC, KEYS[0])
-    any_memory.wait(FUNC, KEYS[1])
+    any_memory.wait(FUNC, KEYS[0], ME)
+    any_memory.wait(FUNC, KEYS[1], ME)
     assert 0.2 < time.monotonic() - start < 10
-    with any_memory.claimed(FUNC, KEYS[:2]) as mine:
-        assert mine == [True, True]
+    assert any_memory.claim(FUNC, KEYS[:2], ME) == [True, True]
+    any_memory.release_all(ME)
 
 
 def test_a_killed_process_holds_nothing(any_memory, holder):
     child, _ = holder
     threading.Timer(0.2, os.kill, [child.pid, signal.SIGKILL]).start()
-    any_memory.wait(FUNC, KEYS[0])
-    any_memory.wait(FUNC, KEYS[1])
-    assert any_memory.claim(FUNC, KEYS) == [True] * 5
-    any_memory.release(FUNC, KEYS)
+    any_memory.wait(FUNC, KEYS[0], ME)
+    any_memory.wait(FUNC, KEYS[1], ME)
+    assert any_memory.claim(FUNC, KEYS, ME) == [True] * 5
+    any_memory.release_all(ME)
 
 
-def test_claims_between_threads(memory):
-    with pytest.raises(KeyboardInterrupt), memory.claimed(FUNC, KEYS[:2]) as mine:
-        assert mine == [True, True]
-        assert memory.claim(FUNC, KEYS[:3]) == [False, False, True]
-        memory.release(FUNC, KEYS[2:3])
-        waiter = threading.Thread(target=memory.wait, args=(FUNC, KEYS[0]))
-        waiter.start()
-        time.sleep(0.1)
-        assert waiter.is_alive()
-        raise KeyboardInterrupt
-    waiter.join(10)
-    assert not waiter.is_alive()
-    memory.claim(FUNC, KEYS)
-    releaser = threading.Thread(target=memory.release, args=(FUNC, KEYS))
+def test_claims_between_owners(memory):
+    you = object()
+    assert memory.claim(FUNC, KEYS[:2], ME) == [True, True]
+    assert memory.claim(FUNC, KEYS[:3], ME) == [False, False, True]  # not even twice
+    assert memory.claim(FUNC, KEYS[1:4], you) == [False, False, True]
+    memory.release(FUNC, KEYS, you)  # what is its own
+    assert memory.claim(FUNC, KEYS, you) == [False, False, False, True, True]
+    waiter = threading.Thread(target=memory.wait, args=(FUNC, KEYS[0], "another"))
+    waiter.start()
+    time.sleep(0.1)
+    assert waiter.is_alive()
+    releaser = threading.Thread(target=memory.release_all, args=(ME,))
     releaser.start()
     releaser.join()
-    memory.wait(FUNC, KEYS[0])
+    waiter.join(10)
+    assert not waiter.is_alive()
+    with pytest.raises(RuntimeError, match="Release your claims"):
+        memory.wait(FUNC, KEYS[0], you)
+    memory.wait(FUNC, KEYS[0], ME)
 
 
 def _compute_missing(memory, connection):
@@ -683,17 +686,17 @@ def _compute_missing(memory, connection):
     computed, pending = [], list(range(60))
     while pending:
         pending = [i for i in pending if not read(memory, [i])[0]]
-        mine = memory.claim(FUNC, [digest(i) for i in pending])
+        mine = memory.claim(FUNC, [digest(i) for i in pending], ME)
         ours = [i for i, is_mine in zip(pending, mine, strict=True) if is_mine][:10]
         others = [i for i, is_mine in zip(pending, mine, strict=True) if is_mine][10:]
-        memory.release(FUNC, [digest(i) for i in others])
+        memory.release(FUNC, [digest(i) for i in others], ME)
         missing = [i for i in ours if not read(memory, [i])[0]]
         time.sleep(0.01)
         write(memory, missing)
         computed += missing
-        memory.release(FUNC, [digest(i) for i in ours])
+        memory.release(FUNC, [digest(i) for i in ours], ME)
         if not ours and pending:
-            memory.wait(FUNC, digest(pending[0]))
+            memory.wait(FUNC, digest(pending[0]), ME)
     connection.send(computed)
 
 

@@ -1,0 +1,133 @@
+"""Labels in whatever container, made plain for scikit-learn; what can't be one is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from scipy.sparse import issparse
+from sklearn.utils._missing import is_pandas_na
+
+_SHOWN = 5  # rows that an error names
+_NESTED = (list, tuple, set, frozenset, dict, np.ndarray)
+
+
+def plain_labels(y: Any) -> Any:
+    """Return labels as scikit-learn's checks take them.
+
+    Nullable integers and booleans of pandas, and arrays of objects that are all numbers, become
+    NumPy's; the rest stays what it is.
+
+    Parameters
+    ----------
+    y : array-like
+        One label an image; or a table.
+
+    Raises
+    ------
+    ValueError
+        Labels are missing, of several types, or several for an image without being a table; or
+        `y` is sparse. The message names rows and the remedy.
+    """
+    if issparse(y):
+        raise ValueError(f"y is a sparse {type(y).__name__}: pass y.toarray().")
+    values = refuse_missing(y)
+    if values is None:
+        return y
+    if values.dtype != object or values.size == 0:
+        return values if hasattr(y, "isna") else y
+    _refuse_several(values)
+    return _of_one_type(values, y)
+
+
+def refuse_missing(y: Any) -> np.ndarray | None:
+    """Raise an error that names the rows of None, NaN, NaT or NA; return the entries of `y`."""
+    values = _array(y)
+    if values is None or not values.ndim:
+        return None
+    rows = np.flatnonzero(_is_missing(values).reshape(len(values), -1).any(1))
+    if len(rows):
+        raise ValueError(
+            f"y contains NaN, None or NA in {len(rows)} of {len(values)} rows ({_few(rows)}). "
+            "Leave these images out, of X and y alike, or say what they are."
+        )
+    return values
+
+
+def _array(y: Any) -> np.ndarray | None:
+    """Return the entries as NumPy has them, of lists with their own types; None of no array."""
+    if isinstance(y, (list, tuple)):
+        entries = np.fromiter(y, object, len(y))
+        if all(isinstance(entry, (list, tuple, np.ndarray)) for entry in entries):
+            return _table(y)
+        return entries
+    if isinstance(y, (str, bytes)) or not hasattr(y, "__array__"):
+        return None
+    if hasattr(y, "isna"):  # of pandas: NumPy knows no nullable types
+        return y.to_numpy()
+    return np.asarray(y)
+
+
+def _table(y: Iterable[Any]) -> np.ndarray:
+    """Return a list of rows as a table; of rows that differ in length, an array of rows."""
+    rows = [list(row) for row in y]
+    if len({len(row) for row in rows}) == 1:
+        return np.array(rows)
+    return np.fromiter(rows, object, len(rows))
+
+
+def _is_missing(values: np.ndarray) -> np.ndarray:
+    if values.dtype == object:
+        flat = [v is None or is_pandas_na(v) or _is_nan(v) for v in values.ravel()]
+        return np.array(flat, bool).reshape(values.shape)
+    return values != values if values.dtype.kind in "fcmM" else np.zeros(values.shape, bool)
+
+
+def _is_nan(value: Any) -> bool:
+    return not isinstance(value, _NESTED) and bool(value != value)
+
+
+def _refuse_several(values: np.ndarray) -> None:
+    """Raise an error if a row is a collection of labels."""
+    for row, entry in enumerate(values.ravel()):
+        if isinstance(entry, _NESTED):
+            raise ValueError(
+                f"y[{row}] is {entry!r}, a {type(entry).__name__}. Several labels an image come as "
+                "an indicator matrix: pass sklearn.preprocessing.MultiLabelBinarizer()"
+                ".fit_transform(y)."
+            )
+
+
+def _of_one_type(values: np.ndarray, y: Any) -> Any:
+    """Return numbers as an array of numbers, strings as they came; refuse what mixes them."""
+    kinds = [_kind(value) for value in values.ravel()]
+    first = kinds[0]
+    row = next((i for i, kind in enumerate(kinds) if kind != first), None)
+    if row is not None:
+        raise ValueError(
+            f"y mixes types: y[0] is {values.ravel()[0]!r}, y[{row}] is {values.ravel()[row]!r}. "
+            "NumPy would make strings of all; pass labels of one type, such as "
+            "[str(label) for label in y]."
+        )
+    if first in ("number", "bool"):
+        return np.array(values.tolist())
+    if first == "str":
+        return y
+    raise ValueError(
+        f"Unknown label type: y holds objects of type {first}; pass strings, numbers or booleans."
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (bool, np.bool_)):
+        return "bool"
+    if isinstance(value, (int, float, np.number)):
+        return "number"
+    return "str" if isinstance(value, str) else type(value).__name__
+
+
+def _few(rows: Iterable[int]) -> str:
+    """Return the first few rows as text."""
+    shown = [str(row) for row in rows]
+    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")

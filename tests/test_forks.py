@@ -1,0 +1,119 @@
+"""Networks in processes that multiprocessing and joblib start, after the parent has run them."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
+from sktransfer._inference import network_lock
+from sktransfer._memory import check_memory
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
+IMAGES = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3)).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _two_cores():
+    n = torch.get_num_threads()
+    torch.set_num_threads(2)  # so that OpenMP's threads are there
+    yield
+    torch.set_num_threads(n)
+
+
+def extractor(**options):
+    return PretrainedFeatureExtractor(**{"image_size": 64, **options})
+
+
+def in_child(method, function, *args):
+    """Call a function in a worker of a pool; fail if it hangs."""
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        return pool.apply_async(function, args).get(100)
+
+
+def strictly(model, method, X):
+    """Let no warning pass, but that of what a fork of threads may do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return getattr(model, method)(X)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_start_methods_share_a_memory(tmp_path, method):
+    model = extractor(memory=str(tmp_path))
+    model.transform(IMAGES[:3])
+    rows = in_child(method, strictly, model, "transform", IMAGES)
+    assert check_memory(tmp_path).info()["n_entries"] == 6
+    np.testing.assert_allclose(rows, extractor().transform(IMAGES), atol=1e-4)
+    np.testing.assert_array_equal(rows, model.transform(IMAGES))  # from the memory
+
+
+def test_a_fork_runs_what_its_parent_has_run():
+    fitted = FineTunedClassifier(image_size=64, unfreeze=0, random_state=0)
+    fitted.fit(IMAGES, [0, 1] * 3)
+    for model, name in [
+        (extractor(), "transform"),  # on OpenVINO, where it is installed
+        (extractor(backbone=resnet18(weights=None).eval(), runtime="torch"), "transform"),
+        (fitted, "predict_proba"),
+    ]:
+        expected = getattr(model, name)(IMAGES)
+        found = in_child("fork", strictly, model, name, IMAGES)
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def _asks_for_openvino():
+    model = extractor(runtime="openvino")
+    with pytest.warns(UserWarning, match="forked from one in which OpenVINO.*'spawn'.*loky"):
+        return model.transform(IMAGES)
+
+
+def test_openvino_in_a_fork_is_refused_by_name():
+    pytest.importorskip("openvino")
+    expected = extractor(runtime="openvino").transform(IMAGES)
+    np.testing.assert_allclose(in_child("fork", _asks_for_openvino), expected, atol=1e-4)
+
+
+def test_a_fork_while_the_network_is_locked():
+    extractor().transform(IMAGES)
+    with network_lock:
+        in_child("fork", strictly, extractor(), "transform", IMAGES)
+
+
+def test_joblib_with_forked_workers(tmp_path):
+    model = extractor(memory=str(tmp_path))
+    expected = model.transform(IMAGES[:2])
+    with joblib.parallel_config("multiprocessing", n_jobs=2):
+        parts = joblib.Parallel()(
+            joblib.delayed(strictly)(model, "transform", IMAGES[i : i + 2]) for i in (0, 2, 4)
+        )
+    np.testing.assert_array_equal(parts[0], expected)
+    assert check_memory(tmp_path).info()["n_entries"] == 6
+
+
+EXITS = """
+import os, sys, numpy as np
+from sktransfer import PretrainedFeatureExtractor
+model = PretrainedFeatureExtractor(image_size=64)
+model.transform(np.zeros((2, 64, 64, 3), np.uint8))
+for works in (False, True):
+    child = os.fork()
+    if child == 0:
+        if works:
+            model.transform(np.zeros((2, 64, 64, 3), np.uint8))
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_a_forked_child_ends():
+    subprocess.run([sys.executable, "-c", EXITS], check=True, timeout=100)

@@ -1,0 +1,211 @@
+"""Ctrl-C while images run through the memory: claims, rows and locks afterwards."""
+
+import dis
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from networks import small
+
+from sktransfer import PretrainedFeatureExtractor, _memory, _store, _store_backend, _stream
+from sktransfer._memory import check_memory
+from sktransfer._store import Claims
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+FILES = {module.__file__ for module in (_memory, _store, _store_backend, _stream)}
+NETWORK = small()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_core():
+    """What torch's threads cost on a busy machine is not what is tested here."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def pictures(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (n, 32, 32, 3)).astype(np.uint8)
+
+
+def extractor(**options):
+    defaults = {"image_size": 32, "n_jobs": 2, "batch_size": 2}
+    return PretrainedFeatureExtractor(NETWORK, **{**defaults, **options})
+
+
+def _try_to_lock(connection):
+    """Tell of every claims file that is named whether somebody holds a claim."""
+    while path := connection.recv():
+        try:
+            with open(path, "r+b") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            connection.send(False)
+        except FileNotFoundError:
+            connection.send(False)
+        except OSError:
+            connection.send(True)
+
+
+@pytest.fixture(scope="module")
+def is_claimed():
+    """A function that asks another process whether claims of a memory are held."""
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_try_to_lock, args=(theirs,))
+    child.start()
+
+    def ask(folder):
+        ours.send(os.path.join(folder, "joblib", "claims"))
+        return ours.recv()
+
+    yield ask
+    ours.send("")
+    child.join()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_at_every_claim(tmp_path, monkeypatch, is_claimed, when):
+    lock = Claims._lock
+    calls = []
+
+    def press(self, place):
+        calls.append(place)
+        found = when == "before" or lock(self, place)
+        if len(calls) == stop:
+            signal.raise_signal(signal.SIGINT)
+        return found if when == "after" else lock(self, place)
+
+    model, images = extractor(memory=str(tmp_path)), pictures(64)
+    with monkeypatch.context() as patch:
+        patch.setattr(Claims, "_lock", press)
+        for stop in (1, *range(35, 65)) if when == "before" else range(1, 65):
+            calls.clear()
+            with pytest.raises(KeyboardInterrupt):
+                model.transform(images)
+            assert len(calls) == stop
+            assert not is_claimed(tmp_path)
+            assert not check_memory(tmp_path)._claims._owners
+    np.testing.assert_array_equal(model.transform(images), extractor().transform(images))
+
+
+def is_finalizer(frame):
+    """Python itself drops what is raised there."""
+    while frame.f_code.co_filename in FILES:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+class CtrlC:
+    """Presses Ctrl-C where CPython looks for signals, at the n-th such place in our files.
+
+    That is behind calls and jumps back, and where a function begins; not between the two steps of
+    leaving a lock, for instance.
+    """
+
+    looks = ("CALL", "RESUME", "JUMP_BACKWARD")
+
+    def __init__(self, *at):
+        self.left = list(at)
+        self.n_places = 0
+        self.before = {}  # of a frame: the instruction that ran last
+        self.where = []
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code.co_filename not in FILES or is_finalizer(frame):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self.look
+
+    def look(self, frame, event, arg):
+        if event == "return":
+            self.before.pop(frame, None)
+        elif event == "opcode":
+            before, self.before[frame] = self.before.get(frame), frame.f_lasti
+            if before is not None:
+                name = dis.opname[frame.f_code.co_code[before]]
+                if name.startswith(self.looks):
+                    self.count(frame)
+        return self.look
+
+    def count(self, frame):
+        self.n_places += 1
+        if self.left and self.n_places == self.left[0]:
+            del self.left[0]
+            self.n_places = 0
+            self.where.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
+            raise KeyboardInterrupt
+
+    def during(self, function, *args):
+        sys.settrace(self)
+        try:
+            function(*args)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+            self.before.clear()
+
+
+def press_at(places, folder, images, is_claimed):
+    """Press Ctrl-C at these places of a transform; return the extractor when all is well."""
+    model, ctrl_c = extractor(memory=str(folder)), CtrlC(*places)
+    ctrl_c.during(model.transform, images)
+    assert len(ctrl_c.where) > 0
+    for thread in threading.enumerate():
+        if (
+            thread.name.endswith("(_clean_up)") and thread.is_alive()
+        ):  # a second Ctrl-C keeps one from waiting for it
+            thread.join()
+    assert not is_claimed(folder), ctrl_c.where
+    assert not check_memory(folder)._claims._owners, ctrl_c.where
+    return model
+
+
+def n_places(folder):
+    """Count the places in a transform of three images."""
+    seen = CtrlC()
+    extractor(memory=str(folder)).transform(pictures(3))  # loads what comes later, too
+    seen.during(extractor(memory=str(folder)).transform, pictures(3, 1))
+    assert seen.n_places > 300
+    return seen.n_places
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["memory", "new memory"])
+def test_ctrl_c_anywhere(tmp_path, is_claimed, is_new):
+    """At every 29th place; benchmarks/interrupts.py presses at random moments."""
+    for n in range(1 + 14 * is_new, n_places(tmp_path), 29):
+        folder, images = tmp_path / str(n) if is_new else tmp_path, pictures(3, n + 1)
+        model = press_at([n], folder, images, is_claimed)
+        np.testing.assert_array_equal(model.transform(images), extractor().transform(images))
+
+
+def test_ctrl_c_twice(tmp_path, is_claimed):
+    """The second one comes while the first one is dealt with."""
+    for n in range(60, n_places(tmp_path), 60):
+        for further in (1, 2, 4):
+            images = pictures(3, 4 * n + further)
+            model = press_at([n, further], tmp_path, images, is_claimed)
+            np.testing.assert_array_equal(model.transform(images), extractor().transform(images))
+
+
+def test_threads_that_share_an_estimator_go_on(tmp_path, is_claimed):
+    """Of two threads in the same transform, one is interrupted while it claims."""
+    images, model = pictures(8), extractor(memory=str(tmp_path))
+    n_places(tmp_path)
+    with ThreadPoolExecutor(2) as threads:
+        for n in range(5):
+            images = pictures(8, 100 + n)
+            others = [threads.submit(model.transform, images) for _ in range(2)]
+            CtrlC(40 * n + 150).during(model.transform, images)
+            for other in others:
+                np.testing.assert_array_equal(other.result(60), extractor().transform(images))
+    assert not is_claimed(tmp_path)
