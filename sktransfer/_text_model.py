@@ -37,6 +37,10 @@ class Sentences:
         """Return 16 bytes that stand for the content of sentence `i`."""
         return xxhash.xxh3_128_digest(self.texts[i].encode("utf-8", "surrogatepass"))
 
+    def where(self, i: int) -> str:
+        """Return the row of sentence `i`."""
+        return f"row {i}"
+
 
 def check_sentences(X: Any) -> Sentences:
     """Check that `X` is a sequence of sentences.

@@ -11,7 +11,8 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from sktransfer import get_model, list_models, register_model
-from sktransfer.models import Backbone, published_weights, unique_labels
+from sktransfer._builders import published_weights
+from sktransfer.models import Backbone, unique_labels
 
 
 def test_lists_embedded_torchvision_and_timm_names():
