@@ -22,6 +22,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from sktransfer._frozen import FrozenBlocks
+from sktransfer._hub import downloading
 from sktransfer._inference import layout_of
 from sktransfer._weights import load_state, read_state_dict, weights_path
 from sktransfer.transforms import Preprocessing
@@ -71,14 +72,17 @@ def load_detector(name: str, weights: Any) -> nn.Module:
     if weights is None:
         return create()
     published = get_model_weights(name)
-    if weights == "default":
-        return create(weights=published.DEFAULT)
+    if isinstance(weights, str) and weights == "default":
+        weights = published.DEFAULT
     if isinstance(weights, str) and weights not in published.__members__:
         raise ValueError(
             f"weights={weights!r} are not published for {name!r}; there are "
             f"{', '.join(published.__members__)}, 'default', a path to a state dict, or None."
         )
-    return create(weights=published[weights] if isinstance(weights, str) else weights)
+    chosen = published[weights] if isinstance(weights, str) else weights
+    remedy = f"detector={NEW[0]!r} is built on a backbone, and the default one needs no download."
+    with downloading(name, chosen.url, remedy):
+        return create(weights=chosen)
 
 
 def _from_file(create: Callable[..., nn.Module], name: str, path: Any) -> nn.Module:

@@ -46,8 +46,8 @@ def downloading(name: str, url: str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def check_hub(repository: str) -> None:
-    """Raise OSError at once if the hub can't be reached, and nothing of a repository is kept.
+def check_hub(repository: str, endings: tuple[str, ...] = _WEIGHTS) -> None:
+    """Raise OSError at once if the hub can't be reached, and no such file of a repository is kept.
 
     The hub's own client would try for half a minute, with a message for each try. What is kept
     on disk it finds without a connection.
@@ -57,17 +57,17 @@ def check_hub(repository: str) -> None:
     try:
         check_connection(constants.ENDPOINT)
     except OSError:
-        if not _is_kept(repository):
+        if not _is_kept(repository, endings):
             raise
 
 
-def _is_kept(repository: str) -> bool:
-    """Return whether the hub's client has weights of a repository on disk."""
+def _is_kept(repository: str, endings: tuple[str, ...]) -> bool:
+    """Return whether the hub's client has files with such names of a repository on disk."""
     try:
         folder = huggingface_hub.snapshot_download(repository, local_files_only=True)
     except Exception:  # its kinds of errors differ between versions
         return False
-    return any(name.endswith(_WEIGHTS) for name in os.listdir(folder))
+    return any(name.endswith(endings) for name in os.listdir(folder))
 
 
 def check_connection(url: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
+from sktransfer._hub import check_hub
 from sktransfer._inference import Runner, network_lock
 from sktransfer._optional import load_optional
 from sktransfer._stream import Stream, Write
@@ -164,6 +165,10 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     try:
+        if not os.path.exists(model):
+            check_hub(model)
+        if tokenizer is not None and not os.path.exists(tokenizer):
+            check_hub(tokenizer, (".json", ".txt", ".model"))
         with _silence(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             network = AutoModelForMaskedLM.from_pretrained(model)

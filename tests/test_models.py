@@ -1,17 +1,22 @@
 import copy
 import pickle
+import socket
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
+from huggingface_hub import constants
 from networks import Small, small
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from sktransfer import get_model, list_models, register_model
 from sktransfer._builders import published_weights
+from sktransfer._detectors import load_detector
+from sktransfer._hub import check_connection
+from sktransfer._text_model import load_text_model
 from sktransfer.models import Backbone, unique_labels
 
 
@@ -131,6 +136,62 @@ def test_registered_names_are_found():
     register_model("test_small", lambda weights: Backbone(small()))
     assert "test_small" in list_models("test_*")
     assert get_model("test_small").fingerprint == get_model(small()).fingerprint
+
+
+# ------------------------------------------------------------------------------ connections
+
+
+@pytest.fixture
+def no_connection(monkeypatch, tmp_path):
+    """A hub that refuses connections, and empty folders for what was downloaded before."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize(
+    "load, name",
+    [
+        (get_model, "timm/resnet18.a1_in1k"),
+        (get_model, "timm/gcvit_xxtiny"),  # not on the hub
+        (get_model, "resnet34"),
+        (lambda name: load_detector(name, "default"), "fcos_resnet50_fpn"),
+        (lambda name: load_text_model(name, None), "distilbert-base-uncased"),
+    ],
+)
+def test_without_a_connection_nothing_is_tried_twice(no_connection, capfd, caplog, load, name):
+    with pytest.raises(OSError, match=f"{name}.* could not be .*(?s:refused.*onnected machine)"):
+        load(name)
+    assert capfd.readouterr() == ("", "") and "Retrying" not in caplog.text
+
+
+def test_what_the_hub_gave_before_needs_no_connection(no_connection, caplog):
+    network = timm.create_model("resnet18")
+    folder = no_connection / "models--timm--resnet18.a1_in1k"
+    commit = "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    file = folder / "snapshots" / commit / "model.safetensors"
+    safetensors.torch.save_file(network.state_dict(), file)
+    loaded = get_model("timm/resnet18.a1_in1k").network
+    assert torch.equal(loaded.fc.weight, network.fc.weight)
+    assert "Retrying" not in caplog.text
+
+
+def test_a_server_that_listens_is_reached(monkeypatch):
+    monkeypatch.setenv("no_proxy", "localhost")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        check_connection(f"http://{address}/a/file")  # at one of the name's addresses
+        monkeypatch.setenv("https_proxy", f"http://{address}")
+        check_connection("https://nowhere.invalid")  # by the proxy
+    with pytest.raises(OSError, match="refused"):
+        check_connection("https://nowhere.invalid")
 
 
 # ------------------------------------------------------------------------------ fingerprints
