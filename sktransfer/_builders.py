@@ -139,7 +139,7 @@ def build_timm(name: str, weights: Any) -> Built:
 
 
 def _download_timm(name: str, model: str, create: Callable[..., nn.Module]) -> nn.Module:
-    config = timm.models.get_pretrained_cfg(model)
+    config: Any = timm.models.get_pretrained_cfg(model)
     if not config.hf_hub_id:
         with downloading(name, config.url, _NEEDS_NONE):
             return create(pretrained=True)

@@ -39,6 +39,24 @@ def weights_path(weights: Any) -> Path | None:
     return path.resolve()
 
 
+def file_beside(weights: Any, name: str) -> Path | None:
+    """Return the file to load into a network that has weights; None to leave it as it is.
+
+    Raises
+    ------
+    ValueError
+        If `weights` names published ones, or a file that is not there.
+    """
+    if weights is None or (isinstance(weights, str) and weights == "default"):
+        return None
+    if (path := weights_path(weights)) is not None:
+        return path
+    raise ValueError(
+        f"weights={weights!r} names published weights, beside a network ({name}) that has its own. "
+        "Pass weights='default' for these, a path to a state dict, or the network by its name."
+    )
+
+
 def portable_weights(weights: Any) -> Any:
     """Return `weights` as another process, in another folder, finds them: files by full path."""
     if not _is_path(weights):

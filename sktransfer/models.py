@@ -29,6 +29,7 @@ from sktransfer._builders import (
     published_weights,
 )
 from sktransfer._weights import (
+    file_beside,
     fingerprint,
     load_state,
     read_state_dict,
@@ -253,17 +254,11 @@ def _key(backbone: Any, weights: Any) -> Any:
 
 def _stamp(weights: Any, backbone: Any) -> Any:
     """Return what tells weights apart: of a file, its place, age and size."""
-    if (path := weights_path(weights)) is not None:
+    is_name = isinstance(backbone, str)
+    path = weights_path(weights) if is_name else file_beside(weights, backbone.name)
+    if path is not None:
         return path, path.stat().st_mtime_ns, path.stat().st_size
-    if isinstance(backbone, str):
-        return weights
-    if weights is None or (isinstance(weights, str) and weights == "default"):
-        return None  # its own
-    raise ValueError(
-        f"weights={weights!r} names published weights, and backbone is a network "
-        f"({backbone.name}), which has its own. Pass weights='default' for these, a path to a "
-        "state dict, or the network's name as backbone."
-    )
+    return weights if is_name else None  # its own
 
 
 def _copied(given: Backbone, path: Path | None) -> Backbone:

@@ -356,7 +356,9 @@ PICKLED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor", "ignore:TypedStorage")
+@pytest.mark.filterwarnings(
+    "ignore:Validating sparse tensor", "ignore:.*[Qq]uantize", "ignore:TypedStorage"
+)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_tensors_with_which_no_network_can_compute(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
@@ -423,7 +425,7 @@ def test_weights_that_can_not_be_those_of_a_module(tmp_path):
     with pytest.raises(ValueError, match="'no/such/file.pth': there is no such file in "):
         get_model(small(), "no/such/file.pth")
     for name in ("IMAGENET1K_V1", ResNet18_Weights.DEFAULT):
-        with pytest.raises(ValueError, match=r"backbone is a network \(Small\).*'default'"):
+        with pytest.raises(ValueError, match=r"beside a network \(Small\).*'default'"):
             PretrainedFeatureExtractor(small(), weights=name).transform(np.zeros((1, 32, 32)))
     torch.save(Small(7).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"the weights of 'Small': head.weight is \(7, 16\)"):
