@@ -178,6 +178,10 @@ class Views:
                 self._fitted.popitem(last=False)
         return self.show(fitted, number, view)
 
+    def where(self, i: int) -> str:
+        """Return the row of number `i`, and its file."""
+        return self.images.where(i // self.n_views)
+
     def show(self, fitted: torch.Tensor, number: int, view: int) -> torch.Tensor:
         """Return a view of image `number`, which was brought to the size of the preprocessing."""
         is_image = view == 0 and self.augmentation.starts_with_image

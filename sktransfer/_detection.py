@@ -51,7 +51,7 @@ from sktransfer._inference import get_runner, resolve_device
 from sktransfer._memory import check_memory
 from sktransfer._threads import n_threads
 from sktransfer._training import Interrupted, Schedule, train
-from sktransfer._weights import fingerprint
+from sktransfer._weights import file_beside, fingerprint, load_state, read_state_dict
 from sktransfer.base import ImageEstimator, Interval, _fit_context
 from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone
@@ -82,7 +82,7 @@ class FineTunedDetector(ImageEstimator):
         A name of :func:`sktransfer.list_models`, or a network; see
         :class:`PretrainedFeatureExtractor`.
     weights : str, path or None, default="default"
-        Of the detector, if it is a name of torchvision's, else of the backbone: `"default"` for the
+        Of the detector, if it is one of torchvision's, else of the backbone: `"default"` for the
         best published, another published name, a path to a state dict (of any number of
         categories), or None: random ones. Only then do the statistics of trained batch-norms move.
     unfreeze : int, str, default=0
@@ -451,6 +451,8 @@ class FineTunedDetector(ImageEstimator):
             detector: Any = load_detector(given, self.weights)
         else:
             detector = copy.deepcopy(check_family(given))
+            if (path := file_beside(self.weights, type(given).__name__)) is not None:
+                load_state(None, detector, read_state_dict(path), type(given).__name__, path)
         digest = fingerprint(detector)
         preprocessing = detector_preprocessing(detector, shape["image_size"])
         blocks = detector_blocks(detector)

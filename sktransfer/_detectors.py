@@ -22,6 +22,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from sktransfer._frozen import FrozenBlocks
+from sktransfer._hub import downloading
 from sktransfer._inference import layout_of
 from sktransfer._weights import load_state, read_state_dict, weights_path
 from sktransfer.transforms import Preprocessing
@@ -71,7 +72,7 @@ def load_detector(name: str, weights: Any) -> nn.Module:
     if weights is None:
         return create()
     published = get_model_weights(name)
-    if weights == "default":
+    if isinstance(weights, str) and weights == "default":
         weights = published.DEFAULT
     if isinstance(weights, str) and weights not in published.__members__:
         raise ValueError(
@@ -79,9 +80,11 @@ def load_detector(name: str, weights: Any) -> nn.Module:
             f"{', '.join(published.__members__)}, 'default', a path to a state dict, or None."
         )
     chosen = published[weights] if isinstance(weights, str) else weights
-    # The builder reads the downloaded file as a pickle: look first that it holds tensors alone.
-    chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    return create(weights=chosen)
+    remedy = f"detector={NEW[0]!r} is built on a backbone, and the default one needs no download."
+    with downloading(name, chosen.url, remedy):
+        # The builder reads the downloaded file as a pickle: look first that it holds tensors alone.
+        chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return create(weights=chosen)
 
 
 def _from_file(create: Callable[..., nn.Module], name: str, path: Any) -> nn.Module:

@@ -237,11 +237,11 @@ def _two_dimensions(
         pca = PCA(2, random_state=random).fit(embeddings)
         shares = pca.explained_variance_ratio_
         first, second = (f"component {i + 1} ({share:.0%})" for i, share in enumerate(shares))
-        return pca.transform(embeddings), (first, second)
+        return np.asarray(pca.transform(embeddings)), (first, second)
     if method == "tsne":
         perplexity = min(30.0, (len(embeddings) - 1) / 3)
         tsne = TSNE(perplexity=perplexity, init="pca", random_state=random)
-        return tsne.fit_transform(embeddings), ("t-SNE 1", "t-SNE 2")
+        return np.asarray(tsne.fit_transform(embeddings)), ("t-SNE 1", "t-SNE 2")
     raise ValueError(f"method must be 'pca' or 'tsne', got {method!r}.")
 
 

@@ -402,8 +402,12 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         return self._load().width
 
     def __getstate__(self) -> dict[str, Any]:
-        # The weights as NumPy arrays; the model's code and the tokenizer are loaded again.
+        # The weights as NumPy arrays; the model's code and the tokenizer are loaded again, from
+        # wherever the copy is opened.
         state = super().__getstate__()
+        for name in ("model", "tokenizer"):
+            if isinstance(state[name], str) and os.path.isdir(state[name]):
+                state = {**state, name: os.path.abspath(state[name])}
         if state.get("_network") is not None:
             weights = {k: v.cpu().numpy() for k, v in state["_network"].state_dict().items()}
             state = {**state, "_network": None, "_state": weights}

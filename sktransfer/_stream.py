@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from sktransfer._inference import Runner
 from sktransfer._memory import ImageMemory
 from sktransfer._threads import n_threads, one_core_threads
+from sktransfer._weights import is_finite, not_finite
 
 _LOOKUP = 64  # images looked up, and claimed, at once
 _T = TypeVar("_T")
@@ -38,6 +39,9 @@ class Images(Protocol):
     def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
         """Return image `i`, uint8 (3, height, width); called in threads."""
 
+    def where(self, i: int) -> str:
+        """Return the row of image `i` and, if there is one, its file: for messages."""
+
 
 class Write(NamedTuple):
     """Results to keep: their name in the memory, digests of the images, a row for each."""
@@ -45,6 +49,19 @@ class Write(NamedTuple):
     key: str
     digests: list[bytes]
     rows: np.ndarray
+
+    def not_finite(self) -> set[bytes]:
+        """Return the digests of images whose rows hold NaN or infinity."""
+        rows = torch.from_numpy(self.rows)
+        rows = rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows  # see FrozenBlocks
+        if is_finite(rows):
+            return set()
+        return {d for d, row in zip(self.digests, rows, strict=True) if not is_finite(row)}
+
+    def without(self, digests: set[bytes]) -> Write:
+        """Return what is left without some images."""
+        kept = [i for i, digest in enumerate(self.digests) if digest not in digests]
+        return Write(self.key, [self.digests[i] for i in kept], self.rows[kept])
 
 
 @dataclass
@@ -169,11 +186,14 @@ class Stream(ABC):
         # A GPU works on a batch while the results of the one before are taken.
         n_running = 1 if self.runner.device.type == "cuda" else 0
         for group, values, extras in _ahead(started, n_running):
-            results = [*extras, *self._take(group, values)]
+            good, results = _finite(group, [*extras, *self._take(group, values)])
             if self.memory is not None:
-                writes.append(self._writer.submit(self._store, group, results))
+                writes.append(self._writer.submit(self._store, good, results))
                 if len(writes) > 2:
                     writes.popleft().result()
+            if wrong := [miss for miss in group if miss not in good]:
+                where = self._images.where(min(wrong[0].rows))
+                raise ValueError(f"{where}: {_why_not_finite(self.runner)}")
         for write in writes:
             write.result()
         if others and self.memory is not None:
@@ -182,7 +202,7 @@ class Stream(ABC):
 
     def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
         for row in rows:
-            yield _Miss([row], b"", self._submit(row))
+            yield _Miss([row], row.to_bytes(8, "little"), self._submit(row))
 
     def _missing(self, rows: Sequence[int], others: dict[int, bytes]) -> Iterator[_Miss]:
         """Fill what the memory holds, yield what it lacks; `others` gets what is not ours."""
@@ -278,7 +298,7 @@ class Stream(ABC):
         if finished and self.in_threads and self.memory is not None:
             values, extras = self._start(finished)
             results = [*extras, *self._take(finished, values)]
-            self._writer.submit(self._store, finished, results)
+            self._writer.submit(self._store, *_finite(finished, results))
 
     def _take(self, group: Sequence[_Miss], values: Sequence[Any]) -> list[Write]:
         """Fill the rows of a group."""
@@ -306,6 +326,34 @@ class Stream(ABC):
     def _release(self, digests: Sequence[bytes]) -> None:
         if self.memory is not None:
             self.memory.release(self.claim_key, digests, self._owner)
+
+
+def _finite(group: Sequence[_Miss], results: list[Write]) -> tuple[list[_Miss], list[Write]]:
+    """Leave out the images of a group of which a result holds NaN or infinity."""
+    bad = set().union(*(result.not_finite() for result in results))
+    if not bad:
+        return list(group), results
+    return [m for m in group if m.digest not in bad], [r.without(bad) for r in results]
+
+
+def _why_not_finite(runner: Any) -> str:
+    precision = getattr(runner, "precision", "float32")
+    problem = (
+        f"network {runner.name!r} returned NaN or infinity for this image, computing in {precision}"
+    )
+    if (name := not_finite(runner.network)) is not None:
+        return f"{problem}: its {name} holds such values. Pass other weights."
+    if precision == "float16":
+        return (
+            f"{problem}, whose largest number is 65504. Pass precision='bfloat16', which has the "
+            "range of float32, or precision='float32'."
+        )
+    if precision == "bfloat16":
+        return f"{problem}. Pass precision='float32'."
+    return (
+        f"{problem}. Its weights are finite, so one of its layers overflows or divides by zero: "
+        "pass the weights and the preprocessing that belong together, or another network."
+    )
 
 
 def _ahead(items: Iterable[_T], n: int) -> Iterator[_T]:

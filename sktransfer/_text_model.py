@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
+from sktransfer._hub import check_hub
 from sktransfer._inference import Runner, network_lock
 from sktransfer._optional import load_optional
 from sktransfer._stream import Stream, Write
@@ -36,6 +37,10 @@ class Sentences:
     def digest(self, i: int) -> bytes:
         """Return 16 bytes that stand for the content of sentence `i`."""
         return xxhash.xxh3_128_digest(self.texts[i].encode("utf-8", "surrogatepass"))
+
+    def where(self, i: int) -> str:
+        """Return the row of sentence `i`."""
+        return f"row {i}"
 
 
 def check_sentences(X: Any) -> Sentences:
@@ -160,6 +165,10 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     try:
+        if not os.path.exists(model):
+            check_hub(model)
+        if tokenizer is not None and not os.path.exists(tokenizer):
+            check_hub(tokenizer, (".json", ".txt", ".model"))
         with _silence(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             network = AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False)

@@ -26,15 +26,50 @@ from torch.nn.parameter import is_lazy
 
 def weights_path(weights: Any) -> Path | None:
     """Return the file that `weights` names, or None if it is no path."""
-    if isinstance(weights, os.PathLike):
-        path = Path(weights)
-    elif isinstance(weights, str) and (os.sep in weights or Path(weights).suffix):
-        path = Path(weights)
-    else:
+    if not _is_path(weights):
         return None
+    path = Path(weights).expanduser()
     if not path.is_file():
-        raise ValueError(f"weights={str(weights)!r}: there is no such file")
+        problem = "that is no file" if path.exists() else "there is no such file"
+        where = "" if path.is_absolute() else f" in {os.getcwd()!r}, from which it is looked for"
+        raise ValueError(
+            f"weights={str(weights)!r}: {problem}{where}. If it was moved, name its new place by "
+            "set_params(weights='path/to/the/file')."
+        )
     return path.resolve()
+
+
+def file_beside(weights: Any, name: str) -> Path | None:
+    """Return the file to load into a network that has weights; None to leave it as it is.
+
+    Raises
+    ------
+    ValueError
+        If `weights` names published ones, or a file that is not there.
+    """
+    if weights is None or (isinstance(weights, str) and weights == "default"):
+        return None
+    if (path := weights_path(weights)) is not None:
+        return path
+    raise ValueError(
+        f"weights={weights!r} names published weights, beside a network ({name}) that has its own. "
+        "Pass weights='default' for these, a path to a state dict, or the network by its name."
+    )
+
+
+def portable_weights(weights: Any) -> Any:
+    """Return `weights` as another process, in another folder, finds them: files by full path."""
+    if not _is_path(weights):
+        return weights
+    # A text: paths of another system can't be unpickled, and skops does not know them.
+    path = Path(weights).expanduser()
+    return str(path.resolve()) if path.exists() else os.fspath(weights)
+
+
+def _is_path(weights: Any) -> bool:
+    if isinstance(weights, str):
+        return os.sep in weights or Path(weights).suffix != ""
+    return isinstance(weights, os.PathLike)
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -64,19 +99,19 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_state(
-    create: Callable[..., nn.Module],
+    create: Callable[..., nn.Module] | None,
     network: nn.Module,
     state: Mapping[str, torch.Tensor],
     name: str,
     source: Any,
 ) -> nn.Module:
-    """Load `state`, all of it; a head of another number of classes is made to fit."""
+    """Load `state`, all of it; a head of another number of classes is made to fit, by `create`."""
     own = network.state_dict()
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     sizes = {len(state[key]) for key in other if own[key].ndim}
-    if other and not missing and not unknown and len(sizes) == 1:
+    if create and other and not missing and not unknown and len(sizes) == 1:
         resized = create(num_classes=sizes.pop())
         if all(value.shape == state[key].shape for key, value in resized.state_dict().items()):
             network, other = resized, []
@@ -91,8 +126,59 @@ def load_state(
             f"({len(missing) + len(unknown) + len(other)} entries differ of {len(own)}). "
             "Name the architecture that the file was saved from."
         )
+    _check_values(state, network.state_dict(), source)
     network.load_state_dict(state)
     return network
+
+
+def _check_values(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: Any
+) -> None:
+    """Raise ValueError for a tensor with which a network could not compute."""
+    for name, tensor in state.items():
+        if (problem := _problem(tensor, own[name])) is not None:
+            raise ValueError(
+                f"weights={str(source)!r}: {name} {problem}. Save plain floating-point tensors "
+                "with finite values: torch.save(network.state_dict(), path)."
+            )
+
+
+def _problem(tensor: torch.Tensor, own: torch.Tensor) -> str | None:
+    """Say what is wrong with a tensor that is to take the place of `own`."""
+    if tensor.is_meta:
+        return "has a shape but no values (it is on torch's meta device)"
+    if tensor.layout != torch.strided:
+        return f"is sparse ({tensor.layout})"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype})"
+    if own.is_floating_point() and not tensor.is_floating_point():
+        return f"is {tensor.dtype}, not floating-point"
+    if not is_finite(tensor) and is_finite(own):  # a mask of a network may hold infinity
+        return f"holds {_counted(tensor)}"
+    return None
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no value is NaN or infinite; as fast as the memory can be read."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.element_size() == 1:  # torch can't compare floats of 8 bits
+        tensor = tensor.float()
+    # Both are NaN if any value is. Of a flat tensor they come ten times faster.
+    return all(bool(end.isfinite()) for end in tensor.detach().reshape(-1).aminmax())
+
+
+def _counted(tensor: torch.Tensor) -> str:
+    tensor = tensor.float()
+    counts = {"NaN": int(tensor.isnan().sum()), "infinity": int(tensor.isinf().sum())}
+    kinds = " and ".join(f"{kind} {n} times" for kind, n in counts.items() if n)
+    return f"{kinds}, among {tensor.numel()} values"
+
+
+def not_finite(network: nn.Module) -> str | None:
+    """Return the name of a weight or statistic of a network that holds NaN or infinity."""
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    return next((name for name, tensor in tensors if not is_finite(tensor)), None)
 
 
 def sha256_of(path: Path) -> str:

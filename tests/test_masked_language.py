@@ -379,3 +379,12 @@ def test_logits_are_those_of_the_whole_network_where_words_are_hidden(kind):
         found = hidden_logits(network, is_hidden, ids, torch.ones_like(ids))
         assert network(input_ids=ids).logits.shape == whole.shape  # the hook is gone
     torch.testing.assert_close(found, whole[is_hidden], rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_is_pickled_by_its_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    model = MaskedLanguagePretrainer("bert", tokenizer="a/name")
+    copy = pickle.loads(pickle.dumps(model))
+    assert (copy.model, copy.tokenizer) == (str(tmp_path / "bert"), "a/name")
+    assert model.model == "bert"

@@ -1,17 +1,36 @@
 import copy
+import os
 import pickle
+import socket
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
+import skops.io
 import timm
 import torch
 import torchvision
+from huggingface_hub import constants
 from networks import Small, small
+from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
-from sktransfer import get_model, list_models, register_model
-from sktransfer.models import Backbone, published_weights, unique_labels
+from sktransfer import (
+    FineTunedClassifier,
+    PretrainedClassifier,
+    PretrainedFeatureExtractor,
+    get_model,
+    list_models,
+    register_model,
+)
+from sktransfer._builders import published_weights
+from sktransfer._detectors import load_detector
+from sktransfer._hub import check_connection
+from sktransfer._text_model import load_text_model
+from sktransfer.models import Backbone, unique_labels
 
 
 def test_lists_embedded_torchvision_and_timm_names():
@@ -132,6 +151,62 @@ def test_registered_names_are_found():
     assert get_model("test_small").fingerprint == get_model(small()).fingerprint
 
 
+# ------------------------------------------------------------------------------ connections
+
+
+@pytest.fixture
+def no_connection(monkeypatch, tmp_path):
+    """A hub that refuses connections, and empty folders for what was downloaded before."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize(
+    "load, name",
+    [
+        (get_model, "timm/resnet18.a1_in1k"),
+        (get_model, "timm/gcvit_xxtiny"),  # not on the hub
+        (get_model, "resnet34"),
+        (lambda name: load_detector(name, "default"), "fcos_resnet50_fpn"),
+        (lambda name: load_text_model(name, None), "distilbert-base-uncased"),
+    ],
+)
+def test_without_a_connection_nothing_is_tried_twice(no_connection, capfd, caplog, load, name):
+    with pytest.raises(OSError, match=f"{name}.* could not be .*(?s:refused.*onnected machine)"):
+        load(name)
+    assert capfd.readouterr() == ("", "") and "Retrying" not in caplog.text
+
+
+def test_what_the_hub_gave_before_needs_no_connection(no_connection, caplog):
+    network = timm.create_model("resnet18")
+    folder = no_connection / "models--timm--resnet18.a1_in1k"
+    commit = "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    file = folder / "snapshots" / commit / "model.safetensors"
+    safetensors.torch.save_file(network.state_dict(), file)
+    loaded = get_model("timm/resnet18.a1_in1k").network
+    assert torch.equal(loaded.fc.weight, network.fc.weight)
+    assert "Retrying" not in caplog.text
+
+
+def test_a_server_that_listens_is_reached(monkeypatch):
+    monkeypatch.setenv("no_proxy", "localhost")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        check_connection(f"http://{address}/a/file")  # at one of the name's addresses
+        monkeypatch.setenv("https_proxy", f"http://{address}")
+        check_connection("https://nowhere.invalid")  # by the proxy
+    with pytest.raises(OSError, match="refused"):
+        check_connection("https://nowhere.invalid")
+
+
 # ------------------------------------------------------------------------------ fingerprints
 
 
@@ -246,3 +321,171 @@ def test_a_whole_model_in_a_file_is_refused(tmp_path):
 def test_wrong_kind_of_backbone():
     with pytest.raises(TypeError, match="got int"):
         get_model(3)
+
+
+def test_wrong_builders():
+    with pytest.raises(TypeError, match="builder of 'test_wrong' must be a function.* got str"):
+        register_model("test_wrong", "resnet18")
+    for built, came in ((None, "NoneType"), (small(), "Small"), ((small(), None), "tuple")):
+        register_model("test_wrong", lambda weights, built=built: built)
+        with pytest.raises(TypeError, match=f"for 'test_wrong' returned {came}, not a .*Backbone"):
+            get_model("test_wrong")
+
+
+# ------------------------------------------------------------------------------ values in files
+
+
+def quantised(tensor):
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+def filled(value):
+    return lambda tensor: tensor.index_fill(0, torch.tensor([1]), value)
+
+
+PROBLEMS = {
+    "holds NaN 1 times, among 8 values": ("stem.1.running_var", filled(torch.nan)),
+    "holds infinity 108 times": ("body.1.weight", filled(-torch.inf)),
+    "is torch.int64, not floating-point": ("head.bias", torch.Tensor.long),
+    "is torch.complex64": ("stem.1.weight", lambda tensor: tensor.to(torch.complex64)),
+}
+PICKLED = {
+    "is sparse": ("head.weight", torch.Tensor.to_sparse),
+    "has a shape but no values": ("stem.0.weight", lambda tensor: tensor.to("meta")),
+    "is quantised": ("head.weight", quantised),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Validating sparse tensor", "ignore:.*[Qq]uantize", "ignore:TypedStorage"
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_tensors_with_which_no_network_can_compute(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    state = small().state_dict()
+    for problem, (name, change) in (PROBLEMS | (PICKLED if suffix == ".pth" else {})).items():
+        changed = {**state, name: change(state[name])}
+        if suffix == ".pth":
+            torch.save(changed, path)
+        else:
+            safetensors.torch.save_file(changed, path)
+        with pytest.raises(ValueError, match=f"weights{suffix}.*: {name} .*{problem}"):
+            get_model(small(), path)
+
+
+def test_other_floats_are_loaded(tmp_path):
+    network = small()
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float8_e5m2):
+        torch.save({k: v.to(dtype) for k, v in network.state_dict().items()}, tmp_path / "w.pth")
+        loaded = get_model(small(1), tmp_path / "w.pth").network
+        assert torch.equal(loaded.head.weight, network.head.weight.to(dtype).float())
+
+
+class Masked(nn.Module):
+    """A network with a buffer that is infinite on purpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+
+
+def test_masks_may_be_infinite(tmp_path):
+    torch.save(Masked().state_dict(), tmp_path / "w.pth")
+    assert get_model(Masked(), tmp_path / "w.pth").network.mask[0, 1] == -torch.inf
+
+
+# ------------------------------------------------------------------------------ weights= beside it
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_file_is_loaded_into_a_copy_of_a_module(tmp_path, wrapped):
+    network, other = small(), small(1)
+    backbone = Backbone(network, categories=tuple("abcde")) if wrapped else network
+    own = network.head.weight.clone()
+    torch.save(other.state_dict(), tmp_path / "w.pth")
+    loaded = get_model(backbone, str(tmp_path / "w.pth"))
+    assert loaded.fingerprint == get_model(other).fingerprint
+    assert torch.equal(network.head.weight, own)
+    assert loaded.categories == (tuple("abcde") if wrapped else None)
+    assert get_model(backbone).fingerprint == get_model(network).fingerprint != loaded.fingerprint
+    assert get_model(backbone, None) is get_model(backbone, "default")
+    torch.save(small(2).state_dict(), tmp_path / "w.pth")
+    assert get_model(backbone, tmp_path / "w.pth").fingerprint == get_model(small(2)).fingerprint
+
+
+def test_a_file_is_loaded_into_a_copy_of_a_trained_network(tmp_path, photos):
+    model = FineTunedClassifier(small(), image_size=32, unfreeze=0).fit(photos, ["a", "b"])
+    torch.save(small(1).state_dict(), tmp_path / "w.pth")
+    expected = get_model(small(1)).network.head.weight
+    assert torch.equal(get_model(model, tmp_path / "w.pth").network.head.weight, expected)
+
+
+def test_weights_that_can_not_be_those_of_a_module(tmp_path):
+    with pytest.raises(ValueError, match="'no/such/file.pth': there is no such file in "):
+        get_model(small(), "no/such/file.pth")
+    for name in ("IMAGENET1K_V1", ResNet18_Weights.DEFAULT):
+        with pytest.raises(ValueError, match=r"beside a network \(Small\).*'default'"):
+            PretrainedFeatureExtractor(small(), weights=name).transform(np.zeros((1, 32, 32)))
+    torch.save(Small(7).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"the weights of 'Small': head.weight is \(7, 16\)"):
+        get_model(small(), tmp_path / "w.pth")
+
+
+# ------------------------------------------------------------------------------ relative paths
+
+
+@pytest.fixture
+def in_other_folder(tmp_path, monkeypatch):
+    """A function that enters an empty folder; a file weights/w.pth lies in the one before."""
+    for name in ("here/weights", "there"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), "weights/w.pth")
+    return lambda: monkeypatch.chdir(tmp_path / "there")
+
+
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_pickles_find_their_weights_from_another_folder(in_other_folder, photos, as_given):
+    given = as_given("weights/w.pth")
+    options = {"weights": given, "image_size": 32, "runtime": "torch"}
+    fitted = FineTunedClassifier("squeezenet1_1", unfreeze=0, **options).fit(photos, ["a", "b"])
+    extractor = make_pipeline(PretrainedFeatureExtractor("squeezenet1_1", **options))
+    as_it_is = PretrainedClassifier("squeezenet1_1", **options)
+    expected = fitted.predict_proba(photos), extractor.transform(photos), as_it_is.predict(photos)
+    copies = pickle.dumps([fitted, extractor, as_it_is]), skops.io.dumps(fitted)
+    for estimator in (fitted, extractor[0], as_it_is, clone(fitted)):
+        assert estimator.weights == given and type(estimator.weights) is type(given)
+    in_other_folder()
+    first, second, third = pickle.loads(copies[0])
+    trusted = skops.io.get_untrusted_types(data=copies[1])
+    assert not [name for name in trusted if not name.startswith("sktransfer.")]
+    for model in (first, skops.io.loads(copies[1], trusted=trusted)):
+        np.testing.assert_array_equal(model.predict_proba(photos), expected[0])
+    np.testing.assert_array_equal(second.transform(photos), expected[1])
+    np.testing.assert_array_equal(third.predict(photos), expected[2])
+
+
+def test_files_that_were_moved_are_named(in_other_folder, tmp_path, photos):
+    extractor = PretrainedFeatureExtractor("squeezenet1_1", weights="weights/w.pth", image_size=32)
+    copy = pickle.loads(pickle.dumps(extractor))
+    Path("weights/w.pth").rename("weights/new.pth")
+    with pytest.raises(ValueError, match=r"here/weights/w.pth': there .* set_params\(weights="):
+        copy.transform(photos)
+    expected = copy.set_params(weights="weights/new.pth").transform(photos)
+    in_other_folder()
+    with pytest.raises(ValueError, match="'weights/w.pth': .* in '.*there', from which"):
+        extractor.transform(photos)
+    extractor.set_params(weights=tmp_path / "here/weights/new.pth")
+    np.testing.assert_array_equal(extractor.transform(photos), expected)
+    with pytest.raises(ValueError, match="here/weights': that is no file"):
+        extractor.set_params(weights=str(tmp_path / "here/weights")).transform(photos)
+
+
+def test_paths_may_begin_at_home(in_other_folder, monkeypatch):
+    monkeypatch.setenv("HOME", os.getcwd())
+    backbone = get_model("squeezenet1_1", "~/weights/w.pth")
+    assert get_model("squeezenet1_1", Path("~/weights/w.pth")) is backbone
+    assert get_model("squeezenet1_1", "weights/w.pth") is backbone
+    copy = pickle.loads(pickle.dumps(PretrainedFeatureExtractor(weights="~/weights/w.pth")))
+    assert copy.weights == os.path.realpath("weights/w.pth")
