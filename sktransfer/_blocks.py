@@ -20,14 +20,17 @@ from sktransfer._graph import (
     Slicer,
     Values,
     as_module,
+    choose_output,
     find_cuts,
     module_path,
     propagate,
     refresh,
     trace,
 )
+from sktransfer._modules import OutputError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_WEIGHT = re.compile("weight(_orig|_v)?$")  # the latter of norms and prunings of weights
 
 
 class TracingError(ValueError):
@@ -80,12 +83,15 @@ class TracedNetwork:
             self._graph, self._constants = trace(network)
             self._nodes = list(self._graph.nodes)
             values = propagate(self._graph, self._lookup, self.image_size)
+            choose_output(self._graph, values)
             self._values = {self.image_size: values}
             self._find_blocks(values)
         except Exception as error:
+            is_usable = not isinstance(error, OutputError)
             raise TracingError(
-                f"{type(network).__name__} cannot be cut into blocks: {_reason(error)}. "
-                "The whole network can still be used, with layer='output'."
+                f"{type(network).__name__} cannot be cut into blocks: {_reason(error)}."
+                + is_usable * " The whole network can still be used: by an extractor with "
+                "layer='output', or with unfreeze=0 or 'all' where a new head is trained."
             ) from error
 
     def _find_blocks(self, values: Values) -> None:
@@ -394,10 +400,11 @@ def _owners(node: fx.Node) -> Iterator[str]:
 
 def _has_weights(module: nn.Module) -> bool:
     """Whether it is a convolution, a linear layer, an attention; not a norm or a bare vector."""
-    return "Norm" not in type(module).__name__ and any(
-        name.endswith("weight") and parameter.ndim > 1
-        for name, parameter in module.named_parameters(recurse=False)
-    )
+    own = [item for item in module.named_parameters(recurse=False) if _WEIGHT.search(item[0])]
+    computed = getattr(module, "parametrizations", None)
+    if isinstance(computed, nn.ModuleDict):  # torch's: a weight that is computed from others
+        own += [(name, p) for name, of in computed.items() for p in of.parameters(recurse=False)]
+    return "Norm" not in type(module).__name__ and any(value.ndim > 1 for _, value in own)
 
 
 def _merge(units: list[_Unit], cuts: list[Cut]) -> Iterator[list[_Unit]]:

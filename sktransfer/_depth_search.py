@@ -171,8 +171,8 @@ def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
     n_blocks = len(runner.block_names)
     if n_blocks == 0:
         raise ValueError(
-            f"unfreeze='auto' searches over numbers of blocks, and {runner.name!r} has none, as it "
-            "can't be traced: pass unfreeze=0 or 'all'."
+            f"unfreeze='auto' searches over numbers of blocks, and {runner.name!r} has none"
+            f"{'' if runner.can_be_cut else ', as it is run whole'}: pass unfreeze=0 or 'all'."
         )
     flops = np.array(FrozenBlocks(runner, preprocessing, model.pooling).flops())
     depths = np.array([0, *(2**i for i in range(n_blocks.bit_length()))])

@@ -416,10 +416,11 @@ class FineTunedDetector(ImageEstimator):
     def _build_new(self, n_classes: int) -> DetectorPart:
         """Put a new detector on the backbone."""
         backbone, shape = self._backbone(), self._shape
-        runner = get_runner(backbone, self.device, "float32", self.runtime)
-        runner.trace  # noqa: B018 raises an error that says why a network can't be cut
         size = _SIDE if shape["image_size"] is None else shape["image_size"]
         preprocessing = boxed(backbone.preprocessing.with_size(size))
+        sizes = {"image_size": preprocessing.size}
+        runner = get_runner(backbone, self.device, "float32", self.runtime, **sizes)
+        runner.trace  # noqa: B018 raises an error that says why a network can't be cut
         frozen = FrozenBlocks(runner, preprocessing, "avg")
         taken = map_positions(frozen)
         names = runner.block_names[: taken[-1]]

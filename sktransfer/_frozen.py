@@ -42,7 +42,7 @@ class FrozenBlocks:
         self.runner, self.preprocessing, self.pooling = runner, preprocessing, pooling
         self.size = preprocessing.size
         self.embedding = runner.embedding
-        self._whole = None if not runner.block_names else self.embedding
+        self._whole = runner.embedding_or_output
         self.width = runner.width(self._whole, pooling, self.size)
         self.half = torch.bfloat16 if runner.precision == "bfloat16" else torch.float16
 

@@ -203,6 +203,8 @@ def _position(runner: Runner, layer: int | str | None, image_size: tuple[int, in
                 "without positions in the image. Choose an earlier block."
             )
         return position
+    if not runner.can_be_cut:
+        runner.trace  # noqa: B018 raises an error that says why
     spatial = [p for p, layout in layouts.items() if layout not in ("vector", "other")]
     if not spatial:
         raise ValueError(f"No block of {runner.name!r} has an output with positions in the image.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import threading
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from sktransfer._depthwise import FastDepthwise
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import network_lock
+from sktransfer._modules import copy_of
 from sktransfer._progress import Progress
 from sktransfer._training_data import TrainingData
 
@@ -74,7 +74,7 @@ class TrainedPart(nn.Module):
         self.moves_statistics = moves_statistics
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, frozen.embedding)]
-        self.blocks = nn.ModuleList(copy.deepcopy(segments))
+        self.blocks = copy_of(nn.ModuleList(segments))
         # What lies behind the last block belongs to it.
         last = frozen.embedding - 2
         self.is_trained = [min(i, max(last, 0)) in unfrozen for i in range(cut, frozen.embedding)]

@@ -26,6 +26,7 @@ from torchvision.models import WeightsEnum
 
 from sktransfer._device import PRECISIONS
 from sktransfer._inference import Runner, get_runner
+from sktransfer._modules import portable
 from sktransfer._pooling import POOLINGS
 from sktransfer._runtime import RUNTIMES
 from sktransfer._summary import blocks_html
@@ -165,6 +166,10 @@ class ImageEstimator(BaseEstimator):
             validate_data(self, X, reset=reset, skip_check_array=True, ensure_2d=False)
         return check_images(X)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "backbone": portable(state["backbone"])}
+
     def __sklearn_clone__(self) -> Self:
         cloned = super().__sklearn_clone__()
         # scikit-learn clones what is a parameter of a parameter, too: a fitted estimator would lose
@@ -175,7 +180,7 @@ class ImageEstimator(BaseEstimator):
 
     def _prepare(self) -> None:
         """Load all that a prediction needs, before several threads ask for it at once."""
-        self._load()[0].block_names  # noqa: B018 traces the network
+        self._load()[0].can_be_cut  # noqa: B018 traces the network
 
     # scikit-learn calls the next two for notebooks, if it is recent enough to show attributes.
 
@@ -203,6 +208,7 @@ class ImageEstimator(BaseEstimator):
         """
         backbone = self._backbone()
         precision = fitted.get("precision", self.precision)
-        runner = get_runner(backbone, self.device, precision, self.runtime)
-        size = fitted.get("image_size", self.image_size)
-        return runner, backbone.preprocessing.with_size(size)
+        preprocessing = backbone.preprocessing.with_size(fitted.get("image_size", self.image_size))
+        options = {"image_size": preprocessing.size}
+        runner = get_runner(backbone, self.device, precision, self.runtime, **options)
+        return runner, preprocessing

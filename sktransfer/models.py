@@ -7,7 +7,6 @@ and a fingerprint.
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import fnmatch
 import importlib
@@ -16,7 +15,7 @@ import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,13 @@ import torchvision
 from torch import nn
 from torchvision.models import get_model_builder, get_model_weights
 
+from sktransfer._modules import (
+    copy_of,
+    float32_by_default,
+    portable,
+    set_eval,
+    without_wrapper,
+)
 from sktransfer._weights import fingerprint, load_state, read_state_dict, sha256_of, weights_path
 from sktransfer.transforms import Preprocessing
 
@@ -78,8 +84,7 @@ class Backbone:
                 f"network must be a torch.nn.Module, got {type(self.network).__name__}; a name "
                 "belongs into get_model(name), or into backbone=name."
             )
-        # What torch.compile wraps, as its wrapper can be neither cut nor copied.
-        self.network = getattr(self.network, "_orig_mod", self.network)
+        self.network = without_wrapper(self.network)
         self.name = self.name or type(self.network).__name__
         if self.categories is not None:
             self.categories = unique_labels(self.categories)
@@ -92,7 +97,8 @@ class Backbone:
 
     def __getstate__(self) -> dict[str, Any]:
         # A digest of weights that can change while the copy lives must not travel with it.
-        return {key: value for key, value in self.__dict__.items() if key != "_fingerprint"}
+        state = {key: value for key, value in self.__dict__.items() if key != "_fingerprint"}
+        return {**state, "network": portable(self.network)}
 
 
 # ------------------------------------------------------------------------------ public functions
@@ -186,7 +192,7 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     if isinstance(backbone, str):
         return _keep(key, lambda: _build(backbone, weights_path(weights) or weights))
     given = Backbone(backbone) if isinstance(backbone, nn.Module) else backbone
-    return _keep(key, lambda: copy.deepcopy(given))
+    return _keep(key, lambda: replace(given, network=copy_of(given.network)))
 
 
 def loaded_model(backbone: Any, weights: Any) -> Backbone | None:
@@ -239,10 +245,15 @@ def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
     """Return the backbone kept under `key`, or build and keep it, dropping the oldest."""
     with _lock:
         if key not in _loaded:
-            built = build()
-            # Weights of another precision meet float32 images; the runner's precision says how
-            # the network computes.
-            built.network.eval().requires_grad_(False).float()
+            # Tensors of inference mode could not be trained when the caller has left it.
+            with torch.inference_mode(False):
+                built = build()
+                set_eval(built.network)
+                for parameter in built.network.parameters():
+                    parameter.requires_grad_(False)
+                # Weights of another precision meet float32 images; the runner's precision says
+                # how the network computes.
+                built.network.float()
             _loaded[key] = built
             while len(_loaded) > _KEPT:
                 _loaded.popitem(last=False)
@@ -466,7 +477,7 @@ for _number in range(3):
 
 def _seeded(create: Callable[[], nn.Module]) -> nn.Module:
     """Create a network with the same random weights every time; leave torch's own seed alone."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), float32_by_default():
         torch.manual_seed(_SEED)
         return create()
 

@@ -1,0 +1,220 @@
+"""What networks of the user's own need: copies, pickles, wrappers taken off, one tensor of many."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+# ------------------------------------------------------------------------------ torch's defaults
+
+_mutex = threading.Lock()
+_n_users = 0  # of float32 as the default, in all threads: it is one for the process
+_default = torch.float32  # what it was before
+
+
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Let torch make float32 tensors, whatever `torch.set_default_dtype` says."""
+    global _n_users, _default
+    with _mutex:
+        if _n_users == 0 and (_default := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        _n_users += 1
+    try:
+        yield
+    finally:
+        with _mutex:
+            _n_users -= 1
+            if _n_users == 0 and _default != torch.float32:
+                torch.set_default_dtype(_default)
+
+
+# ------------------------------------------------------------------------------ copies
+
+
+def without_wrapper(network: nn.Module) -> nn.Module:
+    """Return what `torch.compile`, or a wrapper for several devices, has inside."""
+    while True:
+        if isinstance(getattr(network, "_orig_mod", None), nn.Module):
+            network = network._orig_mod
+        elif isinstance(network, (nn.DataParallel, DistributedDataParallel)):
+            network = network.module
+        else:
+            return network
+
+
+def copy_of(network: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a copy of a network, without wrappers; `memo` as for `copy.deepcopy`.
+
+    Hooks such as those of `torch.nn.utils.weight_norm` leave a computed weight on their module,
+    which torch refuses to copy; they compute it again at every call.
+    """
+    network = without_wrapper(network)
+    memo = {} if memo is None else memo
+    for module in network.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    with torch.inference_mode(False), torch.no_grad():
+        copied = copy.deepcopy(network, memo)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if (inner := without_wrapper(child)) is not child:
+                setattr(module, name, inner)
+    return copied
+
+
+def set_eval(network: nn.Module) -> None:
+    """Switch to evaluation mode, if there is another: a module of `torch.export` has only one."""
+    with contextlib.suppress(NotImplementedError):
+        network.eval()
+
+
+def computed_attributes(module: nn.Module) -> set[str]:
+    """Return the attributes that hooks compute from weights before every call."""
+    names = set()
+    for hook in module._forward_pre_hooks.values():  # weight and spectral norms, pruning
+        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        if hasattr(hook, "compute_weight") or hasattr(hook, "apply_mask"):
+            names.add(name)
+    return names
+
+
+# ------------------------------------------------------------------------------ pickles
+
+
+def portable(network: Any) -> Any:
+    """Return what a pickle can hold in the place of a network; it is a network when loaded."""
+    if not isinstance(network, nn.Module):
+        return network
+    if isinstance(network, torch.jit.ScriptModule):
+        return _Portable(network)
+    if any(map(parametrize.is_parametrized, network.modules())):
+        return _Portable(network)
+    if isinstance(network, fx.GraphModule) and hasattr(network, "_guards_fn"):
+        raise pickle.PicklingError(
+            "A module of torch.export can't be pickled, nor sent to another process. Pass the "
+            "network that was exported; or register_model(name, builder) with a builder that reads "
+            "the exported file, and pass that name."
+        )
+    return network
+
+
+class _Portable:
+    """Stands in a pickle for a network that torch does not let be pickled."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __reduce__(self) -> Any:
+        if isinstance(self.network, torch.jit.ScriptModule):
+            return _load_script, (script_bytes(self.network),)
+        bare = copy_of(self.network)
+        for module in bare.modules():
+            if parametrize.is_parametrized(module):
+                module.__class__ = type(module).__bases__[0]
+        return _with_parametrizations, (bare,)
+
+
+def script_bytes(network: torch.jit.ScriptModule) -> bytes:
+    """Return the file of a scripted or traced module."""
+    buffer = io.BytesIO()
+    torch.jit.save(network, buffer)
+    return buffer.getvalue()
+
+
+def _load_script(content: bytes) -> nn.Module:
+    return torch.jit.load(io.BytesIO(content))
+
+
+def _with_parametrizations(network: nn.Module) -> nn.Module:
+    """Give modules back the class by which they compute their weights."""
+    for module in network.modules():
+        lists = module._modules.get("parametrizations")
+        if isinstance(lists, nn.ModuleDict):
+            parametrize._inject_new_class(module)
+            for name in lists:
+                parametrize._inject_property(module, name)
+    return network
+
+
+# ------------------------------------------------------------------------------ outputs
+
+
+class OutputError(TypeError):
+    """A network returns something else than one tensor with a row for each image."""
+
+    def __init__(self, what: str, subject: str = "it") -> None:
+        self.what = what
+        super().__init__(
+            f"{subject} returns {what}, not one tensor with a row of numbers for each image. Wrap "
+            "it in a module whose forward returns the tensor that you want."
+        )
+
+
+def one_tensor(output: Any, kind: type, is_map: Callable[[Any], bool]) -> Any:
+    """Return what stands for a network's output: it, its only tensor, or the last map of a list.
+
+    Parameters
+    ----------
+    output : Any
+    kind : type
+        Of a tensor, or of what stands for one in a graph.
+    is_map : callable
+        Tells whether a tensor is a batch of maps (n, c, h, w).
+
+    Raises
+    ------
+    OutputError
+        If there are several tensors, or none; it says what there is.
+    """
+    if isinstance(output, kind):
+        return output
+    named = {name: part for name, part in _parts(output).items() if part is not None}
+    parts = list(named.values())
+    if len(parts) == 1:
+        return one_tensor(parts[0], kind, is_map)
+    are_tensors = bool(parts) and all(isinstance(part, kind) for part in parts)
+    if isinstance(output, list) and are_tensors and all(map(is_map, parts)):
+        return parts[-1]  # of timm's features_only=True, from the finest to the coarsest
+    name = type(output).__name__.removeprefix("immutable_")  # as torch.fx calls them
+    if output is None or not parts:
+        raise OutputError(f"an empty {name}" if isinstance(output, (list, tuple, dict)) else name)
+    is_numbered = list(named) == [str(i) for i in range(len(named))]
+    raise OutputError(f"a {name} of " + (str(len(parts)) if is_numbered else " and ".join(named)))
+
+
+def _parts(output: Any) -> dict[str, Any]:
+    """Return the parts of a mapping, a sequence or a data class by their names."""
+    if isinstance(output, Mapping):
+        return {str(name): part for name, part in output.items()}
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return dict(zip(output._fields, output, strict=True))
+    if isinstance(output, (list, tuple)):
+        return {str(i): part for i, part in enumerate(output)}
+    if dataclasses.is_dataclass(output):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return {}
+
+
+class Whole(nn.Module):
+    """A network that runs in one piece, and returns one tensor."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Turn images (n, 3, height, width) into the tensor that stands for the output."""
+        return one_tensor(self.network(images), torch.Tensor, lambda part: part.ndim == 4)
