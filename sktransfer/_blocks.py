@@ -27,7 +27,6 @@ from sktransfer._graph import (
     refresh,
     trace,
 )
-from sktransfer._modules import OutputError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHT = re.compile("weight(_orig|_v)?$")  # the latter of norms and prunings of weights
@@ -87,11 +86,8 @@ class TracedNetwork:
             self._values = {self.image_size: values}
             self._find_blocks(values)
         except Exception as error:
-            is_usable = not isinstance(error, OutputError)
             raise TracingError(
                 f"{type(network).__name__} cannot be cut into blocks: {_reason(error)}."
-                + is_usable * " The whole network can still be used: by an extractor with "
-                "layer='output', or with unfreeze=0 or 'all' where a new head is trained."
             ) from error
 
     def _find_blocks(self, values: Values) -> None:

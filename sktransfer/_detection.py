@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -49,6 +48,7 @@ from sktransfer._detectors import (
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import get_runner, resolve_device
 from sktransfer._memory import check_memory
+from sktransfer._modules import copy_of, ready_to_train
 from sktransfer._threads import n_threads
 from sktransfer._training import Interrupted, Schedule, train
 from sktransfer._weights import fingerprint
@@ -322,7 +322,8 @@ class FineTunedDetector(ImageEstimator):
         sizes = image_sizes(images, n_threads(self.n_jobs))
         objects = check_inside(objects, sizes)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
-        with torch.random.fork_rng(devices=[]):  # detectors draw from torch's own generator
+        # Detectors draw from torch's own generator.
+        with torch.random.fork_rng(devices=[]), ready_to_train():
             torch.manual_seed(seed)
             part = self._resume() if goes_on else self._begin(len(classes))
             self.classes_ = classes
@@ -411,7 +412,8 @@ class FineTunedDetector(ImageEstimator):
     def _build(self, n_classes: int) -> DetectorPart:
         detector = self._shape["detector"]
         is_new = isinstance(detector, str) and detector in NEW
-        return self._build_new(n_classes) if is_new else self._build_cut(n_classes)
+        with ready_to_train():
+            return self._build_new(n_classes) if is_new else self._build_cut(n_classes)
 
     def _build_new(self, n_classes: int) -> DetectorPart:
         """Put a new detector on the backbone."""
@@ -451,7 +453,7 @@ class FineTunedDetector(ImageEstimator):
         if is_name:
             detector: Any = load_detector(given, self.weights)
         else:
-            detector = copy.deepcopy(check_family(given))
+            detector = copy_of(check_family(given))
         digest = fingerprint(detector)
         preprocessing = detector_preprocessing(detector, shape["image_size"])
         blocks = detector_blocks(detector)

@@ -161,7 +161,7 @@ class FrozenBlocks:
         return self.runner.flops[self.size]
 
     def _count_flops(self) -> list[int]:
-        blank = torch.zeros(1, 3, *self.size, dtype=torch.uint8)
+        blank = torch.zeros(1, 3, *self.size, dtype=torch.uint8, device="cpu")
         counts = []
         with network_lock, torch.inference_mode(), self.runner.autocast():
             x = self.unpack(blank, 0)

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import fx, nn
 
-from sktransfer._modules import OutputError, copy_of, one_tensor, set_eval
+from sktransfer._modules import copy_of, one_tensor, set_eval
 
 _BATCHES = (2, 3, 5)  # two batch sizes give a line, the third one tells whether it is one
 
@@ -105,9 +105,9 @@ class _Affine:
 class Values:
     """What is known of each node for images of one size.
 
-    `data`: nodes that carry the image. `shapes`: of those that hold one tensor of real numbers with
-    the batch as its first axis, the shape without it. `sizes`: of nodes that hold no tensor, the value.
-    `overwritten`: nodes whose tensor is changed in place by a later one.
+    `data`: nodes that carry the image. `shapes`: of those that hold one tensor of real numbers
+    with the batch as its first axis, the shape without it. `sizes`: of nodes that hold no tensor,
+    the value. `overwritten`: nodes whose tensor is changed in place by a later one.
     """
 
     data: set[fx.Node]
@@ -222,7 +222,7 @@ def find_cuts(nodes: list[fx.Node], values: Values) -> list[Cut]:
         if len(alive) == 1 and (only := next(iter(alive))) in values.shapes:
             cuts.append(Cut(i, only))
     if not cuts or cuts[-1].node is not result:
-        raise OutputError("a result of another kind")
+        raise ValueError("its result has no row of real numbers for each image")
     return cuts
 
 

@@ -167,7 +167,18 @@ class Runner:
                 self._traced = TracedNetwork(self.network, size)
                 return
             except TracingError as error:
-                self._why_whole = str(error)
+                self._why_whole = self._advice(size, error)
+
+    def _advice(self, image_size: tuple[int, int], error: TracingError) -> str:
+        """Say why the network can't be cut or, if it can't run whole either, only why not."""
+        try:
+            self._find_whole_shape(image_size)
+        except (OutputError, ValueError) as failure:
+            return str(failure)
+        return (
+            f"{error} The whole network can still be used: by an extractor with layer='output', or "
+            "with unfreeze=0 or 'all' where a new head is trained."
+        )
 
     @property
     def can_be_cut(self) -> bool:
@@ -236,38 +247,38 @@ class Runner:
     def shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's activation."""
         if (position, image_size) not in self._shapes:
-            try:
-                with network_lock:
-                    self._shapes[position, image_size] = self._find_shape(position, image_size)
-            except OutputError as error:
-                raise OutputError(error.what, f"Backbone {self.name!r}") from error
-            except Exception as error:
-                raise ValueError(self._refusal(image_size, error)) from error
+            with network_lock:
+                self._shapes[position, image_size] = self._find_shape(position, image_size)
         return self._shapes[position, image_size]
 
     def _refusal(self, image_size: tuple[int, int], error: Exception) -> str:
-        if image_size == self._image_size:
-            return (
-                f"Backbone {self.name!r} fails on two images, a float32 tensor of shape "
-                f"(2, 3, {image_size[0]}, {image_size[1]}): {reason_of(error)}. It must take any "
-                "number of them; if they are to have another size, pass image_size."
-            )
-        return (
-            f"Backbone {self.name!r} can't take images of {image_size[0]} × {image_size[1]} pixels "
-            f"({first_line(error)}). Its own size is {self._image_size[0]} × "
-            f"{self._image_size[1]}: leave image_size=None, or choose another."
+        height, width = image_size
+        message = (
+            f"Backbone {self.name!r} can't take images of {height} × {width} pixels, any number of "
+            f"them as a float32 tensor (n, 3, {height}, {width}): {first_line(error).rstrip('.')}."
         )
+        if image_size == self._image_size:
+            return f"{message} If it takes another size, pass image_size."
+        own = " × ".join(map(str, self._image_size))
+        return f"{message} By its preprocessing they are {own}: leave image_size=None for that."
 
     def _find_shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
-        if self.can_be_cut:
-            end = self.trace.output if position is None else position
-            return self.trace.shape(end, image_size)
-        with torch.inference_mode():
-            output = Whole(self.network)(torch.zeros(2, 3, *image_size, device=self.device))
-        if output.ndim == 0 or len(output) != 2:
-            raise OutputError(f"a tensor of shape {tuple(output.shape)} for two images")
-        if output.is_complex():
-            raise OutputError("complex numbers")
+        if not self.can_be_cut:
+            return self._find_whole_shape(image_size)
+        try:
+            return self.trace.shape(self.trace.output if position is None else position, image_size)
+        except Exception as error:
+            raise ValueError(self._refusal(image_size, error)) from error
+
+    def _find_whole_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        try:
+            with torch.inference_mode():
+                output = Whole(self.network)(torch.zeros(2, 3, *image_size, device=self.device))
+            _check_rows(output)
+        except OutputError as error:
+            raise OutputError(error.what, f"Backbone {self.name!r}") from error
+        except Exception as error:
+            raise ValueError(self._refusal(image_size, error)) from error
         return tuple(output.shape[1:])
 
     def width(self, position: int | None, pooling: str, image_size: tuple[int, int]) -> int:
@@ -477,6 +488,14 @@ class Runner:
         if self.device.type == "cuda":  # from memory that stays in place, the copy does not wait
             batch = batch.pin_memory()
         return batch.to(self.device, non_blocking=True)
+
+
+def _check_rows(output: torch.Tensor) -> None:
+    """Raise OutputError if the output for two images has no row of real numbers for each."""
+    if output.ndim == 0 or len(output) != 2:
+        raise OutputError(f"a tensor of shape {tuple(output.shape)} for two images")
+    if output.is_complex():
+        raise OutputError("complex numbers")
 
 
 class _Rows(nn.Module):

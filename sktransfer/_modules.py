@@ -40,6 +40,19 @@ def float32_by_default() -> Iterator[None]:
                 torch.set_default_dtype(_default)
 
 
+@contextlib.contextmanager
+def ready_to_train() -> Iterator[None]:
+    """Let torch make float32 tensors on the CPU and record gradients, whatever the caller has set.
+
+    A fit may be called under `torch.inference_mode()` or `torch.no_grad()`, a network be loaded
+    after `torch.set_default_device("cuda")`.
+    """
+    is_cpu = torch.get_default_device().type == "cpu"
+    device = contextlib.nullcontext() if is_cpu else torch.device("cpu")
+    with torch.inference_mode(False), torch.enable_grad(), float32_by_default(), device:
+        yield
+
+
 # ------------------------------------------------------------------------------ copies
 
 
@@ -189,8 +202,8 @@ def one_tensor(output: Any, kind: type, is_map: Callable[[Any], bool]) -> Any:
     if isinstance(output, list) and are_tensors and all(map(is_map, parts)):
         return parts[-1]  # of timm's features_only=True, from the finest to the coarsest
     name = type(output).__name__.removeprefix("immutable_")  # as torch.fx calls them
-    if output is None or not parts:
-        raise OutputError(f"an empty {name}" if isinstance(output, (list, tuple, dict)) else name)
+    if not parts:
+        raise OutputError("None" if output is None else f"a {name} without a tensor")
     is_numbered = list(named) == [str(i) for i in range(len(named))]
     raise OutputError(f"a {name} of " + (str(len(parts)) if is_numbered else " and ".join(named)))
 

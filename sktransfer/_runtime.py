@@ -149,7 +149,9 @@ def _foldable(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     known = all(type(m).__module__.startswith(_KNOWN) for m in (convolution, norm))
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in (convolution, norm))
     computed = parametrize.is_parametrized(convolution) or parametrize.is_parametrized(norm)
-    return before if known and not hooks and not computed and norm.running_mean is not None else None
+    return (
+        before if known and not hooks and not computed and norm.running_mean is not None else None
+    )
 
 
 # ------------------------------------------------------------------------------ OpenVINO

@@ -12,6 +12,7 @@ import torch
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from sktransfer._inference import Runner, network_lock
+from sktransfer._modules import ready_to_train
 from sktransfer._optional import load_optional
 from sktransfer._plotting import grid_axes, n_rows_and_cols, put_image, pyplot, text_of
 from sktransfer._pooling import layout_of
@@ -239,7 +240,7 @@ def _grad_cam(
     )
     target_layer = source.whole.blocks[position - 1]
     maps, outputs, chosen = [], [], []
-    with network_lock, GradCAM(source.whole, [target_layer], as_map) as cam:
+    with network_lock, ready_to_train(), GradCAM(source.whole, [target_layer], as_map) as cam:
         for start in range(0, len(fitted), _STEP):
             x = source.preprocessing.normalize(fitted[start : start + _STEP].to(runner.device))
             own = None if columns is None else columns[start : start + _STEP]

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from sktransfer._inference import Runner, network_lock
+from sktransfer._modules import ready_to_train
 from sktransfer._optional import load_optional
 from sktransfer._stream import Stream, Write
 from sktransfer._weights import Describer
@@ -160,7 +161,7 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     try:
-        with _silence(), torch.random.fork_rng(devices=[]):
+        with _silence(), torch.random.fork_rng(devices=[]), ready_to_train():
             torch.manual_seed(_SEED)
             network = AutoModelForMaskedLM.from_pretrained(model)
             words = AutoTokenizer.from_pretrained(tokenizer or model)

@@ -20,7 +20,7 @@ from sktransfer._frozen import Activations, FrozenBlocks
 from sktransfer._head import make_head, solve_head
 from sktransfer._inference import Runner, network_lock
 from sktransfer._memory import check_memory
-from sktransfer._modules import copy_of
+from sktransfer._modules import copy_of, ready_to_train
 from sktransfer._plan import Plan, make_plan
 from sktransfer._progress import Progress
 from sktransfer._settings import Settings, find_cut, n_threads
@@ -252,13 +252,8 @@ class Trainer:
 
     @contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:
-        """Give torch a seed, and gradients, for a while; nothing else trains meanwhile."""
-        with (
-            network_lock,
-            torch.random.fork_rng(),
-            torch.inference_mode(False),
-            torch.enable_grad(),  # whatever the caller has switched off
-        ):
+        """Give torch a seed for a while; nothing else trains meanwhile."""
+        with network_lock, torch.random.fork_rng(), ready_to_train():
             torch.manual_seed(seed)
             yield
 

@@ -137,13 +137,15 @@ class TrainedPart(nn.Module):
         return {
             name: value.detach().cpu().numpy().copy()
             for name, value in self.state_dict().items()
-            if name.startswith(tuple(own))
+            # What is quantised is never trained.
+            if name.startswith(tuple(own)) and _is_plain(value)
         }
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `trained_state` returned."""
-        trained = {name: torch.as_tensor(value) for name, value in state.items()}
-        self.load_state_dict({**self.state_dict(), **trained})
+        own = self.state_dict()
+        own.update({name: torch.as_tensor(value) for name, value in state.items()})
+        self.load_state_dict(own)
 
     def parameter_groups(
         self, lr: float, head_lr: float, lr_decay: float, weight_decay: float
@@ -164,6 +166,10 @@ class TrainedPart(nn.Module):
                 if some:
                     groups.append({"params": some, "lr": rate, "weight_decay": decay})
         return groups
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_quantized
 
 
 # ------------------------------------------------------------------------------ skorch

@@ -22,6 +22,7 @@ from sklearn.utils.validation import _check_y as check_y
 from sklearn.utils.validation import _is_fitted as is_fitted
 from sklearn.utils.validation import validate_data
 from torch import nn
+from torch.export import ExportedProgram
 from torchvision.models import WeightsEnum
 
 from sktransfer._device import PRECISIONS
@@ -118,7 +119,8 @@ class ImageEstimator(BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "backbone": [str, nn.Module, Backbone, HasMethods(["to_backbone"])],
+        # That of torch.export is refused by `get_model`, which says what to pass.
+        "backbone": [str, nn.Module, Backbone, HasMethods(["to_backbone"]), ExportedProgram],
         "weights": [str, os.PathLike, WeightsEnum, None],
         "pooling": [StrOptions(set(POOLINGS))],
         "image_shape": [tuple, list, None],

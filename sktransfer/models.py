@@ -23,11 +23,11 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.export import ExportedProgram
 from torchvision.models import get_model_builder, get_model_weights
 
 from sktransfer._modules import (
     copy_of,
-    float32_by_default,
     portable,
     set_eval,
     without_wrapper,
@@ -236,6 +236,8 @@ def _key(backbone: Any, weights: Any) -> Any:
         raise TypeError(
             "backbone must be a name, a torch.nn.Module, a sktransfer.models.Backbone or a fitted "
             f"estimator with a method to_backbone, got {type(backbone).__name__}"
+            + isinstance(backbone, ExportedProgram)
+            * ": pass its module(), or the network itself"
         )
     # The module is the user's and may change, so it is looked up by its content.
     return fingerprint(backbone.network), backbone.preprocessing, backbone.categories
@@ -245,8 +247,7 @@ def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
     """Return the backbone kept under `key`, or build and keep it, dropping the oldest."""
     with _lock:
         if key not in _loaded:
-            # Tensors of inference mode could not be trained when the caller has left it.
-            with torch.inference_mode(False):
+            with ready_to_train():  # tensors of inference mode could never be trained
                 built = build()
                 set_eval(built.network)
                 for parameter in built.network.parameters():
@@ -477,7 +478,7 @@ for _number in range(3):
 
 def _seeded(create: Callable[[], nn.Module]) -> nn.Module:
     """Create a network with the same random weights every time; leave torch's own seed alone."""
-    with torch.random.fork_rng(devices=[]), float32_by_default():
+    with torch.random.fork_rng(devices=[]), ready_to_train():
         torch.manual_seed(_SEED)
         return create()
 
