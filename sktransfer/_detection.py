@@ -48,8 +48,9 @@ from sktransfer._detectors import (
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import get_runner, resolve_device
 from sktransfer._memory import check_memory
-from sktransfer._modules import copy_of, ready_to_train
+from sktransfer._modules import copy_of
 from sktransfer._threads import n_threads
+from sktransfer._torch_state import ready_to_train
 from sktransfer._training import Interrupted, Schedule, train
 from sktransfer._weights import fingerprint
 from sktransfer.base import ImageEstimator, Interval, _fit_context

@@ -25,7 +25,7 @@ from sktransfer._device import (
     resolve_device,
     warn_of_copies,
 )
-from sktransfer._modules import OutputError, Whole, copy_of, float32_by_default
+from sktransfer._modules import OutputError, Whole, copy_of
 from sktransfer._pooling import layout_of, pool
 from sktransfer._runtime import (
     OpenVinoProgram,
@@ -36,6 +36,7 @@ from sktransfer._runtime import (
     warn_fallback,
     warn_without_instructions,
 )
+from sktransfer._torch_state import network_lock
 from sktransfer._weights import Describer
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -49,30 +50,6 @@ _GPU_BATCH = 256  # at most
 _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few are alive at once
 _VERSION = 2  # of the computation; a change that alters rows makes old entries unreachable
 _T = TypeVar("_T")
-
-
-class _NetworkLock:
-    """Held while a network runs or is traced; torch then makes float32 tensors by default.
-
-    torch.fx traces by replacing what calls modules, for the whole process: nothing may run
-    meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._defaults: list[AbstractContextManager[None]] = []
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._defaults.append(float32_by_default())
-        self._defaults[-1].__enter__()
-
-    def __exit__(self, *_: Any) -> None:
-        self._defaults.pop().__exit__(None, None, None)
-        self._lock.release()
-
-
-network_lock = _NetworkLock()
 _runners_lock = threading.Lock()
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from sktransfer._masked_words import (
     hidden_logits,
 )
 from sktransfer._memory import check_memory
-from sktransfer._modules import copy_of, ready_to_train
+from sktransfer._modules import copy_of
 from sktransfer._progress import Progress
 from sktransfer._text_model import (
     Sentences,
@@ -36,6 +35,7 @@ from sktransfer._text_model import (
     check_sentences,
     load_text_model,
 )
+from sktransfer._torch_state import ready_to_train
 from sktransfer._training import Interrupted, Schedule, make_net, train
 from sktransfer.base import HasMethods, Interval, StrOptions, _fit_context
 

@@ -1,4 +1,4 @@
-"""What networks of the user's own need: copies, pickles, wrappers taken off, one tensor of many."""
+"""What networks of the user's own need: wrappers off, copies, pickles, one tensor of many."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import copy
 import dataclasses
 import io
 import pickle
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,51 +15,15 @@ from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-# ------------------------------------------------------------------------------ torch's defaults
-
-_mutex = threading.Lock()
-_n_users = 0  # of float32 as the default, in all threads: it is one for the process
-_default = torch.float32  # what it was before
-
-
-@contextlib.contextmanager
-def float32_by_default() -> Iterator[None]:
-    """Let torch make float32 tensors, whatever `torch.set_default_dtype` says."""
-    global _n_users, _default
-    with _mutex:
-        if _n_users == 0 and (_default := torch.get_default_dtype()) != torch.float32:
-            torch.set_default_dtype(torch.float32)
-        _n_users += 1
-    try:
-        yield
-    finally:
-        with _mutex:
-            _n_users -= 1
-            if _n_users == 0 and _default != torch.float32:
-                torch.set_default_dtype(_default)
-
-
-@contextlib.contextmanager
-def ready_to_train() -> Iterator[None]:
-    """Let torch make float32 tensors on the CPU and record gradients, whatever the caller has set.
-
-    A fit may be called under `torch.inference_mode()` or `torch.no_grad()`, a network be loaded
-    after `torch.set_default_device("cuda")`.
-    """
-    is_cpu = torch.get_default_device().type == "cpu"
-    device = contextlib.nullcontext() if is_cpu else torch.device("cpu")
-    with torch.inference_mode(False), torch.enable_grad(), float32_by_default(), device:
-        yield
-
-
 # ------------------------------------------------------------------------------ copies
 
 
 def without_wrapper(network: nn.Module) -> nn.Module:
     """Return what `torch.compile`, or a wrapper for several devices, has inside."""
     while True:
-        if isinstance(getattr(network, "_orig_mod", None), nn.Module):
-            network = network._orig_mod
+        compiled = getattr(network, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            network = compiled
         elif isinstance(network, (nn.DataParallel, DistributedDataParallel)):
             network = network.module
         else:
@@ -96,12 +59,10 @@ def set_eval(network: nn.Module) -> None:
 
 def computed_attributes(module: nn.Module) -> set[str]:
     """Return the attributes that hooks compute from weights before every call."""
-    names = set()
-    for hook in module._forward_pre_hooks.values():  # weight and spectral norms, pruning
-        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-        if hasattr(hook, "compute_weight") or hasattr(hook, "apply_mask"):
-            names.add(name)
-    return names
+    hooks = module._forward_pre_hooks.values()
+    norms = {str(hook.name) for hook in hooks if hasattr(hook, "compute_weight")}
+    prunings = {str(hook._tensor_name) for hook in hooks if hasattr(hook, "apply_mask")}
+    return norms | prunings
 
 
 # ------------------------------------------------------------------------------ pickles

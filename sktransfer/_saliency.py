@@ -12,11 +12,11 @@ import torch
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from sktransfer._inference import Runner, network_lock
-from sktransfer._modules import ready_to_train
 from sktransfer._optional import load_optional
 from sktransfer._plotting import grid_axes, n_rows_and_cols, put_image, pyplot, text_of
 from sktransfer._pooling import layout_of
 from sktransfer._pretrained_classifier import PretrainedClassifier
+from sktransfer._torch_state import ready_to_train
 from sktransfer._whole import WholeNetwork, whole_of_runner, whole_of_trainer
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing

@@ -13,9 +13,9 @@ import torch
 import xxhash
 
 from sktransfer._inference import Runner, network_lock
-from sktransfer._modules import ready_to_train
 from sktransfer._optional import load_optional
 from sktransfer._stream import Stream, Write
+from sktransfer._torch_state import ready_to_train
 from sktransfer._weights import Describer
 
 _VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable

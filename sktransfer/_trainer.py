@@ -20,10 +20,11 @@ from sktransfer._frozen import Activations, FrozenBlocks
 from sktransfer._head import make_head, solve_head
 from sktransfer._inference import Runner, network_lock
 from sktransfer._memory import check_memory
-from sktransfer._modules import copy_of, ready_to_train
+from sktransfer._modules import copy_of
 from sktransfer._plan import Plan, make_plan
 from sktransfer._progress import Progress
 from sktransfer._settings import Settings, find_cut, n_threads
+from sktransfer._torch_state import ready_to_train
 from sktransfer._training import (
     Interrupted,
     Schedule,

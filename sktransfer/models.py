@@ -26,12 +26,8 @@ from torch import nn
 from torch.export import ExportedProgram
 from torchvision.models import get_model_builder, get_model_weights
 
-from sktransfer._modules import (
-    copy_of,
-    portable,
-    set_eval,
-    without_wrapper,
-)
+from sktransfer._modules import copy_of, portable, set_eval, without_wrapper
+from sktransfer._torch_state import ready_to_train
 from sktransfer._weights import fingerprint, load_state, read_state_dict, sha256_of, weights_path
 from sktransfer.transforms import Preprocessing
 
