@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ def set_eval(network: nn.Module) -> None:
 
 def computed_attributes(module: nn.Module) -> set[str]:
     """Return the attributes that hooks compute from weights before every call."""
-    hooks = module._forward_pre_hooks.values()
+    hooks: list[Any] = list(module._forward_pre_hooks.values())
     norms = {str(hook.name) for hook in hooks if hasattr(hook, "compute_weight")}
     prunings = {str(hook._tensor_name) for hook in hooks if hasattr(hook, "apply_mask")}
     return norms | prunings
@@ -93,23 +94,37 @@ class _Portable:
 
     def __reduce__(self) -> Any:
         if isinstance(self.network, torch.jit.ScriptModule):
-            return _load_script, (script_bytes(self.network),)
+            return load_script, (script_bytes(self.network),)
         bare = copy_of(self.network)
         for module in bare.modules():
             if parametrize.is_parametrized(module):
                 module.__class__ = type(module).__bases__[0]
+                _drop_local_hooks(module)
         return _with_parametrizations, (bare,)
+
+
+def _drop_local_hooks(module: nn.Module) -> None:
+    """Drop what reads state dicts of the older weight norm: no pickle can hold it."""
+    hooks = module._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if "<locals>" in getattr(getattr(hook, "hook", hook), "__qualname__", ""):
+            del hooks[key]
 
 
 def script_bytes(network: torch.jit.ScriptModule) -> bytes:
     """Return the file of a scripted or traced module."""
     buffer = io.BytesIO()
-    torch.jit.save(network, buffer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is not developed further
+        torch.jit.save(network, buffer)
     return buffer.getvalue()
 
 
-def _load_script(content: bytes) -> nn.Module:
-    return torch.jit.load(io.BytesIO(content))
+def load_script(content: bytes) -> torch.jit.ScriptModule:
+    """Return the module of a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.jit.load(io.BytesIO(content))
 
 
 def _with_parametrizations(network: nn.Module) -> nn.Module:

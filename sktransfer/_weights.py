@@ -7,7 +7,6 @@ import dis
 import functools
 import hashlib
 import inspect
-import io
 import os
 import pickle
 import re
@@ -25,7 +24,7 @@ import xxhash
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from sktransfer._modules import computed_attributes, script_bytes
+from sktransfer._modules import computed_attributes, load_script, script_bytes
 
 
 def weights_path(weights: Any) -> Path | None:
@@ -207,7 +206,7 @@ class Describer:
         What was not read from one has other names in its graph than what was.
         """
         yield from (self(part) for item in sorted(module.state_dict().items()) for part in item)
-        graph = torch.jit.load(io.BytesIO(script_bytes(module))).inlined_graph
+        graph = load_script(script_bytes(module)).inlined_graph
         constants = [node for node in graph.findAllNodes("prim::Constant") if node.hasAttributes()]
         for node in constants:
             if node.kindOf("value") == "t":
