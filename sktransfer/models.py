@@ -47,7 +47,9 @@ class Backbone:
     Parameters
     ----------
     network : torch.nn.Module
-        Takes a float batch (n, 3, height, width). Used in evaluation mode.
+        Takes a float batch (n, 3, height, width) and returns one tensor with a row for each image;
+        a dict, tuple or data class of one tensor counts as this tensor, a list of maps as its last.
+        Used in evaluation mode. What `torch.compile` or `DataParallel` wraps is taken out.
     preprocessing : Preprocessing, default=that of ImageNet at 224 pixels
         How an image is brought to the network's input.
     categories : tuple of str or None, default=None

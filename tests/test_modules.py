@@ -26,6 +26,15 @@ X = np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3)).astype(np.uint
 Y = np.arange(6) % 2
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small take longer on several threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 def batch():
     """What enters a network."""
     preprocessing = Preprocessing().with_size(SIZE)
