@@ -206,7 +206,7 @@ class Describer:
         What was not read from one has other names in its graph than what was.
         """
         yield from (self(part) for item in sorted(module.state_dict().items()) for part in item)
-        graph = load_script(script_bytes(module)).inlined_graph
+        graph: Any = load_script(script_bytes(module)).inlined_graph
         constants = [node for node in graph.findAllNodes("prim::Constant") if node.hasAttributes()]
         for node in constants:
             if node.kindOf("value") == "t":

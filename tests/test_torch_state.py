@@ -86,7 +86,7 @@ def of_other_kinds():
 
 
 def detected():
-    options = {**OPTIONS, "unfreeze": 1, "width": 16}
+    options = {**OPTIONS, "unfreeze": 1, "width": 64}
     model = FineTunedDetector(backbone=NETWORK, **options).fit(X[:4], BOXES[:4])
     return [boxes["scores"] for boxes in model.predict(X[:2])]
 
