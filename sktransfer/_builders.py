@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import get_model_builder, get_model_weights
 
 from sktransfer._hub import check_hub, downloading
+from sktransfer._torch_state import ready_to_train
 from sktransfer._weights import load_state, read_state_dict, sha256_of
 from sktransfer.transforms import Preprocessing
 
@@ -199,7 +200,7 @@ def build_efficientnet_lite(number: int, weights: Any) -> Built:
 
 def _seeded(create: Callable[[], nn.Module]) -> nn.Module:
     """Create a network with the same random weights every time; leave torch's own seed alone."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ready_to_train():
         torch.manual_seed(_SEED)
         return create()
 

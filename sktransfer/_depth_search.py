@@ -170,9 +170,10 @@ def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
     runner, preprocessing = model._load()
     n_blocks = len(runner.block_names)
     if n_blocks == 0:
+        reason = "" if runner.can_be_cut else ", as it can't be traced"
         raise ValueError(
-            f"unfreeze='auto' searches over numbers of blocks, and {runner.name!r} has none, as it "
-            "can't be traced: pass unfreeze=0 or 'all'."
+            f"unfreeze='auto' searches over numbers of blocks, and {runner.name!r} has none"
+            f"{reason}: pass unfreeze=0 or 'all'."
         )
     flops = np.array(FrozenBlocks(runner, preprocessing, model.pooling).flops())
     depths = np.array([0, *(2**i for i in range(n_blocks.bit_length()))])

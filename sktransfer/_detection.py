@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -49,7 +48,9 @@ from sktransfer._detectors import (
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import get_runner, resolve_device
 from sktransfer._memory import check_memory
+from sktransfer._modules import copy_of
 from sktransfer._threads import n_threads
+from sktransfer._torch_state import ready_to_train
 from sktransfer._training import Interrupted, Schedule, train
 from sktransfer._weights import file_beside, fingerprint, load_state, read_state_dict
 from sktransfer.base import ImageEstimator, Interval, _fit_context
@@ -322,7 +323,8 @@ class FineTunedDetector(ImageEstimator):
         sizes = image_sizes(images, n_threads(self.n_jobs))
         objects = check_inside(objects, sizes)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
-        with torch.random.fork_rng(devices=[]):  # detectors draw from torch's own generator
+        # Detectors draw from torch's own generator.
+        with torch.random.fork_rng(devices=[]), ready_to_train():
             torch.manual_seed(seed)
             part = self._resume() if goes_on else self._begin(len(classes))
             self.classes_ = classes
@@ -411,15 +413,17 @@ class FineTunedDetector(ImageEstimator):
     def _build(self, n_classes: int) -> DetectorPart:
         detector = self._shape["detector"]
         is_new = isinstance(detector, str) and detector in NEW
-        return self._build_new(n_classes) if is_new else self._build_cut(n_classes)
+        with ready_to_train():
+            return self._build_new(n_classes) if is_new else self._build_cut(n_classes)
 
     def _build_new(self, n_classes: int) -> DetectorPart:
         """Put a new detector on the backbone."""
         backbone, shape = self._backbone(), self._shape
-        runner = get_runner(backbone, self.device, "float32", self.runtime)
-        runner.trace  # noqa: B018 raises an error that says why a network can't be cut
         size = _SIDE if shape["image_size"] is None else shape["image_size"]
         preprocessing = boxed(backbone.preprocessing.with_size(size))
+        sizes = {"image_size": preprocessing.size}
+        runner = get_runner(backbone, self.device, "float32", self.runtime, **sizes)
+        runner.trace  # noqa: B018 raises an error that says why a network can't be cut
         frozen = FrozenBlocks(runner, preprocessing, "avg")
         taken = map_positions(frozen)
         names = runner.block_names[: taken[-1]]
@@ -450,7 +454,7 @@ class FineTunedDetector(ImageEstimator):
         if is_name:
             detector: Any = load_detector(given, self.weights)
         else:
-            detector = copy.deepcopy(check_family(given))
+            detector = copy_of(check_family(given))
             if (path := file_beside(self.weights, type(given).__name__)) is not None:
                 load_state(None, detector, read_state_dict(path), type(given).__name__, path)
         digest = fingerprint(detector)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._hub import downloading
 from sktransfer._inference import layout_of
+from sktransfer._modules import copy_of
 from sktransfer._weights import load_state, read_state_dict, weights_path
 from sktransfer.transforms import Preprocessing
 
@@ -270,7 +270,7 @@ class Pyramid(nn.Module):
         self.positions = sorted({cut, *(p for p in taken if p < cut)})
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, taken[-1])]
-        self.blocks = nn.ModuleList(copy.deepcopy(segments))
+        self.blocks = copy_of(nn.ModuleList(segments))
         channels = []
         for position in taken:
             blank = torch.empty(1, *frozen.runner.shape(position, frozen.size), device="meta")

@@ -300,7 +300,8 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
     n_iter_ : int
         Number of these epochs.
     block_names_ : list of str
-        All blocks of the network, in order. Empty if it can't be traced: then it is all or none.
+        All blocks of the network, in order. Empty if it has none or can't be traced: then it is
+        all or nothing.
     unfrozen_block_names_ : list of str
         Those that were trained.
     n_trainable_parameters_ : int

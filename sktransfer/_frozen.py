@@ -43,7 +43,7 @@ class FrozenBlocks:
         self.runner, self.preprocessing, self.pooling = runner, preprocessing, pooling
         self.size = preprocessing.size
         self.embedding = runner.embedding
-        self._whole = None if not runner.block_names else self.embedding
+        self._whole = runner.embedding_or_output
         self.width = runner.width(self._whole, pooling, self.size)
         self.half = torch.bfloat16 if runner.precision == "bfloat16" else torch.float16
 
@@ -171,7 +171,7 @@ class FrozenBlocks:
         return self.runner.flops[self.size]
 
     def _count_flops(self) -> list[int]:
-        blank = torch.zeros(1, 3, *self.size, dtype=torch.uint8)
+        blank = torch.zeros(1, 3, *self.size, dtype=torch.uint8, device="cpu")
         counts = []
         with network_lock, torch.inference_mode(), self.runner.autocast():
             x = self.unpack(blank, 0)

@@ -6,7 +6,6 @@ needs to know of the image.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 import sys
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import fx, nn
+
+from sktransfer._modules import copy_of, one_tensor, set_eval
 
 _BATCHES = (2, 3, 5)  # two batch sizes give a line, the third one tells whether it is one
 
@@ -57,21 +58,30 @@ class _Tracer(fx.Tracer):
 
 def trace(network: nn.Module) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """Trace in eval mode; returns the graph and the tensors that it, not the network, owns."""
-    modes = {module: module.training for module in network.modules()}
-    attributes = set(vars(network))
+    if isinstance(network, torch.jit.ScriptModule):
+        raise TypeError("it was compiled by torch.jit; the network that it was made of can be cut")
+    before = {module: dict(vars(module)) for module in network.modules()}
     try:
-        network.eval()
+        set_eval(network)
         graph = _Tracer().trace(network)
     finally:
-        for module, training in modes.items():
-            module.training = training
-        # The tracer leaves the tensors that it met on the way as attributes of the network.
-        new = sorted(set(vars(network)) - attributes)
+        # The tracer leaves the tensors that it met on the way as attributes of the network, and
+        # hooks that compute weights leave what stands for them in the graph.
+        new = sorted(set(vars(network)) - set(before[network]))
         constants = {name: network.__dict__.pop(name) for name in new}
-    (result,) = next(node for node in reversed(graph.nodes) if node.op == "output").args
-    if not isinstance(result, fx.Node):
-        raise TypeError(f"it returns a {type(result).__name__}, not one tensor")
+        for module, attributes in before.items():
+            for name in vars(module).keys() - attributes:
+                del vars(module)[name]
+            vars(module).update(attributes)
     return graph, {name: value for name, value in constants.items() if torch.is_tensor(value)}
+
+
+def choose_output(graph: fx.Graph, values: Values) -> None:
+    """Let the graph return one tensor, where the network returns a container of it."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    (result,) = output.args
+    chosen = one_tensor(result, fx.Node, lambda node: len(values.shapes.get(node, ())) == 3)
+    output.args = (chosen,)
 
 
 def module_path(node: fx.Node) -> str:
@@ -95,9 +105,9 @@ class _Affine:
 class Values:
     """What is known of each node for images of one size.
 
-    `data`: nodes that carry the image. `shapes`: of those that hold one tensor with the batch as
-    its first axis, the shape without it. `sizes`: of nodes that hold no tensor, the value.
-    `overwritten`: nodes whose tensor is changed in place by a later one.
+    `data`: nodes that carry the image. `shapes`: of those that hold one tensor of real numbers
+    with the batch as its first axis, the shape without it. `sizes`: of nodes that hold no tensor,
+    the value. `overwritten`: nodes whose tensor is changed in place by a later one.
     """
 
     data: set[fx.Node]
@@ -132,8 +142,8 @@ def propagate(graph: fx.Graph, lookup: Callable[[str], Any], image_size: tuple[i
     runs = []
     for batch in _BATCHES:
         recorder = _Recorder(twin)
-        with torch.no_grad(), torch.device("meta"):
-            recorder.run(torch.empty(batch, 3, *image_size))
+        with torch.inference_mode(False), torch.no_grad(), torch.device("meta"):
+            recorder.run(torch.empty(batch, 3, *image_size, dtype=torch.float32))
         runs.append(recorder.records)
     result = Values(set(), {}, {}, set())
     for node, records in zip(graph.nodes, zip(*runs, strict=True), strict=True):
@@ -149,7 +159,8 @@ def propagate(graph: fx.Graph, lookup: Callable[[str], Any], image_size: tuple[i
         if all(map(torch.is_tensor, values)):
             shapes = {tuple(value.shape[1:]) for value in values}
             batches = tuple(value.shape[0] if value.ndim else 0 for value in values)
-            if batches == _BATCHES and len(shapes) == 1:
+            is_real = not values[0].is_complex()
+            if batches == _BATCHES and len(shapes) == 1 and is_real:
                 result.shapes[node] = shapes.pop()
             if values[0]._version != records[0][1]:
                 result.overwritten.add(node)
@@ -164,7 +175,7 @@ def _on_meta(module: fx.GraphModule) -> fx.GraphModule:
         empty = torch.empty_like(tensor, dtype=dtype, device="meta", requires_grad=False)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-    return copy.deepcopy(module, memo)
+    return copy_of(module, memo)
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -211,7 +222,7 @@ def find_cuts(nodes: list[fx.Node], values: Values) -> list[Cut]:
         if len(alive) == 1 and (only := next(iter(alive))) in values.shapes:
             cuts.append(Cut(i, only))
     if not cuts or cuts[-1].node is not result:
-        raise ValueError("the result has no row for each image")
+        raise ValueError("its result has no row of real numbers for each image")
     return cuts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
@@ -14,6 +13,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
+from sktransfer._modules import copy_of
+
 # Inverse regularisation of the logistic head, on embeddings of mean variance 1: alone, and as the
 # start of training, where one that is sure of itself costs log-loss; tables in docs/results.md.
 _C = 0.03
@@ -24,7 +25,7 @@ _ALPHA = 10  # and of ridge regression
 def make_head(head: Any, width: int, n_outputs: int, dropout: float) -> nn.Module:
     """Build what `head` stands for; a linear layer starts at zero, so at equal chances."""
     if isinstance(head, nn.Module):
-        return _check_outputs(copy.deepcopy(head), width, n_outputs)
+        return _check_outputs(copy_of(head).float(), width, n_outputs)
     sizes: list[Any] = [] if isinstance(head, str) else list(head)
     if not all(isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes):
         raise ValueError(f"head={head!r}: sizes of hidden layers must be positive ints.")

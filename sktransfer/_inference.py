@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import sys
@@ -10,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -28,6 +26,7 @@ from sktransfer._device import (
     resolve_device,
     warn_of_copies,
 )
+from sktransfer._modules import OutputError, Whole, copy_of
 from sktransfer._pooling import layout_of, pool
 from sktransfer._runtime import (
     OpenVinoProgram,
@@ -39,6 +38,7 @@ from sktransfer._runtime import (
     warn_fallback,
     warn_without_instructions,
 )
+from sktransfer._torch_state import network_lock
 from sktransfer._weights import Describer
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -52,22 +52,30 @@ _GPU_BATCH = 256  # at most
 _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few are alive at once
 _VERSION = 2  # of the computation; a change that alters rows makes old entries unreachable
 _T = TypeVar("_T")
-# torch.fx traces by replacing what calls modules, for the whole process: nothing may run meanwhile.
-network_lock = threading.RLock()
 _runners_lock = threading.Lock()
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
 _all_runners: WeakSet[Runner] = WeakSet()  # also those of fitted estimators
 
 
 def get_runner(
-    backbone: Backbone, device: str | torch.device, precision: str, runtime: str = "auto"
+    backbone: Backbone,
+    device: str | torch.device,
+    precision: str,
+    runtime: str = "auto",
+    image_size: tuple[int, int] | None = None,
 ) -> Runner:
-    """Return this process's one copy of `backbone` on this device in this precision."""
+    """Return this process's one copy of `backbone` on this device in this precision.
+
+    `image_size` is that of the images to come, if it is known.
+    """
     resolved = resolve_device(device)
     runners = _runners.setdefault(backbone, {})
     asked = (resolved, precision, runtime)
-    with _runners_lock:
-        return runners.get(asked) or _new_runner(runners, backbone, asked)
+    with _runners_lock, torch.inference_mode(False):
+        runner = runners.get(asked) or _new_runner(runners, backbone, asked)
+    if image_size is not None:
+        runner.add_size(image_size)
+    return runner
 
 
 def _new_runner(runners: dict[Any, Runner], backbone: Backbone, asked: Any) -> Runner:
@@ -89,8 +97,7 @@ def _after_fork() -> None:
     """
     torch.set_num_threads(1)
     forget_openvino([runner._programs for runner in _all_runners])
-    for lock in (network_lock, _runners_lock):
-        lock._at_fork_reinit()  # type: ignore[union-attr]
+    _runners_lock._at_fork_reinit()  # type: ignore[attr-defined]
     _runners.clear()
     for runner in _all_runners:
         runner.runtime, runner._programs, runner._n_cores = "torch", {}, 1
@@ -98,10 +105,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-class _OutputError(TypeError):
-    """A network returns something else than one tensor with a row for each image."""
 
 
 class Runner:
@@ -124,9 +127,12 @@ class Runner:
         self.device, self.precision, self.runtime = device, precision, runtime
         network = backbone.network
         if device.type != "cpu":
-            network = copy.deepcopy(network).to(device)
+            network = copy_of(network).to(device)
         self.network: nn.Module = network.to(memory_format=torch.channels_last)
         self._image_size = backbone.preprocessing.size
+        self._sizes = [self._image_size]  # by which blocks are looked for
+        self._traced: TracedNetwork | None = None
+        self._why_whole = ""  # why it can't be cut, at the last of the sizes
         self._shapes: dict[Any, tuple[int, ...]] = {}
         self.most = sys.maxsize  # images at once; fewer once the memory did not suffice
         # As many cores as torch may use here, which joblib limits in its workers.
@@ -135,19 +141,56 @@ class Runner:
         _all_runners.add(self)
         self.flops: dict[tuple[int, int], list[int]] = {}  # see FrozenBlocks.flops
 
-    @cached_property
-    def trace(self) -> TracedNetwork:
-        """The network as a list of blocks; raises TracingError if it is none."""
-        with network_lock:
-            return TracedNetwork(self.network, self._image_size)
+    def add_size(self, image_size: tuple[int, int]) -> None:
+        """Look for blocks at this size, too, if the backbone's own size shows none.
 
-    @cached_property
-    def block_names(self) -> list[str]:
-        """The names of the blocks; empty if the network can't be traced."""
+        A network of the user's own may take images of one size, which only the user knows.
+        """
+        if image_size not in self._sizes:
+            self._sizes.append(image_size)
+            self._why_whole = ""
+
+    @property
+    def trace(self) -> TracedNetwork:
+        """The network as a list of blocks; raises TracingError if it can't be cut."""
+        if self._traced is None and not self._why_whole:
+            with network_lock:
+                self._find_blocks()
+        if self._traced is None:
+            raise TracingError(self._why_whole)
+        return self._traced
+
+    def _find_blocks(self) -> None:
+        for size in self._sizes:
+            try:
+                self._traced = TracedNetwork(self.network, size)
+                return
+            except TracingError as error:
+                self._why_whole = self._advice(size, error)
+
+    def _advice(self, image_size: tuple[int, int], error: TracingError) -> str:
+        """Say why the network can't be cut or, if it can't run whole either, only why not."""
         try:
-            return list(self.trace.names)
+            self._find_whole_shape(image_size)
+        except (OutputError, ValueError) as failure:
+            return str(failure)
+        return (
+            f"{error} The whole network can still be used: by an extractor with layer='output', or "
+            "with unfreeze=0 or 'all' where a new head is trained."
+        )
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether it has known positions, though maybe no blocks; else it is run whole."""
+        try:
+            return bool(self.trace)
         except TracingError:
-            return []
+            return False
+
+    @property
+    def block_names(self) -> list[str]:
+        """The names of the blocks; empty if there are none, or if the network can't be cut."""
+        return list(self.trace.names) if self.can_be_cut else []
 
     def position(self, layer: int | str) -> int | None:
         """Return the cut behind `layer`; None stands for the output of the whole network."""
@@ -158,10 +201,15 @@ class Runner:
         """The position of the embedding, behind the blocks; of a network without any, 1."""
         return len(self.block_names) + 1
 
+    @property
+    def embedding_or_output(self) -> int | None:
+        """The position of the embedding, None where this is the output of the whole network."""
+        return self.embedding if self.can_be_cut else None
+
     def segment(self, start: int, image_size: tuple[int, int]) -> nn.Module:
         """Return the network from a position to the next; whole if it can't be cut."""
-        if not self.block_names:
-            return self.network
+        if not self.can_be_cut:
+            return Whole(self.network).eval()
         return self.trace.slice(start, start + 1, image_size)
 
     @property
@@ -191,39 +239,45 @@ class Runner:
 
     def fitting(self, start: int, image_size: tuple[int, int], n_bytes: float) -> int:
         """Return of how many images the largest float32 tensor behind `start` takes `n_bytes`."""
-        if not self.block_names:
+        if not self.can_be_cut:
             return _CPU_STEP
         return int(n_bytes / (4 * self.trace.largest(start, self.embedding, image_size)))
 
     def shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's activation."""
         if (position, image_size) not in self._shapes:
-            try:
-                with network_lock:
-                    self._shapes[position, image_size] = self._find_shape(position, image_size)
-            except _OutputError:
-                raise
-            except Exception as error:
-                raise ValueError(
-                    f"Backbone {self.name!r} can't take images of {image_size[0]} × "
-                    f"{image_size[1]} pixels ({error}). Its own size is {self._image_size[0]} × "
-                    f"{self._image_size[1]}: leave image_size=None, or choose another."
-                ) from error
+            with network_lock:
+                self._shapes[position, image_size] = self._find_shape(position, image_size)
         return self._shapes[position, image_size]
 
+    def _refusal(self, image_size: tuple[int, int], error: Exception) -> str:
+        height, width = image_size
+        message = (
+            f"Backbone {self.name!r} can't take images of {height} × {width} pixels, any number of "
+            f"them as a float32 tensor (n, 3, {height}, {width}): {first_line(error).rstrip('.')}."
+        )
+        if image_size == self._image_size:
+            return f"{message} If it takes another size, pass image_size."
+        own = " × ".join(map(str, self._image_size))
+        return f"{message} By its preprocessing they are {own}: leave image_size=None for that."
+
     def _find_shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
-        if position is not None:
-            return self.trace.shape(position, image_size)
-        if self.block_names:
-            return self.trace.shape(self.trace.output, image_size)
-        with torch.inference_mode():
-            output = self.network(torch.zeros(1, 3, *image_size, device=self.device))
-        if not isinstance(output, torch.Tensor) or output.ndim == 0:
-            kind = "number" if isinstance(output, torch.Tensor) else type(output).__name__
-            raise _OutputError(
-                f"Backbone {self.name!r} returns a {kind}, not one tensor with a row for each "
-                "image. Wrap it in a module whose forward returns the tensor that you want."
-            )
+        if not self.can_be_cut:
+            return self._find_whole_shape(image_size)
+        try:
+            return self.trace.shape(self.trace.output if position is None else position, image_size)
+        except Exception as error:
+            raise ValueError(self._refusal(image_size, error)) from error
+
+    def _find_whole_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        try:
+            with torch.inference_mode():
+                output = Whole(self.network)(torch.zeros(2, 3, *image_size, device=self.device))
+            _check_rows(output)
+        except OutputError as error:
+            raise OutputError(error.what, f"Backbone {self.name!r}") from error
+        except Exception as error:
+            raise ValueError(self._refusal(image_size, error)) from error
         return tuple(output.shape[1:])
 
     def width(self, position: int | None, pooling: str, image_size: tuple[int, int]) -> int:
@@ -366,7 +420,7 @@ class Runner:
         module = build()
         if self.runs_in_threads:
             try:
-                if not self.block_names:
+                if not self.can_be_cut:
                     raise ValueError("it can't be traced, so what it does may depend on the pixels")
                 cores = self._n_cores
                 return OpenVinoProgram(module, example(), self.precision, cores, n_streams)
@@ -383,8 +437,8 @@ class Runner:
 
     def _folded(self, start: int, stop: int, image_size: tuple[int, int]) -> nn.Module:
         """Return a slice, with batch-norms made a part of convolutions on a CPU."""
-        if not self.block_names:
-            return self.network
+        if not self.can_be_cut:
+            return Whole(self.network).eval()
         part = self.trace.slice(start, stop, image_size)
         return fold_batch_norms(part) if self.device.type == "cpu" else part
 
@@ -399,7 +453,7 @@ class Runner:
             found.append((stop, self._folded(start, stop, image_size)))
             start = stop
         if None in wanted:
-            whole = self.trace.output if self.block_names else 1
+            whole = self.trace.output if self.can_be_cut else 1
             found.append((None, self._folded(start, whole, image_size)))
         return found
 
@@ -433,6 +487,14 @@ class Runner:
         if self.device.type == "cuda":  # from memory that stays in place, the copy does not wait
             batch = batch.pin_memory()
         return batch.to(self.device, non_blocking=True)
+
+
+def _check_rows(output: torch.Tensor) -> None:
+    """Raise OutputError if the output for two images has no row of real numbers for each."""
+    if output.ndim == 0 or len(output) != 2:
+        raise OutputError(f"a tensor of shape {tuple(output.shape)} for two images")
+    if output.is_complex():
+        raise OutputError("complex numbers")
 
 
 class _Rows(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from sktransfer._masked_words import (
     hidden_logits,
 )
 from sktransfer._memory import check_memory
+from sktransfer._modules import copy_of
 from sktransfer._progress import Progress
 from sktransfer._text_model import (
     Sentences,
@@ -35,6 +35,7 @@ from sktransfer._text_model import (
     check_sentences,
     load_text_model,
 )
+from sktransfer._torch_state import ready_to_train
 from sktransfer._training import Interrupted, Schedule, make_net, train
 from sktransfer.base import HasMethods, Interval, StrOptions, _fit_context
 
@@ -238,7 +239,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         model = self._load()
         sentences = self._tokens(check_sentences(X), model)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
-        network = self._trained_network(model) if goes_on else copy.deepcopy(model.network)
+        network = self._trained_network(model) if goes_on else copy_of(model.network)
         history = self.history_ if goes_on else []
         n_epochs = 1 if in_parts else self.max_epochs
         module = WordGuesser(network.to(resolve_device(self.device)))
@@ -391,7 +392,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         if not hasattr(self, "history_"):
             return model.network
         if self._network is None:  # unpickled
-            network = copy.deepcopy(model.network)
+            network = copy_of(model.network)
             state = {name: torch.as_tensor(value) for name, value in self._state.items()}
             network.load_state_dict(state)
             self._network = network
@@ -425,7 +426,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Give torch a seed for a while; nothing else trains meanwhile."""
-    with network_lock, torch.random.fork_rng():
+    with network_lock, torch.random.fork_rng(), ready_to_train():
         torch.manual_seed(seed)
         yield
 

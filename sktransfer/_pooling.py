@@ -17,7 +17,7 @@ def layout_of(shape: Sequence[int], image_size: tuple[int, int]) -> str:
     the image.
     """
     if len(shape) < 3:
-        return ("other", "vector", "tokens")[len(shape)]
+        return ("vector", "vector", "tokens")[len(shape)]  # a single number is a vector of one
     if len(shape) > 3:
         return "other"
     proportions = image_size[0] / image_size[1]
@@ -29,7 +29,7 @@ def layout_of(shape: Sequence[int], image_size: tuple[int, int]) -> str:
 def pool(x: torch.Tensor, layout: str, pooling: str, n_prefix: int = 0) -> torch.Tensor:
     """Reduce activations to one row an image; see `PretrainedFeatureExtractor`."""
     if layout == "vector" or pooling == "flatten":
-        return x.flatten(1)  # (n, d)
+        return x.unsqueeze(1) if x.ndim == 1 else x.flatten(1)  # (n, d)
     if layout == "tokens":
         if pooling == "token":
             return x[:, 0]  # (n, c)

@@ -83,7 +83,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
     Attributes
     ----------
     block_names_ : list of str
-        Names of the blocks, in order. Empty if the network can't be traced.
+        Names of the blocks, in order. Empty if it has none, or if it can't be traced.
     n_features_in_ : int
         Number of columns of `X`, if it has any.
     feature_names_in_ : ndarray of str

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
+
+from sktransfer._modules import copy_of
 
 
 def make_projection(head: Sequence[int] | nn.Module, width: int) -> nn.Module:
@@ -23,7 +24,7 @@ def make_projection(head: Sequence[int] | nn.Module, width: int) -> nn.Module:
         Features of an embedding.
     """
     if isinstance(head, nn.Module):
-        return _check_rows(copy.deepcopy(head), width)
+        return _check_rows(copy_of(head).float(), width)
     sizes: list[Any] = list(head)
     valid = (isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes)
     if not sizes or not all(valid):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 RUNTIMES = ("auto", "torch", "openvino")
@@ -169,7 +170,10 @@ def _foldable(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None  # shared layers
     known = all(type(m).__module__.startswith(_KNOWN) for m in (convolution, norm))
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in (convolution, norm))
-    return before if known and not hooks and norm.running_mean is not None else None
+    computed = parametrize.is_parametrized(convolution) or parametrize.is_parametrized(norm)
+    return (
+        before if known and not hooks and not computed and norm.running_mean is not None else None
+    )
 
 
 # ------------------------------------------------------------------------------ OpenVINO

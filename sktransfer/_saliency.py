@@ -16,6 +16,7 @@ from sktransfer._optional import load_optional
 from sktransfer._plotting import grid_axes, n_rows_and_cols, put_image, pyplot, text_of
 from sktransfer._pooling import layout_of
 from sktransfer._pretrained_classifier import PretrainedClassifier
+from sktransfer._torch_state import ready_to_train
 from sktransfer._whole import WholeNetwork, whole_of_runner, whole_of_trainer
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
@@ -203,6 +204,8 @@ def _position(runner: Runner, layer: int | str | None, image_size: tuple[int, in
                 "without positions in the image. Choose an earlier block."
             )
         return position
+    if not runner.can_be_cut:
+        runner.trace  # noqa: B018 raises an error that says why
     spatial = [p for p, layout in layouts.items() if layout not in ("vector", "other")]
     if not spatial:
         raise ValueError(f"No block of {runner.name!r} has an output with positions in the image.")
@@ -237,7 +240,7 @@ def _grad_cam(
     )
     target_layer = source.whole.blocks[position - 1]
     maps, outputs, chosen = [], [], []
-    with network_lock, GradCAM(source.whole, [target_layer], as_map) as cam:
+    with network_lock, ready_to_train(), GradCAM(source.whole, [target_layer], as_map) as cam:
         for start in range(0, len(fitted), _STEP):
             x = source.preprocessing.normalize(fitted[start : start + _STEP].to(runner.device))
             own = None if columns is None else columns[start : start + _STEP]

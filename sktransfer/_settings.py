@@ -83,17 +83,23 @@ def find_cut(runner: Runner, unfreeze: Any) -> tuple[int, set[int]]:
     if isinstance(unfreeze, str):
         start = runner.trace.blocks(unfreeze).start
     elif isinstance(unfreeze, bool) or not 0 <= unfreeze <= n_blocks:
-        known = f"{n_blocks} blocks: {', '.join(names)}" if names else "no blocks, as it can't be"
-        known += "" if names else " traced"
-        raise ValueError(
-            f"unfreeze={unfreeze!r}, but {name!r} has {known}. Pass 0 to {n_blocks}, the name of "
-            "a block, a prefix of names, a list of names, or 'all'."
-        )
+        raise ValueError(f"unfreeze={unfreeze!r}, but {name!r} has {_known_blocks(runner)}")
     else:
         start = n_blocks - int(unfreeze)
     if start == n_blocks:
         return runner.embedding, set()
     return start, set(range(start, n_blocks))
+
+
+def _known_blocks(runner: Runner) -> str:
+    names = runner.block_names
+    if not names:
+        reason = "" if runner.can_be_cut else ", as it can't be traced"
+        return f"no blocks{reason}. Pass 0 or 'all'."
+    return (
+        f"{len(names)} blocks: {', '.join(names)}. Pass 0 to {len(names)}, the name of a block, a "
+        "prefix of names, a list of names, or 'all'."
+    )
 
 
 def unordered(

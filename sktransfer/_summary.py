@@ -229,8 +229,8 @@ def summarize(
             block = min(position - 1, max(frozen.embedding - 2, 0))
             state = "trained" if block in unfrozen else "frozen"
         name = "embedding" if is_last else runner.block_names[position - 1]
-        if is_last and not runner.block_names:
-            name = runner.name  # it can't be cut
+        if not runner.can_be_cut:
+            name = runner.name
         n_bytes = frozen.n_bytes(position)
         rows.append(BlockRow(name, shape, n_parameters, count, n_bytes, state))
     return ModelSummary(runner.name, size, rows + ([] if head is None else [head]))
@@ -238,15 +238,15 @@ def summarize(
 
 def _frozen_blocks(backbone: Backbone, parameters: dict[str, Any], image_size: Any) -> FrozenBlocks:
     size = parameters.get("image_size") if image_size is None else image_size
-    runner = get_runner(backbone, "cpu", "float32")
-    pooling = parameters.get("pooling", "avg")
-    return FrozenBlocks(runner, backbone.preprocessing.with_size(size), pooling)
+    preprocessing = backbone.preprocessing.with_size(size)
+    runner = get_runner(backbone, "cpu", "float32", image_size=preprocessing.size)
+    return FrozenBlocks(runner, preprocessing, parameters.get("pooling", "avg"))
 
 
 def _own_head(frozen: FrozenBlocks, state: str = "") -> BlockRow | None:
     """Return the row of the head that the network came with, None if it has none."""
     runner: Runner = frozen.runner
-    if not runner.block_names:
+    if not runner.can_be_cut:
         return None
     head = runner.trace.slice(runner.embedding, runner.trace.output, frozen.size)
     if not any(True for _ in head.parameters()):

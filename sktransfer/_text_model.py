@@ -16,6 +16,7 @@ from sktransfer._hub import check_hub
 from sktransfer._inference import Runner, network_lock
 from sktransfer._optional import load_optional
 from sktransfer._stream import Stream, Write
+from sktransfer._torch_state import ready_to_train
 from sktransfer._weights import Describer
 
 _VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
@@ -169,7 +170,7 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
             check_hub(model)
         if tokenizer is not None and not os.path.exists(tokenizer):
             check_hub(tokenizer, (".json", ".txt", ".model"))
-        with _silence(), torch.random.fork_rng(devices=[]):
+        with _silence(), torch.random.fork_rng(devices=[]), ready_to_train():
             torch.manual_seed(_SEED)
             network = AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False)
             words = AutoTokenizer.from_pretrained(tokenizer or model, trust_remote_code=False)

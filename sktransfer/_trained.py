@@ -178,6 +178,6 @@ class TrainedEstimator(ImageEstimator):
         parameters = {name: getattr(self, name) for name in shared - {"weights"}}
         parameters |= {name: self._shape[name] for name in shared & self._shape.keys()}
         parameters["backbone"] = backbone
-        if not self.block_names_:  # it can't be cut: all of it is its embedding
+        if not self._trained.frozen.runner.can_be_cut:  # all of it is its embedding
             parameters["layer"] = "output"
         return PretrainedFeatureExtractor(**parameters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,9 +20,11 @@ from sktransfer._frozen import Activations, FrozenBlocks
 from sktransfer._head import make_head, solve_head
 from sktransfer._inference import Runner, network_lock
 from sktransfer._memory import check_memory
+from sktransfer._modules import copy_of
 from sktransfer._plan import Plan, make_plan
 from sktransfer._progress import Progress
 from sktransfer._settings import Settings, find_cut, n_threads
+from sktransfer._torch_state import ready_to_train
 from sktransfer._training import (
     Interrupted,
     Schedule,
@@ -253,7 +254,7 @@ class Trainer:
     @contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:
         """Give torch a seed for a while; nothing else trains meanwhile."""
-        with network_lock, torch.random.fork_rng():
+        with network_lock, torch.random.fork_rng(), ready_to_train():
             torch.manual_seed(seed)
             yield
 
@@ -482,9 +483,12 @@ class Trainer:
 
     def whole_network(self) -> nn.Module:
         """Return a copy of the whole network, with the blocks as they are now."""
-        network = copy.deepcopy(self.frozen.runner.network).cpu()
+        blocks = self.net.module_.blocks
+        if not self.frozen.runner.can_be_cut:
+            return copy_of(blocks[0].network if blocks else self.frozen.runner.network).cpu()
+        network = copy_of(self.frozen.runner.network).cpu()
         state = network.state_dict()
-        for block in self.net.module_.blocks:
+        for block in blocks:
             state.update({k: v for k, v in block.state_dict().items() if k in state})
         network.load_state_dict(state)
         return network

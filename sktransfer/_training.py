@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import threading
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from sktransfer._depthwise import FastDepthwise
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import network_lock
+from sktransfer._modules import copy_of
 from sktransfer._progress import Progress
 from sktransfer._training_data import TrainingData
 
@@ -74,7 +74,7 @@ class TrainedPart(nn.Module):
         self.moves_statistics = moves_statistics
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, frozen.embedding)]
-        self.blocks = nn.ModuleList(copy.deepcopy(segments))
+        self.blocks = copy_of(nn.ModuleList(segments))
         # What lies behind the last block belongs to it.
         last = frozen.embedding - 2
         self.is_trained = [min(i, max(last, 0)) in unfrozen for i in range(cut, frozen.embedding)]
@@ -137,13 +137,15 @@ class TrainedPart(nn.Module):
         return {
             name: value.detach().cpu().numpy().copy()
             for name, value in self.state_dict().items()
-            if name.startswith(tuple(own))
+            # What is quantised is never trained.
+            if name.startswith(tuple(own)) and _is_plain(value)
         }
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `trained_state` returned."""
-        trained = {name: torch.as_tensor(value) for name, value in state.items()}
-        self.load_state_dict({**self.state_dict(), **trained})
+        own = self.state_dict()
+        own.update({name: torch.as_tensor(value) for name, value in state.items()})
+        self.load_state_dict(own)
 
     def parameter_groups(
         self, lr: float, head_lr: float, lr_decay: float, weight_decay: float
@@ -164,6 +166,10 @@ class TrainedPart(nn.Module):
                 if some:
                     groups.append({"params": some, "lr": rate, "weight_decay": decay})
         return groups
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_quantized
 
 
 # ------------------------------------------------------------------------------ skorch

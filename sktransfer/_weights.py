@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import os
 import pickle
+import re
 import sys
 import sysconfig
 import types
@@ -22,6 +23,8 @@ import torch
 import xxhash
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
+
+from sktransfer._modules import computed_attributes, load_script, script_bytes
 
 
 def weights_path(weights: Any) -> Path | None:
@@ -227,6 +230,9 @@ class Describer:
         return self._known[id(value)][1]
 
     def _parts(self, value: Any) -> Iterator[str | bytes]:
+        if isinstance(value, torch.jit.ScriptModule):
+            yield from self._script_parts(value)
+            return
         yield type(value).__qualname__
         if isinstance(value, torch.Tensor):
             yield from _tensor_parts(value)
@@ -264,22 +270,35 @@ class Describer:
             yield from self._object_parts(value)
 
     def _module_parts(self, module: nn.Module) -> Iterator[str | bytes]:
-        if isinstance(module, torch.jit.ScriptModule) and not self._open.keys() - {id(module)}:
-            yield str(module.inlined_graph)
         yield self(type(module))
         # By itself, too: somebody may have replaced it on the class of a package.
         yield self(getattr(type(module), "forward", None))
         tensors = {**module._parameters, **module._buffers}
         yield from (self(part) for item in sorted(tensors.items()) for part in item)
+        computed = computed_attributes(module)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             yield self(module.get_extra_state())
         for key, value in sorted(vars(module).items()):
             # Two modules with equal weights may still differ in a stride or a plain attribute.
-            if key not in _MODULE_STATE:
+            if key not in _MODULE_STATE and key not in computed:
                 yield from (key, self(value))
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             yield self(list(hooks.values()))  # a copy of the network has them, too
         yield from (self(part) for item in module._modules.items() for part in item)
+
+    def _script_parts(self, module: torch.jit.ScriptModule) -> Iterator[str | bytes]:
+        """Parts of a scripted or traced module: tensors, and the graph as it is read from a file.
+
+        What was not read from one has other names in its graph than what was.
+        """
+        yield from (self(part) for item in sorted(module.state_dict().items()) for part in item)
+        graph: Any = load_script(script_bytes(module)).inlined_graph
+        constants = [node for node in graph.findAllNodes("prim::Constant") if node.hasAttributes()]
+        for node in constants:
+            if node.kindOf("value") == "t":
+                yield self(node.t("value"))
+        text = str(torch._C._jit_pass_canonicalize(graph))
+        yield re.sub(r"___torch_mangle_\d+\.|\s*#.*|prim::Constant\[value=.* ]]", "", text)
 
     def _class_parts(self, cls: type) -> Iterator[str]:
         for base in cls.__mro__:

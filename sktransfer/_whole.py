@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import Runner
+from sktransfer._modules import copy_of
 from sktransfer._trainer import Trainer
 
 
@@ -40,8 +40,8 @@ class WholeNetwork(nn.Module):
         head: nn.Module,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(copy.deepcopy(blocks))
-        self.head = copy.deepcopy(head)
+        self.blocks = copy_of(nn.ModuleList(blocks))
+        self.head = copy_of(head)
         self.n_rounded = n_rounded
         self.__dict__["frozen"] = frozen  # not a part of this module
         self.eval().requires_grad_(False)
@@ -68,5 +68,7 @@ def whole_of_trainer(trainer: Trainer) -> WholeNetwork:
 def whole_of_runner(runner: Runner, image_size: tuple[int, int]) -> WholeNetwork:
     """Return a network as it is, in blocks."""
     blocks: list[Any] = [runner.segment(i, image_size) for i in range(runner.embedding)]
-    head = runner.trace.slice(runner.embedding, runner.trace.output, image_size)
+    head: nn.Module = nn.Identity()
+    if runner.can_be_cut:
+        head = runner.trace.slice(runner.embedding, runner.trace.output, image_size)
     return WholeNetwork(blocks, 0, None, head)

@@ -22,10 +22,12 @@ from sklearn.utils.validation import _check_y as check_y
 from sklearn.utils.validation import _is_fitted as is_fitted
 from sklearn.utils.validation import validate_data
 from torch import nn
+from torch.export import ExportedProgram
 from torchvision.models import WeightsEnum
 
 from sktransfer._device import PRECISIONS
 from sktransfer._inference import Runner, get_runner
+from sktransfer._modules import portable
 from sktransfer._pooling import POOLINGS
 from sktransfer._runtime import RUNTIMES
 from sktransfer._summary import blocks_html
@@ -118,7 +120,8 @@ class ImageEstimator(BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "backbone": [str, nn.Module, Backbone, HasMethods(["to_backbone"])],
+        # That of torch.export is refused by `get_model`, which says what to pass.
+        "backbone": [str, nn.Module, Backbone, HasMethods(["to_backbone"]), ExportedProgram],
         "weights": [str, os.PathLike, WeightsEnum, None],
         "pooling": [StrOptions(set(POOLINGS))],
         "image_shape": [tuple, list, None],
@@ -167,11 +170,11 @@ class ImageEstimator(BaseEstimator):
         return check_images(X)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The copy may be opened in another folder; `weights` itself stays as it was given.
+        # The copy may be opened in another folder; the parameters stay as they were given.
         state = super().__getstate__()
-        if "weights" not in state:
-            return state
-        return {**state, "weights": portable_weights(state["weights"])}
+        if "weights" in state:
+            state = {**state, "weights": portable_weights(state["weights"])}
+        return {**state, "backbone": portable(state["backbone"])}
 
     def __sklearn_clone__(self) -> Self:
         cloned = super().__sklearn_clone__()
@@ -183,7 +186,7 @@ class ImageEstimator(BaseEstimator):
 
     def _prepare(self) -> None:
         """Load all that a prediction needs, before several threads ask for it at once."""
-        self._load()[0].block_names  # noqa: B018 traces the network
+        self._load()[0].can_be_cut  # noqa: B018 traces the network
 
     # scikit-learn calls the next two for notebooks, if it is recent enough to show attributes.
 
@@ -211,6 +214,7 @@ class ImageEstimator(BaseEstimator):
         """
         backbone = self._backbone()
         precision = fitted.get("precision", self.precision)
-        runner = get_runner(backbone, self.device, precision, self.runtime)
-        size = fitted.get("image_size", self.image_size)
-        return runner, backbone.preprocessing.with_size(size)
+        preprocessing = backbone.preprocessing.with_size(fitted.get("image_size", self.image_size))
+        options = {"image_size": preprocessing.size}
+        runner = get_runner(backbone, self.device, precision, self.runtime, **options)
+        return runner, preprocessing

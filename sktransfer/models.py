@@ -6,20 +6,20 @@ and a fingerprint.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torchvision
 from torch import nn
+from torch.export import ExportedProgram
 
 from sktransfer._builders import (
     build_efficientnet_lite,
@@ -28,6 +28,8 @@ from sktransfer._builders import (
     published_enum,
     published_weights,
 )
+from sktransfer._modules import copy_of, portable, set_eval, without_wrapper
+from sktransfer._torch_state import ready_to_train
 from sktransfer._weights import (
     file_beside,
     fingerprint,
@@ -54,7 +56,9 @@ class Backbone:
     Parameters
     ----------
     network : torch.nn.Module
-        Takes a float batch (n, 3, height, width). Used in evaluation mode.
+        Takes a float batch (n, 3, height, width) and returns one tensor with a row for each image;
+        a dict, tuple or data class of one tensor counts as this tensor, a list of maps as its last.
+        Used in evaluation mode. What `torch.compile` or `DataParallel` wraps is taken out.
     preprocessing : Preprocessing, default=that of ImageNet at 224 pixels
         How an image is brought to the network's input.
     categories : tuple of str or None, default=None
@@ -87,8 +91,7 @@ class Backbone:
                 f"network must be a torch.nn.Module, got {type(self.network).__name__}; a name "
                 "belongs into get_model(name), or into backbone=name."
             )
-        # What torch.compile wraps, as its wrapper can be neither cut nor copied.
-        self.network = getattr(self.network, "_orig_mod", self.network)
+        self.network = without_wrapper(self.network)
         self.name = self.name or type(self.network).__name__
         if self.categories is not None:
             self.categories = unique_labels(self.categories)
@@ -101,7 +104,8 @@ class Backbone:
 
     def __getstate__(self) -> dict[str, Any]:
         # A digest of weights that can change while the copy lives must not travel with it.
-        return {key: value for key, value in self.__dict__.items() if key != "_fingerprint"}
+        state = {key: value for key, value in self.__dict__.items() if key != "_fingerprint"}
+        return {**state, "network": portable(self.network)}
 
 
 # ------------------------------------------------------------------------------ public functions
@@ -246,6 +250,8 @@ def _key(backbone: Any, weights: Any) -> Any:
         raise TypeError(
             "backbone must be a name, a torch.nn.Module, a sktransfer.models.Backbone or a fitted "
             f"estimator with a method to_backbone, got {type(backbone).__name__}"
+            + isinstance(backbone, ExportedProgram)
+            * ": pass its module(), or the network itself"
         )
     # The module is the user's and may change, so it is looked up by its content.
     own = fingerprint(backbone.network), backbone.preprocessing, backbone.categories
@@ -263,7 +269,7 @@ def _stamp(weights: Any, backbone: Any) -> Any:
 
 def _copied(given: Backbone, path: Path | None) -> Backbone:
     """Return a copy of a user's backbone, with the weights of a file if there is one."""
-    copied = copy.deepcopy(given)
+    copied = replace(given, network=copy_of(given.network))
     if path is not None:
         load_state(None, copied.network, read_state_dict(path), copied.name, path)
     return copied
@@ -273,10 +279,14 @@ def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
     """Return the backbone kept under `key`, or build and keep it, dropping the oldest."""
     with _lock:
         if key not in _loaded:
-            built = build()
-            # Weights of another precision meet float32 images; the runner's precision says how
-            # the network computes.
-            built.network.eval().requires_grad_(False).float()
+            with ready_to_train():  # tensors of inference mode could never be trained
+                built = build()
+                set_eval(built.network)
+                for parameter in built.network.parameters():
+                    parameter.requires_grad_(False)
+                # Weights of another precision meet float32 images; the runner's precision says
+                # how the network computes.
+                built.network.float()
             _loaded[key] = built
             while len(_loaded) > _KEPT:
                 _loaded.popitem(last=False)

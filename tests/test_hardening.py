@@ -262,7 +262,11 @@ class Returns(nn.Module):
 
 @pytest.mark.parametrize(
     "wrap, kind",
-    [(lambda x: {"out": x}, "dict"), (lambda x: (x, x), "tuple"), (torch.sum, "number")],
+    [
+        (lambda x: {"out": x, "aux": x}, "dict of out and aux"),
+        (lambda x: (x, x), "tuple of 2"),
+        (torch.sum, r"tensor of shape \(\) for two images"),
+    ],
 )
 def test_outputs_that_are_no_rows_are_named(wrap, kind):
     with pytest.raises(TypeError, match=f"'Returns' returns a {kind}, not one tensor.*Wrap it"):

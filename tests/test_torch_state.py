@@ -1,0 +1,152 @@
+"""Torch's defaults, and the modes in which a notebook may call: they change no result."""
+
+import contextlib
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from networks import small
+from torch import nn
+
+from sktransfer import (
+    ContrastivePretrainer,
+    FineTunedClassifier,
+    FineTunedDetector,
+    FineTunedRegressor,
+    PretrainedClassifier,
+    PretrainedFeatureExtractor,
+    _inference,
+    models,
+)
+from sktransfer._torch_state import float32_by_default, network_lock
+from sktransfer.inspection import SaliencyDisplay
+
+X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
+Y = np.arange(8) % 2
+BOXES = [{"boxes": [[4, 4, 28, 28]], "labels": ["cell"]}] * 8
+NETWORK = small()
+OPTIONS = {"image_size": 32, "max_epochs": 1, "random_state": 0}
+
+
+@contextlib.contextmanager
+def float64():
+    """A default dtype of the user's, in which scientists like to work."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small take longer on several threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def forget():
+    """Let all networks be loaded anew."""
+    models._loaded.clear()
+    _inference._runners.clear()
+
+
+def extracted():
+    extractor = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32)
+    both = PretrainedFeatureExtractor(NETWORK, layer=["stem", "auto"], image_size=32)
+    keys = np.array([*extractor._embedding().keys, *both._embedding().keys])
+    proba = PretrainedClassifier(NETWORK, image_size=32).predict_proba(X)
+    return [extractor.transform(X), both.transform(X), keys, proba]
+
+
+def fine_tuned():
+    found = []
+    for unfreeze in (0, 1, "all"):
+        model = FineTunedClassifier(NETWORK, unfreeze=unfreeze, **OPTIONS).fit(X, Y)
+        found.append(pickle.loads(pickle.dumps(model)).predict_proba(X))
+        model.partial_fit(X, Y)
+        found += [model.predict_proba(X), model.to_feature_extractor().transform(X)]
+    return found
+
+
+def of_other_kinds():
+    options = {**OPTIONS, "unfreeze": 1}
+    stopped = FineTunedClassifier(NETWORK, head=[4], early_stopping=True, **options)
+    stopped.set_params(validation_fraction=0.5).fit(X, Y, sample_weight=np.full(8, 1.5))
+    values = FineTunedRegressor(NETWORK, **options).fit(X, Y * 1.5).predict(X)
+    pretrainer = ContrastivePretrainer(NETWORK, **{**options, "batch_size": 4}).fit(X)
+    rows = PretrainedFeatureExtractor(pretrainer, image_size=32).transform(X)
+    maps = SaliencyDisplay.from_estimator(stopped, X[:2]).saliency
+    return [stopped.predict_proba(X), values, rows, maps]
+
+
+def detected():
+    options = {**OPTIONS, "unfreeze": 1, "width": 64}
+    model = FineTunedDetector(backbone=NETWORK, **options).fit(X[:4], BOXES[:4])
+    return [boxes["scores"] for boxes in model.predict(X[:2])]
+
+
+def assert_same(results, expected):
+    for result, same in zip(results, expected, strict=True):
+        assert result.dtype == same.dtype
+        np.testing.assert_array_equal(result, same)
+
+
+@pytest.mark.parametrize("work", [extracted, fine_tuned, of_other_kinds, detected])
+def test_no_default_and_no_mode_changes_a_result(work):
+    expected = work()
+    forget()
+    with float64(), torch.inference_mode():
+        assert_same(work(), expected)
+    assert_same(work(), expected)  # what was loaded in inference mode can be used outside of it
+
+
+def test_fits_under_no_grad():
+    model = FineTunedClassifier(NETWORK, unfreeze=1, **OPTIONS)
+    expected = model.fit(X, Y).predict_proba(X)
+    with torch.no_grad():
+        np.testing.assert_array_equal(model.fit(X, Y).predict_proba(X), expected)
+
+
+def test_a_head_of_the_default_dtype():
+    with float64():
+        head = nn.Linear(16, 2)
+        model = FineTunedClassifier(NETWORK, head=head, unfreeze=1, **OPTIONS).fit(X, Y)
+        assert model.predict_proba(X).dtype == np.float32
+
+
+def test_the_default_comes_back_when_the_last_thread_leaves():
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with float32_by_default():
+            inside.set()
+            leave.wait(10)
+
+    with float64():
+        thread = threading.Thread(target=stay)
+        thread.start()
+        inside.wait(10)
+        with network_lock, network_lock:
+            assert torch.get_default_dtype() == torch.float32
+        assert torch.get_default_dtype() == torch.float32  # the thread still runs a network
+        leave.set()
+        thread.join()
+        assert torch.get_default_dtype() == torch.float64
+
+
+def test_networks_load_on_the_cpu_whatever_the_default_device():
+    expected = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32).transform(X)
+    forget()
+    torch.set_default_device("meta")
+    try:
+        extractor = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32)
+        np.testing.assert_array_equal(extractor.transform(X), expected)
+        FineTunedClassifier(NETWORK, unfreeze=1, **OPTIONS).fit(X, Y).predict(X)
+    finally:
+        torch.set_default_device(None)
