@@ -221,6 +221,7 @@ def fuzz(source: Iterator[Case], seconds: float, n_workers: int, keep: Path) -> 
             if (answer := worker.answer()) is not None:
                 raise RuntimeError(f"A child could not start: {answer}")
         time.sleep(0.1)
+    say("the children are ready")
     end = time.monotonic() + seconds
     while time.monotonic() < end or any(worker.case for worker in workers):
         is_idle = True
