@@ -49,7 +49,7 @@ def pressed(model, images: np.ndarray, duration: float, random_: random.Random) 
             model.transform(images)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError):  # threading's, of a second signal in a Condition
         signal.setitimer(signal.ITIMER_REAL, 0)
         return True
     return False
