@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sklearn.utils import Bunch, check_array
 
 from sktransfer._decoding import (
     ACCEPTED,
+    DamagedImageWarning,
     OpenImage,
     as_numpy,
     check_dtype,
@@ -27,8 +28,16 @@ from sktransfer._decoding import (
     quantise,
     white,
 )
+from sktransfer._files import open_regular, reading_turn
 
-__all__ = ["ImageSequence", "check_images", "list_images", "load_image", "load_image_folder"]
+__all__ = [
+    "DamagedImageWarning",
+    "ImageSequence",
+    "check_images",
+    "list_images",
+    "load_image",
+    "load_image_folder",
+]
 
 # HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
 _IMAGE_EXTENSIONS = tuple(
@@ -90,7 +99,10 @@ class ImageSequence:
         image, an array or a tensor.
         """
         known = self._digests.get(int(self._rows[i]))
-        return self.open(i).digest if known is None else known
+        if known is not None:
+            return known
+        with reading_turn(self._items[self._rows[i]]):
+            return self.open(i).digest
 
     def digests(self, n_threads: int) -> list[bytes]:
         """Return the digests of all rows, and remember them: files are not read for them again."""
@@ -99,15 +111,22 @@ class ImageSequence:
         self._digests.update(zip(self._rows.tolist(), found, strict=True))
         return found
 
-    def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
+    def load(
+        self,
+        i: int,
+        digest: bytes | None = None,
+        use: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Return row `i` as uint8 RGB of shape (3, height, width), or raise a `ValueError`.
 
-        It raises one, too, if the row's content has another digest than the given one.
+        It raises one, too, if the row's content has another digest than the given one. With `use`
+        it returns what that makes of the pixels: large images wait for each other until then.
         """
-        image = self.open(i)
-        if digest is not None and image.digest != digest:
-            raise ValueError(f"{image.where}: the file changed while it was read; run again.")
-        return image.decode()
+        with reading_turn(self._items[self._rows[i]]):
+            image = self.open(i)
+            if digest is not None and image.digest != digest:
+                raise ValueError(f"{image.where}: the file changed while it was read; run again.")
+            return image.decode(use)
 
 
 def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSequence:
@@ -458,7 +477,7 @@ def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) 
 def _header_error(file: str) -> str:
     """Return why Pillow can't open a file, or nothing if it can."""
     try:
-        with Image.open(file):
+        with open_regular(file) as stream, Image.open(stream):
             return ""
     except UnidentifiedImageError:
         reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"
