@@ -127,7 +127,8 @@ def _check_size(image: Image.Image) -> None:
 def _rgb(image: Image.Image) -> np.ndarray:
     """Convert strip by strip: Pillow's copies take 4 bytes a pixel each."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, _STRIP // image.width)
+    # Pillow's limit, as cutting out a strip is checked by it.
+    rows = max(1, min(_STRIP, Image.MAX_IMAGE_PIXELS or _STRIP) // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         strip = image.crop((0, top, image.width, bottom))
@@ -140,13 +141,20 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     """Turn pixels as the EXIF data of their image say."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation not in range(2, 9):
+        return pixels
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+    if pixels.ndim == 2:
+        return np.ascontiguousarray(pixels)
+    turned = np.empty(pixels.shape, pixels.dtype)
+    for channel in range(3):  # five times as fast as all at once
+        turned[..., channel] = pixels[..., channel]
+    return turned
 
 
 def _webp_pixels(image: Image.Image, data: bytes) -> np.ndarray | None:
@@ -234,8 +242,8 @@ def _compressed_blocks(data: bytes) -> Iterator[tuple[memoryview, bool]]:
 def _rows_are_missing(image: Image.Image, data: bytes) -> bool:
     """Whether the compressed data of a PNG are shorter than its pixels, which stay black then."""
     width, height = image.size
-    tail = image.crop((0, max(0, height - 2), width, height))  # two, as it may be interlaced
-    if all(np.asarray(row).any() for row in (tail.crop((0, 0, width, 1)), tail)):
+    tail = np.asarray(image.crop((0, max(0, height - 2), width, height)))
+    if tail.reshape(len(tail), -1).any(axis=1).all():  # two rows, as it may be interlaced
         return False
     bits, colour, interlaced = data[24], data[25], data[28]
     bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]

@@ -23,6 +23,8 @@ import xxhash
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from sktransfer._files import open_regular
+
 
 def weights_path(weights: Any) -> Path | None:
     """Return the file that `weights` names, or None if it is no path."""
@@ -32,8 +34,12 @@ def weights_path(weights: Any) -> Path | None:
         path = Path(weights)
     else:
         return None
-    if not path.is_file():
-        raise ValueError(f"weights={str(weights)!r}: there is no such file")
+    try:
+        open_regular(path).close()
+    except FileNotFoundError as error:
+        raise ValueError(f"weights={str(weights)!r}: there is no such file") from error
+    except OSError as error:
+        raise ValueError(f"weights={str(weights)!r} can't be read: {error}") from error
     return path.resolve()
 
 
