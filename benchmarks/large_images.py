@@ -22,15 +22,15 @@ from sktransfer.io import check_images
 from sktransfer.transforms import Preprocessing
 
 KINDS = {
-    "webp": ("RGB", (10_900, 16_383), {"quality": 50, "method": 0}),
+    "webp": ("RGB", (10_900, 16_383), {"quality": 5}),
     "png": ("RGBA", (9_400, 9_400), {"compress_level": 1}),
     "jpg": ("RGB", (13_000, 13_000), {"quality": 75}),
 }
 
 
 def write(path: Path, mode: str, size: tuple[int, int], options: dict[str, Any]) -> None:
-    """Write noise, enlarged 100 times, so that the files do not weigh more than the pixels."""
-    shape = (size[1] // 100, size[0] // 100, len(mode))
+    """Write noise, enlarged 500 times, so that the files weigh little beside the pixels."""
+    shape = (size[1] // 500, size[0] // 500, len(mode))
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     image = Image.fromarray(noise, mode).resize(size, Image.Resampling.NEAREST)
     image.save(path, **options)
@@ -55,6 +55,7 @@ def measure(paths: list[str], n_threads: int, small: str) -> float:
     ours, theirs = context.Pipe()
     child = context.Process(target=peak, args=(paths, n_threads, small, theirs))
     child.start()
+    theirs.close()  # so that a child that fails ends the waiting
     found = ours.recv()
     child.join()
     return found

@@ -52,8 +52,8 @@ def set_config(*, damaged: str | None = None, max_pixels: int | str | None = Non
         Files with more pixels raise a `ValueError` before they are decoded. "pillow", the setting
         at the start, is the limit at which Pillow raises an error, twice
         `PIL.Image.MAX_IMAGE_PIXELS`: 178,956,970 pixels, or none if that is None. A number counts
-        in place of Pillow's limit, and may be larger, but for TIFF files, which Pillow measures
-        once more when it loads them. None changes nothing.
+        in place of Pillow's limit, and may be larger; TIFF and WebP files, which Pillow measures
+        once more, need a larger `PIL.Image.MAX_IMAGE_PIXELS` as well. None changes nothing.
 
     See Also
     --------
