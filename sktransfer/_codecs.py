@@ -10,7 +10,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class Decoded(NamedTuple):
 
 def decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
     """Decode an encoded image; `reserve` is called with the number of its pixels before."""
-    with _open(data) as image:
+    with closing(_open(data)) as image:
         _check_size(image)
         reserve(image.width * image.height)
         damage = ""
