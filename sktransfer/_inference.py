@@ -48,7 +48,7 @@ _CPU_BYTES = 20e6
 _BATCH = 32  # of images in flight
 _GPU_BATCH = 256  # at most
 _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few are alive at once
-_VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
+_VERSION = 2  # of the computation; a change that alters rows makes old entries unreachable
 _T = TypeVar("_T")
 # torch.fx traces by replacing what calls modules, for the whole process: nothing may run meanwhile.
 network_lock = threading.RLock()
