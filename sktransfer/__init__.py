@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sktransfer._coco import load_coco
+    from sktransfer._config import config_context, get_config, set_config
     from sktransfer._contrastive import ContrastivePretrainer
     from sktransfer._detection import FineTunedDetector
     from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
@@ -26,6 +27,8 @@ __all__ = [
     "MaskedLanguagePretrainer",
     "PretrainedClassifier",
     "PretrainedFeatureExtractor",
+    "config_context",
+    "get_config",
     "get_model",
     "list_models",
     "load_coco",
@@ -33,6 +36,7 @@ __all__ = [
     "load_model",
     "model_summary",
     "register_model",
+    "set_config",
 ]
 
 _HOMES = {
@@ -43,6 +47,8 @@ _HOMES = {
     "MaskedLanguagePretrainer": "_masked_language",
     "PretrainedClassifier": "_pretrained_classifier",
     "PretrainedFeatureExtractor": "_pretrained",
+    "config_context": "_config",
+    "get_config": "_config",
     "get_model": "models",
     "list_models": "models",
     "load_coco": "_coco",
@@ -50,6 +56,7 @@ _HOMES = {
     "load_model": "_model_file",
     "model_summary": "inspection",
     "register_model": "models",
+    "set_config": "_config",
 }
 
 

@@ -171,7 +171,7 @@ class Views:
         base = self.images.digest(number) if digest is not None or not is_image else None
         fitted = self._fitted.pop(number, None)
         if fitted is None:
-            fitted = self.preprocessing.fit_size(self.images.load(number, base))
+            fitted = self.images.load(number, base, self.preprocessing.fit_size)
         if view < self.n_views - 1:  # the next view will ask for it
             self._fitted[number] = fitted
             while len(self._fitted) > _KEPT:

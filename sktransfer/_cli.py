@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from sktransfer._config import config_context
 from sktransfer._escaping import printable
 
 _CLASSES = "a folder with one subfolder of images for each class"
@@ -35,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    settings = {name: getattr(options, name, None) for name in ("damaged", "max_pixels")}
     try:
         # Imported here: `--help` should not wait for torch.
-        getattr(import_module("sktransfer._commands"), options.command)(options)
+        with config_context(**settings):
+            getattr(import_module("sktransfer._commands"), options.command)(options)
         print(end="", flush=True)  # a full disk is an error of the command as well
     except BrokenPipeError:
         raise
@@ -159,6 +162,7 @@ def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("model", metavar="FILE.skops")
     _add_files(parser)
     parser.add_argument("--csv", action="store_true", help="print CSV, text in it never a formula")
+    _add_reading(parser)
 
 
 def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -329,3 +333,20 @@ def _add_running(
     add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     add("--precision", default="float32", choices=precisions, help="(default float32)")
     add("--n-jobs", type=int, metavar="N", help="threads that decode images (default: all cores)")
+    _add_reading(parser)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add which image files are refused."""
+    add = parser.add_argument
+    add(
+        "--damaged",
+        choices=["warn", "error"],
+        help="what to do with damaged images of which a part can be decoded (default warn)",
+    )
+    add(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="refuse images of more pixels (default: twice PIL.Image.MAX_IMAGE_PIXELS)",
+    )

@@ -46,7 +46,7 @@ def thumbnails(images: ImageSequence) -> np.ndarray:
     preprocessing = Preprocessing((PIXELS, PIXELS), (PIXELS, PIXELS), mode="squash")
 
     def thumbnail(row: int) -> np.ndarray:
-        small = preprocessing.fit_size(images.load(row))  # (3, 32, 32) uint8
+        small = images.load(row, None, preprocessing.fit_size)  # (3, 32, 32) uint8
         return small.float().mean(0).flatten().numpy() / 255
 
     with ThreadPoolExecutor() as threads:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Number
@@ -15,9 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  (registers torch.ops.image)
 import xxhash
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from sktransfer._bit_depth import UnusableImage
+from sktransfer._codecs import Decoded, decode, decode_pillow, why_unknown
+from sktransfer._config import get_config
+from sktransfer._files import open_regular, room_for
 
 _LONGEST_NAME = 500  # characters in an error
 ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
@@ -35,12 +40,17 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _pillow_locks = [threading.Lock() for _ in range(256)]
 
 
+class DamagedImageWarning(UserWarning):
+    """A file is damaged, and what could be decoded of it is used; see `sktransfer.set_config`."""
+
+
 @dataclass(frozen=True)
 class OpenImage:
     """An image whose file was read: its bytes, or uint8 RGB pixels (height, width, 3)."""
 
     content: Any
     where: str
+    doubt: str = ""  # why its brightness may be wrong
 
     @cached_property
     def digest(self) -> bytes:
@@ -52,16 +62,43 @@ class OpenImage:
         digest.update(np.ascontiguousarray(self.content).data)
         return digest.digest()
 
-    def decode(self) -> torch.Tensor:
-        """Return uint8 RGB of shape (3, height, width), channels last in memory."""
-        if isinstance(self.content, bytes):
-            pixels = _guarded(_decode, self.content, self.where)
-            if isinstance(pixels, torch.Tensor):
-                return pixels
-            pixels = _from_array(pixels, self.where)
-        else:
-            pixels = self.content.copy("C")  # it may be the user's own array
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+    def decode(self, use: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """Return uint8 RGB of shape (3, height, width), channels last in memory, or what `use`
+        makes of it.
+
+        No other large image is decoded before `use` returns.
+        """
+        with ExitStack() as room:
+            pixels = torch.from_numpy(self._pixels(room)).permute(2, 0, 1)
+            return pixels if use is None else use(pixels)
+
+    def _pixels(self, room: ExitStack) -> np.ndarray:
+        if not isinstance(self.content, bytes):
+            _tell(Decoded(self.content, doubt=self.doubt), self.where)
+            return self.content.copy("C")  # it may be the user's own array
+
+        def decode_in_turn(data: bytes) -> Decoded:
+            return decode(data, lambda pixels: room.enter_context(room_for(pixels)))
+
+        decoded = _guarded(decode_in_turn, self.content, self.where)
+        _tell(decoded, self.where)
+        return _from_array(decoded.pixels, self.where)
+
+
+def _tell(decoded: Decoded, where: str) -> None:
+    """Warn of what is wrong with an image, or raise an error where the settings say so."""
+    if decoded.damage:
+        damaged = f"{where}: the image is damaged ({decoded.damage})"
+        if get_config()["damaged"] == "error":
+            raise ValueError(f"{damaged}; replace it, or drop the row.")
+        warnings.warn(
+            f"{damaged}; what could be decoded of it is used. Replace it, or drop the row; "
+            "sktransfer.set_config(damaged='error') refuses such images.",
+            DamagedImageWarning,
+            stacklevel=2,
+        )
+    if decoded.doubt:
+        warnings.warn(f"{where}: {decoded.doubt}.", stacklevel=2)
 
 
 def open_image(item: Any, where: str) -> OpenImage:
@@ -71,13 +108,14 @@ def open_image(item: Any, where: str) -> OpenImage:
         if not item:
             raise ValueError(f"{where}: the encoded image is empty (0 bytes); drop the row.")
         return OpenImage(bytes(item), where)
+    doubt = ""
     if isinstance(item, Image.Image):
-        item = _guarded(_from_users_pillow, item, where)
+        item, _, doubt = _guarded(_from_users_pillow, item, where)
     if isinstance(item, torch.Tensor):
         item = _channels_last(item, where)
     if not isinstance(item, np.ndarray):
         raise TypeError(f"{where} is {kind_of(item)}: pass {ACCEPTED}.")
-    return OpenImage(_from_array(item, where), where)
+    return OpenImage(_from_array(item, where), where, doubt)
 
 
 def file_name(item: Any) -> str:
@@ -104,15 +142,14 @@ def kind_of(item: Any) -> str:
 
 def _read(path: str | os.PathLike, where: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read()
     except FileNotFoundError as error:
         here = "" if os.path.isabs(path) else f" in {os.getcwd()!r}"
         raise ValueError(f"{where}: there is no such file{here}; check the path.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)  # without the name once more
-        if os.path.isdir(path):
-            reason = "this is a folder, use load_image_folder"
+        reason += "; use load_image_folder" if os.path.isdir(path) else ""
         raise ValueError(f"{where}: the file cannot be read: {reason}.") from error
     if not data:
         raise ValueError(f"{where}: the file is empty (0 bytes); replace it or drop the row.")
@@ -130,16 +167,20 @@ def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
         if isinstance(error, (NameError, AttributeError)) and not _came_through_pillow(error):
             raise  # a mistake in this code
         reason = f"the image cannot be decoded, it may be damaged or cut short ({reason_of(error)})"
-        remedy = "replace it, or drop the row"
+        reason += "; replace it, or drop the row"
         if is_closed or (isinstance(source, Image.Image) and "closed image" in str(error)):
-            reason = "the PIL image is closed, its pixels are gone"
-            remedy = "pass its copy(), made before it is closed, or the path"
+            reason = (
+                "the PIL image is closed, its pixels are gone; pass its copy(), made before it "
+            )
+            reason += "is closed, or the path"
         elif isinstance(error, UnidentifiedImageError):
-            reason = f"Pillow knows no image that starts with {source[:12]!r}"
+            reason = why_unknown(source)
+        elif isinstance(error, UnusableImage):
+            reason = str(error)
         elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-            reason = f"too many pixels ({error})"
-            remedy = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        raise ValueError(f"{where}: {reason}; {remedy}.") from error
+            reason = f"too many pixels ({error}); make it smaller or, if you trust it, raise the "
+            reason += "limit: sktransfer.set_config(max_pixels=...) or PIL.Image.MAX_IMAGE_PIXELS"
+        raise ValueError(f"{where}: {reason}.") from error
 
 
 def reason_of(error: Exception) -> str:
@@ -160,35 +201,10 @@ def _came_through_pillow(error: Exception) -> bool:
     return any(frame.f_globals.get("__name__", "").startswith("PIL.") for frame, _ in frames)
 
 
-def _decode(data: bytes) -> torch.Tensor | np.ndarray:
-    """Decode JPEG with torchvision, which gives Pillow's pixels faster; the rest with Pillow."""
-    with Image.open(io.BytesIO(data)) as image:
-        if _is_plain_jpeg(image, data):
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            try:
-                # torchvision.io.decode_jpeg minus its warning that it will go some day; its PNG
-                # decoder crashes on damaged files. 3 means RGB, True means upright.
-                return torch.ops.image.decode_jpeg(encoded, 3, True)
-            except (AttributeError, RuntimeError):
-                pass  # it is gone, or the data is damaged: Pillow says how
-        return _from_pillow(image)
-
-
-def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    return (
-        image.format in ("JPEG", "MPO")
-        and image.mode in ("L", "RGB")
-        # Without the end-of-image marker, some versions of libjpeg fill the rest with grey.
-        and b"\xff\xd9" in data[-64:]
-        # torchvision reads the orientation from EXIF only.
-        and b"Orientation" not in image.info.get("xmp", b"")
-    )
-
-
-def _from_users_pillow(image: Image.Image) -> np.ndarray:
+def _from_users_pillow(image: Image.Image) -> Decoded:
     """Decode an image that other threads may hold: Pillow reads its file when it is first used."""
     with _pillow_locks[id(image) // 64 % len(_pillow_locks)]:
-        return _from_pillow(image)
+        return decode_pillow(image)
 
 
 def _renew_locks() -> None:
@@ -198,19 +214,6 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
-
-
-def _from_pillow(image: Image.Image) -> np.ndarray:
-    """Return upright uint8 RGB (height, width, 3), or 32-bit grey (height, width)."""
-    is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    image = ImageOps.exif_transpose(image)  # a copy, which has lost its format
-    if image.mode[0] not in "IF":
-        # Dropped with alpha anyway; convert would warn of a palette's transparency.
-        image.info.pop("transparency", None)
-        return np.array(image.convert("RGB"))
-    grey = np.array(image)  # convert would clip at 255
-    # Pillow, too, keeps the high byte of 16-bit colour.
-    return (grey >> 8).astype(np.uint8) if is_16_bit and image.mode != "F" else grey
 
 
 def as_numpy(X: Any) -> Any:

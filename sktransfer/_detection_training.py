@@ -50,7 +50,7 @@ class Fitted:
 
     def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
         """Return image `i`, uint8 (3, height, width)."""
-        return self.preprocessing.fit_size(self.images.load(i, digest))
+        return self.images.load(i, digest, self.preprocessing.fit_size)
 
 
 class Source(Protocol):

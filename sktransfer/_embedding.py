@@ -28,6 +28,8 @@ class Embedding(Stream):
         See `Stream`.
     """
 
+    _images: ImageSequence
+
     def __init__(
         self,
         runner: Runner,
@@ -50,7 +52,7 @@ class Embedding(Stream):
 
     def _load(self, row: int, digest: bytes | None) -> torch.Tensor:
         # The file is read again: those that wait to be decoded would fill the memory.
-        return self.preprocessing.fit_size(self._images.load(row, digest))  # (3, *size)
+        return self._images.load(row, digest, self.preprocessing.fit_size)  # (3, *size)
 
     def _run(
         self, loaded: list[torch.Tensor], digests: list[bytes]

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from sklearn.utils import Bunch
 
 from sktransfer._decoding import reason_of
+from sktransfer._files import open_regular
 
 # HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
 _IMAGE_EXTENSIONS = tuple(
@@ -256,7 +257,7 @@ def _report_dead_links(root: str, names: Sequence[str], extensions: tuple[str, .
 def _header_error(file: str) -> str:
     """Return why Pillow can't open a file, or nothing if it can."""
     try:
-        with Image.open(file):
+        with open_regular(file) as stream, Image.open(stream):
             return ""
     except UnidentifiedImageError:
         reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"

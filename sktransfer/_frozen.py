@@ -23,7 +23,7 @@ from sktransfer._threads import one_core_threads
 from sktransfer.transforms import Preprocessing
 
 _LARGEST = 65504  # of what half precision holds
-_VERSION = "blockwise 1"  # of the computation; a change that alters results needs another
+_VERSION = "blockwise 2"  # of the computation; a change that alters results needs another
 
 
 class FrozenBlocks:

@@ -253,7 +253,7 @@ def _grad_cam(
 
 
 def _fitted(images: ImageSequence, preprocessing: Preprocessing) -> torch.Tensor:
-    return torch.stack([preprocessing.fit_size(images.load(i)) for i in range(len(images))])
+    return torch.stack([images.load(i, None, preprocessing.fit_size) for i in range(len(images))])
 
 
 # ------------------------------------------------------------------------------ labels

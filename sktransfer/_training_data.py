@@ -108,7 +108,7 @@ class TrainingData(Dataset):
         """Return an image at the size of the preprocessing, from memory if there is room."""
         if self._images is not None and self._is_loaded[row]:
             return torch.from_numpy(self._images[row])
-        fitted = self.views.preprocessing.fit_size(self.views.images.load(row))
+        fitted = self.views.images.load(row, None, self.views.preprocessing.fit_size)
         if self._images is not None:
             self._images[row] = fitted.numpy()
             self._is_loaded[row] = True

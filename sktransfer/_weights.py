@@ -24,6 +24,7 @@ import xxhash
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from sktransfer._files import open_regular
 from sktransfer._modules import computed_attributes, load_script, script_bytes
 
 
@@ -32,13 +33,17 @@ def weights_path(weights: Any) -> Path | None:
     if not _is_path(weights):
         return None
     path = Path(weights).expanduser()
-    if not path.is_file():
-        problem = "that is no file" if path.exists() else "there is no such file"
+    try:
+        open_regular(path).close()
+    except FileNotFoundError as error:
         where = "" if path.is_absolute() else f" in {os.getcwd()!r}, from which it is looked for"
         raise ValueError(
-            f"weights={str(weights)!r}: {problem}{where}. If it was moved, name its new place by "
-            "set_params(weights='path/to/the/file')."
-        )
+            f"weights={str(weights)!r}: there is no such file{where}. If it was moved, name its "
+            "new place by set_params(weights='path/to/the/file')."
+        ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"weights={str(weights)!r} can't be read: {reason}.") from error
     return path.resolve()
 
 

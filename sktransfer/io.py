@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from sklearn.utils import check_array
 from sktransfer._decoding import (
     ACCEPTED,
     CHANNELS,
+    DamagedImageWarning,
     OpenImage,
     as_numpy,
     check_dtype,
@@ -27,9 +28,17 @@ from sktransfer._decoding import (
     white,
     without_last,
 )
+from sktransfer._files import reading_turn
 from sktransfer._folders import list_images, load_image_folder
 
-__all__ = ["ImageSequence", "check_images", "list_images", "load_image", "load_image_folder"]
+__all__ = [
+    "DamagedImageWarning",
+    "ImageSequence",
+    "check_images",
+    "list_images",
+    "load_image",
+    "load_image_folder",
+]
 
 _DARK = 16  # of 255; images in which nothing is brighter were probably scaled otherwise
 _ONE_FILE = ("a path", "encoded bytes", "a PIL image")
@@ -87,7 +96,10 @@ class ImageSequence:
         image, an array or a tensor.
         """
         known = self._digests.get(int(self._rows[i]))
-        return self.open(i).digest if known is None else known
+        if known is not None:
+            return known
+        with reading_turn(self._items[self._rows[i]]):
+            return self.open(i).digest
 
     def digests(self, n_threads: int) -> list[bytes]:
         """Return the digests of all rows, and remember them: files are not read for them again."""
@@ -96,15 +108,22 @@ class ImageSequence:
         self._digests.update(zip(self._rows.tolist(), found, strict=True))
         return found
 
-    def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
+    def load(
+        self,
+        i: int,
+        digest: bytes | None = None,
+        use: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Return row `i` as uint8 RGB of shape (3, height, width), or raise a `ValueError`.
 
-        It raises one, too, if the row's content has another digest than the given one.
+        It raises one, too, if the row's content has another digest than the given one. With `use`
+        it returns what that makes of the pixels: large images wait for each other until then.
         """
-        image = self.open(i)
-        if digest is not None and image.digest != digest:
-            raise ValueError(f"{image.where}: the file changed while it was read; run again.")
-        return image.decode()
+        with reading_turn(self._items[self._rows[i]]):
+            image = self.open(i)
+            if digest is not None and image.digest != digest:
+                raise ValueError(f"{image.where}: the file changed while it was read; run again.")
+            return image.decode(use)
 
 
 def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSequence:
