@@ -371,4 +371,5 @@ def train(net: skorch.NeuralNet, data: Dataset, n_epochs: int) -> None:
     finally:
         net.module_.eval()
         net.history[:] = [epoch for epoch in net.history if "train_loss" in epoch]
-    net.notify("on_train_end", X=data, y=None)
+    if net.history:  # skorch's early stopping looks at the last epoch
+        net.notify("on_train_end", X=data, y=None)

@@ -820,6 +820,13 @@ def test_early_stopping_takes_the_best_weights():
     assert not equal(counter.states_[-1], best)
 
 
+@pytest.mark.parametrize("options", [{"unfreeze": 0}, {"max_epochs": 0}])
+def test_early_stopping_of_no_epoch(options):
+    X, y = pictures(40)
+    model = classifier(early_stopping=True, **options).fit(X, y)
+    assert model.history_ == [] and model.predict(X).shape == y.shape
+
+
 def test_early_stopping_with_weights():
     X, y = pictures(40)
     options = {"early_stopping": True, "max_epochs": 2}
