@@ -46,8 +46,9 @@ def set_config(*, damaged: str | None = None, max_pixels: int | str | None = Non
     damaged : {"warn", "error"}, default=None
         What happens if a file is damaged, but a part of its pixels can be decoded. "warn", which
         is the setting at the start, uses them and gives a `sktransfer.io.DamagedImageWarning`
-        that names row, file and damage. "error" raises a `ValueError`. None changes nothing.
-        An image whose result is in the memory is not decoded again, so nothing is said of it.
+        that names row, file and damage. "error" raises a `ValueError`, and takes nothing from a
+        memory that was computed while the setting was "warn". None changes nothing. An image
+        whose result is in the memory is not decoded again, so nothing is said of it.
     max_pixels : int or "pillow", default=None
         Files with more pixels raise a `ValueError` before they are decoded. "pillow", the setting
         at the start, is the limit at which Pillow raises an error, twice

@@ -40,6 +40,7 @@ class Fitted:
 
     def __init__(self, images: ImageSequence, preprocessing: Preprocessing) -> None:
         self.images, self.preprocessing = images, preprocessing
+        self.where = images.where
 
     def __len__(self) -> int:
         return len(self.images)

@@ -455,7 +455,7 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
         X : sequence of images
             See :class:`sktransfer.PretrainedFeatureExtractor`.
         y : array-like of shape (n,) or (n, n_labels)
-            Strings, integers, booleans or other labels of one type, none of them missing; or an
+            Strings, numbers, booleans or NumPy dates, of one type and none of them missing; or an
             indicator matrix of zeros and ones, not sparse, if an image may have several.
         sample_weight : array-like of shape (n,), default=None
             Weights of the images; one of weight 2 counts as two of them.

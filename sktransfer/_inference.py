@@ -18,6 +18,7 @@ import xxhash
 from torch import nn
 
 from sktransfer._blocks import TracedNetwork, TracingError
+from sktransfer._config import get_config
 from sktransfer._device import (
     PRECISIONS,
     fetch,
@@ -309,6 +310,8 @@ class Runner:
         )
         if self.precision != "float32" and self.runtime != "torch":  # in float32 they agree
             parts += (self.runtime,)
+        if get_config()["damaged"] == "error":  # what "warn" let pass is not taken from the memory
+            parts += ("whole files",)
         if type(preprocessing) is not Preprocessing:  # its settings do not tell what it does
             parts += (Describer()(type(preprocessing)),)
         readable = self.name.rpartition("/")[2]

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import skops.io
 
+from sktransfer._escaping import printable
+from sktransfer._files import open_regular
 from sktransfer._model_audit import KNOWN, OURS, Audit, RefusedError
 
 __all__ = ["load_model"]
@@ -78,10 +80,13 @@ def load_model(path: str | os.PathLike, *, trusted: Iterable[str] = ()) -> Any:
             return skops.io.loads(data, trusted=sorted(named & (KNOWN.keys() | trusted)))
     except RefusedError as error:
         raise ValueError(f"{path!r} {error}") from error
+    except (MemoryError, ImportError):  # of a package that the file needs
+        raise
     except Exception as error:  # of what is no such file, or is damaged, anything
         raise ValueError(
             f"{path!r} is not a skops file, or it is damaged ({type(error).__name__}: "
-            f"{_printable(str(error))}); pass one that `sktransfer fit -o` or skops.io.dump wrote."
+            f"{printable(str(error)[:200])}); pass one that `sktransfer fit -o` or skops.io.dump "
+            "wrote."
         ) from error
     raise ValueError(_untrusted(path, unknown))
 
@@ -96,11 +101,6 @@ def _untrusted(path: str, names: list[str]) -> str:
         f"its author, load it in Python, with all of these names in a list: "
         f"sktransfer.load_model({path!r}, trusted=[...])."
     )
-
-
-def _printable(text: str) -> str:
-    """Return a text of a file's author without control codes, and not all of a long one."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])
 
 
 def _check_ours(names: Iterable[str]) -> None:
@@ -120,11 +120,14 @@ def _cleaned(path: str) -> tuple[bytes, set[str]]:
 
     skops gets this copy: what was checked is what is read, whatever happens to the file.
     """
-    if not os.path.exists(path):
-        raise RefusedError("is no such file; pass one that `sktransfer fit -o` wrote.")
-    if not os.path.isfile(path):  # a pipe would block, a device never end
-        raise RefusedError("is no file; pass one that `sktransfer fit -o` wrote.")
-    with open(path, "rb") as file:
+    try:
+        file = open_regular(path)
+    except FileNotFoundError as error:
+        raise RefusedError("is no such file; pass one that `sktransfer fit -o` wrote.") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RefusedError(f"can't be read: {reason}.") from error
+    with file:
         _check_start(file.read(8))
         with zipfile.ZipFile(file) as archive:
             members = _members(archive, os.fstat(file.fileno()).st_size)

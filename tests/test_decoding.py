@@ -214,6 +214,15 @@ def test_large_files_are_read_one_at_a_time(monkeypatch, tmp_path):
 # Damage -----------------------------------------------------------------------------------------
 
 
+def test_what_was_let_pass_is_not_taken_from_the_memory(tmp_path, damaged_jpeg):
+    extractor = PretrainedFeatureExtractor(image_size=32, memory=tmp_path)
+    with pytest.warns(DamagedImageWarning):
+        extractor.transform([damaged_jpeg])
+    extractor.transform([damaged_jpeg])  # not decoded again
+    with config_context(damaged="error"), pytest.raises(ValueError, match="row 0: .* is damaged"):
+        extractor.transform([damaged_jpeg])
+
+
 @needs_simplejpeg
 def test_a_damaged_jpeg_is_told_once_with_row_and_file(tmp_path, damaged_jpeg, capfd):
     Image.fromarray(FLOWER).save(tmp_path / "good.jpg")

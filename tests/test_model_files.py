@@ -636,10 +636,10 @@ def test_pickles_are_refused_and_not_read(tmp_path, monkeypatch):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in [("nowhere", "no such file"), ("pipe", "is no file"), (".", "is no file")]:
+    for name, message in [("nowhere", "no such file"), ("pipe", "is a pipe"), (".", "is a folder")]:
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path / name)
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="this is a device"):
         load_model("/dev/zero")
     (tmp_path / "text").write_text("a model")
     (tmp_path / "empty").write_bytes(b"")

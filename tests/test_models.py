@@ -478,7 +478,7 @@ def test_files_that_were_moved_are_named(in_other_folder, tmp_path, photos):
         extractor.transform(photos)
     extractor.set_params(weights=tmp_path / "here/weights/new.pth")
     np.testing.assert_array_equal(extractor.transform(photos), expected)
-    with pytest.raises(ValueError, match="here/weights': that is no file"):
+    with pytest.raises(ValueError, match="here/weights' can't be read: this is a folder"):
         extractor.set_params(weights=str(tmp_path / "here/weights")).transform(photos)
 
 

@@ -7,7 +7,12 @@ from networks import Small, small
 from PIL import Image
 from sklearn.base import clone
 
-from sktransfer import FineTunedClassifier, PretrainedClassifier, PretrainedFeatureExtractor
+from sktransfer import (
+    FineTunedClassifier,
+    FineTunedDetector,
+    PretrainedClassifier,
+    PretrainedFeatureExtractor,
+)
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 
@@ -93,6 +98,13 @@ def test_frozen_blocks(files, tmp_path, value, precision):
 def test_large_activations_are_kept_as_large_as_half_precision_can(files):
     model = FineTunedClassifier(Backbone(Blinded(1e6), SIZE), unfreeze=1, max_epochs=1)
     assert np.isfinite(model.fit(files, LABELS).predict_proba(files)).all()
+
+
+def test_the_backbone_of_a_detector(files):
+    detector = FineTunedDetector(backbone=Backbone(Blinded(torch.nan), SIZE), max_epochs=1)
+    boxes = [{"boxes": [[4, 4, 20, 20]], "labels": ["thing"]}] * N
+    with pytest.raises(ValueError, match=r"row 6 \(.*6.png'\): network 'Blinded' returned NaN"):
+        detector.fit(files, boxes)
 
 
 def test_the_tensor_to_blame_is_named(files):
