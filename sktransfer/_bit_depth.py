@@ -102,6 +102,12 @@ def refuse_misread(image: Image.Image) -> None:
         raise UnusableImage(f"it is {kind_of_tiff(tags)}, which Pillow misreads; {_REMEDY}")
 
 
+def refuse_unreadable(data: bytes) -> None:
+    """Raise an error for files that Pillow takes for damaged ones, with a warning of its own."""
+    if data[:4] == b"MM\0+":
+        raise UnusableImage(f"it is a big-endian BigTIFF, which Pillow cannot read; {_REMEDY}")
+
+
 def unread_tiff(data: bytes) -> str:
     """Return what a TIFF file holds that Pillow can't open; nothing if it is none."""
     if data[:4] not in TiffImagePlugin.PREFIXES:

@@ -23,6 +23,7 @@ from sktransfer._bit_depth import (
     grey_pixels,
     has_deep_colour,
     refuse_misread,
+    refuse_unreadable,
     too_dark,
     unread_tiff,
 )
@@ -96,6 +97,7 @@ def why_unknown(data: bytes) -> str:
 
 
 def _open(data: bytes) -> Image.Image:
+    refuse_unreadable(data)
     try:
         return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
