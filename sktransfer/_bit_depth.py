@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 # Of TIFF files.
-_BITS, _COMPRESSION, _PHOTOMETRIC, _CHANNELS = 258, 259, 262, 277
+_WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _CHANNELS = 256, 258, 259, 262, 277
 _LARGEST, _PLANES, _PREDICTOR, _SAMPLES = 281, 284, 317, 339
 _NUMBERS = {1: "unsigned integers", 2: "signed integers", 3: "floats", 6: "complex numbers"}
 _UNCOMPRESSED, _PACKBITS = 1, 32773
@@ -44,7 +44,7 @@ def _wide_grey(grey: np.ndarray, tags: Mapping[int, Any], white_is_zero: bool) -
     """Return 32-bit grey of a TIFF file with the sign and the white that the file says."""
     if not tags:
         return grey
-    if grey.dtype == np.int32 and _first(tags, _SAMPLES) == 1:
+    if grey.dtype == np.int32 and (_first(tags, _SAMPLES) or 1) == 1:
         grey = grey.view(np.uint32)
     top, rule = (1, "floats must lie in [0, 1]") if grey.dtype == np.float32 else (255, "")
     low, high = float(grey.min(initial=0)), float(grey.max(initial=0))
@@ -102,6 +102,12 @@ def refuse_misread(image: Image.Image) -> None:
         raise UnusableImage(f"it is {kind_of_tiff(tags)}, which Pillow misreads; {_REMEDY}")
 
 
+def refuse_unreadable(data: bytes) -> None:
+    """Raise an error for files that Pillow takes for damaged ones, with a warning of its own."""
+    if data[:4] == b"MM\0+":
+        raise UnusableImage(f"it is a big-endian BigTIFF, which Pillow cannot read; {_REMEDY}")
+
+
 def unread_tiff(data: bytes) -> str:
     """Return what a TIFF file holds that Pillow can't open; nothing if it is none."""
     if data[:4] not in TiffImagePlugin.PREFIXES:
@@ -111,7 +117,7 @@ def unread_tiff(data: bytes) -> str:
         tags = TiffImagePlugin.ImageFileDirectory_v2(stream.read(16 if 43 in data[2:4] else 8))
         stream.seek(tags.next)
         tags.load(stream)
-        return kind_of_tiff(tags) if _BITS in tags else ""
+        return kind_of_tiff(tags) if _WIDTH in tags else ""
     except Exception:  # damaged tags raise almost anything
         return ""
 
@@ -123,7 +129,7 @@ def kind_of_tiff(tags: Mapping[int, Any]) -> str:
         f"a TIFF of {_first(tags, _BITS) or 1}-bit",
         _NUMBERS.get(_first(tags, _SAMPLES) or 1, "samples of unknown kind"),
         f"in {channels} channels" if channels != 1 else "",
-        "whose white is zero" if tags.get(_PHOTOMETRIC) == 0 else "",
+        "whose white is zero (tifffile does not invert it)" if tags.get(_PHOTOMETRIC) == 0 else "",
     ]
     return " ".join(word for word in words if word)
 

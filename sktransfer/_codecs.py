@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import simplejpeg  # tells what libjpeg warns of: Pillow hides it, torchvision prints it
 import torch
 import torchvision  # noqa: F401  (registers torch.ops.image)
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -22,15 +23,11 @@ from sktransfer._bit_depth import (
     grey_pixels,
     has_deep_colour,
     refuse_misread,
+    refuse_unreadable,
     too_dark,
     unread_tiff,
 )
 from sktransfer._config import get_config
-
-try:  # the one decoder that tells what libjpeg warns of: Pillow hides it, torchvision prints it
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
 
 # Pillow logs errors of TIFF files, which Python would print where no handler is set.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -65,7 +62,9 @@ def decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
         is_deep = has_deep_colour(image)  # seen before it is loaded only
         damage = _load(image, data) or damage
         decoded = decode_pillow(image)
-    doubt = too_dark(int(decoded.pixels.max()) << 8 | 255) if is_deep else decoded.doubt
+    largest = int(decoded.pixels.max(initial=0))
+    # The lower byte is lost: of black pixels nobody can tell.
+    doubt = too_dark(largest << 8 | 255) if is_deep and largest else decoded.doubt
     return decoded._replace(damage=damage, doubt=doubt)
 
 
@@ -98,6 +97,7 @@ def why_unknown(data: bytes) -> str:
 
 
 def _open(data: bytes) -> Image.Image:
+    refuse_unreadable(data)
     try:
         return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
@@ -173,8 +173,6 @@ def _webp_pixels(image: Image.Image, data: bytes) -> np.ndarray | None:
 
 def _jpeg_pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray | None, str]:
     """Return the pixels of a JPEG, or None if they are for Pillow, and what libjpeg warns of."""
-    if simplejpeg is None:
-        return None, ""
     is_rgb = image.mode in ("L", "RGB")
     # Given a place, it can't be made to write more than the header promised to Pillow.
     pixels = np.empty((image.height, image.width, 3 if is_rgb else 4), np.uint8)
@@ -275,7 +273,7 @@ _said = threading.local()  # by libtiff, in this thread
 @contextmanager
 def _libtiff_messages() -> Iterator[list[str]]:
     """Collect what libtiff says in this thread, and would print."""
-    _take_libtiff_messages()
+    _set_libtiff_handler()
     _said.lines = []
     try:
         yield _said.lines
@@ -284,8 +282,8 @@ def _libtiff_messages() -> Iterator[list[str]]:
 
 
 @functools.cache
-def _take_libtiff_messages() -> Any:
-    """Set a handler for libtiff's messages; those of other threads are printed as before."""
+def _set_libtiff_handler() -> Any:
+    """Set a handler that collects libtiff's messages; other threads' are printed as before."""
     library = ctypes.CDLL(Image.core.__file__)
     kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
     try:

@@ -75,6 +75,7 @@ class OpenImage:
     def _pixels(self, room: ExitStack) -> np.ndarray:
         if not isinstance(self.content, bytes):
             _tell(Decoded(self.content, doubt=self.doubt), self.where)
+            room.enter_context(room_for(self.content.shape[0] * self.content.shape[1]))
             return self.content.copy("C")  # it may be the user's own array
 
         def decode_in_turn(data: bytes) -> Decoded:
@@ -203,7 +204,9 @@ def _came_through_pillow(error: Exception) -> bool:
 
 def _from_users_pillow(image: Image.Image) -> Decoded:
     """Decode an image that other threads may hold: Pillow reads its file when it is first used."""
-    with _pillow_locks[id(image) // 64 % len(_pillow_locks)]:
+    lock = _pillow_locks[id(image) // 64 % len(_pillow_locks)]
+    # In this order: who holds the lock never waits for room, so that it is soon free again.
+    with room_for(image.width * image.height), lock:
         return decode_pillow(image)
 
 
