@@ -309,7 +309,10 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 def _trace(module: nn.Module, example: torch.Tensor) -> Any:
     """Return the module's graph for inputs of this shape and dtype, its weights a part of it."""
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer's, of what is constant for one shape
+        # What is constant for one shape, and that torch.jit is not developed further. Filters are
+        # those of all threads, and others may just now warn of a damaged image.
+        for category in (torch.jit.TracerWarning, FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
         return torch.jit.freeze(torch.jit.trace(module.eval(), example, check_trace=False))
 
 
