@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import io
 import math
 import os
 import sys
@@ -378,7 +379,7 @@ def _check_output(path: str, suffixes: Sequence[str]) -> str:
 
 def _print_columns(columns: dict[str, Any], as_csv: bool) -> None:
     if as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer = csv.writer(sys.stdout or io.StringIO(), lineterminator="\n")
         writer.writerow(map(csv_cell, columns))
         for row in zip(*columns.values(), strict=True):
             writer.writerow(map(csv_cell, row))
@@ -390,5 +391,5 @@ def _print_columns(columns: dict[str, Any], as_csv: bool) -> None:
 def _shown(value: Any) -> str:
     """Return a cell as the terminal shows it; it must be known how wide that is."""
     text = f"{value:.6g}" if isinstance(value, float) else escape(str(value))
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

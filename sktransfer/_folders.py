@@ -37,7 +37,8 @@ def load_image_folder(
 
     The counterpart of `sklearn.datasets.load_files`. Images are listed, not loaded; the order is
     that of the sorted paths. Hidden files and those with other extensions are passed over. Links to
-    folders and files are followed, but not those that lead back to a folder above them.
+    folders and files are followed, but not those that lead back to a folder above them; a folder
+    that several links of a category lead to is listed once.
 
     Parameters
     ----------
@@ -109,7 +110,8 @@ def list_images(path: str | os.PathLike) -> list[str]:
     """List the image files in a folder and its sub-folders.
 
     Hidden files and folders, and files with other extensions, are passed over; nothing is opened.
-    Links to folders and files are followed, but not those that lead back to a folder above them.
+    Links to folders and files are followed, but not those that lead back to a folder above them; a
+    folder that several links lead to is listed once in each folder of `path`.
 
     Parameters
     ----------
@@ -178,13 +180,21 @@ def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) 
 
     top = os.path.join(path, name)
     starts = Path(os.path.realpath(path)), Path(os.path.realpath(top))
-    above = {top: {str(folder) for start in starts for folder in (start, *start.parents)}}
+    above = {str(folder) for start in starts for folder in (start, *start.parents)}
+    seen: dict[str, set[str]] = {}  # real paths of the folders listed for each folder of `path`
     found = []
     for root, folders, files in os.walk(top, onerror=refuse, followlinks=True):
-        passed = above.pop(root)  # real paths of the folders on the way here
-        real = {f: os.path.realpath(os.path.join(root, f)) for f in folders if f[0] != "."}
-        folders[:] = [folder for folder in real if real[folder] not in passed]
-        above |= {os.path.join(root, folder): {*passed, real[folder]} for folder in folders}
+        # Folders before links, by which one may be met again.
+        folders.sort(key=lambda folder: (os.path.islink(os.path.join(root, folder)), folder))
+        kept = []
+        for folder in folders:
+            part = os.path.relpath(os.path.join(root, folder), path).split(os.sep)[0]
+            listed = seen.setdefault(part, {*above})
+            real = os.path.realpath(os.path.join(root, folder))
+            if folder[0] != "." and real not in listed:
+                listed.add(real)
+                kept.append(folder)
+        folders[:] = kept
         found += [os.path.join(root, file) for file in files if _is_image(file, extensions)]
         _report_dead_links(root, files, extensions)
     return sorted(found)

@@ -345,6 +345,13 @@ def test_an_output_that_nobody_takes(odd, monkeypatch, capsys):
         output.close()  # as Python does when it exits: it would raise, were there text to write
 
 
+def test_no_output_at_all(odd, monkeypatch):
+    _, files, model, _ = odd
+    monkeypatch.setattr("sys.stdout", None)  # as Python has it where a shell closed it: `>&-`
+    for option in ([], ["--csv"]):
+        assert main(["predict", str(model), files[0], *option]) == 0
+
+
 def test_help_that_nobody_reads():
     command = [sys.executable, "-m", "sktransfer", "--help"]
     environment = os.environ | {"PYTHONUNBUFFERED": ""}  # Python writes all when it exits

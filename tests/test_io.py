@@ -968,6 +968,17 @@ def test_links_are_followed_by_all_who_list_images(folder, tmp_path, monkeypatch
         assert len(load_image_folder(place).data) == 14
 
 
+def test_links_between_folders_list_each_once(tmp_path):
+    for name in "abcdefgh":
+        make_images(tmp_path, [f"{name}/1.png"])
+        for other in "abcdefgh".replace(name, ""):
+            (tmp_path / name / f"to {other}").symlink_to(tmp_path / other)
+    assert len(list_images(tmp_path)) == 8 * 8
+    data = load_image_folder(tmp_path)
+    assert np.bincount(data.target).tolist() == [8] * 8
+    assert data.data.tolist() == list_images(tmp_path)
+
+
 def test_links_that_lead_nowhere(folder):
     (folder / "owl").symlink_to(folder / "no disk")
     with pytest.warns(UserWarning, match=r"1 link \('.*owl'\) left out") as record:
