@@ -20,6 +20,7 @@ from sktransfer._inference import Runner, network_lock
 from sktransfer._pooling import layout_of, pool
 from sktransfer._stream import Stream, Write
 from sktransfer._threads import one_core_threads
+from sktransfer._torch_state import float32_by_default
 from sktransfer.transforms import Preprocessing
 
 _LARGEST = 65504  # of what half precision holds
@@ -173,7 +174,7 @@ class FrozenBlocks:
     def _count_flops(self) -> list[int]:
         blank = torch.zeros(1, 3, *self.size, dtype=torch.uint8, device="cpu")
         counts = []
-        with network_lock, torch.inference_mode(), self.runner.autocast():
+        with network_lock, float32_by_default(), torch.inference_mode(), self.runner.autocast():
             x = self.unpack(blank, 0)
             for position in range(self.embedding):
                 segment = self.runner.segment(position, self.size)

@@ -35,7 +35,7 @@ from sktransfer._text_model import (
     check_sentences,
     load_text_model,
 )
-from sktransfer._torch_state import ready_to_train
+from sktransfer._torch_state import float32_by_default, ready_to_train
 from sktransfer._training import Interrupted, Schedule, make_net, train
 from sktransfer.base import HasMethods, Interval, StrOptions, _fit_context
 
@@ -363,7 +363,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         for start in range(0, len(data), _SCORED):
             batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))
             targets = y[batch["is_hidden"]]
-            with network_lock, torch.inference_mode():
+            with network_lock, float32_by_default(), torch.inference_mode():
                 moved = {name: value.to(device) for name, value in batch.items()}
                 logits = hidden_logits(network, **moved).cpu()
                 n_right += int((logits.argmax(1) == targets).sum())
