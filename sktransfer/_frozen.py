@@ -113,7 +113,7 @@ class FrozenBlocks:
     ) -> dict[int, torch.Tensor]:
         """Run a batch from `start` to `stop`; return the results there and where `wanted`.
 
-        Call it inside `Runner.running()`.
+        Call it inside `Runner.running()`, with its lock held.
         """
         results = {start: x} if start == stop else {}
         for position in range(start + 1, stop + 1):
@@ -256,7 +256,7 @@ class Activations(Stream):
         batch = torch.stack(stored + stored[:1] * (self.step - len(stored)))
         stop = self.positions[-1]
         wanted = {p for p in {*self.keep, *self.positions} if start < p <= stop}
-        with self.frozen.runner.running():
+        with self.frozen.runner.lock, self.frozen.runner.running():
             x = self.frozen.unpack(batch, start)
             results = self.frozen.advance(x, start, stop, wanted)
             packed = {p: self.frozen.pack(x, p)[: len(stored)] for p, x in results.items()}

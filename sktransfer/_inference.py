@@ -348,14 +348,22 @@ class Runner:
                 stacklevel=2,
             )
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held while the network runs, unless it runs in several threads at once."""
+        return nullcontext() if self.runs_in_threads else network_lock
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within this context the network may be called, in its precision, without gradients."""
+        """Within this context the network may be called, in its precision, without gradients.
+
+        `lock` must be held.
+        """
         with torch.inference_mode():
             if self.runs_in_threads:
                 yield
                 return
-            with network_lock, float32_by_default(), self.autocast():
+            with float32_by_default(), self.autocast():
                 yield
 
     def block(self, start: int, image_size: tuple[int, int]) -> Program:
@@ -428,7 +436,7 @@ class Runner:
                 warn_fallback(self.name, f"it can't take this network ({reason_of(error)})")
 
         def run(x: torch.Tensor) -> list[torch.Tensor]:
-            with self.running():
+            with network_lock, self.running():
                 results = module(x)
             return list(results) if isinstance(results, tuple) else [results]
 

@@ -70,6 +70,14 @@ def ready_to_train(held: AbstractContextManager[Any] = network_lock) -> Iterator
         yield
 
 
+@contextlib.contextmanager
+def seeded_to_train(seed: int) -> Iterator[None]:
+    """Give torch a seed for a while, ready to train; the caller must hold `network_lock`."""
+    with torch.random.fork_rng(), ready_to_train():
+        torch.manual_seed(seed)
+        yield
+
+
 def _after_fork() -> None:
     for user in list(_users):  # in threads that the child has not
         _leave(user)

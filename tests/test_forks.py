@@ -9,7 +9,6 @@ import warnings
 import joblib
 import numpy as np
 import pytest
-import torch
 from torchvision.models import resnet18
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
@@ -19,16 +18,9 @@ from sktransfer._memory import check_memory
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.usefixtures("two_threads"),  # so that OpenMP's threads are there
 ]
 IMAGES = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3)).astype(np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _two_cores():
-    n = torch.get_num_threads()
-    torch.set_num_threads(2)  # so that OpenMP's threads are there
-    yield
-    torch.set_num_threads(n)
 
 
 def extractor(**options):

@@ -23,6 +23,7 @@ from sktransfer import (
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.inspection import SaliencyDisplay
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
 Y = np.arange(8) % 2
 BOXES = [{"boxes": [[4, 4, 28, 28]], "labels": ["cell"]}] * 8
@@ -39,15 +40,6 @@ def float64():
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small take longer on several threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def forget():
