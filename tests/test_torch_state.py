@@ -116,7 +116,8 @@ def test_the_default_comes_back_when_the_last_thread_leaves():
     inside, leave = threading.Event(), threading.Event()
 
     def stay():
-        with float32_by_default():
+        own = threading.Lock()
+        with own, float32_by_default(own):
             inside.set()
             leave.wait(10)
 
@@ -124,7 +125,7 @@ def test_the_default_comes_back_when_the_last_thread_leaves():
         thread = threading.Thread(target=stay)
         thread.start()
         inside.wait(10)
-        with network_lock, network_lock:
+        with network_lock, float32_by_default(), network_lock, float32_by_default():
             assert torch.get_default_dtype() == torch.float32
         assert torch.get_default_dtype() == torch.float32  # the thread still runs a network
         leave.set()
