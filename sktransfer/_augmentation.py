@@ -11,6 +11,7 @@ import torch
 import xxhash
 from torchvision.transforms import v2
 
+from sktransfer._threads import renewed_in_forks
 from sktransfer._weights import Describer
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
@@ -26,7 +27,7 @@ _SYMMETRIES = {
     "dihedral": [(0, False), (0, True), (2, False), (2, True)]
     + [(1, False), (1, True), (3, False), (3, True)],
 }
-_seed_lock = threading.Lock()  # torch has one seed a process
+_seed_lock = renewed_in_forks(threading.Lock())  # torch has one seed a process
 
 
 class Augmentation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +201,8 @@ def build_efficientnet_lite(number: int, weights: Any) -> Built:
 
 def _seeded(create: Callable[[], nn.Module]) -> nn.Module:
     """Create a network with the same random weights every time; leave torch's own seed alone."""
-    with torch.random.fork_rng(devices=[]), ready_to_train():
+    creating = threading.Lock()
+    with creating, torch.random.fork_rng(devices=[]), ready_to_train(creating):
         torch.manual_seed(_SEED)
         return create()
 

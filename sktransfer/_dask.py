@@ -25,11 +25,12 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.utils import is_dataframe_like, is_series_like
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer._threads import dask_worker
+from sktransfer._threads import dask_worker, renewed_in_forks
 
 _KEPT = 2  # estimators that a process keeps ready
 _ready: OrderedDict[str, Any] = OrderedDict()
-_lock = threading.Lock()  # of `_ready`: several threads of a worker get one estimator
+# Of `_ready`: several threads of a worker get one estimator.
+_lock = renewed_in_forks(threading.Lock())
 
 
 def on_partitions(

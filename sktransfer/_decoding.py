@@ -23,6 +23,7 @@ from sktransfer._bit_depth import UnusableImage
 from sktransfer._codecs import Decoded, decode, decode_pillow, why_unknown
 from sktransfer._config import get_config
 from sktransfer._files import open_regular, room_for
+from sktransfer._threads import renewed_in_forks
 
 _LONGEST_NAME = 500  # characters in an error
 ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
@@ -37,7 +38,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 # For PIL images of users, which may be in several rows, or in the hands of several threads. They
 # have no hash, by which a dictionary could hold a lock for each.
-_pillow_locks = [threading.Lock() for _ in range(256)]
+_pillow_locks = [renewed_in_forks(threading.Lock()) for _ in range(256)]
 
 
 class DamagedImageWarning(UserWarning):
@@ -208,15 +209,6 @@ def _from_users_pillow(image: Image.Image) -> Decoded:
     # In this order: who holds the lock never waits for room, so that it is soon free again.
     with room_for(image.width * image.height), lock:
         return decode_pillow(image)
-
-
-def _renew_locks() -> None:
-    """Let a child of a fork go on, though a thread of its parent held a lock."""
-    _pillow_locks[:] = [threading.Lock() for _ in _pillow_locks]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def as_numpy(X: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -324,7 +325,8 @@ class FineTunedDetector(ImageEstimator):
         objects = check_inside(objects, sizes)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         # Detectors draw from torch's own generator.
-        with torch.random.fork_rng(devices=[]), ready_to_train():
+        fitting = threading.Lock()
+        with fitting, torch.random.fork_rng(devices=[]), ready_to_train(fitting):
             torch.manual_seed(seed)
             part = self._resume() if goes_on else self._begin(len(classes))
             self.classes_ = classes
@@ -413,7 +415,8 @@ class FineTunedDetector(ImageEstimator):
     def _build(self, n_classes: int) -> DetectorPart:
         detector = self._shape["detector"]
         is_new = isinstance(detector, str) and detector in NEW
-        with ready_to_train():
+        building = threading.Lock()
+        with building, ready_to_train(building):
             return self._build_new(n_classes) if is_new else self._build_cut(n_classes)
 
     def _build_new(self, n_classes: int) -> DetectorPart:

@@ -24,6 +24,7 @@ from sktransfer._inference import Runner, network_lock
 from sktransfer._progress import Progress
 from sktransfer._stream import Stream
 from sktransfer._threads import n_threads
+from sktransfer._torch_state import float32_by_default
 from sktransfer._training import Schedule, Watch
 from sktransfer._training_data import allocate
 from sktransfer.io import ImageSequence
@@ -225,7 +226,7 @@ class DetectorPart(nn.Module):
 
     def forward(self, stored: list[torch.Tensor], targets: Any = None) -> Any:
         """Return the losses by name while it trains, else boxes, labels and scores."""
-        with network_lock, FastDepthwise():
+        with network_lock, float32_by_default(), FastDepthwise():
             given = self.source.unpack(stored)
             backbone: Any = self.detector.backbone
             if hasattr(backbone, "positions") or isinstance(backbone, Given):

@@ -16,6 +16,7 @@ from torch import nn
 
 from sktransfer._inference import network_lock
 from sktransfer._optional import load_optional
+from sktransfer._torch_state import float32_by_default
 from sktransfer._trainer import Trainer
 from sktransfer._whole import WholeNetwork, whole_of_trainer
 from sktransfer.transforms import Preprocessing
@@ -90,7 +91,12 @@ def _program(network: nn.Module, size: tuple[int, int], output: str) -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with network_lock, torch.inference_mode(False), warnings.catch_warnings():
+        with (
+            network_lock,
+            float32_by_default(),
+            torch.inference_mode(False),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # of what the exporter itself will change one day
             return torch.onnx.export(
                 network,

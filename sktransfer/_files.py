@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
+from sktransfer._threads import call_in_forks
+
 _FREE_PIXELS = 2**25  # of an image that need not wait for others: those of most cameras
 _PIXELS_IN_FLIGHT = 2**27  # of the larger images that are decoded at once
 _LARGE_FILE = 2**26  # bytes from which files are read one at a time
@@ -113,5 +115,4 @@ def _after_fork() -> None:
     _room = _Room()  # the locks may have been held by threads that are not in the child
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+call_in_forks(_after_fork)

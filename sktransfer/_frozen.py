@@ -20,6 +20,7 @@ from sktransfer._inference import Runner, network_lock
 from sktransfer._pooling import layout_of, pool
 from sktransfer._stream import Stream, Write
 from sktransfer._threads import one_core_threads
+from sktransfer._torch_state import float32_by_default
 from sktransfer.transforms import Preprocessing
 
 _LARGEST = 65504  # of what half precision holds
@@ -112,7 +113,7 @@ class FrozenBlocks:
     ) -> dict[int, torch.Tensor]:
         """Run a batch from `start` to `stop`; return the results there and where `wanted`.
 
-        Call it inside `Runner.running()`.
+        Call it inside `Runner.running()`, with its lock held.
         """
         results = {start: x} if start == stop else {}
         for position in range(start + 1, stop + 1):
@@ -173,7 +174,7 @@ class FrozenBlocks:
     def _count_flops(self) -> list[int]:
         blank = torch.zeros(1, 3, *self.size, dtype=torch.uint8, device="cpu")
         counts = []
-        with network_lock, torch.inference_mode(), self.runner.autocast():
+        with network_lock, float32_by_default(), torch.inference_mode(), self.runner.autocast():
             x = self.unpack(blank, 0)
             for position in range(self.embedding):
                 segment = self.runner.segment(position, self.size)
@@ -255,7 +256,7 @@ class Activations(Stream):
         batch = torch.stack(stored + stored[:1] * (self.step - len(stored)))
         stop = self.positions[-1]
         wanted = {p for p in {*self.keep, *self.positions} if start < p <= stop}
-        with self.frozen.runner.running():
+        with self.frozen.runner.lock, self.frozen.runner.running():
             x = self.frozen.unpack(batch, start)
             results = self.frozen.advance(x, start, stop, wanted)
             packed = {p: self.frozen.pack(x, p)[: len(stored)] for p, x in results.items()}

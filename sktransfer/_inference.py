@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import threading
 import warnings
@@ -39,7 +38,8 @@ from sktransfer._runtime import (
     warn_fallback,
     warn_without_instructions,
 )
-from sktransfer._torch_state import network_lock
+from sktransfer._threads import call_in_forks, renewed_in_forks
+from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._weights import Describer
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -53,7 +53,7 @@ _GPU_BATCH = 256  # at most
 _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few are alive at once
 _VERSION = 2  # of the computation; a change that alters rows makes old entries unreachable
 _T = TypeVar("_T")
-_runners_lock = threading.Lock()
+_runners_lock = renewed_in_forks(threading.Lock())
 _runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
 _all_runners: WeakSet[Runner] = WeakSet()  # also those of fitted estimators
 
@@ -94,18 +94,16 @@ def _after_fork() -> None:
     """Let a forked child compute on torch, on one core.
 
     It has none of its parent's threads: OpenMP, through which torch uses several cores, and
-    OpenVINO would wait for them forever. Nor is there anybody who would release a lock.
+    OpenVINO would wait for them forever; torch's may be of a network that is not ours.
     """
     torch.set_num_threads(1)
     forget_openvino([runner._programs for runner in _all_runners])
-    _runners_lock._at_fork_reinit()  # type: ignore[attr-defined]
     _runners.clear()
     for runner in _all_runners:
         runner.runtime, runner._programs, runner._n_cores = "torch", {}, 1
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+call_in_forks(_after_fork)
 
 
 class Runner:
@@ -155,8 +153,9 @@ class Runner:
     def trace(self) -> TracedNetwork:
         """The network as a list of blocks; raises TracingError if it can't be cut."""
         if self._traced is None and not self._why_whole:
-            with network_lock:
-                self._find_blocks()
+            with network_lock, float32_by_default():
+                if self._traced is None and not self._why_whole:
+                    self._find_blocks()
         if self._traced is None:
             raise TracingError(self._why_whole)
         return self._traced
@@ -247,7 +246,7 @@ class Runner:
     def shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's activation."""
         if (position, image_size) not in self._shapes:
-            with network_lock:
+            with network_lock, float32_by_default():
                 self._shapes[position, image_size] = self._find_shape(position, image_size)
         return self._shapes[position, image_size]
 
@@ -352,14 +351,22 @@ class Runner:
                 stacklevel=2,
             )
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held while the network runs, unless it runs in several threads at once."""
+        return nullcontext() if self.runs_in_threads else network_lock
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within this context the network may be called, in its precision, without gradients."""
+        """Within this context the network may be called, in its precision, without gradients.
+
+        `lock` must be held.
+        """
         with torch.inference_mode():
             if self.runs_in_threads:
                 yield
                 return
-            with network_lock, self.autocast():
+            with float32_by_default(), self.autocast():
                 yield
 
     def block(self, start: int, image_size: tuple[int, int]) -> Program:
@@ -408,7 +415,7 @@ class Runner:
         key = (key, n_streams if self.runs_in_threads else None)
         if (known := self._programs.get(key)) is None:
             # Out of inference mode, in which sizes can't be found.
-            with network_lock, torch.inference_mode(False), torch.no_grad():
+            with network_lock, float32_by_default(), torch.inference_mode(False), torch.no_grad():
                 if (known := self._programs.get(key)) is None:
                     known = self._make_program(build, example, n_streams)
                     self._programs[key] = known
@@ -432,7 +439,7 @@ class Runner:
                 warn_fallback(self.name, f"it can't take this network ({reason_of(error)})")
 
         def run(x: torch.Tensor) -> list[torch.Tensor]:
-            with self.running():
+            with network_lock, self.running():
                 results = module(x)
             return list(results) if isinstance(results, tuple) else [results]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -35,7 +33,7 @@ from sktransfer._text_model import (
     check_sentences,
     load_text_model,
 )
-from sktransfer._torch_state import ready_to_train
+from sktransfer._torch_state import float32_by_default, seeded_to_train
 from sktransfer._training import Interrupted, Schedule, make_net, train
 from sktransfer.base import HasMethods, Interval, StrOptions, _fit_context
 
@@ -249,7 +247,8 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         net = self._new_net(module, schedule, seed, progress)
         net.history.extend(history)
         stopped: Interrupted | None = None
-        with progress.shown(n_epochs * len(data), self.verbose, unit="sentence"), _seeded(seed):
+        bar = progress.shown(n_epochs * len(data), self.verbose, unit="sentence")
+        with bar, network_lock, seeded_to_train(seed):
             progress.stage("epoch", n_epochs)
             try:
                 train(net, data, n_epochs)
@@ -363,7 +362,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         for start in range(0, len(data), _SCORED):
             batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))
             targets = y[batch["is_hidden"]]
-            with network_lock, torch.inference_mode():
+            with network_lock, float32_by_default(), torch.inference_mode():
                 moved = {name: value.to(device) for name, value in batch.items()}
                 logits = hidden_logits(network, **moved).cpu()
                 n_right += int((logits.argmax(1) == targets).sum())
@@ -421,14 +420,6 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         tags.input_tags.two_d_array = False
         tags.transformer_tags.preserves_dtype = []
         return tags
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Give torch a seed for a while; nothing else trains meanwhile."""
-    with network_lock, torch.random.fork_rng(), ready_to_train():
-        torch.manual_seed(seed)
-        yield
 
 
 def _plain(epoch: dict[str, Any]) -> dict[str, Any]:

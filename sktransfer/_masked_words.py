@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from sktransfer._inference import network_lock
 from sktransfer._text_model import TextModel
+from sktransfer._torch_state import float32_by_default
 
 _HIDDEN = 0.8  # of the chosen tokens; a half of the others is replaced, the other half left
 _IGNORED = -100  # torch's number for a target that does not count
@@ -132,7 +133,7 @@ class WordGuesser(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, is_hidden: torch.Tensor
     ) -> torch.Tensor:
         """Return a logit for each word that may stand in place of a hidden one, (k, n_words)."""
-        with network_lock:
+        with network_lock, float32_by_default():
             return hidden_logits(self.network, is_hidden, input_ids, attention_mask)
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:

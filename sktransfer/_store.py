@@ -30,6 +30,7 @@ from sktransfer._store_format import (
     touch,
     unwrap,
 )
+from sktransfer._threads import call_in_forks, renewed_in_forks
 
 try:
     import fcntl
@@ -351,8 +352,8 @@ class Claims:
 
     Ctrl-C may come between any two steps. So the table, and nothing else, says who owns a place,
     and it never says too little: a place is entered before it is locked, and leaves the table after
-    it was unlocked. There is no mutex that could stay locked: what changes the table is one
-    operation of a dict. `give_back` of the same place must not run in two threads at once.
+    it was unlocked. What changes the table is one operation of a dict, so that no mutex could stay
+    locked. `give_back` of the same place must not run in two threads at once.
     """
 
     _fd: int | None = None
@@ -366,6 +367,7 @@ class Claims:
         if self._fd is not None:
             os.close(self._fd)
         self._fd = None
+        self._opening = threading.Lock()
         self._owners: dict[int, object] = {}  # of the places that are taken
 
     def take(self, places: Iterable[int], owner: object) -> list[bool]:
@@ -407,8 +409,9 @@ class Claims:
         if fcntl is None or self.path is None:
             return True
         try:
-            if self._fd is None:
-                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            with self._opening:
+                if self._fd is None:
+                    self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError:  # no place for the file: rather computed twice than not at all
             return True
         try:
@@ -429,7 +432,7 @@ class Claims:
 
 _STORES: weakref.WeakValueDictionary[str, Store] = weakref.WeakValueDictionary()
 _CLAIMS: dict[str, Claims] = {}
-_REGISTRY = threading.Lock()
+_REGISTRY = renewed_in_forks(threading.Lock())
 
 
 def open_store(folder: str) -> Store:
@@ -447,13 +450,10 @@ def open_claims(folder: str) -> Claims:
 
 def _after_fork() -> None:
     """Let a child open its own files: neither LMDB nor locks survive a fork."""
-    global _REGISTRY
-    _REGISTRY = threading.Lock()
     for store in _STORES.values():
         store.forget()
     for claims in _CLAIMS.values():
         claims.forget()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+call_in_forks(_after_fork)

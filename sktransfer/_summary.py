@@ -16,6 +16,7 @@ from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import Runner, get_runner, network_lock
 from sktransfer._optional import load_optional
 from sktransfer._settings import find_cut
+from sktransfer._torch_state import float32_by_default
 from sktransfer.models import Backbone, get_architecture
 
 _HEADERS = ("block", "output", "parameters", "GFLOP", "KB kept", "")
@@ -257,7 +258,8 @@ def _own_head(frozen: FrozenBlocks, state: str = "") -> BlockRow | None:
 def _module_row(name: str, module: nn.Module, shape: tuple[int, ...], state: str) -> BlockRow:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     blank = torch.zeros(1, *shape, device=device)
-    with network_lock, torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with network_lock, float32_by_default(), torch.inference_mode(), counter:
         output = module.eval()(blank)
     n_parameters = sum(parameter.numel() for parameter in module.parameters())
     return BlockRow(

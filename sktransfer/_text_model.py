@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from sktransfer._hub import check_hub
 from sktransfer._inference import Runner, network_lock
 from sktransfer._optional import load_optional
 from sktransfer._stream import Stream, Write
-from sktransfer._torch_state import ready_to_train
+from sktransfer._torch_state import float32_by_default, ready_to_train
 from sktransfer._weights import Describer
 
 _VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
@@ -170,7 +171,8 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
             check_hub(model)
         if tokenizer is not None and not os.path.exists(tokenizer):
             check_hub(tokenizer, (".json", ".txt", ".model"))
-        with _silence(), torch.random.fork_rng(devices=[]), ready_to_train():
+        loading = threading.Lock()
+        with loading, _silence(), torch.random.fork_rng(devices=[]), ready_to_train(loading):
             torch.manual_seed(_SEED)
             network = AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False)
             words = AutoTokenizer.from_pretrained(tokenizer or model, trust_remote_code=False)
@@ -254,7 +256,7 @@ class TextRunner:
 
     def _pooled(self, ids: Sequence[np.ndarray], length: int, pooling: str) -> np.ndarray:
         batch = {k: v.to(self.device) for k, v in self.model.padded(ids, length).items()}
-        with network_lock, torch.inference_mode():
+        with network_lock, float32_by_default(), torch.inference_mode():
             x = self.network.base_model(**batch).last_hidden_state.float()
             mask = batch["attention_mask"][:, :, None].bool()  # (n, t, 1)
             if pooling == "token":

@@ -1,15 +1,19 @@
-"""How many threads read and decode images, and how many cores each of them takes."""
+"""Threads that read and decode images: how many, their cores, and their locks after a fork."""
 
 from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import joblib
 from threadpoolctl import ThreadpoolController
+
+_Lock = TypeVar("_Lock")
 
 
 def n_threads(n_jobs: int | None) -> int:
@@ -51,3 +55,18 @@ def _take_one_core() -> None:
 @functools.cache
 def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+def call_in_forks(function: Callable[[], None]) -> None:
+    """Have every child of a fork call `function` when it starts."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+
+
+def renewed_in_forks(lock: _Lock) -> _Lock:
+    """Return a lock of a module, which is free in a child even if a thread of its parent held it.
+
+    It is the same object: other modules may have imported it.
+    """
+    call_in_forks(lock._at_fork_reinit)  # type: ignore[attr-defined]
+    return lock

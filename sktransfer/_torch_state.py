@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -11,77 +10,77 @@ from typing import Any
 
 import torch
 
-_mutex = threading.Lock()
-_n_users = 0  # of float32 as the default, in all threads: it is one for the process
-_default = torch.float32  # what it was before
+from sktransfer._threads import call_in_forks, renewed_in_forks
+
+# Held while a network runs or is traced: torch.fx traces by replacing what calls modules, for the
+# whole process. No context manager of our own: Ctrl-C between its start and the block would leave
+# it locked.
+network_lock = renewed_in_forks(threading.RLock())
+_mutex = renewed_in_forks(threading.RLock())  # of `_users`; garbage may be collected meanwhile
+# Who needs float32 just now, in all threads, and the default before the first of them came: torch
+# has one default for the process.
+_users: dict[object, torch.dtype] = {}
 
 
 @contextlib.contextmanager
-def float32_by_default() -> Iterator[None]:
-    """Let torch make float32 tensors, whatever `torch.set_default_dtype` says."""
-    global _n_users, _default
+def float32_by_default(held: AbstractContextManager[Any] = network_lock) -> Iterator[None]:
+    """Let torch make float32 tensors, whatever `torch.set_default_dtype` says.
+
+    The caller must hold the lock `held`, taken just before. Ctrl-C may cut off what follows the
+    `yield`; then a thread, which it does not reach, does so once `held` is free.
+    """
+    user = object()
     with _mutex:
-        if _n_users == 0 and (_default := torch.get_default_dtype()) != torch.float32:
+        before = next(iter(_users.values()), torch.get_default_dtype())
+        if before != torch.float32:
+            threading.Thread(target=_leave_after, args=(user, held), daemon=True).start()
+            _users[user] = before
             torch.set_default_dtype(torch.float32)
-        _n_users += 1
     try:
         yield
     finally:
-        with _mutex:
-            _n_users -= 1
-            if _n_users == 0 and _default != torch.float32:
-                torch.set_default_dtype(_default)
+        _leave(user)
+
+
+def _leave(user: object) -> None:
+    """Let torch's default be what it was, if nobody else needs float32; harmless if repeated."""
+    with _mutex:
+        if user in _users:
+            if len(_users) == 1:
+                torch.set_default_dtype(_users[user])
+            _users.pop(user, None)
+
+
+def _leave_after(user: object, held: AbstractContextManager[Any]) -> None:
+    with held:
+        pass
+    _leave(user)
 
 
 @contextlib.contextmanager
-def ready_to_train() -> Iterator[None]:
+def ready_to_train(held: AbstractContextManager[Any] = network_lock) -> Iterator[None]:
     """Let torch make float32 tensors on the CPU and record gradients, whatever the caller has set.
 
     A fit may be called under `torch.inference_mode()` or `torch.no_grad()`, a network be loaded
-    after `torch.set_default_device("cuda")`.
+    after `torch.set_default_device("cuda")`. `held` is that of `float32_by_default`.
     """
     is_cpu = torch.get_default_device().type == "cpu"
     device = contextlib.nullcontext() if is_cpu else torch.device("cpu")
-    with torch.inference_mode(False), torch.enable_grad(), float32_by_default(), device:
+    with torch.inference_mode(False), torch.enable_grad(), float32_by_default(held), device:
         yield
 
 
-class _NetworkLock:
-    """Held while a network runs or is traced; torch then makes float32 tensors by default.
-
-    torch.fx traces by replacing what calls modules, for the whole process: nothing may run
-    meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._defaults: list[AbstractContextManager[None]] = []
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._defaults.append(float32_by_default())
-        self._defaults[-1].__enter__()
-
-    def __exit__(self, *_: Any) -> None:
-        self._defaults.pop().__exit__(None, None, None)
-        self._lock.release()
-
-    def renew(self) -> None:
-        """Let a child of a fork go on, though a thread of its parent held the lock."""
-        self.__init__()  # type: ignore[misc]
-
-
-network_lock = _NetworkLock()
+@contextlib.contextmanager
+def seeded_to_train(seed: int) -> Iterator[None]:
+    """Give torch a seed for a while, ready to train; the caller must hold `network_lock`."""
+    with torch.random.fork_rng(), ready_to_train():
+        torch.manual_seed(seed)
+        yield
 
 
 def _after_fork() -> None:
-    global _n_users
-    _mutex._at_fork_reinit()  # type: ignore[attr-defined]
-    network_lock.renew()
-    if _n_users:  # by threads that the child has not
-        torch.set_default_dtype(_default)
-    _n_users = 0
+    for user in list(_users):  # in threads that the child has not
+        _leave(user)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+call_in_forks(_after_fork)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from sktransfer._modules import copy_of
 from sktransfer._plan import Plan, make_plan
 from sktransfer._progress import Progress
 from sktransfer._settings import Settings, find_cut, n_threads
-from sktransfer._torch_state import ready_to_train
+from sktransfer._torch_state import seeded_to_train
 from sktransfer._training import (
     Interrupted,
     Schedule,
@@ -114,7 +113,7 @@ class Trainer:
         n_images += len(examples.views) * bool(self._to_run(with_embeddings, n_epochs > 0))
         with self._progress.shown(n_images, settings.verbose):
             stored, embeddings = self._run_frozen(examples.views, with_embeddings, n_epochs > 0)
-            with self._seeded(seed):
+            with network_lock, seeded_to_train(seed):
                 if not goes_on:
                     head = self._new_head()
                     if is_solved:
@@ -158,7 +157,7 @@ class Trainer:
         n_images = len(targets) + len(examples.views) * bool(self._to_run(False, True))
         with self._progress.shown(n_images, self.settings.verbose):
             stored, _ = self._run_frozen(examples.views, False, True)
-            with self._seeded(seed):
+            with network_lock, seeded_to_train(seed):
                 data = self._data(stored, np.arange(len(targets)), examples)
                 if is_new:
                     self.module = self._new_module(self._new_head())
@@ -250,13 +249,6 @@ class Trainer:
         return 0 if self.cut == self.frozen.embedding else settings.max_epochs
 
     # ------------------------------------------------------------------------ parts
-
-    @contextmanager
-    def _seeded(self, seed: int) -> Iterator[None]:
-        """Give torch a seed for a while; nothing else trains meanwhile."""
-        with network_lock, torch.random.fork_rng(), ready_to_train():
-            torch.manual_seed(seed)
-            yield
 
     def _n_steps(self, n_images: int) -> int:
         """Return the steps of an epoch."""
@@ -467,7 +459,7 @@ class Trainer:
     ) -> None:
         """Take back a state."""
         self.plan, self.n_left = plan, n_left
-        with self._seeded(0):
+        with network_lock, seeded_to_train(0):
             self.module = self._new_module(self._new_head())
             self.module.load_trained_state(state)
             self.module.eval()

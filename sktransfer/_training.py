@@ -27,6 +27,7 @@ from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import network_lock
 from sktransfer._modules import copy_of
 from sktransfer._progress import Progress
+from sktransfer._torch_state import float32_by_default
 from sktransfer._training_data import TrainingData
 
 _WARM_UP = 0.1  # of all steps
@@ -92,7 +93,7 @@ class TrainedPart(nn.Module):
         The weights of the images come with a batch, but only the loss needs them.
         """
         frozen, start = self.frozen, (self.start if start is None else start)
-        with network_lock, frozen.runner.autocast(), FastDepthwise():
+        with network_lock, float32_by_default(), frozen.runner.autocast(), FastDepthwise():
             if start < self.cut:
                 x = frozen.advance_in_steps(stored, start, self.cut, self.step)
             else:

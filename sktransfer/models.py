@@ -29,6 +29,7 @@ from sktransfer._builders import (
     published_weights,
 )
 from sktransfer._modules import copy_of, portable, set_eval, without_wrapper
+from sktransfer._threads import renewed_in_forks
 from sktransfer._torch_state import ready_to_train
 from sktransfer._weights import (
     file_beside,
@@ -45,7 +46,8 @@ __all__ = ["Backbone", "get_model", "list_models", "register_model"]
 _KEPT = 4  # backbones that a process keeps loaded; more would pile up when many are compared
 _SEED = 0  # of the random weights that weights=None asks for: every clone gets the same ones
 _loaded: OrderedDict[Any, Backbone] = OrderedDict()
-_lock = threading.RLock()  # of `_loaded`, and of torch's seed while a network is built
+# Of `_loaded`, and of torch's seed while a network is built.
+_lock = renewed_in_forks(threading.RLock())
 _builders: dict[str, Callable[[Any], Backbone]] = {}
 
 
@@ -279,7 +281,7 @@ def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
     """Return the backbone kept under `key`, or build and keep it, dropping the oldest."""
     with _lock:
         if key not in _loaded:
-            with ready_to_train():  # tensors of inference mode could never be trained
+            with ready_to_train(_lock):  # tensors of inference mode could never be trained
                 built = build()
                 set_eval(built.network)
                 for parameter in built.network.parameters():

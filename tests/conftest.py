@@ -5,6 +5,7 @@ os.environ["SCIPY_ARRAY_API"] = "1"  # before scipy: one of scikit-learn's check
 
 import numpy as np  # noqa: E402
 import pytest
+import torch
 from joblib.externals.loky import get_reusable_executor
 from networks import LOG
 from PIL import Image
@@ -16,6 +17,24 @@ def _close_figures():
     yield
     if "matplotlib.pyplot" in sys.modules:  # which warns of more than 20 that are open
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+def _with_threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """Layers as small as those of most tests take longer on several threads."""
+    yield from _with_threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    yield from _with_threads(2)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from sktransfer._blocks import TracedNetwork, TracingError
 
 # Number of blocks -> the classification networks of torchvision that have it.
+pytestmark = pytest.mark.usefixtures("one_thread")
 COUNTS = {
     7: "alexnet",
     8: "densenet121 densenet161 densenet169 densenet201",
@@ -71,15 +72,6 @@ TIMM = {
     "dpn68": (23, 64, {}),
     "hrnet_w18_small": (5, 64, {}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small take longer on several threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 class WithoutWeights(TorchFunctionMode):

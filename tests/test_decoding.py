@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from images import FLOWER, SMALL, encode, hwc
 from PIL import Image, TiffImagePlugin
 from sklearn.datasets import load_sample_images
 
@@ -32,20 +33,7 @@ from sktransfer import (
 from sktransfer._cli import main
 from sktransfer.io import DamagedImageWarning, check_images, load_image
 
-FLOWER = load_sample_images().images[1]
-SMALL = np.ascontiguousarray(FLOWER[100:340:8, 100:420:8])  # (30, 40, 3)
 RAMP = np.tile(np.arange(256, dtype=np.uint16), (4, 1))  # all levels of 8 bits
-
-
-def encode(image, format, **options):
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def hwc(tensor):
-    return tensor.permute(1, 2, 0).numpy()
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,18 @@
 """Networks in processes that multiprocessing and joblib start, after the parent has run them."""
 
+import contextlib
+import importlib
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
 import pytest
-import torch
 from torchvision.models import resnet18
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
@@ -19,16 +22,9 @@ from sktransfer._memory import check_memory
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.usefixtures("two_threads"),  # so that OpenMP's threads are there
 ]
 IMAGES = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3)).astype(np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _two_cores():
-    n = torch.get_num_threads()
-    torch.set_num_threads(2)  # so that OpenMP's threads are there
-    yield
-    torch.set_num_threads(n)
 
 
 def extractor(**options):
@@ -89,6 +85,41 @@ def test_a_fork_while_the_network_is_locked():
         in_child("fork", strictly, extractor(), "transform", IMAGES)
 
 
+def _locks():
+    """Find the locks of all modules of the library, whose number no module says."""
+    kinds = type(threading.Lock()), type(threading.RLock())
+    modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("sktransfer.")]
+    found = [v for module in modules for _, v in sorted(vars(module).items())]
+    found += [lock for value in found if isinstance(value, list) for lock in value]
+    return list({id(lock): lock for lock in found if isinstance(lock, kinds)}.values())
+
+
+def _all_free():
+    return [lock.acquire(timeout=1) for lock in _locks()]
+
+
+def test_a_fork_while_another_thread_holds_every_lock():
+    pytest.importorskip("dask")
+    importlib.import_module("sktransfer._dask")
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with contextlib.ExitStack() as stack:
+            for lock in _locks():
+                stack.enter_context(lock)
+            held.set()
+            go_on.wait(100)
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(hold)
+        assert held.wait(10)
+        try:
+            found = in_child("fork", _all_free)
+        finally:
+            go_on.set()
+    assert len(found) > 256 + 5 and all(found)
+
+
 def test_joblib_with_forked_workers(tmp_path):
     model = extractor(memory=str(tmp_path))
     expected = model.transform(IMAGES[:2])
@@ -101,17 +132,20 @@ def test_joblib_with_forked_workers(tmp_path):
 
 
 EXITS = """
-import os, sys, numpy as np
+import os, sys, warnings, numpy as np, torch
 from sktransfer import PretrainedFeatureExtractor
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads
 model = PretrainedFeatureExtractor(image_size=64)
-model.transform(np.zeros((2, 64, 64, 3), np.uint8))
-for works in (False, True):
+torch.set_num_threads(2)
+torch.ones(500, 500) @ torch.ones(500, 500) + torch.ones(500, 500)  # not through this library
+for works in (True, False, True):
     child = os.fork()
     if child == 0:
         if works:
             model.transform(np.zeros((2, 64, 64, 3), np.uint8))
         sys.exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    model.transform(np.zeros((2, 64, 64, 3), np.uint8))
 """
 
 

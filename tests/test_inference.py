@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import joblib
@@ -16,9 +17,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from sklearn.utils import shuffle
 
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import PretrainedFeatureExtractor, _inference
 from sktransfer._pooling import layout_of
 from sktransfer.io import check_images
+from sktransfer.models import Backbone
 
 
 def extractor(memory, **options):
@@ -53,6 +55,24 @@ def test_two_threads_share_the_work(tiles, tmp_path, run_log):
     first, second = joblib.Parallel(2, backend="threading")(jobs)
     np.testing.assert_array_equal(first, second)
     assert set(Counter(run_log()).values()) == {1}
+
+
+def test_two_threads_trace_once(monkeypatch):
+    traced = []
+
+    class Counted(_inference.TracedNetwork):
+        def __init__(self, *args):
+            traced.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(_inference, "TracedNetwork", Counted)
+    runner = _inference.get_runner(Backbone(small()), "cpu", "float32", "torch", (32, 32))
+    with ThreadPoolExecutor(2) as threads:
+        with _inference.network_lock:  # both have looked, and wait
+            found = [threads.submit(lambda: runner.trace) for _ in range(2)]
+            time.sleep(0.1)
+        assert found[0].result() is found[1].result()
+    assert len(traced) == 1
 
 
 def test_equal_images_run_once_in_one_call(tiles, tmp_path, run_log):

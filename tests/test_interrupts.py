@@ -1,5 +1,6 @@
 """Ctrl-C while images run through the memory: claims, rows and locks afterwards."""
 
+import contextlib
 import dis
 import fcntl
 import multiprocessing
@@ -14,22 +15,25 @@ import pytest
 import torch
 from networks import small
 
-from sktransfer import PretrainedFeatureExtractor, _memory, _store, _store_backend, _stream
+from sktransfer import (
+    PretrainedFeatureExtractor,
+    _memory,
+    _store,
+    _store_backend,
+    _stream,
+    _torch_state,
+)
 from sktransfer._memory import check_memory
 from sktransfer._store import Claims
+from sktransfer._torch_state import float32_by_default, network_lock, ready_to_train
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-FILES = {module.__file__ for module in (_memory, _store, _store_backend, _stream)}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+FILES = {module.__file__ for module in (_memory, _store, _store_backend, _stream, _torch_state)}
+HERE = {*FILES, contextlib.__file__, __file__}
 NETWORK = small()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_core():
-    """What torch's threads cost on a busy machine is not what is tested here."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 def pictures(n, seed=0):
@@ -95,9 +99,9 @@ def test_ctrl_c_at_every_claim(tmp_path, monkeypatch, is_claimed, when):
     np.testing.assert_array_equal(model.transform(images), extractor().transform(images))
 
 
-def is_finalizer(frame):
+def is_finalizer(frame, files):
     """Python itself drops what is raised there."""
-    while frame.f_code.co_filename in FILES:
+    while frame.f_code.co_filename in files:
         if frame.f_code.co_name == "__del__":
             return True
         frame = frame.f_back
@@ -113,14 +117,14 @@ class CtrlC:
 
     looks = ("CALL", "RESUME", "JUMP_BACKWARD")
 
-    def __init__(self, *at):
-        self.left = list(at)
+    def __init__(self, *at, files=FILES):
+        self.left, self.files = list(at), files
         self.n_places = 0
         self.before = {}  # of a frame: the instruction that ran last
         self.where = []
 
     def __call__(self, frame, event, arg):
-        if frame.f_code.co_filename not in FILES or is_finalizer(frame):
+        if frame.f_code.co_filename not in self.files or is_finalizer(frame, self.files):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self.look
@@ -148,8 +152,8 @@ class CtrlC:
         sys.settrace(self)
         try:
             function(*args)
-        except KeyboardInterrupt:
-            pass
+        except KeyboardInterrupt as error:
+            self.error = error  # as a notebook keeps the last one, with all frames
         finally:
             sys.settrace(None)
             self.before.clear()
@@ -159,7 +163,8 @@ def press_at(places, folder, images, is_claimed):
     """Press Ctrl-C at these places of a transform; return the extractor when all is well."""
     model, ctrl_c = extractor(memory=str(folder)), CtrlC(*places)
     ctrl_c.during(model.transform, images)
-    assert len(ctrl_c.where) > 0
+    # By then it may be over: not every run comes by as many places as the one that was counted.
+    assert ctrl_c.where or places[0] > 300
     for thread in threading.enumerate():
         if (
             thread.name.endswith("(_clean_up)") and thread.is_alive()
@@ -209,3 +214,46 @@ def test_threads_that_share_an_estimator_go_on(tmp_path, is_claimed):
             for other in others:
                 np.testing.assert_array_equal(other.result(60), extractor().transform(images))
     assert not is_claimed(tmp_path)
+
+
+# The lock of the networks, and torch's default ----------------------------------------------------
+
+
+def run_and_build():
+    """Do with the locks what a batch does, and what creates a network; one within the other."""
+    own = threading.Lock()
+    with network_lock, float32_by_default():
+        assert torch.zeros(1).dtype == torch.float32
+        with own, ready_to_train(own):
+            assert torch.zeros(1).dtype == torch.float32
+    with own, ready_to_train(own):
+        assert torch.zeros(1).dtype == torch.float32
+
+
+def assert_back():
+    """Nothing is locked, and torch makes what its user has asked for."""
+    for thread in threading.enumerate():
+        if thread.name.endswith("(_leave_after)"):
+            thread.join(10)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(network_lock.acquire, timeout=5).result()
+        other.submit(network_lock.release).result()
+    assert torch.get_default_dtype() == torch.float64
+
+
+@pytest.mark.parametrize("further", [(), (1,), (2,), (5,)], ids=str)
+def test_ctrl_c_leaves_no_network_locked(further):
+    torch.set_default_dtype(torch.float64)
+    try:
+        seen = CtrlC(files=HERE)
+        seen.during(run_and_build)
+        assert seen.n_places > 60
+        for n in range(1, seen.n_places):
+            ctrl_c = CtrlC(n, *further, files=HERE)
+            ctrl_c.during(run_and_build)
+            assert ctrl_c.where
+            assert_back()
+        run_and_build()
+        assert_back()
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -15,9 +15,10 @@ import polars as pl
 import pytest
 import scipy.sparse
 import torch
+from images import CHINA, FLOWER, SMALL, encode, hwc
 from joblib import Parallel, delayed
 from PIL import Image, ImageFile, ImageOps
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.utils import resample
 
@@ -29,21 +30,6 @@ from sktransfer.io import (
     load_image,
     load_image_folder,
 )
-
-CHINA, FLOWER = load_sample_images().images  # uint8 (427, 640, 3)
-SMALL = np.ascontiguousarray(FLOWER[100:340:8, 100:420:8])  # (30, 40, 3)
-
-
-def encode(image, format, **options):
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def hwc(tensor):
-    assert tensor.dtype == torch.uint8 and tensor.shape[0] == 3
-    return tensor.permute(1, 2, 0).numpy()
 
 
 def as_pillow_shows(data):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import lmdb
@@ -658,6 +659,23 @@ def test_a_killed_process_holds_nothing(any_memory, holder):
     any_memory.wait(FUNC, KEYS[1], ME)
     assert any_memory.claim(FUNC, KEYS, ME) == [True] * 5
     any_memory.release_all(ME)
+
+
+def test_threads_open_one_file_of_claims(tmp_path, monkeypatch):
+    """The process loses all its locks when it closes a second descriptor."""
+    opened, really_open = [], os.open
+
+    def slowly(path, *args):
+        if str(path).endswith("claims"):
+            time.sleep(0.05)
+            opened.append(path)
+        return really_open(path, *args)
+
+    monkeypatch.setattr(os, "open", slowly)
+    claims = _store.Claims(str(tmp_path))
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda place: claims.take([place], place), range(4)))
+    assert len(opened) == 1
 
 
 def test_claims_between_owners(memory):

@@ -21,18 +21,10 @@ from sktransfer.inspection import SaliencyDisplay, model_summary
 from sktransfer.models import Backbone, get_model
 from sktransfer.transforms import Preprocessing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 32
 X = np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3)).astype(np.uint8)
 Y = np.arange(6) % 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small take longer on several threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def batch():

@@ -23,6 +23,7 @@ from sktransfer import (
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.inspection import SaliencyDisplay
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
 Y = np.arange(8) % 2
 BOXES = [{"boxes": [[4, 4, 28, 28]], "labels": ["cell"]}] * 8
@@ -39,15 +40,6 @@ def float64():
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small take longer on several threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def forget():
@@ -124,7 +116,8 @@ def test_the_default_comes_back_when_the_last_thread_leaves():
     inside, leave = threading.Event(), threading.Event()
 
     def stay():
-        with float32_by_default():
+        own = threading.Lock()
+        with own, float32_by_default(own):
             inside.set()
             leave.wait(10)
 
@@ -132,7 +125,7 @@ def test_the_default_comes_back_when_the_last_thread_leaves():
         thread = threading.Thread(target=stay)
         thread.start()
         inside.wait(10)
-        with network_lock, network_lock:
+        with network_lock, float32_by_default(), network_lock, float32_by_default():
             assert torch.get_default_dtype() == torch.float32
         assert torch.get_default_dtype() == torch.float32  # the thread still runs a network
         leave.set()
