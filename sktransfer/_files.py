@@ -14,6 +14,7 @@ from sktransfer._threads import call_in_forks
 
 _FREE_PIXELS = 2**25  # of an image that need not wait for others: those of most cameras
 _PIXELS_IN_FLIGHT = 2**27  # of the larger images that are decoded at once
+_LONGEST_WAIT = 60.0  # seconds for room; then rather too much memory than to stand still
 _LARGE_FILE = 2**26  # bytes from which files are read one at a time
 
 # ------------------------------------------------------------------------------ reading
@@ -75,8 +76,10 @@ class _Room:
             yield
             return
         with self.changed:
+            # Not for ever: Ctrl-C may have cut off what would have given room back.
             self.changed.wait_for(
-                lambda: not self.in_flight or self.in_flight + pixels <= _PIXELS_IN_FLIGHT
+                lambda: not self.in_flight or self.in_flight + pixels <= _PIXELS_IN_FLIGHT,
+                timeout=_LONGEST_WAIT,
             )
             self.in_flight += pixels
         try:

@@ -186,6 +186,15 @@ def test_large_images_are_decoded_and_used_one_at_a_time(monkeypatch):
             broken.load(i)
 
 
+def test_room_that_nobody_gives_back_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(_files, "_FREE_PIXELS", 1000)
+    monkeypatch.setattr(_files, "_LONGEST_WAIT", 0.05)
+    room = _files._Room()
+    room.in_flight = 2**40  # Ctrl-C cut off its return
+    monkeypatch.setattr(_files, "_room", room)
+    assert load_image(encode(SMALL, "PNG")).shape == (3, 30, 40)
+
+
 def test_large_pil_images_wait_for_room_and_for_each_other(monkeypatch):
     monkeypatch.setattr(_files, "_FREE_PIXELS", 1000)
     monkeypatch.setattr(_files, "_PIXELS_IN_FLIGHT", 2 * SMALL.shape[0] * SMALL.shape[1])
