@@ -53,8 +53,7 @@ def refuse_missing(y: Any) -> np.ndarray | None:
     if len(rows):
         raise ValueError(
             f"y contains NaN, None, NA or masked values in {len(rows)} of {len(values)} rows "
-            f"({_few(rows)}). "
-            "Leave these images out, of X and y alike, or say what they are."
+            f"({_few(rows)}). Leave these images out, of X and y alike, or say what they are."
         )
     return values
 
@@ -74,7 +73,9 @@ def _array(y: Any) -> np.ndarray | None:
 def _unmasked(values: Any) -> np.ndarray:
     """Return an array, or a tensor, as a plain array that has None where a value is masked."""
     if np.ma.is_masked(values):
-        return np.where(np.ma.getmaskarray(values), None, np.ma.getdata(values))
+        plain = np.ma.getdata(values).astype(object)
+        plain[np.ma.getmaskarray(values)] = None
+        return plain
     return np.asarray(values)
 
 
