@@ -813,6 +813,23 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, _FineTuned):
         """
         return self._values(self._outputs(X))
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the coefficient of determination R² on images.
+
+        Parameters
+        ----------
+        X : sequence of images
+        y : array-like of shape (n,) or (n, n_outputs)
+            Numbers as in `fit`.
+        sample_weight : array-like of shape (n,), default=None
+
+        Returns
+        -------
+        float
+        """
+        refuse_missing(y)
+        return super().score(X, y, sample_weight)
+
     def _values(self, outputs: np.ndarray) -> np.ndarray:
         values = outputs.mean(1) * self._scale + self._mean  # (n, n_outputs)
         return values if self._is_table else values[:, 0]

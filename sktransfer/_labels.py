@@ -10,14 +10,15 @@ from scipy.sparse import issparse
 from sklearn.utils._missing import is_pandas_na
 
 _SHOWN = 5  # rows that an error names
-_NESTED = (list, tuple, set, frozenset, dict, np.ndarray)
+_ROWS = (list, tuple, np.ndarray)
+_NESTED = (*_ROWS, set, frozenset, dict)
 
 
 def plain_labels(y: Any) -> Any:
     """Return labels as scikit-learn's checks take them.
 
-    Nullable integers and booleans of pandas, and arrays of objects that are all numbers, become
-    NumPy's; the rest stays what it is.
+    Nullable integers and booleans of pandas, arrays of objects that are all numbers, and lists of
+    arrays or tensors of no dimension become NumPy's; the rest stays what it is.
 
     Parameters
     ----------
@@ -42,15 +43,17 @@ def plain_labels(y: Any) -> Any:
 
 
 def refuse_missing(y: Any) -> np.ndarray | None:
-    """Raise an error that names the rows of None, NaN, NaT or NA; return the entries of `y`."""
+    """Raise an error that names rows with missing or masked values; return the entries of `y`."""
     values = _array(y)
     if values is None or not values.ndim:
         return None
+    if not values.size:  # how many there should be is for a later check
+        return values
     rows = np.flatnonzero(_is_missing(values).reshape(len(values), -1).any(1))
     if len(rows):
         raise ValueError(
-            f"y contains NaN, None or NA in {len(rows)} of {len(values)} rows ({_few(rows)}). "
-            "Leave these images out, of X and y alike, or say what they are."
+            f"y contains NaN, None, NA or masked values in {len(rows)} of {len(values)} rows "
+            f"({_few(rows)}). Leave these images out, of X and y alike, or say what they are."
         )
     return values
 
@@ -58,15 +61,30 @@ def refuse_missing(y: Any) -> np.ndarray | None:
 def _array(y: Any) -> np.ndarray | None:
     """Return the entries as NumPy has them, of lists with their own types; None of no array."""
     if isinstance(y, (list, tuple)):
-        entries = np.fromiter(y, object, len(y))
-        if all(isinstance(entry, (list, tuple, np.ndarray)) for entry in entries):
-            return _table(y)
-        return entries
+        entries = _unpacked(np.fromiter(y, object, len(y)))
+        return _table(entries) if all(isinstance(e, _ROWS) for e in entries) else entries
     if isinstance(y, (str, bytes)) or not hasattr(y, "__array__"):
         return None
-    if hasattr(y, "isna"):  # of pandas: NumPy knows no nullable types
-        return y.to_numpy()
-    return np.asarray(y)
+    # Of pandas: NumPy knows no nullable types.
+    values = y.to_numpy() if hasattr(y, "isna") else _unmasked(y)
+    return _unpacked(values) if values.dtype == object else values
+
+
+def _unmasked(values: Any) -> np.ndarray:
+    """Return an array, or a tensor, as a plain array that has None where a value is masked."""
+    if np.ma.is_masked(values):
+        plain = np.ma.getdata(values).astype(object)
+        plain[np.ma.getmaskarray(values)] = None
+        return plain
+    return np.asarray(values)
+
+
+def _unpacked(entries: np.ndarray) -> np.ndarray:
+    """Return objects with arrays and tensors of no dimension as their values, others as arrays."""
+    plain = [
+        _unmasked(entry)[()] if hasattr(entry, "__array__") else entry for entry in entries.flat
+    ]
+    return np.fromiter(plain, object, len(plain)).reshape(entries.shape)
 
 
 def _table(y: Iterable[Any]) -> np.ndarray:
@@ -107,10 +125,9 @@ def _of_one_type(values: np.ndarray, y: Any) -> Any:
     if row is not None:
         raise ValueError(
             f"y mixes types: y[0] is {values.ravel()[0]!r}, y[{row}] is {values.ravel()[row]!r}. "
-            "NumPy would make strings of all; pass labels of one type, such as "
-            "[str(label) for label in y]."
+            "Pass labels of one type, such as [str(label) for label in y]."
         )
-    if first in ("number", "bool"):
+    if first == "number" or (first == "str" and isinstance(y, (list, tuple))):
         return np.array(values.tolist())
     if first == "str":
         return y
@@ -120,9 +137,7 @@ def _of_one_type(values: np.ndarray, y: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, (bool, np.bool_)):
-        return "bool"
-    if isinstance(value, (int, float, np.number)):
+    if isinstance(value, (int, float, np.number, np.bool_)):
         return "number"
     return "str" if isinstance(value, str) else type(value).__name__
 

@@ -161,7 +161,12 @@ class Trainer:
                 data = self._data(stored, np.arange(len(targets)), examples)
                 if is_new:
                     self.module = self._new_module(self._new_head())
+                if is_new or self._schedule is not None:
+                    # The net of a fit has a schedule, and may stop early by images held out.
+                    history = [] if is_new else self.net.history
                     self.net = self._new_net(self.module, None, None, seed)
+                    self.net.history.extend(history)
+                    self._schedule = None
                 self._run_epochs(data, 1)
 
     def _run_epochs(self, data: TrainingData, n_epochs: int) -> None:

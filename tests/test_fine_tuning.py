@@ -827,6 +827,33 @@ def test_early_stopping_of_no_epoch(options):
     assert model.history_ == [] and model.predict(X).shape == y.shape
 
 
+@pytest.mark.parametrize("unfreeze", [0, 1])
+def test_early_stopping_ends_no_part(unfreeze):
+    X, y = pictures(40)
+    options = {"unfreeze": unfreeze, "max_epochs": 2, "validation_fraction": 0.25}
+    model = classifier(early_stopping=True, **options, warm_start=True).fit(X, y)
+    n_epochs = model.n_iter_
+    before = states(model.net_.module_)
+    for _ in range(2):
+        model.partial_fit(X, y)
+    assert model.n_iter_ == n_epochs + 2
+    assert not equal(states(model.net_.module_), before)
+    assert ["valid_loss" in epoch for epoch in model.history_] == [True] * n_epochs + [False] * 2
+    if unfreeze:  # what is left of epochs that learn nothing
+        model.set_params(max_epochs=9, n_iter_no_change=2, lr=0.0, head_lr=0.0).fit(X, y)
+        assert model.n_iter_ < n_epochs + 2 + 9
+        assert "valid_loss" in model.history_[-1]
+
+
+def test_a_part_after_a_fit_has_a_constant_learning_rate():
+    X, y = pictures(20)
+    model = classifier(unfreeze=1, max_epochs=2, lr=0.01, head_lr=0.01).fit(X, y)
+    model.partial_fit(X, y)
+    rates = {group["lr"] for group in model.net_.optimizer_.param_groups}
+    model.partial_fit(X[:9], y[:9])
+    assert rates == {group["lr"] for group in model.net_.optimizer_.param_groups} == {0.01}
+
+
 def test_early_stopping_with_weights():
     X, y = pictures(40)
     options = {"early_stopping": True, "max_epochs": 2}

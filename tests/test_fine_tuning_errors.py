@@ -94,7 +94,7 @@ MISSING = {
 
 @pytest.mark.parametrize("y", MISSING.values(), ids=MISSING)
 def test_missing_labels(y):
-    message = r"y contains NaN, None or NA in 1 of 4 rows \(2\)\. Leave these images out"
+    message = r"NaN, None, NA or masked values in 1 of 4 rows \(2\)\. Leave these images out"
     refuses(classifier(), y, message)
     if not isinstance(y, pd.Series) or y.dtype == "Int64":
         refuses(regressor(), y, message)
