@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 
 _mutex = threading.Lock()
@@ -44,6 +45,21 @@ def ready_to_train() -> Iterator[None]:
     device = contextlib.nullcontext() if is_cpu else torch.device("cpu")
     with torch.inference_mode(False), torch.enable_grad(), float32_by_default(), device:
         yield
+
+
+def trained_tensors(state: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what an estimator kept as arrays as tensors; it must be of all names and shapes."""
+    shapes = {name: tuple(value.shape) for name, value in expected.items()}
+    kept = state if isinstance(state, dict) else {}
+    found = {name: np.shape(value) for name, value in kept.items()}
+    if found != shapes:
+        wrong = sorted({str(name) for name, _ in found.items() ^ shapes.items()})
+        raise ValueError(
+            f"The trained values of this estimator are not those of its network ({wrong[0]!r} and "
+            f"{len(wrong) - 1} more are missing, too many or of another shape): the file from "
+            "which it was loaded is damaged. Write it again, or fit the estimator again."
+        )
+    return {name: torch.as_tensor(value) for name, value in kept.items()}
 
 
 class _NetworkLock:
