@@ -261,7 +261,9 @@ def _load(image: Image.Image, data: bytes) -> str:
                 raise OSError("; ".join([str(error), *said[:1]])) from error
         return said[0] if said else ""
     image.load()
-    if data and image.format == "PNG" and not ImageFile.LOAD_TRUNCATED_IMAGES:  # the user's own setting
+    if (
+        data and image.format == "PNG" and not ImageFile.LOAD_TRUNCATED_IMAGES
+    ):  # the user's own setting
         return _damage_of_png(image, data)
     return ""
 

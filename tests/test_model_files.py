@@ -118,7 +118,7 @@ def test_genuine_detectors_and_language_models(tmp_path):
 def test_a_long_search_names_few_types(tmp_path):
     """Repeated types share an id; of dicts with numbers, ten large ones are let pass."""
     search = GridSearchCV(LogisticRegression(), {"C": [1]})
-    weights = [{i: 1.0 for i in range(1000)} for _ in range(10)]
+    weights = [dict.fromkeys(range(1000), 1.0) for _ in range(10)]
     params = [{"a": i, "b": KFold(3), "c": i} for i in range(2000)]
     search.cv_results_ = {"params": params, "weights": weights}
     skops.io.dump(search, tmp_path / "search.skops")
