@@ -129,16 +129,16 @@ def test_a_long_search_names_few_types(tmp_path):
     assert len(load_model(tmp_path / "search.skops").cv_results_["params"]) == 2000
 
 
-def changed(path, old, new):
-    """Replace what a model's attribute is in its file, by a function of its schema."""
+def changed(path, name, new):
+    """Write a copy of a model's file in which an attribute is another node; return its path."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     root = json.loads(members.pop("schema.json"))
-    root["content"]["content"][old] = new
+    root["content"]["content"][name] = new
     return write(path.parent / "changed.skops", root, members)
 
 
-def test_files_without_trained_values_do_not_predict(tmp_path, capsys):
+def test_files_without_trained_values_do_not_predict(tmp_path):
     objects = [{"boxes": np.array([[2, 2, 20, 20.0]]), "labels": np.array(["a"])}]
     detector = FineTunedDetector(
         "retinanet", backbone="small", width=64, image_size=64, max_epochs=1, runtime="torch"
