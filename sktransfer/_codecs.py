@@ -37,6 +37,8 @@ _JUNK = 1024  # bytes in front of a JPEG that are looked at
 _DAMAGE = ("Corrupt JPEG data", "Inconsistent progression")  # how libjpeg's warnings begin
 _HARMLESS = "bad ICC marker"
 _END_OF_JPEG = b"\xff\xd9"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FOUND = "_sktransfer_found"  # the attribute of a user's image with what is in `_Found`
 
 
 class Decoded(NamedTuple):
@@ -45,6 +47,15 @@ class Decoded(NamedTuple):
     pixels: np.ndarray  # uint8 RGB (height, width, 3), or 32-bit grey (height, width)
     damage: str = ""  # what is wrong with the file, though it could be decoded
     doubt: str = ""  # why its brightness may be wrong
+
+
+class _Found(NamedTuple):
+    """What is seen only when an image is loaded."""
+
+    frame: int
+    is_deep: bool  # colours of 16 bits, which became 8
+    damage: str = ""
+    error: str = ""
 
 
 def decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
@@ -61,17 +72,53 @@ def decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
             return Decoded(_upright(pixels, image), damage)
         is_deep = has_deep_colour(image)  # seen before it is loaded only
         damage = _load(image, data) or damage
-        decoded = decode_pillow(image)
-    largest = int(decoded.pixels.max(initial=0))
-    # The lower byte is lost: of black pixels nobody can tell.
-    doubt = too_dark(largest << 8 | 255) if is_deep and largest else decoded.doubt
-    return decoded._replace(damage=damage, doubt=doubt)
+        return _decoded(image, is_deep)._replace(damage=damage)
 
 
 def decode_pillow(image: Image.Image) -> Decoded:
-    """Return the pixels of an image of Pillow, which is left as it is."""
+    """Return the pixels of an image of Pillow, which is loaded as a file is if it is not yet."""
+    if not isinstance(image, ImageFile.ImageFile):
+        image.load()
+        return _decoded(image)
+    if image.tile:
+        _load_of_user(image)
     image.load()
+    found = getattr(image, _FOUND, None)
+    if found is None or found.frame != image.tell():  # the user loaded it
+        return _decoded(image)
+    if found.error:
+        raise OSError(found.error)
+    return _decoded(image, found.is_deep)._replace(damage=found.damage)
+
+
+def _load_of_user(image: ImageFile.ImageFile) -> None:
+    """Load an image, and keep with it what is seen only then: it may be asked for once more."""
+    found = _Found(image.tell(), has_deep_colour(image))
+    try:
+        found = found._replace(damage=_load(image, _bytes_of_png(image)))
+    except Exception as error:
+        if not image.tile:  # libtiff's errors leave it as if it were loaded
+            setattr(image, _FOUND, found._replace(error=str(error)))
+        raise
+    setattr(image, _FOUND, found)
+
+
+def _bytes_of_png(image: ImageFile.ImageFile) -> bytes:
+    """Return the file of a PNG that is not loaded yet; nothing of others, or of later frames."""
+    file = image.fp
+    if image.format != "PNG" or image.tell() or file is None:
+        return b""
+    position = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(position)
+    return data if data.startswith(_PNG) else b""
+
+
+def _decoded(image: Image.Image, is_deep: bool = False) -> Decoded:
     pixels, doubt = grey_pixels(image) if image.mode[0] in "IF" else (_rgb(image), "")
+    if is_deep and (largest := int(pixels.max(initial=0))):
+        doubt = too_dark(largest << 8 | 255)  # the lower byte is lost: of black nobody can tell
     return Decoded(_upright(pixels, image), doubt=doubt)
 
 
@@ -201,7 +248,10 @@ def _repaired(
 
 
 def _load(image: Image.Image, data: bytes) -> str:
-    """Load an image with Pillow; return what is wrong with it nevertheless."""
+    """Load an image with Pillow; return what is wrong with it nevertheless.
+
+    The bytes are needed for PNG alone, which is not looked at without them.
+    """
     if image.format == "TIFF":
         refuse_misread(image)
         with _libtiff_messages() as said:
@@ -211,7 +261,8 @@ def _load(image: Image.Image, data: bytes) -> str:
                 raise OSError("; ".join([str(error), *said[:1]])) from error
         return said[0] if said else ""
     image.load()
-    if image.format == "PNG" and not ImageFile.LOAD_TRUNCATED_IMAGES:  # the user's own setting
+    takes_all = ImageFile.LOAD_TRUNCATED_IMAGES  # the user's own setting
+    if image.format == "PNG" and data and not takes_all:
         return _damage_of_png(image, data)
     return ""
 

@@ -9,7 +9,8 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,26 @@ def predict(options: argparse.Namespace) -> None:
     """Label images with a model from a file."""
     model = _load(options.model)
     files = _files(options.files)
+    with _blaming(options.model):
+        columns = _predicted_columns(model, files, options.csv)
+    _print_columns(columns, options.csv)
+
+
+@contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Let errors that have no remedy of their own name the model's file."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):  # of images, weights or the machine
+        raise
+    except Exception as error:  # attributes that no fit would set raise almost anything
+        raise ValueError(
+            f"The model in {path!r} can't predict ({type(error).__name__}: {error}); the file may "
+            "be damaged. Write it again, or fit the model again."
+        ) from error
+
+
+def _predicted_columns(model: Any, files: list[str], as_csv: bool) -> dict[str, Any]:
     predicted, probabilities = _predict(model, files)
     columns: dict[str, Any] = {"path": files}
     if is_regressor(model):
@@ -90,10 +111,10 @@ def predict(options: argparse.Namespace) -> None:
             pairs = zip(probabilities, model.classes_, strict=True)
             ones = [(p * (classes == 1)).sum(1) for p, classes in pairs]
             probabilities = np.stack(ones, axis=1)
-        columns |= _several_labels(predicted, probabilities, options.csv)
+        columns |= _several_labels(predicted, probabilities, as_csv)
     else:
         columns |= _numbered("label", predicted)
-    _print_columns(columns, options.csv)
+    return columns
 
 
 def _predict(model: Any, files: list[str]) -> tuple[np.ndarray, Any]:
@@ -152,7 +173,9 @@ def classify(options: argparse.Namespace) -> None:
 def _load(path: str) -> Any:
     """Load a model that can predict."""
     model = load_model(path)
-    if not hasattr(model, "predict"):
+    with _blaming(path):
+        can_predict = hasattr(model, "predict")
+    if not can_predict:
         raise ValueError(f"{path!r} holds a {type(model).__name__}, which can't predict.")
     return model
 

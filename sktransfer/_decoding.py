@@ -52,6 +52,7 @@ class OpenImage:
     content: Any
     where: str
     doubt: str = ""  # why its brightness may be wrong
+    damage: str = ""  # what is wrong with the file of a PIL image
 
     @cached_property
     def digest(self) -> bytes:
@@ -75,7 +76,7 @@ class OpenImage:
 
     def _pixels(self, room: ExitStack) -> np.ndarray:
         if not isinstance(self.content, bytes):
-            _tell(Decoded(self.content, doubt=self.doubt), self.where)
+            _tell(Decoded(self.content, self.damage, self.doubt), self.where)
             room.enter_context(room_for(self.content.shape[0] * self.content.shape[1]))
             return self.content.copy("C")  # it may be the user's own array
 
@@ -110,14 +111,14 @@ def open_image(item: Any, where: str) -> OpenImage:
         if not item:
             raise ValueError(f"{where}: the encoded image is empty (0 bytes); drop the row.")
         return OpenImage(bytes(item), where)
-    doubt = ""
+    damage = doubt = ""
     if isinstance(item, Image.Image):
-        item, _, doubt = _guarded(_from_users_pillow, item, where)
+        item, damage, doubt = _guarded(_from_users_pillow, item, where)
     if isinstance(item, torch.Tensor):
         item = _channels_last(item, where)
     if not isinstance(item, np.ndarray):
         raise TypeError(f"{where} is {kind_of(item)}: pass {ACCEPTED}.")
-    return OpenImage(_from_array(item, where), where, doubt)
+    return OpenImage(_from_array(item, where), where, doubt, damage)
 
 
 def file_name(item: Any) -> str:

@@ -24,7 +24,7 @@ from sktransfer._inference import Runner, network_lock
 from sktransfer._progress import Progress
 from sktransfer._stream import Stream
 from sktransfer._threads import n_threads
-from sktransfer._torch_state import float32_by_default
+from sktransfer._torch_state import float32_by_default, trained_tensors
 from sktransfer._training import Schedule, Watch
 from sktransfer._training_data import allocate
 from sktransfer.io import ImageSequence
@@ -292,15 +292,18 @@ class DetectorPart(nn.Module):
 
     def trained_state(self) -> dict[str, np.ndarray]:
         """Return what cannot be rebuilt."""
+        return {name: value.cpu().numpy().copy() for name, value in self._trained_values().items()}
+
+    def _trained_values(self) -> dict[str, torch.Tensor]:
         trained = {name for name, p in self.detector.named_parameters() if p.requires_grad}
         if self.moves_statistics:
             trained |= {name for name, _ in self.detector.named_buffers()}
         state = self.detector.state_dict()
-        return {name: state[name].cpu().numpy().copy() for name in state if name in trained}
+        return {name: value for name, value in state.items() if name in trained}
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `trained_state` returned."""
-        trained = {name: torch.as_tensor(value) for name, value in state.items()}
+        trained = trained_tensors(state, self._trained_values())
         self.detector.load_state_dict({**self.detector.state_dict(), **trained})
 
 

@@ -33,7 +33,7 @@ from sktransfer._text_model import (
     check_sentences,
     load_text_model,
 )
-from sktransfer._torch_state import float32_by_default, seeded_to_train
+from sktransfer._torch_state import float32_by_default, seeded_to_train, trained_tensors
 from sktransfer._training import Interrupted, Schedule, make_net, train
 from sktransfer.base import HasMethods, Interval, StrOptions, _fit_context
 
@@ -392,8 +392,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
             return model.network
         if self._network is None:  # unpickled
             network = copy_of(model.network)
-            state = {name: torch.as_tensor(value) for name, value in self._state.items()}
-            network.load_state_dict(state)
+            network.load_state_dict(trained_tensors(self._state, network.state_dict()))
             self._network = network
         return self._network
 

@@ -35,6 +35,8 @@ _VALUES = {
 _PROTOCOL = 2  # of skops 0.11 and later; the nodes of older ones have other rules
 _LEVELS = 200  # of schema.json; a search over pipelines has 30
 _PARTS = 1_000_000  # values in it
+_TYPES = 20_000  # nodes of the kinds below
+_OF_TYPES = {"FunctionNode", "ObjectNode", "TypeNode"}  # skops copies a list of names for each
 _KEYS = 10_000  # numbers in a set or a dict: people can choose such as share a place in its table
 _IDS = 2**60  # below, for the same reason; skops takes addresses
 _NOTHING = {
@@ -76,6 +78,8 @@ class Audit:
         self._members = set(members)
         self._contents: dict[int, bytes] = {}  # by id, a digest of the node
         self._owners: dict[str, Any] = {}  # of files, the id of the node
+        self._n_types = 0
+        self._n_comparisons = 0  # of keys with each other, at worst
         _check_levels(schema)
         if not isinstance(schema, dict) or "__loader__" not in schema:
             raise RefusedError("is not a skops file: its schema.json describes no object.")
@@ -100,7 +104,8 @@ class Audit:
                     digest.update(repr(key).encode() + self._look(part))
             if is_node:
                 self._check(value)
-                self._check_id(value, digest.digest())
+                if self._is_built(value, digest.digest()):
+                    self._count(value)
         elif isinstance(value, list):
             for part in value:
                 digest.update(self._look(part))
@@ -130,15 +135,32 @@ class Audit:
         if "file" in node:
             self._check_file(node, is_array=kind == "NdArrayNode")
 
-    def _check_id(self, node: dict[str, Any], digest: bytes) -> None:
+    def _is_built(self, node: dict[str, Any], digest: bytes) -> bool:
+        """Return whether an object is built of a node, and not taken from one of the same id."""
         # skops builds one object for one id, and dumps all of it wherever it occurs. Where this is
         # not so, a few nodes could stand for an exponential number, or for others than we saw.
         if (number := node.get("__id__")) is None:
-            return
-        if type(number) is not int or not 0 <= number < _IDS:
+            return True
+        if type(number) is not int or not 0 < number < _IDS:  # skops builds each of those of id 0
             raise RefusedError("has an id that is no address.")
+        is_new = number not in self._contents
         if self._contents.setdefault(number, digest) != digest:
             raise RefusedError(f"has two objects of one id, {number!r}.")
+        return is_new
+
+    def _count(self, node: dict[str, Any]) -> None:
+        """Add up what costs much more than its bytes in the file."""
+        if node["__loader__"] in _OF_TYPES:
+            self._n_types += 1
+        elif node["__loader__"] in ("DictNode", "SetNode"):
+            self._n_comparisons += _are_texts(node).count(False) ** 2
+        if self._n_types > _TYPES:
+            raise RefusedError(f"names types, functions or objects more than {_TYPES:,} times.")
+        if self._n_comparisons > _KEYS**2:
+            raise RefusedError(
+                f"has more than {_KEYS:,} numbers as the keys of a dict or a set, or several with "
+                "nearly as many."
+            )
 
     def _check_file(self, node: dict[str, Any], is_array: bool) -> None:
         name, owner = node["file"], node.get("__id__")
@@ -206,16 +228,20 @@ def _has_attributes(node: dict[str, Any]) -> bool:
 
 def _callers_of_keys(node: dict[str, Any]) -> set[str]:
     """Return the names of what is called with the keys of a dict or a set, but types."""
-    types: list[dict[str, Any]] = []
-    if node["__loader__"] == "SetNode":
-        texts = [_is_text(item) for item in node["content"]]
-    else:
-        of = node["key_types"]
-        types = of["content"] if of["__loader__"] == "ListNode" else [of]
-        texts = [_name(item) == "builtins.str" for item in types]
-    if len(texts) > _KEYS and not all(texts):
-        raise RefusedError(f"has more than {_KEYS:,} numbers as the keys of a dict or a set.")
+    types = _key_types(node) if node["__loader__"] == "DictNode" else []
     return {_name(item) for item in types if item["__loader__"] != "TypeNode"}
+
+
+def _key_types(node: dict[str, Any]) -> list[dict[str, Any]]:
+    of = node["key_types"]
+    return of["content"] if of["__loader__"] == "ListNode" else [of]
+
+
+def _are_texts(node: dict[str, Any]) -> list[bool]:
+    """Return of each key of a dict or a set whether it is a text."""
+    if node["__loader__"] == "SetNode":
+        return [_is_text(item) for item in node["content"]]
+    return [_name(item) == "builtins.str" for item in _key_types(node)]
 
 
 def _is_text(node: dict[str, Any]) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 
 from sktransfer._threads import call_in_forks, renewed_in_forks
@@ -76,6 +77,21 @@ def seeded_to_train(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(), ready_to_train():
         torch.manual_seed(seed)
         yield
+
+
+def trained_tensors(state: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what an estimator kept as arrays as tensors; it must be of all names and shapes."""
+    shapes = {name: tuple(value.shape) for name, value in expected.items()}
+    kept = state if isinstance(state, dict) else {}
+    found = {name: np.shape(value) for name, value in kept.items()}
+    if found != shapes:
+        wrong = sorted({str(name) for name, _ in found.items() ^ shapes.items()})
+        raise ValueError(
+            f"The trained values of this estimator are not those of its network ({wrong[0]!r} and "
+            f"{len(wrong) - 1} more are missing, too many or of another shape): the file from "
+            "which it was loaded is damaged. Write it again, or fit the estimator again."
+        )
+    return {name: torch.as_tensor(value) for name, value in kept.items()}
 
 
 def _after_fork() -> None:

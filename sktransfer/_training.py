@@ -27,7 +27,7 @@ from sktransfer._frozen import FrozenBlocks
 from sktransfer._inference import network_lock
 from sktransfer._modules import copy_of
 from sktransfer._progress import Progress
-from sktransfer._torch_state import float32_by_default
+from sktransfer._torch_state import float32_by_default, trained_tensors
 from sktransfer._training_data import TrainingData
 
 _WARM_UP = 0.1  # of all steps
@@ -134,19 +134,21 @@ class TrainedPart(nn.Module):
 
     def trained_state(self) -> dict[str, np.ndarray]:
         """Return what cannot be rebuilt: the trained blocks and the head."""
+        return {k: v.detach().cpu().numpy().copy() for k, v in self._trained_values().items()}
+
+    def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `trained_state` returned."""
+        trained = trained_tensors(state, self._trained_values())
+        self.load_state_dict({**self.state_dict(), **trained})
+
+    def _trained_values(self) -> dict[str, torch.Tensor]:
         own = {f"blocks.{i}." for i, trained in enumerate(self.is_trained) if trained} | {"head."}
         return {
-            name: value.detach().cpu().numpy().copy()
+            name: value
             for name, value in self.state_dict().items()
             # What is quantised is never trained.
             if name.startswith(tuple(own)) and _is_plain(value)
         }
-
-    def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take back what `trained_state` returned."""
-        own = self.state_dict()
-        own.update({name: torch.as_tensor(value) for name, value in state.items()})
-        self.load_state_dict(own)
 
     def parameter_groups(
         self, lr: float, head_lr: float, lr_decay: float, weight_decay: float

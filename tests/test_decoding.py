@@ -357,6 +357,38 @@ def test_what_libtiff_says_is_in_the_message(capfd):
     assert "ZIPDecode" in capfd.readouterr().err
 
 
+def test_lazily_opened_images_are_looked_at_as_files_are(capfd, tmp_path):
+    """What is seen only while an image is loaded is told whenever it is used."""
+    lzw = bytearray(encode(FLOWER, "TIFF", compression="tiff_lzw"))
+    lzw[2000:2200] = np.random.default_rng(0).bytes(200)
+    cut = bytearray(encode(FLOWER, "PNG"))
+    cut[-50] ^= 1
+    deep = np.repeat(RAMP[..., None] * 16, 3, axis=2).astype(">u2")
+    raw = b"".join(b"\0" + row.tobytes() for row in deep)
+    dark = png(4, raw, bits=16, width=256)
+    for data in (bytes(lzw), bytes(cut), dark):
+        (tmp_path / "image").write_bytes(data)
+        messages, expected = told(data), Image.open(io.BytesIO(data))
+        assert len(messages) == 1
+        with Image.open(tmp_path / "image") as of_path:
+            for image in (expected, of_path):
+                assert told(image) == told(image) == messages
+    assert capfd.readouterr().err == "" or _codecs._set_libtiff_handler() is None
+    with pytest.raises(ValueError, match="which Pillow misreads"):
+        load_image(Image.open(io.BytesIO(refused["16-bit unsigned integers in 3 channels"]())))
+
+
+def told(image):
+    """Return what is said of an image, as a warning or an error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            load_image(image)
+        except ValueError as error:
+            return [str(error)]
+    return [str(warning.message) for warning in caught]
+
+
 # More than 8 bits -------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ import pytest
 import skops.io
 import torch
 from networks import small
+from PIL import Image
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import VotingClassifier
 from sklearn.linear_model import LogisticRegression
@@ -39,7 +40,7 @@ from sktransfer import (
 )
 from sktransfer._cli import main
 from sktransfer._detectors import load_detector
-from sktransfer._model_audit import OURS
+from sktransfer._model_audit import OURS, Audit
 from sktransfer.models import Backbone, _builders
 from sktransfer.transforms import Preprocessing
 
@@ -112,6 +113,62 @@ def test_genuine_detectors_and_language_models(tmp_path):
         assert repr(loaded) == repr(model)
     found = load_model(tmp_path / "0.skops").predict(X[:2])
     assert np.array_equal(found[0]["boxes"], detector.predict(X[:2])[0]["boxes"])
+
+
+def test_a_long_search_names_few_types(tmp_path):
+    """Repeated types share an id; of dicts with numbers, ten large ones are let pass."""
+    search = GridSearchCV(LogisticRegression(), {"C": [1]})
+    weights = [dict.fromkeys(range(1000), 1.0) for _ in range(10)]
+    params = [{"a": i, "b": KFold(3), "c": i} for i in range(2000)]
+    search.cv_results_ = {"params": params, "weights": weights}
+    skops.io.dump(search, tmp_path / "search.skops")
+    with zipfile.ZipFile(tmp_path / "search.skops") as archive:
+        schema = archive.read("schema.json")
+        audit = Audit(json.loads(schema), archive.namelist())
+    assert schema.count(b"TypeNode") > 16_000 and audit._n_types < 2100
+    assert len(load_model(tmp_path / "search.skops").cv_results_["params"]) == 2000
+
+
+def changed(path, name, new):
+    """Write a copy of a model's file in which an attribute is another node; return its path."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    root = json.loads(members.pop("schema.json"))
+    root["content"]["content"][name] = new
+    return write(path.parent / "changed.skops", root, members)
+
+
+def test_files_without_trained_values_do_not_predict(tmp_path):
+    objects = [{"boxes": np.array([[2, 2, 20, 20.0]]), "labels": np.array(["a"])}]
+    detector = FineTunedDetector(
+        "retinanet", backbone="small", width=64, image_size=64, max_epochs=1, runtime="torch"
+    )
+    path = tmp_path / "model.skops"
+    for model in (classifier(unfreeze=0).fit(X, Y), detector.fit(X[:1], objects)):
+        skops.io.dump(model, path)
+        for state in (table({}), value(None), table({"head.9": value(1.0)})):
+            with pytest.raises(ValueError, match=r"trained values.* the file .* is damaged"):
+                load_model(changed(path, "_state", state)).predict(X)
+
+
+def test_damaged_attributes_end_the_command_line_in_one_line(tmp_path, capsys):
+    path, photo = tmp_path / "model.skops", str(tmp_path / "photo.png")
+    Image.fromarray(X[0]).save(photo)
+    skops.io.dump(classifier(unfreeze=0).fit(X, Y), path)
+    for name, new in {
+        "_state": value(None),
+        "plan_": value("text"),
+        "callbacks": sequence(value("x"), kind="List"),
+        "_n_outputs": value(10**9),
+        "classes_": value(None),
+        "_shape": value(3),
+    }.items():
+        assert main(["predict", changed(path, name, new), photo]) == 2, name
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("sktransfer: error: ") and err.count("\n") == 1
+        assert "damaged" in err, name
+    with pytest.raises(AttributeError):  # in Python, errors stay what they are
+        load_model(changed(path, "plan_", value("text"))).predict(X)
 
 
 def test_the_list_holds_our_estimators_and_nothing_else():
@@ -524,6 +581,7 @@ def deep(levels):
     return root
 
 
+KFOLD = "sklearn.model_selection._split.KFold"
 BOMBS = {
     "shared": (lambda: (shared(20), {}), "two objects of one id"),
     "in itself": (
@@ -572,6 +630,22 @@ BOMBS = {
         lambda: ({**array(np.array(10**12))[0], "__class__": "void"}, array(np.array(10**12))[1]),
         "'numpy.void'",
     ),
+    "functions": (
+        lambda: (sequence(*[node("FunctionNode", "numpy.add")] * 20_001, kind="List"), {}),
+        "names types, functions or objects more than 20,000 times",
+    ),
+    "objects": (
+        lambda: (sequence(*[node("ObjectNode", KFOLD)] * 20_001, kind="List"), {}),
+        "names types, functions or objects more than 20,000 times",
+    ),
+    "numbers of one hash in many sets": (
+        lambda: (
+            sequence(*[sequence(*map(value, range(3000)), kind="Set") for _ in range(12)]),
+            {},
+        ),
+        "several with nearly as many",
+    ),
+    "objects that share no id": (lambda: ({**value(1), "__id__": 0}, {}), "no address"),
     "many values": (lambda: ({**value(1), "x": [0] * 1_000_000}, {}), "more than 1,000,000 values"),
     "missing member": (lambda: (array(1)[0], {}), "lacks a member"),
     "no object": (lambda: ({}, {}), "describes no object"),
