@@ -160,20 +160,23 @@ def mutated(data: bytes, chance: random.Random, others: list[bytes]) -> bytes:
 # ------------------------------------------------------------------------------ model files
 
 NAMES = """
-os.system posix.system subprocess.Popen builtins.eval builtins.exec builtins.getattr builtins.open
-builtins.map builtins.str builtins.list builtins.dict numpy.ndarray numpy.load numpy.exp
-sktransfer._report.prepare sktransfer._optional.import_module sktransfer._optional.load_optional
-sktransfer._decoding._guarded sktransfer._commands.Memory sktransfer._cli.main sktransfer.io.os
-sktransfer._weights.pickle sktransfer._memory.check_memory sktransfer._store.open_store
-sktransfer._fine_tuning.FineTunedClassifier sktransfer._plan.Plan sktransfer.models.Backbone
-sktransfer.models.register_model sktransfer._pretrained.PretrainedFeatureExtractor
-sktransfer._store_backend.LmdbStoreBackend joblib.memory.Memory functools.partial pathlib.PosixPath
-operator.methodcaller operator.attrgetter collections.OrderedDict collections.defaultdict
-sklearn.pipeline.Pipeline sklearn.svm._classes.SVC sklearn.tree._tree.Tree
-sklearn.utils._bunch.Bunch sklearn.preprocessing._function_transformer.FunctionTransformer
-numpy.random._generator.Generator
-sklearn.metrics._scorer._PassthroughScorer sklearn.linear_model._sgd_fast.Hinge numpy.dtype
-numpy.ma.MaskedArray scipy.sparse._matrix.spmatrix numpy.random.mtrand.RandomState torch.load
+os.system posix.system subprocess.Popen builtins.eval builtins.exec builtins.getattr
+builtins.open builtins.map builtins.str builtins.list builtins.dict numpy.ndarray numpy.load
+numpy.exp sktransfer._cli.report.prepare sktransfer._optional.import_module
+sktransfer._optional.load_optional sktransfer.io._decoding._guarded
+sktransfer._cli.commands.Memory sktransfer._cli.main sktransfer.io.os
+sktransfer.models._weights.pickle sktransfer._memory.memory.check_memory
+sktransfer._memory.store.open_store sktransfer._estimators.fine_tuning.FineTunedClassifier
+sktransfer._training.plan.Plan sktransfer.models.Backbone sktransfer.models.register_model
+sktransfer._estimators.pretrained.PretrainedFeatureExtractor
+sktransfer._memory.store_backend.LmdbStoreBackend joblib.memory.Memory functools.partial
+pathlib.PosixPath operator.methodcaller operator.attrgetter collections.OrderedDict
+collections.defaultdict sklearn.pipeline.Pipeline sklearn.svm._classes.SVC
+sklearn.tree._tree.Tree sklearn.utils._bunch.Bunch
+sklearn.preprocessing._function_transformer.FunctionTransformer
+numpy.random._generator.Generator sklearn.metrics._scorer._PassthroughScorer
+sklearn.linear_model._sgd_fast.Hinge numpy.dtype numpy.ma.MaskedArray
+scipy.sparse._matrix.spmatrix numpy.random.mtrand.RandomState torch.load
 """.split()
 KINDS = """
 JsonNode DictNode DefaultDictNode ListNode TupleNode SetNode SliceNode BytesNode BytearrayNode

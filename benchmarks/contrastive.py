@@ -31,7 +31,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sktransfer import ContrastivePretrainer, PretrainedFeatureExtractor
-from sktransfer._benchmark import load_elpv
+from sktransfer._cli.benchmark import load_elpv
 
 STARTS = {"random": None, "imagenet": "default"}
 

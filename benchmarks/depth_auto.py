@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier
-from sktransfer._benchmark import load_elpv
+from sktransfer._cli.benchmark import load_elpv
 
 
 def nested(rows: np.ndarray, strata: np.ndarray, seed: int) -> np.ndarray:

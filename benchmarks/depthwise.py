@@ -16,7 +16,7 @@ import torch
 from _common import environment, table
 
 from sktransfer import get_model
-from sktransfer._depthwise import FastDepthwise
+from sktransfer._training.depthwise import FastDepthwise
 
 
 def seconds(network: torch.nn.Module, x: torch.Tensor, mode: Any) -> float:

@@ -11,7 +11,9 @@ import numpy as np
 from sklearn.model_selection import KFold
 from tabulate import tabulate
 
-from sktransfer import PretrainedFeatureExtractor, _benchmark, _report
+from sktransfer import PretrainedFeatureExtractor
+from sktransfer._cli import benchmark as _benchmark
+from sktransfer._cli import report as _report
 
 
 def contiguous_blocks(X: np.ndarray, y: np.ndarray, kinds: np.ndarray) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from sklearn.model_selection import KFold, StratifiedShuffleSplit
 from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier, get_model, register_model
-from sktransfer._benchmark import load_elpv
+from sktransfer._cli.benchmark import load_elpv
 from sktransfer.models import Backbone
 
 METRICS = ("accuracy", "roc_auc", "balanced_accuracy", "f1")

@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))  # worker processes import this module, too
 
 from sktransfer import PretrainedFeatureExtractor, get_model  # noqa: E402
-from sktransfer._benchmark import load_elpv  # noqa: E402
+from sktransfer._cli.benchmark import load_elpv  # noqa: E402
 from sktransfer.models import Backbone  # noqa: E402
 
 

@@ -16,8 +16,9 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.model_selection import train_test_split
 
-from sktransfer import FineTunedClassifier, _head
-from sktransfer._benchmark import load_elpv
+from sktransfer import FineTunedClassifier
+from sktransfer._cli.benchmark import load_elpv
+from sktransfer._training import head as _head
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--labels", nargs="+", type=int, default=[50, 200, 1200])

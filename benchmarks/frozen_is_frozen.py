@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sktransfer import FineTunedClassifier, get_model, models
-from sktransfer._inference import get_runner
+from sktransfer._engine.runner import get_runner
 
 SIZES = (64, 96, 128, 224)  # the first that the network takes
 

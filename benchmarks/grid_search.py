@@ -51,9 +51,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms import v2
 
 from sktransfer import FineTunedClassifier, get_model, register_model
-from sktransfer._benchmark import load_elpv
-from sktransfer._frozen import FrozenBlocks
-from sktransfer._inference import Runner, get_runner
+from sktransfer._cli.benchmark import load_elpv
+from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._engine.runner import Runner, get_runner
 from sktransfer.io import load_image
 from sktransfer.models import Backbone
 

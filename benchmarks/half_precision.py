@@ -20,8 +20,8 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier
-from sktransfer._benchmark import load_elpv
-from sktransfer._frozen import FrozenBlocks
+from sktransfer._cli.benchmark import load_elpv
+from sktransfer._engine.frozen import FrozenBlocks
 
 
 @contextlib.contextmanager

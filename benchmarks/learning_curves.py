@@ -29,9 +29,9 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
-from sktransfer._benchmark import classifiers, load_elpv, power_normalize
-from sktransfer._comparison import pixel_svm, thumbnails
+from sktransfer._cli.benchmark import classifiers, load_elpv, power_normalize
 from sktransfer.io import check_images
+from sktransfer.model_selection._comparison import pixel_svm, thumbnails
 
 WAYS = {
     "scratch": "from scratch",

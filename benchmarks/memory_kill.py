@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from sktransfer._memory import ImageMemory, check_memory
-from sktransfer._store_format import is_sealed
+from sktransfer._memory.memory import ImageMemory, check_memory
+from sktransfer._memory.store_format import is_sealed
 
 FORK = multiprocessing.get_context("fork")  # a child that need not import anything
 FUNC_ID, BATCH, WIDTH = "kill", 16, 1280

@@ -20,8 +20,8 @@ import joblib
 import lmdb
 import numpy as np
 
-from sktransfer import _store
-from sktransfer._memory import ImageMemory, check_memory
+from sktransfer._memory import store as _store
+from sktransfer._memory.memory import ImageMemory, check_memory
 
 FUNC_ID = "some-network-cut-pooling-precision"
 CHUNK = 64  # rows that an estimator looks up at once; it writes `batch_size` of them

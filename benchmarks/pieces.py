@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sktransfer._frozen import FrozenBlocks
-from sktransfer._head import make_head
-from sktransfer._inference import get_runner
-from sktransfer._settings import find_cut
-from sktransfer._training import TrainedPart
+from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._engine.runner import get_runner
+from sktransfer._training.head import make_head
+from sktransfer._training.net import TrainedPart
+from sktransfer._training.settings import find_cut
 from sktransfer.models import get_model
 
 parser = argparse.ArgumentParser(description=__doc__)

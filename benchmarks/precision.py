@@ -28,7 +28,8 @@ from _common import (
 from sklearn.model_selection import StratifiedShuffleSplit
 from tqdm.auto import tqdm
 
-from sktransfer import PretrainedFeatureExtractor, _benchmark
+from sktransfer import PretrainedFeatureExtractor
+from sktransfer._cli import benchmark as _benchmark
 
 CONVENTION = "defective: p > 0.5"
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -16,7 +16,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier
-from sktransfer._benchmark import load_elpv
+from sktransfer._cli.benchmark import load_elpv
 from sktransfer.model_selection import rank_backbones
 
 SCORES = ("knn", "logistic", "logme", "h_score", "leep")

@@ -32,9 +32,9 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from sktransfer import PretrainedFeatureExtractor, get_model, register_model  # noqa: E402
-from sktransfer._augmentation import Augmentation, Views  # noqa: E402
-from sktransfer._frozen import Activations, FrozenBlocks  # noqa: E402
-from sktransfer._inference import get_runner  # noqa: E402
+from sktransfer._engine.augmentation import Augmentation, Views  # noqa: E402
+from sktransfer._engine.frozen import Activations, FrozenBlocks  # noqa: E402
+from sktransfer._engine.runner import get_runner  # noqa: E402
 from sktransfer.io import check_images  # noqa: E402
 from sktransfer.models import Backbone  # noqa: E402
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from sktransfer._memory import check_memory
+from sktransfer._memory.memory import check_memory
 
 IMAGES = 1e8
 JPEG = 120e3  # bytes of a photograph of about 500 x 375 pixels

@@ -30,8 +30,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sktransfer import FineTunedClassifier, get_model
-from sktransfer._blocks import TracedNetwork
-from sktransfer._pooling import layout_of
+from sktransfer._engine.pooling import layout_of
+from sktransfer.models._blocks import TracedNetwork
 
 N_CLASSES = 2
 

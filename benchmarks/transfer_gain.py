@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 from sklearn.datasets import load_digits
 
-from sktransfer._benchmark import load_elpv
+from sktransfer._cli.benchmark import load_elpv
 from sktransfer.model_selection import transfer_gain
 
 

@@ -4,17 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sktransfer._coco import load_coco
     from sktransfer._config import config_context, get_config, set_config
-    from sktransfer._contrastive import ContrastivePretrainer
-    from sktransfer._detection import FineTunedDetector
-    from sktransfer._fine_tuning import FineTunedClassifier, FineTunedRegressor
-    from sktransfer._masked_language import MaskedLanguagePretrainer
-    from sktransfer._model_file import load_model
-    from sktransfer._pretrained import PretrainedFeatureExtractor
-    from sktransfer._pretrained_classifier import PretrainedClassifier
+    from sktransfer._estimators.contrastive import ContrastivePretrainer
+    from sktransfer._estimators.detection import FineTunedDetector
+    from sktransfer._estimators.fine_tuning import FineTunedClassifier, FineTunedRegressor
+    from sktransfer._estimators.masked_language import MaskedLanguagePretrainer
+    from sktransfer._estimators.model_file import load_model
+    from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+    from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
     from sktransfer.inspection import model_summary
     from sktransfer.io import load_image_folder
+    from sktransfer.io._coco import load_coco
     from sktransfer.models import get_model, list_models, register_model
 
 __version__ = "0.1.0"
@@ -40,20 +40,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ContrastivePretrainer": "_contrastive",
-    "FineTunedClassifier": "_fine_tuning",
-    "FineTunedDetector": "_detection",
-    "FineTunedRegressor": "_fine_tuning",
-    "MaskedLanguagePretrainer": "_masked_language",
-    "PretrainedClassifier": "_pretrained_classifier",
-    "PretrainedFeatureExtractor": "_pretrained",
+    "ContrastivePretrainer": "_estimators.contrastive",
+    "FineTunedClassifier": "_estimators.fine_tuning",
+    "FineTunedDetector": "_estimators.detection",
+    "FineTunedRegressor": "_estimators.fine_tuning",
+    "MaskedLanguagePretrainer": "_estimators.masked_language",
+    "PretrainedClassifier": "_estimators.pretrained_classifier",
+    "PretrainedFeatureExtractor": "_estimators.pretrained",
     "config_context": "_config",
     "get_config": "_config",
     "get_model": "models",
     "list_models": "models",
-    "load_coco": "_coco",
+    "load_coco": "io._coco",
     "load_image_folder": "io",
-    "load_model": "_model_file",
+    "load_model": "_estimators.model_file",
     "model_summary": "inspection",
     "register_model": "models",
     "set_config": "_config",

@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils import check_X_y
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
-from sktransfer._coco import coco_scores
+from sktransfer.io._coco import coco_scores
 
 __all__ = ["coco_scores", "h_score", "knn_score", "leep_score", "log_me_score"]
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sktransfer import _benchmark, _report
+from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import main
+from sktransfer._cli import report as _report
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sktransfer._blocks import TracedNetwork, TracingError
+from sktransfer.models._blocks import TracedNetwork, TracingError
 
 # Number of blocks -> the classification networks of torchvision that have it.
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -30,11 +30,11 @@ from sktransfer import (
     model_summary,
     register_model,
 )
-from sktransfer._clips import check_clips
-from sktransfer._nt_xent import NTXent, matching_accuracy, spread
-from sktransfer._pairs import batch_size_of
-from sktransfer._tiles import Tiles, TileViews
+from sktransfer._engine.tiles import Tiles, TileViews
+from sktransfer._training.nt_xent import NTXent, matching_accuracy, spread
+from sktransfer._training.pairs import batch_size_of
 from sktransfer.io import check_images
+from sktransfer.io._clips import check_clips
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 
@@ -58,7 +58,7 @@ def _models():
 @pytest.fixture
 def slow_machine(monkeypatch):
     """A machine on which nothing is computed twice that can be kept."""
-    monkeypatch.setattr("sktransfer._plan._FLOPS", {"cpu": 1e5})
+    monkeypatch.setattr("sktransfer._training.plan._FLOPS", {"cpu": 1e5})
 
 
 def pretrainer(backbone="small", **options):
@@ -236,8 +236,8 @@ def test_memory_threads_and_order_change_no_result(tmp_path, unfreeze):
 def test_activations_that_are_recomputed_change_no_result(monkeypatch, unfreeze):
     X = pictures()
     expected = pretrainer(unfreeze=unfreeze).fit(X)
-    monkeypatch.setattr("sktransfer._plan._cheapest_start", lambda *_: 0)
-    monkeypatch.setattr("sktransfer._training_data.in_ram", lambda _: False)
+    monkeypatch.setattr("sktransfer._training.plan._cheapest_start", lambda *_: 0)
+    monkeypatch.setattr("sktransfer._training.data.in_ram", lambda _: False)
     found = pretrainer(unfreeze=unfreeze).fit(X)
     assert np.array_equal(found.transform(X), expected.transform(X))
 

@@ -21,9 +21,6 @@ from sklearn.datasets import load_sample_images
 
 from sktransfer import (
     PretrainedFeatureExtractor,
-    _codecs,
-    _decoding,
-    _files,
     config_context,
     get_config,
     get_model,
@@ -31,7 +28,7 @@ from sktransfer import (
     set_config,
 )
 from sktransfer._cli import main
-from sktransfer.io import DamagedImageWarning, check_images, load_image
+from sktransfer.io import DamagedImageWarning, _codecs, _decoding, _files, check_images, load_image
 
 RAMP = np.tile(np.arange(256, dtype=np.uint16), (4, 1))  # all levels of 8 bits
 

@@ -14,7 +14,7 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sktransfer import FineTunedClassifier, FineTunedRegressor, register_model
-from sktransfer._depth_search import _candidates, _choose
+from sktransfer._training.depth_search import _candidates, _choose
 from sktransfer.io import check_images
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing

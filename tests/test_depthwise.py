@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sktransfer._depthwise import FastDepthwise
+from sktransfer._training.depthwise import FastDepthwise
 from sktransfer.models import get_model
 
 

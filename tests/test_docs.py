@@ -17,12 +17,16 @@ PAGES = sorted(
     for page in (ROOT / "docs" / folder).glob("*.md")
     if page.stem != "index"
 )
-MODULES = sorted(m.name for m in pkgutil.iter_modules(sktransfer.__path__) if m.name != "__main__")
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(sktransfer.__path__, "sktransfer.")
+    if m.name != "sktransfer.__main__"
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
-    module = importlib.import_module(f"sktransfer.{name}")
+    module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 

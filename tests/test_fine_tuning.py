@@ -31,8 +31,8 @@ from sktransfer import (
     get_model,
     register_model,
 )
-from sktransfer._head import _C, _C_START
-from sktransfer._plan import Plan
+from sktransfer._training.head import _C, _C_START
+from sktransfer._training.plan import Plan
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 
@@ -125,7 +125,7 @@ def compact():
 @pytest.fixture
 def slow_machine(monkeypatch):
     """A machine, or blocks as large, on which nothing is computed twice that can be kept."""
-    monkeypatch.setattr("sktransfer._plan._FLOPS", {"cpu": 1e5})
+    monkeypatch.setattr("sktransfer._training.plan._FLOPS", {"cpu": 1e5})
 
 
 def equal(first, second):

@@ -497,7 +497,7 @@ import resource, sys, warnings
 import numpy as np
 sys.path.insert(0, TESTS)
 from networks import small
-import sktransfer._plan
+import sktransfer._training.plan
 from sktransfer import FineTunedClassifier
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -510,7 +510,7 @@ def fit(**options):
     options = {"max_epochs": 2, "random_state": 0, **options}
     return FineTunedClassifier(backbone, **options).fit(X, y)
 
-sktransfer._plan._FLOPS = {"cpu": 1e5}  # so that all is worth keeping
+sktransfer._training.plan._FLOPS = {"cpu": 1e5}  # so that all is worth keeping
 expected = fit().predict_proba(X)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # Python ignores SIGXFSZ
 
@@ -521,7 +521,7 @@ with warnings.catch_warnings(record=True) as caught:
 messages = [str(warning.message) for warning in caught]
 assert len(messages) == 1 and "memory" in messages[0], messages
 
-sktransfer._plan._IN_RAM = 10_000
+sktransfer._training.plan._IN_RAM = 10_000
 model = fit()
 assert "disk is full" in str(model.plan_), model.plan_
 assert model.plan_.start == 0 < model.plan_.cut

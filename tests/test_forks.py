@@ -16,8 +16,8 @@ import pytest
 from torchvision.models import resnet18
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
-from sktransfer._inference import network_lock
-from sktransfer._memory import check_memory
+from sktransfer._engine.runner import network_lock
+from sktransfer._memory.memory import check_memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -100,7 +100,7 @@ def _all_free():
 
 def test_a_fork_while_another_thread_holds_every_lock():
     pytest.importorskip("dask")
-    importlib.import_module("sktransfer._dask")
+    importlib.import_module("sktransfer._estimators.dask_collections")
     held, go_on = threading.Event(), threading.Event()
 
     def hold():

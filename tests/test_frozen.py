@@ -7,12 +7,12 @@ from networks import small
 from torch import nn
 
 from sktransfer import FineTunedClassifier, get_model
-from sktransfer import _plan as plans
-from sktransfer._augmentation import Augmentation, Views
-from sktransfer._frozen import Activations, FrozenBlocks
-from sktransfer._inference import get_runner
-from sktransfer._memory import check_memory
-from sktransfer._plan import make_plan
+from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._engine.frozen import Activations, FrozenBlocks
+from sktransfer._engine.runner import get_runner
+from sktransfer._memory.memory import check_memory
+from sktransfer._training import plan as plans
+from sktransfer._training.plan import make_plan
 from sktransfer.io import check_images
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing

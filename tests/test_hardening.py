@@ -18,10 +18,10 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from sktransfer import PretrainedFeatureExtractor, get_model
-from sktransfer._inference import get_runner
-from sktransfer._memory import check_memory
-from sktransfer._weights import fingerprint
+from sktransfer._engine.runner import get_runner
+from sktransfer._memory.memory import check_memory
 from sktransfer.models import Backbone
+from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
 
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))

@@ -17,8 +17,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from sklearn.utils import shuffle
 
-from sktransfer import PretrainedFeatureExtractor, _inference
-from sktransfer._pooling import layout_of
+from sktransfer import PretrainedFeatureExtractor
+from sktransfer._engine import runner as _inference
+from sktransfer._engine.pooling import layout_of
 from sktransfer.io import check_images
 from sktransfer.models import Backbone
 
@@ -170,7 +171,7 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from networks import small
 from sktransfer import PretrainedFeatureExtractor
-import sktransfer._embedding as embedding
+import sktransfer._engine.embedding as embedding
 pixels = embedding.Embedding._load
 def slow(self, *args):          # one image takes long enough for a person to press Ctrl-C
     time.sleep(0.2)

@@ -23,8 +23,7 @@ from sktransfer import (
     PretrainedClassifier,
     PretrainedFeatureExtractor,
 )
-from sktransfer._saliency import _as_map
-from sktransfer._whole import whole_of_trainer
+from sktransfer._training.whole import whole_of_trainer
 from sktransfer.inspection import (
     DepthCurveDisplay,
     EmbeddingDisplay,
@@ -34,6 +33,7 @@ from sktransfer.inspection import (
     TopLossesDisplay,
     TransferGainDisplay,
 )
+from sktransfer.inspection._saliency import _as_map
 from sktransfer.io import load_image
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing

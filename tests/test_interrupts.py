@@ -15,16 +15,13 @@ import pytest
 import torch
 from networks import small
 
-from sktransfer import (
-    PretrainedFeatureExtractor,
-    _memory,
-    _store,
-    _store_backend,
-    _stream,
-    _torch_state,
-)
-from sktransfer._memory import check_memory
-from sktransfer._store import Claims
+from sktransfer import PretrainedFeatureExtractor, _torch_state
+from sktransfer._engine import stream as _stream
+from sktransfer._memory import memory as _memory
+from sktransfer._memory import store as _store
+from sktransfer._memory import store_backend as _store_backend
+from sktransfer._memory.memory import check_memory
+from sktransfer._memory.store import Claims
 from sktransfer._torch_state import float32_by_default, network_lock, ready_to_train
 
 pytestmark = [

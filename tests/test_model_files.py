@@ -39,9 +39,9 @@ from sktransfer import (
     register_model,
 )
 from sktransfer._cli import main
-from sktransfer._detectors import load_detector
-from sktransfer._model_audit import OURS, Audit
-from sktransfer.models import Backbone, _builders
+from sktransfer._estimators.model_audit import OURS, Audit
+from sktransfer._training.detectors import load_detector
+from sktransfer.models._registry import Backbone, _builders
 from sktransfer.transforms import Preprocessing
 
 RNG = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_the_list_holds_our_estimators_and_nothing_else():
 
 def test_a_name_that_is_another_class_by_now_is_refused(tmp_path, monkeypatch):
     skops.io.dump(classifier(), tmp_path / "model.skops")
-    monkeypatch.setattr(sktransfer._fine_tuning, "FineTunedClassifier", StandardScaler)
+    monkeypatch.setattr(sktransfer._estimators.fine_tuning, "FineTunedClassifier", StandardScaler)
     with pytest.raises(ValueError, match="FineTunedClassifier, which is no class of this library"):
         load_model(tmp_path / "model.skops")
 
@@ -211,7 +211,7 @@ def table(content, types=None, name="builtins.dict"):
     return node("DictNode", name, content=content, key_types=sequence(*types, kind="List"))
 
 
-def estimator(name="sktransfer._fine_tuning.FineTunedClassifier", **attributes):
+def estimator(name="sktransfer._estimators.fine_tuning.FineTunedClassifier", **attributes):
     return node("ObjectNode", name, content=table(attributes))
 
 
@@ -230,9 +230,9 @@ def write(path, root, members=(), protocol=2, **options):
     return str(path)
 
 
-PREPARE = "sktransfer._report.prepare"  # makes the folder that it gets
+PREPARE = "sktransfer._cli.report.prepare"  # makes the folder that it gets
 IMPORT = "sktransfer._optional.import_module"  # not ours, but an attribute of a module of ours
-CLF = "sktransfer._fine_tuning.FineTunedClassifier"
+CLF = "sktransfer._estimators.fine_tuning.FineTunedClassifier"
 KEY = {"canary": value(1)}
 OS = node("ConstructorFromReduceNode", IMPORT, content=sequence(value("os")))
 SYSTEM = node("MethodNode", IMPORT, content={"obj": OS, "func": "system"})
@@ -251,10 +251,10 @@ CODE = {  # root, members, what the error names
     "the reported file": (
         node(
             "ConstructorFromReduceNode",
-            "sktransfer._decoding._guarded",
+            "sktransfer.io._decoding._guarded",
             content=sequence(SYSTEM, value("mkdir canary"), value("")),
         ),
-        "sktransfer._decoding._guarded",
+        "sktransfer.io._decoding._guarded",
     ),
     "loss": (
         node(
@@ -268,11 +268,11 @@ CODE = {  # root, members, what the error names
     "tree": (
         node(
             "TreeNode",
-            "sktransfer._plan.Tree",
+            "sktransfer._training.plan.Tree",
             __reduce__={"args": sequence(value(1))},
             content=table({}),
         ),
-        "sktransfer._plan.Tree",
+        "sktransfer._training.plan.Tree",
     ),
     "partial": (
         table(
@@ -297,12 +297,14 @@ CODE = {  # root, members, what the error names
         "operator.methodcaller",
     ),
     "object of another's class": (
-        estimator(backbone=node("ObjectNode", "sktransfer._commands.Memory", content=table({}))),
-        "sktransfer._commands.Memory",
+        estimator(
+            backbone=node("ObjectNode", "sktransfer._cli.commands.Memory", content=table({}))
+        ),
+        "sktransfer._cli.commands.Memory",
     ),
     "object of a class of ours": (
-        estimator(x=node("ObjectNode", "sktransfer._store_backend.LmdbStoreBackend")),
-        "sktransfer._store_backend.LmdbStoreBackend",
+        estimator(x=node("ObjectNode", "sktransfer._memory.store_backend.LmdbStoreBackend")),
+        "sktransfer._memory.store_backend.LmdbStoreBackend",
     ),
     "dict": (table({}, name="sktransfer._cli.main"), "sktransfer._cli.main"),
     "list": (
@@ -311,7 +313,7 @@ CODE = {  # root, members, what the error names
     ),
     "set": (sequence(kind="Set", name="sktransfer._cli.main"), "sktransfer._cli.main"),
     "tuple": (sequence(name="sktransfer._cli.main"), "sktransfer._cli.main"),
-    "array": ({**ARRAY, "__module__": "sktransfer._report", "__class__": "prepare"}, PREPARE),
+    "array": ({**ARRAY, "__module__": "sktransfer._cli.report", "__class__": "prepare"}, PREPARE),
     "masked array": (
         node("MaskedArrayNode", PREPARE, content={"data": ARRAY, "mask": MASK}),
         PREPARE,
@@ -391,7 +393,7 @@ def test_the_command_line_refuses_it_in_one_line(tmp_path, monkeypatch, capsys):
     write("crafted.skops", CODE["the reported file"][0])
     assert main(["predict", "crafted.skops", "photo.jpg"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "sktransfer._decoding._guarded" in err and len(err.splitlines()) == 1
+    assert out == "" and "sktransfer.io._decoding._guarded" in err and len(err.splitlines()) == 1
     assert os.listdir() == ["crafted.skops"]
 
 
@@ -419,9 +421,9 @@ def test_a_user_names_what_a_file_may_use(tmp_path):
 
 
 def test_names_are_exact(tmp_path):
-    root = sequence(estimator(), node("TypeNode", "sktransfer._report.prepare"))
+    root = sequence(estimator(), node("TypeNode", "sktransfer._cli.report.prepare"))
     path = write(tmp_path / "crafted.skops", root)
-    for trusted in (["sktransfer"], ["sktransfer."], ["sktransfer._report"], ["*"]):
+    for trusted in (["sktransfer"], ["sktransfer."], ["sktransfer._cli.report"], ["*"]):
         with pytest.raises(ValueError, match="could run any code"):
             load_model(path, trusted=trusted)
 

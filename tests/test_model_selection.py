@@ -16,10 +16,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from sktransfer import PretrainedFeatureExtractor, get_model, register_model
-from sktransfer._transfer_gain import TransferGain, corrected_interval
 from sktransfer.metrics import h_score, knn_score, leep_score, log_me_score
 from sktransfer.model_selection import rank_backbones, transfer_gain
-from sktransfer.models import Backbone, imagenet_accuracy
+from sktransfer.model_selection._transfer_gain import TransferGain, corrected_interval
+from sktransfer.models._registry import Backbone, imagenet_accuracy
 from sktransfer.transforms import Preprocessing
 
 SIZE = Preprocessing(size=(32, 32), resize=(32, 32))

@@ -26,11 +26,11 @@ from sktransfer import (
     list_models,
     register_model,
 )
-from sktransfer._builders import published_weights
-from sktransfer._detectors import load_detector
-from sktransfer._hub import check_connection
-from sktransfer._text_model import load_text_model
-from sktransfer.models import Backbone, unique_labels
+from sktransfer._engine.text_model import load_text_model
+from sktransfer._training.detectors import load_detector
+from sktransfer.models._builders import published_weights
+from sktransfer.models._hub import check_connection
+from sktransfer.models._registry import Backbone, unique_labels
 
 
 def test_lists_embedded_torchvision_and_timm_names():

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from sktransfer import FineTunedClassifier, PretrainedClassifier, PretrainedFeatureExtractor
-from sktransfer._weights import fingerprint
 from sktransfer.inspection import SaliencyDisplay, model_summary
 from sktransfer.models import Backbone, get_model
+from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")

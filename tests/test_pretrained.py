@@ -20,7 +20,7 @@ from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import check_estimator
 
 from sktransfer import PretrainedFeatureExtractor, get_model, register_model
-from sktransfer._runtime import has_bfloat16
+from sktransfer._engine.runtime import has_bfloat16
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 

@@ -14,10 +14,10 @@ from networks import Untraceable, small
 from torch import nn
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
-from sktransfer._augmentation import Augmentation, Views
-from sktransfer._frozen import Activations, FrozenBlocks
-from sktransfer._inference import get_runner
-from sktransfer._runtime import OpenVinoProgram, fold_batch_norms, has_bfloat16
+from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._engine.frozen import Activations, FrozenBlocks
+from sktransfer._engine.runner import get_runner
+from sktransfer._engine.runtime import OpenVinoProgram, fold_batch_norms, has_bfloat16
 from sktransfer.io import check_images
 
 SIZE = 64  # pixels: the smallest that keeps positions until the last blocks

@@ -25,7 +25,7 @@ from sktransfer import (
     model_summary,
     register_model,
 )
-from sktransfer._benchmark import Task, compare
+from sktransfer._cli.benchmark import Task, compare
 from sktransfer.inspection import (
     DepthCurveDisplay,
     EmbeddingDisplay,

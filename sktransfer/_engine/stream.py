@@ -1,0 +1,372 @@
+"""A stream of images to results, through the memory.
+
+Files are read and digested in threads, looked up, loaded in threads if they are missing, put into
+batches, computed, and their results written back.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from sktransfer._engine.runner import Runner
+from sktransfer._memory.memory import ImageMemory
+from sktransfer._threads import n_threads, one_core_threads
+from sktransfer.models._weights import is_finite, not_finite
+
+_LOOKUP = 64  # images looked up, and claimed, at once
+_T = TypeVar("_T")
+
+
+class Images(Protocol):
+    """What can be streamed."""
+
+    def __len__(self) -> int: ...
+
+    def digest(self, i: int) -> bytes:
+        """Return 16 bytes that stand for the content of image `i`; called in threads."""
+
+    def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
+        """Return image `i`, uint8 (3, height, width); called in threads."""
+
+    def where(self, i: int) -> str:
+        """Return the row of image `i` and, if there is one, its file: for messages."""
+
+
+class Write(NamedTuple):
+    """Results to keep: their name in the memory, digests of the images, a row for each."""
+
+    key: str
+    digests: list[bytes]
+    rows: np.ndarray
+
+    def not_finite(self) -> set[bytes]:
+        """Return the digests of images whose rows hold NaN or infinity."""
+        rows = torch.from_numpy(self.rows)
+        rows = rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows  # see FrozenBlocks
+        if is_finite(rows):
+            return set()
+        return {d for d, row in zip(self.digests, rows, strict=True) if not is_finite(row)}
+
+    def without(self, digests: set[bytes]) -> Write:
+        """Return what is left without some images."""
+        kept = [i for i, digest in enumerate(self.digests) if digest not in digests]
+        return Write(self.key, [self.digests[i] for i in kept], self.rows[kept])
+
+
+@dataclass
+class _Miss:
+    """An image that must be computed: the rows it fills and, soon, what its computation takes."""
+
+    rows: list[int]
+    digest: bytes
+    loaded: Future[Any]
+    done: bool = False
+
+
+class Stream(ABC):
+    """One pass over images: look their results up, compute and keep what is missing.
+
+    Parameters
+    ----------
+    runner : Runner
+    image_size : tuple of (int, int)
+    keys : sequence of str
+        Names, in the memory, of the results of an image; it is looked up if one is missing.
+    memory : ImageMemory or None
+    batch_size : int or "auto"
+        Images in flight at once, and on a GPU in a batch.
+    n_jobs : int or None
+        Threads that read and decode and, with OpenVINO, run the network; None for all cores, or
+        what joblib leaves to a worker.
+    verbose : bool
+        Show a progress bar.
+    progress : object with `update(n)`, default=None
+        A bar of the caller's that is moved instead.
+
+    Attributes
+    ----------
+    n_computed : int
+        Images that ran through the network.
+    """
+
+    unit = "image"  # of the bar
+
+    def __init__(
+        self,
+        runner: Runner,
+        image_size: tuple[int, int],
+        keys: Sequence[str],
+        *,
+        memory: ImageMemory | None = None,
+        batch_size: int | str = "auto",
+        n_jobs: int | None = None,
+        verbose: bool | int = False,
+        progress: Any = None,
+    ) -> None:
+        self.runner, self.keys, self.memory = runner, list(keys), memory
+        self.claim_key = self.keys[0]  # streams that share work claim it under one name
+        self.kept_keys = set(self.keys)
+        self.batch_size, self.verbose = runner.batch_size(batch_size, image_size), verbose
+        self._shared_bar = progress
+        self.step = runner.step(batch_size, image_size)
+        self.in_threads = runner.runs_in_threads
+        self.n_threads = n_threads(n_jobs)
+        self.n_computed = 0
+
+    @abstractmethod
+    def _load(self, row: int, digest: bytes | None) -> Any:
+        """Fetch what the computation of a row takes; called in threads."""
+
+    @abstractmethod
+    def _run(self, loaded: list[Any], digests: list[bytes]) -> tuple[list[Any], list[Write]]:
+        """Compute an array-like of results for each key, and by-products worth keeping.
+
+        Of single images, and in threads, if that is how the network runs.
+        """
+
+    def _fill_outs(self, images: Images, outs: Sequence[np.ndarray]) -> None:
+        """Fill `outs`, for each key an array with a row for each image."""
+        self._images, self._outs = images, outs
+        self._owner = object()  # of claims: what is ours to compute, and not yet in the memory
+        self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
+        self._threads = one_core_threads(self.n_threads)
+        self._writer = ThreadPoolExecutor(1)
+        silent = not self.verbose
+        bar = tqdm(total=len(images), unit=self.unit, desc=self.runner.name, disable=silent)
+        self._progress = self._shared_bar or bar
+        filling = threading.Lock()
+        parts = filling, self._threads, self._writer, self._owner
+        cleaner = threading.Thread(target=self._clean_up, args=parts, daemon=True)
+        try:
+            # A lock is left in one step, whatever happens; Ctrl-C could cut off what a `finally`
+            # does, and a second one what it does in answer to the first.
+            with filling:
+                cleaner.start()
+                rows: Sequence[int] = range(len(images))
+                while rows:
+                    rows = self._fill(rows)
+        finally:
+            if cleaner.is_alive():
+                cleaner.join()
+            bar.close()
+
+    def _clean_up(
+        self, filling: threading.Lock, threads: Executor, writer: Executor, owner: object
+    ) -> None:
+        """Write what was computed, once `filling` is free, and give all claims back.
+
+        In a thread of its own, which Ctrl-C does not reach.
+        """
+        with filling:
+            threads.shutdown(wait=False, cancel_futures=True)
+            writer.shutdown()
+            if self.memory is not None:
+                self.memory.release_all(owner)
+            threads.shutdown()
+
+    def _fill(self, rows: Sequence[int]) -> list[int]:
+        """Fill `rows`, but for those that another process computes just now; return these."""
+        others: dict[int, bytes] = {}
+        misses = self._all(rows) if self.memory is None else self._missing(rows, others)
+        writes: deque[Future[None]] = deque()
+        # Decoding runs two batches ahead of the network, writing two behind it.
+        groups = _groups(_ahead(misses, 2 * self.batch_size), self.batch_size)
+        started = ((group, *self._start(group)) for group in groups)
+        # A GPU works on a batch while the results of the one before are taken.
+        n_running = 1 if self.runner.device.type == "cuda" else 0
+        for group, values, extras in _ahead(started, n_running):
+            good, results = _finite(group, [*extras, *self._take(group, values)])
+            if self.memory is not None:
+                writes.append(self._writer.submit(self._store, good, results))
+                if len(writes) > 2:
+                    writes.popleft().result()
+            if wrong := [miss for miss in group if miss not in good]:
+                where = self._images.where(min(wrong[0].rows))
+                raise ValueError(f"{where}: {_why_not_finite(self.runner)}")
+        for write in writes:
+            write.result()
+        if others and self.memory is not None:
+            self.memory.wait(self.claim_key, next(iter(others.values())), self._owner)
+        return list(others)
+
+    def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
+        for row in rows:
+            yield _Miss([row], row.to_bytes(8, "little"), self._submit(row))
+
+    def _missing(self, rows: Sequence[int], others: dict[int, bytes]) -> Iterator[_Miss]:
+        """Fill what the memory holds, yield what it lacks; `others` gets what is not ours."""
+        chunks = (rows[start : start + _LOOKUP] for start in range(0, len(rows), _LOOKUP))
+        digested = ((chunk, self._threads.submit(self._digest, chunk)) for chunk in chunks)
+        for chunk, future in _ahead(digested, self.n_threads):
+            digests = dict(zip(chunk, future.result(), strict=True))
+            lacking: dict[bytes, list[int]] = {}  # rows of each distinct image
+            for row in self._read(digests):
+                lacking.setdefault(digests[row], []).append(row)
+            for digest in list(lacking):
+                if miss := self._misses.get(digest):  # the writer may take it out at any time
+                    self._join(miss, lacking.pop(digest))
+            for digest in self._claim(lacking, others):
+                rows_ = lacking[digest]
+                self._misses[digest] = _Miss(rows_, digest, self._submit(rows_[0], digest))
+                yield self._misses[digest]
+
+    def _claim(self, lacking: dict[bytes, list[int]], others: dict[int, bytes]) -> list[bytes]:
+        """Take what nobody computes; another may have finished it since it was looked up."""
+        assert self.memory is not None
+        digests = list(lacking)
+        are_free = self.memory.claim(self.claim_key, digests, self._owner)
+        mine = []
+        for digest, is_free in zip(digests, are_free, strict=True):
+            if is_free:
+                mine.append(digest)
+            else:
+                others |= dict.fromkeys(lacking[digest], digest)
+        unread = self._read({row: digest for digest in mine for row in lacking[digest]})
+        left = {digest for digest in mine if set(lacking[digest]) & unread}
+        self._release([digest for digest in mine if digest not in left])
+        return [digest for digest in mine if digest in left]
+
+    def _read(self, digests: dict[int, bytes]) -> set[int]:
+        """Fill the rows that the memory holds; return the others."""
+        assert self.memory is not None
+        rows = list(digests)
+        if not rows:
+            return set()
+        hits = np.ones(len(rows), bool)
+        # Rows that show the same image come together, so they need not be in order.
+        consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
+        for key, out in zip(self.keys, self._outs, strict=True):
+            found = out[rows[0] : rows[-1] + 1] if consecutive else out[rows]
+            hits &= self.memory.read(key, list(digests.values()), found)
+            if not consecutive:
+                out[rows] = found
+        self._progress.update(int(hits.sum()))
+        return {row for row, hit in zip(rows, hits, strict=True) if not hit}
+
+    def _join(self, miss: _Miss, rows: list[int]) -> None:
+        """Let `rows`, which show the same image, share what is computed for it."""
+        if miss.done:
+            for out in self._outs:
+                out[rows] = out[miss.rows[0]]
+            self._progress.update(len(rows))
+        else:
+            miss.rows.extend(rows)
+
+    def _digest(self, rows: Sequence[int]) -> list[bytes]:
+        return [self._images.digest(row) for row in rows]
+
+    def _submit(self, row: int, digest: bytes | None = None) -> Future[Any]:
+        """Load a row in a thread and, if images run by themselves, compute it there."""
+        if not self.in_threads:
+            return self._threads.submit(self._load, row, digest)
+        return self._threads.submit(
+            lambda: self._run([self._load(row, digest)], [] if digest is None else [digest])
+        )
+
+    def _start(self, group: Sequence[_Miss]) -> tuple[list[Any], list[Write]]:
+        """Compute what becomes the results of a group: an array-like for each key."""
+        try:
+            loaded = [miss.loaded.result() for miss in group]
+        except BaseException:
+            self._save_finished(group)
+            raise
+        if self.in_threads:
+            values = [np.concatenate(part) for part in zip(*(v for v, _ in loaded), strict=True)]
+            return values, [extra for _, extras in loaded for extra in extras]
+
+        def run(step: int) -> tuple[list[Any], list[Write]]:
+            self.step = step
+            return self._run(loaded, [miss.digest for miss in group])
+
+        return self.runner.in_smaller_steps(run, self.step)
+
+    def _save_finished(self, group: Sequence[_Miss]) -> None:
+        """Keep what threads computed of a group in which an image failed."""
+        futures = [(miss, miss.loaded) for miss in group if miss.loaded.done()]
+        finished = [m for m, f in futures if not f.cancelled() and f.exception() is None]
+        if finished and self.in_threads and self.memory is not None:
+            values, extras = self._start(finished)
+            results = [*extras, *self._take(finished, values)]
+            self._writer.submit(self._store, *_finite(finished, results))
+
+    def _take(self, group: Sequence[_Miss], values: Sequence[Any]) -> list[Write]:
+        """Fill the rows of a group."""
+        arrays = [np.asarray(value) for value in values]
+        self.n_computed += len(group)
+        for i, miss in enumerate(group):
+            for out, array in zip(self._outs, arrays, strict=True):
+                out[miss.rows] = array[i]
+            miss.done = True
+            self._progress.update(len(miss.rows))
+        digests = [miss.digest for miss in group]
+        return [Write(key, digests, rows) for key, rows in zip(self.keys, arrays, strict=True)]
+
+    def _store(self, group: Sequence[_Miss], results: list[Write]) -> None:
+        """Write results; runs in a thread of its own."""
+        assert self.memory is not None
+        for result in results:
+            if result.key in self.kept_keys:
+                self.memory.write(result.key, result.digests, result.rows)
+        digests = [miss.digest for miss in group]
+        self._release(digests)
+        for digest in digests:
+            del self._misses[digest]
+
+    def _release(self, digests: Sequence[bytes]) -> None:
+        if self.memory is not None:
+            self.memory.release(self.claim_key, digests, self._owner)
+
+
+def _finite(group: Sequence[_Miss], results: list[Write]) -> tuple[list[_Miss], list[Write]]:
+    """Leave out the images of a group of which a result holds NaN or infinity."""
+    bad = set().union(*(result.not_finite() for result in results))
+    if not bad:
+        return list(group), results
+    return [m for m in group if m.digest not in bad], [r.without(bad) for r in results]
+
+
+def _why_not_finite(runner: Any) -> str:
+    precision = getattr(runner, "precision", "float32")
+    problem = (
+        f"network {runner.name!r} returned NaN or infinity for this image, computing in {precision}"
+    )
+    if (name := not_finite(runner.network)) is not None:
+        return f"{problem}: its {name} holds such values. Pass other weights."
+    if precision == "float16":
+        return (
+            f"{problem}, whose largest number is 65504. Pass precision='bfloat16', which has the "
+            "range of float32, or precision='float32'."
+        )
+    if precision == "bfloat16":
+        return f"{problem}. Pass precision='float32'."
+    return (
+        f"{problem}. Its weights are finite, so one of its layers overflows or divides by zero: "
+        "pass the weights and the preprocessing that belong together, or another network."
+    )
+
+
+def _ahead(items: Iterable[_T], n: int) -> Iterator[_T]:
+    """Yield `items`, taking each from its source while up to `n` before it still wait."""
+    waiting: deque[_T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > n:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _groups(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group

@@ -1,0 +1,312 @@
+"""Language models: sentences to tokens, and tokens to pooled rows, through the memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from sktransfer._engine.runner import Runner, network_lock
+from sktransfer._engine.stream import Stream, Write
+from sktransfer._optional import load_optional
+from sktransfer._torch_state import float32_by_default, ready_to_train
+from sktransfer.models._hub import check_hub
+from sktransfer.models._weights import Describer
+
+_VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
+_BATCH = 32  # sentences in flight
+_CPU_STEP = 4  # of them at once on a CPU
+_BUCKET = 16  # tokens: sentences are padded to a multiple, so that a row depends on no other
+_SEED = 0  # of weights that a file lacks, such as those of the head that guesses words
+
+
+class Sentences:
+    """Texts that can be streamed; `check_sentences` makes it."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def digest(self, i: int) -> bytes:
+        """Return 16 bytes that stand for the content of sentence `i`."""
+        return xxhash.xxh3_128_digest(self.texts[i].encode("utf-8", "surrogatepass"))
+
+    def where(self, i: int) -> str:
+        """Return the row of sentence `i`."""
+        return f"row {i}"
+
+
+def check_sentences(X: Any) -> Sentences:
+    """Check that `X` is a sequence of sentences.
+
+    Parameters
+    ----------
+    X : sequence of str
+        A list, array, Series or data frame of one column.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the row, what came and the remedy.
+
+    Examples
+    --------
+    >>> from sktransfer._engine.text_model import check_sentences
+    >>> len(check_sentences(["One sentence.", "And another."]))
+    2
+    """
+    if isinstance(X, (str, bytes)):
+        raise TypeError("Expected a sequence of sentences, got one text: pass [X].")
+    if hasattr(X, "columns"):
+        if X.shape[1] != 1:
+            raise ValueError(f"Expected one column of sentences, got {X.shape[1]}: select one.")
+        X = X[X.columns[0]]
+    texts = np.asarray(X, dtype=object)
+    texts = texts[:, 0] if texts.ndim == 2 and texts.shape[1] == 1 else texts
+    if texts.ndim != 1:
+        raise ValueError(
+            f"Expected a sequence of sentences, got an array of shape {texts.shape}: pass one "
+            "column of texts."
+        )
+    if len(texts) == 0:
+        raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
+    for row, text in enumerate(texts.tolist()):
+        if not isinstance(text, str):
+            raise TypeError(f"row {row} is of type {type(text).__name__}: pass texts, of type str.")
+        if not text.strip():
+            raise ValueError(f"row {row} is an empty sentence: drop it, or say what is missing.")
+    return Sentences(texts.tolist())
+
+
+class TextModel:
+    """A masked language model with its tokenizer.
+
+    Parameters
+    ----------
+    network : transformers.PreTrainedModel
+        With a head that guesses words.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    name : str
+    """
+
+    def __init__(self, network: Any, tokenizer: Any, name: str) -> None:
+        _check_fit(network, tokenizer, name)
+        self.network: Any = network.eval().requires_grad_(False)
+        self.tokenizer, self.name = tokenizer, name
+        config = network.config
+        positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self.max_length = int(min(positions, tokenizer.model_max_length))
+        self.width = int(config.hidden_size)
+        self.n_words = int(network.get_input_embeddings().num_embeddings)
+        self.special = np.array(sorted(tokenizer.all_special_ids))
+
+    def tokens(self, text: str, where: str, max_length: int | None, truncation: bool) -> np.ndarray:
+        """Return the numbers of a sentence's tokens, those that mark its ends included."""
+        most = min(max_length or self.max_length, self.max_length)
+        ids = self.tokenizer(text, truncation=truncation, max_length=most, verbose=False)
+        ids = np.array(ids["input_ids"], np.int64)
+        if len(ids) > most:
+            raise ValueError(
+                f"{where} has {len(ids)} tokens, and {self.name!r} takes {most} of a sentence: "
+                "split it, or pass truncation=True to cut its end off."
+            )
+        if np.isin(ids, self.special).all():
+            raise ValueError(
+                f"{where} has no word that {self.name!r} knows: {text[:40]!r}. Drop it, or pass "
+                "the tokenizer that belongs to its language."
+            )
+        return ids
+
+    def padded(self, sentences: Sequence[np.ndarray], length: int) -> dict[str, torch.Tensor]:
+        """Return a batch as the network takes it, padded to `length` tokens."""
+        ids = np.full((len(sentences), length), self.tokenizer.pad_token_id, np.int64)
+        mask = np.zeros((len(sentences), length), np.int64)
+        for row, sentence in enumerate(sentences):
+            ids[row, : len(sentence)], mask[row, : len(sentence)] = sentence, 1
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def _check_fit(network: Any, tokenizer: Any, name: str) -> None:
+    n_known = network.get_input_embeddings().num_embeddings
+    if len(tokenizer) > n_known:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but {name!r} knows {n_known}: it does not "
+            "belong to this model. Pass the one that was saved with it, or leave tokenizer=None."
+        )
+    lacking = [kind for kind in ("mask", "pad") if getattr(tokenizer, f"{kind}_token_id") is None]
+    if lacking:
+        raise ValueError(
+            f"The tokenizer of {name!r} has no {' and no '.join(lacking)} token, so no word can be "
+            "masked: pass a masked language model, such as BERT's relatives, and its tokenizer."
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def load_text_model(model: str, tokenizer: str | None) -> TextModel:
+    """Load a model by its name on the hub, or from a folder; the same object for the same names.
+
+    Raises
+    ------
+    ImportError
+        Without transformers; it names the extra.
+    OSError
+        If there is no such model, or no connection.
+    ValueError
+        If the tokenizer does not fit.
+    """
+    load_optional("transformers", "MaskedLanguagePretrainer", "'sktransfer[text]'")
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    try:
+        if not os.path.exists(model):
+            check_hub(model)
+        if tokenizer is not None and not os.path.exists(tokenizer):
+            check_hub(tokenizer, (".json", ".txt", ".model"))
+        loading = threading.Lock()
+        with loading, _silence(), torch.random.fork_rng(devices=[]), ready_to_train(loading):
+            torch.manual_seed(_SEED)
+            network = AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False)
+            words = AutoTokenizer.from_pretrained(tokenizer or model, trust_remote_code=False)
+    except Exception as error:  # it has a dozen ways to say what is missing
+        raise OSError(
+            f"model={model!r}, tokenizer={tokenizer!r} could not be loaded "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Pass a folder with "
+            "the model's config.json, its weights and its tokenizer, or a name of the hub on a "
+            "connected machine."
+        ) from error
+    return TextModel(network.float(), words, os.path.basename(os.path.normpath(model)))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep transformers from showing bars, and reports of weights that are not in a file."""
+    from transformers.utils import logging
+
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------ embeddings
+
+
+class TextRunner:
+    """A language model on a device, as a `Stream` wants it.
+
+    Parameters
+    ----------
+    model : TextModel
+    network : nn.Module
+        The model's own, or a trained copy.
+    device : torch.device
+    """
+
+    runs_in_threads = False
+    in_smaller_steps = Runner.in_smaller_steps
+
+    def __init__(self, model: TextModel, network: Any, device: torch.device) -> None:
+        self.model, self.name, self.device = model, model.name, device
+        self.network: Any = network.to(device)
+        self.most = 2**31
+
+    def batch_size(self, given: int | str, _: Any) -> int:
+        """Return the sentences in flight."""
+        return _BATCH if isinstance(given, str) else given
+
+    def step(self, given: int | str, _: Any) -> int:
+        """Return how many sentences run at once."""
+        most = _CPU_STEP if self.device.type == "cpu" else self.batch_size(given, None)
+        return min(most, self.most)
+
+    def key(self, *settings: Any) -> str:
+        """Name all that shapes a row but the sentence."""
+        state = {name: value.cpu() for name, value in self.network.state_dict().items()}
+        words = sorted(self.model.tokenizer.get_vocab().items())  # it comes in any order
+        kind, config = type(self.network).__qualname__, self.network.config.to_json_string()
+        parts = (_VERSION, kind, config, Describer()([state, words]), *settings)
+        return f"{self.name}-{xxhash.xxh3_128_hexdigest(repr(parts).encode())}"
+
+    def rows(self, sentences: Sequence[np.ndarray], step: int, pooling: str) -> np.ndarray:
+        """Return pooled rows, float32 (n, width); a row does not depend on the others."""
+        rows = np.empty((len(sentences), self.model.width), np.float32)
+        lengths = np.array([-(-len(ids) // _BUCKET) * _BUCKET for ids in sentences])
+        lengths = np.minimum(lengths, self.model.max_length)
+        for length in np.unique(lengths):
+            numbers = np.flatnonzero(lengths == length)
+            for first in range(0, len(numbers), step):
+                some = numbers[first : first + step]
+                ids = [sentences[i] for i in some] + [sentences[some[0]]] * (step - len(some))
+                rows[some] = self._pooled(ids, int(length), pooling)[: len(some)]
+        return rows
+
+    def _pooled(self, ids: Sequence[np.ndarray], length: int, pooling: str) -> np.ndarray:
+        batch = {k: v.to(self.device) for k, v in self.model.padded(ids, length).items()}
+        with network_lock, float32_by_default(), torch.inference_mode():
+            x = self.network.base_model(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][:, :, None].bool()  # (n, t, 1)
+            if pooling == "token":
+                x = x[:, 0]
+            elif pooling == "max":
+                x = x.masked_fill(~mask, -torch.inf).amax(1)
+            else:
+                x = (x * mask).sum(1) / mask.sum(1)
+        return x.cpu().numpy()  # (n, width)
+
+
+class TextEmbedding(Stream):
+    """One pass over sentences to their rows.
+
+    Parameters
+    ----------
+    runner : TextRunner
+    pooling : {"avg", "max", "token"}
+    max_length : int or None
+    truncation : bool
+    **options
+        See `Stream`.
+    """
+
+    unit = "sentence"
+
+    def __init__(
+        self,
+        runner: Any,
+        pooling: str,
+        max_length: int | None,
+        truncation: bool,
+        **options: Any,
+    ) -> None:
+        key = runner.key(pooling, max_length, truncation)
+        super().__init__(runner, (0, 0), [key], **options)
+        self.pool, self.model = runner.rows, runner.model
+        self.pooling, self.max_length, self.truncation = pooling, max_length, truncation
+
+    def __call__(self, sentences: Sentences) -> np.ndarray:
+        """Return the rows of sentences, float32 (n, width)."""
+        images: Any = sentences  # they are asked for their digests alone
+        rows = np.empty((len(sentences), self.model.width), np.float32)
+        self._texts = sentences.texts
+        self._fill_outs(images, [rows])
+        return rows
+
+    def _load(self, row: int, digest: bytes | None) -> np.ndarray:
+        text = self._texts[row]
+        return self.model.tokens(text, f"row {row}", self.max_length, self.truncation)
+
+    def _run(self, loaded: list[Any], digests: list[bytes]) -> tuple[list[Any], list[Write]]:
+        return [self.pool(loaded, self.step, self.pooling)], []

@@ -1,0 +1,220 @@
+"""What all estimators on images share: their input, their tags, their network."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from numbers import Integral
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, _fit_context
+from sklearn.utils import Tags
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions, validate_params
+from sklearn.utils._set_output import _get_output_config
+from sklearn.utils.validation import _check_sample_weight as check_sample_weight
+from sklearn.utils.validation import _check_y as check_y
+from sklearn.utils.validation import _is_fitted as is_fitted
+from sklearn.utils.validation import validate_data
+from torch import nn
+from torch.export import ExportedProgram
+from torchvision.models import WeightsEnum
+
+from sktransfer._engine.device import PRECISIONS
+from sktransfer._engine.pooling import POOLINGS
+from sktransfer._engine.runner import Runner, get_runner
+from sktransfer._engine.runtime import RUNTIMES
+from sktransfer._training.summary import blocks_html
+from sktransfer.io import ImageSequence, check_images
+from sktransfer.models._modules import portable
+from sktransfer.models._registry import Backbone, get_model, loaded_model
+from sktransfer.models._weights import portable_weights
+from sktransfer.transforms import Preprocessing
+
+__all__ = [
+    "HasMethods",
+    "ImageEstimator",
+    "Interval",
+    "StrOptions",
+    "_fit_context",
+    "check_sample_weight",
+    "check_y",
+    "takes_dask",
+    "validate_params",
+]
+
+
+def is_dask(X: Any) -> bool:
+    """Return whether `X` is a dask collection; nobody has one before dask is imported."""
+    dask = sys.modules.get("dask")
+    return dask is not None and dask.is_dask_collection(X)
+
+
+def takes_dask(empty: Callable[[Any], np.ndarray]) -> Callable[[Callable], Callable]:
+    """Let a method of images take a dask collection as well, and return a lazy dask array then.
+
+    `empty(estimator)` is what the method returns for no images; see `_dask.on_partitions`.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def call(self: Any, X: Any) -> Any:
+            if not is_dask(X):
+                return method(self, X)
+            from sktransfer._estimators.dask_collections import on_partitions
+
+            name = method.__name__
+            if name == "transform" and _get_output_config(name, self)["dense"] != "default":
+                raise ValueError(
+                    "Of a dask collection, transform returns a dask array alone: call "
+                    "set_output(transform='default'), and make a data frame of the array by "
+                    "dask.dataframe.from_dask_array(rows, columns=get_feature_names_out())."
+                )
+            return on_partitions(self, name, X, empty)
+
+        return call
+
+    return decorate
+
+
+_only_looks: ContextVar[bool] = ContextVar("_only_looks", default=False)
+
+
+@contextmanager
+def _only_looking() -> Iterator[None]:
+    """Let estimators use only what is loaded already: nothing is downloaded to print them."""
+    token = _only_looks.set(True)
+    try:
+        yield
+    finally:
+        _only_looks.reset(token)
+
+
+class _NotLoadedError(AttributeError):
+    """What scikit-learn takes, while it prints an estimator, for an attribute that is not there."""
+
+
+class _AttributesAndBlocks:
+    """What scikit-learn's diagram shows of a fitted estimator, and its blocks below."""
+
+    def __init__(self, attributes: Any, blocks: str) -> None:
+        self.attributes, self.blocks = attributes, blocks
+
+    def __len__(self) -> int:
+        return len(self.attributes) + bool(self.blocks)
+
+    def _repr_html_inner(self) -> str:
+        return (self.attributes._repr_html_inner() if self.attributes else "") + self.blocks
+
+
+class ImageEstimator(BaseEstimator):
+    """Base of the estimators whose `X` is a sequence of images.
+
+    It knows how to validate such an `X` and how to get the backbone that its parameters name.
+    Think twice before adding to it: what only some estimators need belongs to them.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        # That of torch.export is refused by `get_model`, which says what to pass.
+        "backbone": [str, nn.Module, Backbone, HasMethods(["to_backbone"]), ExportedProgram],
+        "weights": [str, os.PathLike, WeightsEnum, None],
+        "pooling": [StrOptions(set(POOLINGS))],
+        "image_shape": [tuple, list, None],
+        "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
+        "memory": [str, os.PathLike, HasMethods(["cache"]), None],
+        "device": [str, torch.device],
+        "precision": [StrOptions(set(PRECISIONS))],
+        "runtime": [StrOptions(set(RUNTIMES))],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "n_jobs": [Integral, None],
+        "verbose": ["verbose"],
+    }
+
+    backbone: Any
+    weights: Any
+    image_shape: Any
+    image_size: Any
+    device: Any
+    precision: str
+    runtime: str
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        flat = self.image_shape is not None
+        tags.input_tags.two_d_array = flat
+        tags.input_tags.one_d_array = not flat
+        tags.input_tags.three_d_array = not flat
+        tags.input_tags.string = not flat
+        return tags
+
+    def _check_images(self, X: Any, *, reset: bool) -> ImageSequence:
+        """Validate `X` and wrap it as images that are decoded when they are needed."""
+        if is_dask(X):
+            raise TypeError(
+                "fit takes images or their paths, got a dask collection: pass X.compute(), or a "
+                "part of it. To spread a search over a cluster, call its fit under "
+                "joblib.parallel_config('dask'); to embed or predict, a dask collection can go to "
+                "transform or predict."
+            )
+        if self.image_shape is not None:
+            X = validate_data(self, X, reset=reset, dtype="numeric")
+            return check_images(X, image_shape=tuple(self.image_shape))
+        # Without fit, there are no names of columns to compare with.
+        if reset or hasattr(self, "n_features_in_") or hasattr(self, "feature_names_in_"):
+            validate_data(self, X, reset=reset, skip_check_array=True, ensure_2d=False)
+        return check_images(X)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The copy may be opened in another folder; the parameters stay as they were given.
+        state = super().__getstate__()
+        if "weights" in state:
+            state = {**state, "weights": portable_weights(state["weights"])}
+        return {**state, "backbone": portable(state["backbone"])}
+
+    def __sklearn_clone__(self) -> Self:
+        cloned = super().__sklearn_clone__()
+        # scikit-learn clones what is a parameter of a parameter, too: a fitted estimator would lose
+        # the weights for which it is the backbone.
+        if hasattr(self.backbone, "to_backbone") and is_fitted(self.backbone):
+            cloned.backbone = self.backbone
+        return cloned
+
+    def _prepare(self) -> None:
+        """Load all that a prediction needs, before several threads ask for it at once."""
+        self._load()[0].can_be_cut  # noqa: B018 traces the network
+
+    # scikit-learn calls the next two for notebooks, if it is recent enough to show attributes.
+
+    def _html_repr(self) -> str:
+        with _only_looking():
+            return super()._html_repr()
+
+    def _get_fitted_attr_html(self, *args: Any, **kwargs: Any) -> _AttributesAndBlocks:
+        with _only_looking():  # it reads all properties, of estimators inside others as well
+            attributes = super()._get_fitted_attr_html(*args, **kwargs)
+            return _AttributesAndBlocks(attributes, blocks_html(self))
+
+    def _backbone(self) -> Backbone:
+        """Return the network that the parameters name."""
+        if not _only_looks.get():
+            return get_model(self.backbone, self.weights)
+        if (loaded := loaded_model(self.backbone, self.weights)) is None:
+            raise _NotLoadedError(f"{self.backbone!r} is not loaded.")
+        return loaded
+
+    def _load(self, **fitted: Any) -> tuple[Runner, Preprocessing]:
+        """Return the network that the parameters name, and what it wants images to be.
+
+        `fitted` holds values of `precision` and `image_size` that go before the parameters.
+        """
+        backbone = self._backbone()
+        precision = fitted.get("precision", self.precision)
+        preprocessing = backbone.preprocessing.with_size(fitted.get("image_size", self.image_size))
+        options = {"image_size": preprocessing.size}
+        runner = get_runner(backbone, self.device, precision, self.runtime, **options)
+        return runner, preprocessing

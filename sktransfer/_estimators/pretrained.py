@@ -1,0 +1,218 @@
+"""Estimators on pretrained networks that are used as they are."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
+from sklearn.utils import Tags
+
+from sktransfer._engine.embedding import Embedding
+from sktransfer._estimators.base import ImageEstimator, takes_dask
+from sktransfer._memory.memory import check_memory
+
+__all__ = ["PretrainedFeatureExtractor"]
+
+
+class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ImageEstimator):
+    """Turn images into embeddings by a pretrained network.
+
+    The network is cut behind a block; what comes out there is pooled to one row an image. Nothing
+    is learnt from `X`, so `transform` works without `fit`.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        A name of :func:`sktransfer.models.list_models`: torchvision's (`"resnet50"`), timm's
+        (`"timm/vit_small_patch14_dinov2.lvd142m"`), or an embedded one that needs no download;
+        a network; or a fitted estimator that trained one, such as
+        :class:`ContrastivePretrainer`.
+    weights : str, path or None, default="default"
+        `"default"` for the best published weights, another published name, a path to a state
+        dict, or None for random ones. See :func:`sktransfer.models.get_model`.
+    layer : int, str or list of these, default="auto"
+        Where to cut. `"auto"`: what the network's own head sees. A block by its number (from 0;
+        from -1 at the end), its name in `block_names_`, or the prefix that several blocks share
+        (`"layer3"` cuts behind the last of them). `"output"`: the whole network, head included;
+        it works for networks that can't be traced, too. Of a list, the pooled outputs are
+        concatenated; the images run through the network once.
+    pooling : {"avg", "max", "token", "flatten"}, default="avg"
+        How the activations of an image become one row. Where the network itself has pooled
+        before the cut, as for most with `layer="auto"`, there is nothing left to pool.
+
+        ============  ==========================  ==============================================
+        pooling       feature map (c, h, w)       token sequence (t, c)
+        ============  ==========================  ==============================================
+        `"avg"`       mean over positions: c      mean over patch tokens, class and register
+                                                  tokens left out: c
+        `"max"`       maximum over positions: c   maximum over patch tokens: c
+        `"token"`     not defined: an error       the class token: c
+        `"flatten"`   all values: c · h · w       all values of all tokens: t · c
+        ============  ==========================  ==============================================
+    image_shape : tuple of (height, width) or (height, width, channels), default=None
+        Shape of an image if `X` has flat rows, as scikit-learn's data sets do. One entry may be
+        -1, as in `numpy.reshape`. None if `X` holds images.
+    image_size : int or tuple of (height, width), default=None
+        Size in pixels at which images enter the network; None for the size of its weights.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep the result of every image on disk. The key is the content of the image and
+        all that shapes its result, so any later call with this image finds it: in another order,
+        fold, candidate or process, or tomorrow.
+    device : str or torch.device, default="auto"
+        `"auto"` takes a CUDA device if there is one, else the CPU.
+    precision : {"float32", "bfloat16", "float16"}, default="float32"
+        What the network computes in. Rows are float32 in any case.
+    runtime : {"auto", "torch", "openvino"}, default="auto"
+        What computes. `"auto"`: on a CPU OpenVINO, if it is installed (extra `openvino`), unless
+        the network is so small that its images take longer; else torch. Their float32 rows agree
+        within 0.001 of the largest value and share the memory's entries. A network that OpenVINO
+        can't take runs on torch, with a warning that says why.
+    batch_size : int or "auto", default="auto"
+        Images in flight at once and, on a GPU, in one batch; `"auto"`: 32, or as many as a GPU's
+        memory takes, up to 256. Torch on a CPU takes 4 of them at a time, about its fastest
+        (`benchmarks/batch_size.py`), and fewer of large ones; OpenVINO one on each core. A batch
+        that does not fit into the memory is halved, with a warning.
+    n_jobs : int or None, default=None
+        Threads that read and decode images and, with OpenVINO, run the network. None or -1: one a
+        core, or what joblib leaves to a worker process.
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    block_names_ : list of str
+        Names of the blocks, in order. Empty if it has none, or if it can't be traced.
+    n_features_in_ : int
+        Number of columns of `X`, if it has any.
+    feature_names_in_ : ndarray of str
+        Name of the column, if `X` is a data frame.
+
+    Raises
+    ------
+    ValueError, TypeError
+        In `transform`, for an image that can't be read: the message names row, file and reason.
+        Images computed until then stay in the memory.
+
+    See Also
+    --------
+    sktransfer.models.list_models : Names that `backbone` takes.
+    sktransfer.load_image_folder : Paths and labels of a folder of class folders.
+
+    Notes
+    -----
+    A row does not depend on the other images of its batch: batches have one size, and the last is
+    padded. Equal images in one call run through the network once if there is a memory.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_sample_images
+    >>> from sktransfer import PretrainedFeatureExtractor
+    >>> images = load_sample_images().images                     # two arrays (427, 640, 3)
+    >>> PretrainedFeatureExtractor().transform(images).shape
+    (2, 1280)
+    >>> extractor = PretrainedFeatureExtractor(layer=["blocks.3", "conv_head"], pooling="max")
+    >>> extractor.transform(images).shape
+    (2, 1360)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **ImageEstimator._parameter_constraints,
+        "layer": [Integral, str, list, tuple],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "efficientnet_lite0",
+        *,
+        weights: Any = "default",
+        layer: Any = "auto",
+        pooling: str = "avg",
+        image_shape: Any = None,
+        image_size: Any = None,
+        memory: Any = None,
+        device: Any = "auto",
+        precision: str = "float32",
+        runtime: str = "auto",
+        batch_size: int | str = "auto",
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.layer = layer
+        self.pooling = pooling
+        self.image_shape = image_shape
+        self.image_size = image_size
+        self.memory = memory
+        self.device = device
+        self.precision = precision
+        self.runtime = runtime
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Check the parameters and the form of `X`; nothing is learnt.
+
+        Parameters
+        ----------
+        X : sequence of images
+            Paths, encoded bytes, PIL images, arrays (height, width[, channels]); or one array
+            (n, height, width[, channels]); or a tensor (n, channels, height, width); or, with
+            `image_shape`, flat rows (n, n_features). See :mod:`sktransfer.io`.
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        self._check_images(X, reset=True)
+        self.block_names_ = self._embedding().runner.block_names
+        return self
+
+    @takes_dask(lambda self: np.empty((0, self._n_features_out), np.float32))
+    def transform(self, X: Any) -> np.ndarray:
+        """Compute the embeddings of images.
+
+        Parameters
+        ----------
+        X : sequence of images, or dask collection
+            As in `fit`; or a dask array, bag, Series or data frame of one column with such images.
+
+        Returns
+        -------
+        ndarray of shape (n, n_features_out), float32
+            Of a dask collection, a dask array: one chunk a partition, computed when it is needed.
+        """
+        self._validate_params()
+        images = self._check_images(X, reset=False)
+        return self._embedding()(images)
+
+    def _embedding(self) -> Embedding:
+        runner, preprocessing = self._load()
+        layers = self.layer if isinstance(self.layer, (list, tuple)) else [self.layer]
+        if not layers:
+            raise ValueError("layer=[] names no block; pass at least one, or 'auto'.")
+        return Embedding(
+            runner,
+            [runner.position(layer) for layer in layers],
+            self.pooling,
+            preprocessing,
+            memory=check_memory(self.memory),
+            batch_size=self.batch_size,
+            n_jobs=self.n_jobs,
+            verbose=self.verbose,
+        )
+
+    @property
+    def _n_features_out(self) -> int:
+        return self._embedding().columns[-1].stop
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.transformer_tags.preserves_dtype = []
+        return tags

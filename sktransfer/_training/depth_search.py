@@ -1,0 +1,226 @@
+"""`unfreeze="auto"`: how many blocks to train, by a short search inside the training images."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, clone
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.model_selection import HalvingGridSearchCV, KFold, StratifiedKFold
+
+from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer.io import ImageSequence
+
+_FOLDS = 3
+_FACTOR = 3  # of candidates dropped, and of epochs gained, from one round to the next
+_LARGEST_SHARE = 2 / 3  # of the network's operations, in the trained blocks of a candidate
+
+
+class _Depth(BaseEstimator):
+    """A fine-tuned estimator of some depth, fitted on rows of images that it knows.
+
+    scikit-learn's search hands rows around, so the images are neither copied nor read again.
+
+    Parameters
+    ----------
+    model : FineTunedClassifier or FineTunedRegressor
+    images : ImageSequence
+    weights : ndarray of shape (n,) or None
+    unfreeze, max_epochs : int
+        What is searched over, and the resource of successive halving.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        images: ImageSequence,
+        weights: np.ndarray | None,
+        unfreeze: int = 0,
+        max_epochs: int = 1,
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.weights = weights
+        self.unfreeze = unfreeze
+        self.max_epochs = max_epochs
+
+    def __sklearn_clone__(self) -> _Depth:
+        return _Depth(clone(self.model), self.images, self.weights, self.unfreeze, self.max_epochs)
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> _Depth:
+        self.fitted_ = clone(self.model)
+        self.fitted_.set_params(unfreeze=self.unfreeze, max_epochs=self.max_epochs)
+        self.fitted_.fit(self.images[X], y, sample_weight=self._weights(X))
+        return self
+
+    def score(self, X: np.ndarray, y: np.ndarray) -> float:
+        return self.fitted_.score(self.images[X], y, sample_weight=self._weights(X))
+
+    def _weights(self, rows: np.ndarray) -> np.ndarray | None:
+        return None if self.weights is None else self.weights[rows]
+
+
+def search_depth(
+    model: Any,
+    images: ImageSequence,
+    targets: np.ndarray,
+    weights: np.ndarray | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Choose how many blocks `model` is to train, on its training images.
+
+    Candidates are 0 and the powers of two, as long as the trained blocks hold at most two thirds of
+    the network's operations: deeper ones share little frozen work, and cost as much as the whole
+    network. Successive halving gives all of them a third of `max_epochs`, and the best third of
+    them three times that; up to three candidates get all at once. Its resource is epochs, not
+    images: how deep to train depends on the number of images above all, so a choice made on a part
+    of them would be one for that part.
+
+    Of the last round, and depth 0 if its head is solved for, as that takes no epochs, the
+    shallowest depth is chosen whose score is within one standard error of the best.
+
+    Parameters
+    ----------
+    model : FineTunedClassifier or FineTunedRegressor
+        As the user set it; it is not changed.
+    images : ImageSequence
+    targets : ndarray of shape (n,) or (n, n_outputs)
+        Encoded.
+    weights : ndarray of shape (n,) or None
+        Of the images, those of the classes included; they weigh the score as well.
+    seed : int
+
+    Returns
+    -------
+    dict
+        See `depth_search_` of the estimators.
+
+    References
+    ----------
+    Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter
+    optimization" (2016), for successive halving. Breiman, Friedman, Olshen and Stone,
+    "Classification and regression trees" (1984), for the rule of one standard error.
+    """
+    depths, shares = _candidates(model)
+    n_folds = _n_folds(model._kind, targets)
+    if n_folds == 0:
+        warnings.warn(
+            f"unfreeze='auto' can't compare depths on {len(targets)} images"
+            f"{_rare_class(model, targets)}: the head alone is trained. Pass more images, or a "
+            "number of blocks.",
+            UserWarning,
+            stacklevel=6,
+        )
+        nothing = {"unfreeze": 0, "best": 0, "threshold": np.nan, "cv_results_": {}}
+        return {**nothing, "depths": depths, "shares": shares}
+    # Few candidates are compared at once: a second round would have one of them only.
+    has_rounds = len(depths) > _FACTOR <= model.max_epochs
+    with tempfile.TemporaryDirectory() as folder:
+        candidate = clone(model).set_params(
+            memory=folder if model.memory is None else model.memory,
+            random_state=seed,
+            verbose=0,
+            callbacks=None,  # those of the user are about the one fit that they asked for
+            warm_start=False,
+            image_shape=None,  # flat rows are images by now
+        )
+        if hasattr(candidate, "class_weight"):
+            candidate.set_params(class_weight=None)  # it is in the weights
+        search = HalvingGridSearchCV(
+            _Depth(candidate, images, weights),
+            {"unfreeze": depths[::-1].tolist()},  # of equal scores, the search keeps the last
+            resource="max_epochs",
+            max_resources=model.max_epochs,
+            min_resources="exhaust" if has_rounds else model.max_epochs,
+            factor=_FACTOR,
+            cv=_splitter(model._kind, n_folds, seed),
+            refit=False,
+            error_score="raise",
+            return_train_score=False,
+        )
+        try:
+            search.fit(np.arange(len(images)), targets)
+        except KeyboardInterrupt:
+            kept = "lies in the memory" if model.memory is not None else "is lost without a memory"
+            raise KeyboardInterrupt(
+                "fit was interrupted while it searched for the depth: nothing is fitted yet, and "
+                f"what the frozen blocks computed {kept}."
+            ) from None
+    results = {name: _plain(values) for name, values in search.cv_results_.items()}
+    takes_epochs = not (isinstance(model.head, str) and model.head_epochs == "auto")
+    found = _choose(results, takes_epochs)
+    return {**found, "depths": depths, "shares": shares, "cv_results_": results}
+
+
+def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the depths to compare, and the shares of the network's operations behind them."""
+    if model.weights is None:
+        raise ValueError(
+            "unfreeze='auto' searches for how much of the pretrained weights to keep, and "
+            "weights=None has none: pass unfreeze='all'."
+        )
+    if model.max_epochs == 0:
+        raise ValueError(
+            "unfreeze='auto' compares what training makes of each depth, and max_epochs=0 trains "
+            "nothing: pass more epochs, or unfreeze=0."
+        )
+    runner, preprocessing = model._load()
+    n_blocks = len(runner.block_names)
+    if n_blocks == 0:
+        reason = "" if runner.can_be_cut else ", as it can't be traced"
+        raise ValueError(
+            f"unfreeze='auto' searches over numbers of blocks, and {runner.name!r} has none"
+            f"{reason}: pass unfreeze=0 or 'all'."
+        )
+    flops = np.array(FrozenBlocks(runner, preprocessing, model.pooling).flops())
+    depths = np.array([0, *(2**i for i in range(n_blocks.bit_length()))])
+    shares = np.array([flops[n_blocks - depth :].sum() for depth in depths]) / flops.sum()
+    shares[0] = 0.0
+    kept = shares <= _LARGEST_SHARE
+    kept[:2] = True
+    return depths[kept], shares[kept]
+
+
+def _n_folds(kind: str, targets: np.ndarray) -> int:
+    """Return the number of folds, 0 if there are too few images for two."""
+    n = np.unique(targets, return_counts=True)[1].min() if kind == "class" else len(targets) // 2
+    return min(_FOLDS, int(n)) if n >= 2 else 0
+
+
+def _rare_class(model: Any, targets: np.ndarray) -> str:
+    if model._kind != "class":
+        return ""
+    numbers, counts = np.unique(targets, return_counts=True)
+    name = model.classes_[numbers[counts.argmin()]]
+    return f", of a class of which there is one only, {str(name)!r}"
+
+
+def _splitter(kind: str, n_folds: int, seed: int) -> StratifiedKFold | KFold:
+    splitter = StratifiedKFold if kind == "class" else KFold
+    return splitter(n_folds, shuffle=True, random_state=seed)
+
+
+def _plain(values: Any) -> Any:
+    """Turn masked arrays of objects, as scikit-learn keeps parameters, into arrays."""
+    return np.array(values.tolist()) if isinstance(values, np.ma.MaskedArray) else values
+
+
+def _choose(results: dict[str, Any], takes_epochs: bool) -> dict[str, Any]:
+    """Return the depth to take, the best one, and the score from which on depths are as good."""
+    is_last = results["iter"] == results["iter"].max()
+    if not takes_epochs:
+        is_last |= results["param_unfreeze"] == 0
+    depths, means = results["param_unfreeze"][is_last], results["mean_test_score"][is_last]
+    names = sorted(name for name in results if name.startswith("split"))
+    scores = np.stack([results[name][is_last] for name in names])  # (n_folds, n_compared)
+    # One standard error for all that are compared: of three folds it is a rough one.
+    error = np.sqrt(scores.var(axis=0, ddof=1).mean() / len(scores))
+    threshold = means.max() - error
+    return {
+        "unfreeze": int(depths[means >= threshold].min()),
+        "best": int(depths[means >= means.max()].min()),
+        "threshold": float(threshold),
+    }

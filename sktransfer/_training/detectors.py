@@ -1,0 +1,339 @@
+"""Detectors: torchvision's with a new predictor, or a new one on the blocks of a backbone."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models import detection, get_model_builder, get_model_weights, list_models
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._engine.runner import layout_of
+from sktransfer.models._hub import downloading
+from sktransfer.models._modules import copy_of
+from sktransfer.models._weights import load_state, read_state_dict, weights_path
+from sktransfer.transforms import Preprocessing
+
+NEW = ("fcos", "retinanet", "faster_rcnn")  # what is built on a backbone
+_FAMILIES = (FasterRCNN, RetinaNet, FCOS, SSD)
+_SEED = 0  # of the random weights that weights=None asks for, as in `models`
+_N_COCO = 91  # categories of a detector of torchvision that is not told their number
+_PRIOR = 0.01  # of an object at any one place: focal losses start from it
+_MIN_STRIDE = 6  # of a map on which objects are looked for
+_LEVELS = 3  # maps of the backbone that are taken
+_GROUPS = 32  # of the group norms in torchvision's FCOS
+_N_CONVS = 2  # of the towers of a new FCOS
+
+
+# ------------------------------------------------------------------------------ published ones
+
+
+def list_detectors() -> list[str]:
+    """Return the names of torchvision's detectors of boxes."""
+    names = list_models(module=detection)
+    return [name for name in names if not name.startswith(("maskrcnn", "keypointrcnn"))]
+
+
+def load_detector(name: str, weights: Any) -> nn.Module:
+    """Return a detector of torchvision with its weights: default, a published name, a file, None.
+
+    Raises
+    ------
+    ValueError
+        If the name, or that of the weights, is not known, or a file does not fit.
+    """
+    if name not in list_detectors():
+        raise ValueError(
+            f"detector={name!r} is not known. Pass one of {', '.join(NEW)}, for a new one on "
+            f"`backbone`, or one of torchvision's: {', '.join(list_detectors())}."
+        )
+    builder, path = get_model_builder(name), weights_path(weights)
+
+    def create(**options: Any) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            return builder(weights_backbone=None, **options)
+
+    if path is not None:
+        return _from_file(create, name, path)
+    if weights is None:
+        return create()
+    published = get_model_weights(name)
+    if isinstance(weights, str) and weights == "default":
+        weights = published.DEFAULT
+    if isinstance(weights, str) and weights not in published.__members__:
+        raise ValueError(
+            f"weights={weights!r} are not published for {name!r}; there are "
+            f"{', '.join(published.__members__)}, 'default', a path to a state dict, or None."
+        )
+    chosen = published[weights] if isinstance(weights, str) else weights
+    remedy = f"detector={NEW[0]!r} is built on a backbone, and the default one needs no download."
+    with downloading(name, chosen.url, remedy):
+        # The builder reads the downloaded file as a pickle: look first that it holds tensors alone.
+        chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return create(weights=chosen)
+
+
+def _from_file(create: Callable[..., nn.Module], name: str, path: Any) -> nn.Module:
+    """Load a state dict, of whatever number of categories."""
+    state, network = read_state_dict(path), create()
+    own = network.state_dict()
+    # Published files were saved from batch-norms that do not count their batches.
+    counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
+    state = {**counters, **state}
+    other = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if other and own[other[0]].ndim and len(state[other[0]]):
+        n_classes = _N_COCO * len(state[other[0]]) // len(own[other[0]])
+        network = create(num_classes=max(2, n_classes))
+    return load_state(create, network, state, name, path)
+
+
+def check_family(detector: nn.Module) -> nn.Module:
+    """Raise TypeError if a module is no detector whose predictor could be cut off."""
+    if not isinstance(detector, _FAMILIES):
+        raise TypeError(
+            "detector must be a name or one of torchvision's FasterRCNN, RetinaNet, FCOS and SSD, "
+            f"got {type(detector).__name__}. Pass a classification network as `backbone`."
+        )
+    return detector
+
+
+def first_label(detector: nn.Module) -> int:
+    """Return the number that the detector gives to the first category: some have a background."""
+    return int(isinstance(detector, (FasterRCNN, SSD)))
+
+
+def replace_predictor(detector: Any, n_classes: int) -> Sequence[nn.Module]:
+    """Cut the predictor off, put one for other categories in its place, and return what is new."""
+    if isinstance(detector, FasterRCNN):
+        width = detector.roi_heads.box_predictor.cls_score.in_features
+        detector.roi_heads.box_predictor = FastRCNNPredictor(width, n_classes + 1)
+        return [detector.roi_heads.box_predictor]
+    head: Any = detector.head.classification_head
+    if isinstance(detector, SSD):
+        new = [_resized(part, head.num_columns, n_classes + 1) for part in head.module_list]
+        for i, (part, layer) in enumerate(zip(head.module_list, new, strict=True)):
+            if isinstance(part, nn.Conv2d):
+                head.module_list[i] = layer
+            else:
+                part[-1] = layer
+        head.num_columns = n_classes + 1
+        return new
+    head.cls_logits = _resized(head.cls_logits, head.num_classes, n_classes)
+    nn.init.constant_(head.cls_logits.bias, -math.log((1 - _PRIOR) / _PRIOR))
+    head.num_classes = n_classes
+    return [head.cls_logits]
+
+
+def _resized(part: nn.Module, n_old: int, n_new: int) -> nn.Conv2d:
+    """Return a new convolution like the last one of `part`, for other categories."""
+    old: Any = part if isinstance(part, nn.Conv2d) else part[-1]  # type: ignore[index]
+    n_outputs = old.out_channels // n_old * n_new
+    size = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+    new = nn.Conv2d(old.in_channels, n_outputs, **size)
+    nn.init.normal_(new.weight, std=0.01)
+    assert new.bias is not None
+    nn.init.zeros_(new.bias)
+    return new
+
+
+def detector_blocks(detector: nn.Module) -> dict[str, nn.Module]:
+    """Return the units of a detector's backbone that hold weights, in order."""
+    backbone: Any = detector.backbone
+    inner = next((name for name in ("body", "features") if hasattr(backbone, name)), "")
+    children = (getattr(backbone, inner) if inner else backbone).named_children()
+    found = {f"{inner}.{name}".strip("."): part for name, part in children}
+    return {name: part for name, part in found.items() if any(True for _ in part.parameters())}
+
+
+def detector_preprocessing(detector: nn.Module, image_size: Any) -> Preprocessing:
+    """Return what a detector wants images to be: a square, the image in its middle."""
+    own: Any = detector.transform
+    side = tuple(own.fixed_size[::-1]) if own.fixed_size else (own.min_size[-1],) * 2
+    size = side if image_size is None else image_size
+    return boxed(
+        Preprocessing(mean=tuple(own.image_mean), std=tuple(own.image_std)).with_size(size)
+    )
+
+
+def boxed(preprocessing: Preprocessing) -> Preprocessing:
+    """Return preprocessing that shows whole images, at their own proportions."""
+    settings = {name: getattr(preprocessing, name) for name in ("interpolation", "mean", "std")}
+    return Preprocessing(preprocessing.size, preprocessing.size, "border", **settings)
+
+
+# ------------------------------------------------------------------------------ new ones
+
+
+def map_positions(frozen: FrozenBlocks) -> list[int]:
+    """Return the cuts whose maps are taken: the last of each size, the smallest three sizes.
+
+    Raises
+    ------
+    ValueError
+        If no block has a map that is small enough.
+    """
+    last: dict[int, int] = {}
+    for position in range(1, frozen.embedding):
+        if (stride := _stride(frozen, position)) >= _MIN_STRIDE:
+            last[stride] = position
+    if not last:
+        raise ValueError(
+            f"Backbone {frozen.runner.name!r} has no block whose result is a map of at most an "
+            "eighth of the image's sides, on which objects could be looked for."
+        )
+    return sorted(last.values())[-_LEVELS:]
+
+
+def _stride(frozen: FrozenBlocks, position: int) -> int:
+    rows, _ = _grid(frozen, position)
+    return round(frozen.size[0] / rows) if rows else 0
+
+
+def _grid(frozen: FrozenBlocks, position: int) -> tuple[int, int]:
+    """Return rows and columns of a map; zeros of what is none."""
+    shape = frozen.runner.shape(position, frozen.size)
+    layout = layout_of(shape, frozen.size)
+    if layout == "map":
+        return shape[1], shape[2]
+    if layout == "map_last":
+        return shape[0], shape[1]
+    if layout == "tokens":
+        n = shape[0] - frozen.runner.n_prefix(position)
+        rows = round(math.sqrt(n * frozen.size[0] / frozen.size[1]))
+        return (rows, n // rows) if rows and n % rows == 0 else (0, 0)
+    return 0, 0
+
+
+def _as_map(x: torch.Tensor, frozen: FrozenBlocks, position: int) -> torch.Tensor:
+    """Turn what the network has at a position into (n, c, h, w)."""
+    layout = layout_of(x.shape[1:], frozen.size)
+    if layout == "tokens":
+        x = x[:, frozen.runner.n_prefix(position) :].transpose(1, 2)  # (n, c, t)
+        return x.unflatten(2, _grid(frozen, position))
+    return x.permute(0, 3, 1, 2) if layout == "map_last" else x
+
+
+class Given(nn.Module):
+    """Stands for a backbone whose maps are there already."""
+
+    given: list[torch.Tensor]
+
+    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        """Return the maps, whatever the images."""
+        return OrderedDict((str(i), x) for i, x in enumerate(self.given))
+
+
+class Pyramid(nn.Module):
+    """The trained blocks of a backbone, and a feature pyramid on maps of it.
+
+    Parameters
+    ----------
+    frozen : FrozenBlocks
+        Of the shared network; its blocks behind the cut are copied.
+    cut : int
+    taken : list of int
+        Positions of the maps.
+    width : int
+        Channels of the pyramid.
+    extra_blocks : nn.Module
+        Makes smaller maps of the last one.
+
+    Attributes
+    ----------
+    positions : list of int
+        Where `given` comes from.
+    given : list of tensors
+        To be set before a call: what the frozen blocks have at the positions, float32.
+    """
+
+    given: list[torch.Tensor]
+
+    def __init__(
+        self, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, extra_blocks: Any
+    ) -> None:
+        super().__init__()
+        self.cut, self.taken, self.out_channels = cut, taken, width
+        self.positions = sorted({cut, *(p for p in taken if p < cut)})
+        self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
+        segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, taken[-1])]
+        self.blocks = copy_of(nn.ModuleList(segments))
+        channels = []
+        for position in taken:
+            blank = torch.empty(1, *frozen.runner.shape(position, frozen.size), device="meta")
+            channels.append(_as_map(blank, frozen, position).shape[1])
+        self.pyramid = FeaturePyramidNetwork(channels, width, extra_blocks)
+
+    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        """Return the levels of the pyramid, whatever the images."""
+        known = dict(zip(self.positions, self.given, strict=True))
+        x = known.get(self.cut)
+        for position, block in enumerate(self.blocks, self.cut + 1):
+            x = known[position] = block(x)
+        frozen = self.__dict__["frozen"]
+        maps = OrderedDict((str(p), _as_map(known[p], frozen, p)) for p in self.taken)
+        return self.pyramid(maps)
+
+
+def new_detector(
+    kind: str, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, n_classes: int
+) -> nn.Module:
+    """Build a detector on maps of a backbone.
+
+    Parameters
+    ----------
+    kind : {"fcos", "retinanet", "faster_rcnn"}
+    frozen, cut, taken, width
+        See `Pyramid`.
+    n_classes : int
+        Without the background.
+    """
+    if width % _GROUPS:
+        raise ValueError(f"width={width}: it must be a multiple of {_GROUPS}, for its norms.")
+    strides = [_stride(frozen, position) for position in taken]
+    if kind == "faster_rcnn":
+        pyramid = Pyramid(frozen, cut, taken, width, LastLevelMaxPool())
+        sizes = tuple((4 * stride,) for stride in [*strides, 2 * strides[-1]])
+        return FasterRCNN(
+            pyramid,
+            rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+            box_roi_pool=MultiScaleRoIAlign([str(p) for p in taken], 7, 2),
+            box_head=TwoMLPHead(49 * width, 4 * width),
+            box_predictor=FastRCNNPredictor(4 * width, n_classes + 1),
+        )
+    pyramid = Pyramid(frozen, cut, taken, width, LastLevelP6P7(width, width))
+    strides += [2 * strides[-1], 4 * strides[-1]]
+    if kind == "fcos":
+        anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
+        head: nn.Module = FCOSHead(width, 1, n_classes, _N_CONVS)
+        return FCOS(pyramid, n_classes, anchor_generator=anchors, head=head)
+    octave = tuple(tuple(round(4 * s * 2 ** (i / 3)) for i in range(3)) for s in strides)
+    anchors = AnchorGenerator(octave, ((0.5, 1.0, 2.0),) * len(strides))
+    head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], n_classes)
+    return RetinaNet(pyramid, n_classes, anchor_generator=anchors, head=head)
+
+
+class AsGiven(nn.Module):
+    """Stands for a detector's resizing: images come at its size, boxes are mapped elsewhere."""
+
+    def forward(self, images: Sequence[torch.Tensor], targets: Any = None) -> tuple[ImageList, Any]:
+        """Put images of one size into a batch."""
+        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+        return ImageList(torch.stack(list(images)), sizes), targets
+
+    def postprocess(self, found: Any, *sizes: Any) -> Any:
+        """Return the boxes as they are."""
+        return found

@@ -1,0 +1,137 @@
+"""A fine-tuned network as an ONNX file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sktransfer._engine.runner import network_lock
+from sktransfer._optional import load_optional
+from sktransfer._torch_state import float32_by_default
+from sktransfer._training.trainer import Trainer
+from sktransfer._training.whole import WholeNetwork, whole_of_trainer
+from sktransfer.transforms import Preprocessing
+
+_LARGE = 2**31 - 2**27  # bytes of weights; protobuf, in which the file is written, ends at 2 GiB
+OUTPUTS = {"class": "probabilities", "label": "probabilities", "value": "values"}
+
+
+class _Exported(nn.Module):
+    """From uint8 images of the network's size to what the estimator predicts."""
+
+    def __init__(self, preprocessing: Preprocessing, whole: WholeNetwork, last: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["preprocessing"] = preprocessing  # not a module
+        self.whole, self.last = whole, last
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.whole(self.__dict__["preprocessing"].normalize(images)))
+
+
+class Affine(nn.Module):
+    """Brings standardised values back to their unit."""
+
+    scale: torch.Tensor
+    mean: torch.Tensor
+
+    def __init__(self, scale: np.ndarray, mean: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.from_numpy(scale).float())
+        self.register_buffer("mean", torch.from_numpy(mean).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.mean
+
+
+def export_onnx(
+    trainer: Trainer, path: str | os.PathLike, last: nn.Module, labels: list[Any] | None
+) -> Path:
+    """Write the network to a file; see `to_onnx` of the estimators.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    path : path
+    last : nn.Module
+        What follows the head.
+    labels : list or None
+        Of the columns of the output.
+
+    Returns
+    -------
+    Path
+    """
+    for module in ("onnx", "onnxscript"):
+        load_optional(module, "to_onnx", "'sktransfer[onnx]'")
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}.")
+    preprocessing = trainer.frozen.preprocessing
+    network = _Exported(preprocessing, whole_of_trainer(trainer).cpu(), last).eval()
+    program = _program(network, preprocessing.size, OUTPUTS[trainer.settings.kind])
+    for name, value in _metadata(trainer, labels).items():
+        program.model.metadata_props[name] = _text(value)
+    n_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
+    program.save(target, external_data=n_bytes > _LARGE)
+    return target
+
+
+def _program(network: nn.Module, size: tuple[int, int], output: str) -> Any:
+    blank = torch.zeros(2, 3, *size, dtype=torch.uint8)
+    logger = logging.getLogger("torch.onnx")  # it counts operators that nobody asked for
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            network_lock,
+            float32_by_default(),
+            torch.inference_mode(False),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of what the exporter itself will change one day
+            return torch.onnx.export(
+                network,
+                (blank,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=[output],
+                dynamic_shapes=({0: torch.export.Dim("n")},),
+                verbose=False,
+            )
+    except Exception as error:
+        raise ValueError(
+            f"{type(error).__name__}: torch can't write this network as ONNX: {error}"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _metadata(trainer: Trainer, labels: list[Any] | None) -> dict[str, Any]:
+    """Return what the file says of itself, above all how images must be made ready."""
+    preprocessing = trainer.frozen.preprocessing
+    return {
+        "producer": f"sktransfer {version('sktransfer')}",
+        "backbone": trainer.frozen.runner.name,
+        "input": "RGB, uint8, resized and cropped as 'preprocessing' says; the graph does the rest",
+        "preprocessing": {
+            "resize": list(preprocessing.resize),
+            "mode": preprocessing.mode,
+            "interpolation": preprocessing.interpolation,
+            "antialias": True,
+            "center_crop": list(preprocessing.size),
+        },
+        "labels": labels,
+    }

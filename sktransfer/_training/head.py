@@ -1,0 +1,129 @@
+"""Heads: what turns an embedding into outputs, and the linear one solved outright."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from torch import nn
+
+from sktransfer.models._modules import copy_of
+
+# Inverse regularisation of the logistic head, on embeddings of mean variance 1: alone, and as the
+# start of training, where one that is sure of itself costs log-loss; tables in docs/results.md.
+_C = 0.03
+_C_START = 0.003
+_ALPHA = 10  # and of ridge regression
+
+
+def make_head(head: Any, width: int, n_outputs: int, dropout: float) -> nn.Module:
+    """Build what `head` stands for; a linear layer starts at zero, so at equal chances."""
+    if isinstance(head, nn.Module):
+        return _check_outputs(copy_of(head).float(), width, n_outputs)
+    sizes: list[Any] = [] if isinstance(head, str) else list(head)
+    if not all(isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes):
+        raise ValueError(f"head={head!r}: sizes of hidden layers must be positive ints.")
+    layers: list[nn.Module] = [nn.Dropout(dropout)]
+    for size in sizes:
+        layers += [nn.Linear(width, int(size)), nn.ReLU(), nn.Dropout(dropout)]
+        width = int(size)
+    output = nn.Linear(width, n_outputs)
+    nn.init.zeros_(output.weight)
+    nn.init.zeros_(output.bias)
+    return nn.Sequential(*layers, output)
+
+
+def _check_outputs(head: nn.Module, width: int, n_outputs: int) -> nn.Module:
+    was_training = head.training
+    try:
+        with torch.no_grad():
+            output = head.eval()(torch.zeros(2, width))  # also shapes lazy layers
+    except Exception as error:
+        raise ValueError(
+            f"head can't take embeddings of {width} features: {error}. Its first layer must take "
+            f"{width}, as nn.Linear({width}, ...) or nn.LazyLinear(...) do."
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.shape != (2, n_outputs):
+        came = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ValueError(
+            f"head must return a row of {n_outputs} outputs for each of 2 embeddings, so shape "
+            f"(2, {n_outputs}); it returned {came}."
+        )
+    return head.train(was_training)
+
+
+def solve_head(
+    head: nn.Sequential,
+    embeddings: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray | None,
+    kind: str,
+    *,
+    is_start: bool = False,
+) -> None:
+    """Set the linear layer of `head` to the optimum on frozen embeddings.
+
+    Logistic regression, or ridge regression, on embeddings of mean 0 and mean variance 1; this
+    scaling is folded into the layer.
+
+    Parameters
+    ----------
+    head : nn.Sequential
+        From ``make_head("linear", ...)``.
+    embeddings : ndarray of shape (n, width), float32
+    targets : ndarray
+        Class numbers (n,) of kind "class"; zeros and ones (n, k) of kind "label"; values (n, k)
+        of kind "value".
+    weights : ndarray of shape (n,) or None
+    kind : {"class", "label", "value"}
+    is_start : bool, default=False
+        Whether blocks are trained from here on: a logistic regression is then regularised more.
+    """
+    C = _C_START if is_start else _C
+    weights = np.ones(len(embeddings)) if weights is None else weights
+    mean = np.average(embeddings, axis=0, weights=weights)
+    # One scale for all features: with one for each, those that hardly vary would get weights so
+    # large that their gradients spoil the blocks as soon as these are trained.
+    scale = np.sqrt(np.average((embeddings - mean) ** 2, axis=0, weights=weights).mean()) or 1.0
+    X = ((embeddings - mean) / scale).astype(np.float32)
+    layer = head[-1]
+    assert isinstance(layer, nn.Linear)
+    n_outputs = layer.out_features
+    if kind == "value":
+        model = Ridge(alpha=_ALPHA).fit(X, targets, weights)
+        coef, intercept = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+    elif kind == "label":
+        parts = [_logistic(X, column, weights, [0, 1], C) for column in targets.T]
+        coef = np.stack([coef[1] - coef[0] for coef, _ in parts])
+        intercept = np.stack([intercept[1] - intercept[0] for _, intercept in parts])
+    else:
+        coef, intercept = _logistic(X, targets, weights, range(n_outputs), C)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(coef / scale))
+        layer.bias.copy_(torch.from_numpy(intercept - (coef / scale) @ mean))
+
+
+def _logistic(
+    X: np.ndarray, y: np.ndarray, weights: np.ndarray, classes: Sequence[int], C: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a row of coefficients and an intercept for each class; one never seen is unlikely."""
+    coef = np.zeros((len(classes), X.shape[1]))
+    intercept = np.full(len(classes), -10.0)
+    seen = np.unique(y)
+    if len(seen) == 1:
+        intercept[int(seen[0])] = 0.0
+        return coef, intercept
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # training goes on from here
+        model = LogisticRegression(C=C, max_iter=1000).fit(X, y, weights)
+    rows, offsets = model.coef_, model.intercept_
+    if len(seen) == 2:  # scikit-learn gives one row, the difference of two
+        rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
+    coef[seen.astype(int)], intercept[seen.astype(int)] = rows, offsets
+    return coef, intercept

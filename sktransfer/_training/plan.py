@@ -1,0 +1,217 @@
+"""What of the frozen blocks to keep, and what to recompute: a plan for one fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sktransfer._engine.frozen import FrozenBlocks
+
+# Orders of magnitude are enough: blocks and activations differ by factors.
+_FLOPS = {"cpu": 5e10, "cuda": 5e12}  # a second
+_DISK = 1e9  # bytes a second
+_RAM = 1e10
+_DECODING = 3e-3  # seconds an image
+_LARGEST = 3  # uint8 images: the size of a result that is kept for other fits
+_IN_RAM = 2**29  # bytes that a fit holds in memory; beyond, they lie in a temporary file
+_DISK_SHARE = 0.1  # of what is free that the cut and the embedding may fill
+_STEPS_SHARE = 0.02  # and steps on the way, which other fits may want
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit keeps.
+
+    Attributes
+    ----------
+    cut : int
+        Where the trained part of the network begins.
+    start : int
+        Where an epoch begins: at activations kept for the whole fit, or, if 0, at the images.
+    keep : tuple of int
+        The positions that the memory keeps.
+    text : str
+        All this in one line.
+    """
+
+    cut: int
+    start: int
+    keep: tuple[int, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def without_start(self) -> Plan:
+        """Return the plan for a disk that proved full: epochs start from the images."""
+        text = "every epoch starts from the images, as the disk is full"
+        return Plan(self.cut, 0, self.keep, f"{text} ({self.text})")
+
+
+def make_plan(
+    frozen: FrozenBlocks,
+    cut: int,
+    n_images: int,
+    n_views: int,
+    n_epochs: int,
+    with_embeddings: bool,
+    memory_folder: str | None,
+    temporary_folder: str,
+) -> Plan:
+    """Weigh bytes against blocks.
+
+    Parameters
+    ----------
+    frozen : FrozenBlocks
+    cut : int
+        In front of the first trained block.
+    n_images, n_views, n_epochs : int
+    with_embeddings : bool
+        Whether all views run through the network anyway.
+    memory_folder : str or None
+        The folder of the memory; None without one.
+    temporary_folder : str
+        Where activations go that are too many for the RAM.
+    """
+    n_rows = n_images * n_views
+    rate = _FLOPS.get(frozen.runner.device.type, 5e11)
+    compute = [flops / rate for flops in frozen.flops()]  # seconds an image
+    keep: list[int] = []
+    dropped: list[int] = []
+    if memory_folder:
+        free = _free(memory_folder)
+        keep, dropped = _split(
+            [p for p in sorted({cut, frozen.embedding}) if _is_worth_keeping(frozen, compute, p)],
+            lambda p: frozen.n_bytes(p) * n_rows,
+            free * _DISK_SHARE,
+        )
+        steps, _ = _split(
+            _steps(frozen, compute), lambda p: frozen.n_bytes(p) * n_rows, free * _STEPS_SHARE
+        )
+        keep = sorted({*keep, *steps} - set(dropped))
+    start = _cheapest_start(
+        frozen,
+        compute,
+        cut,
+        n_images,
+        n_views,
+        n_epochs,
+        with_embeddings or cut in keep,
+        temporary_folder,
+    )
+    text = _describe(frozen, cut, start, keep, dropped, n_images, n_views)
+    return Plan(cut, start, tuple(keep), text)
+
+
+def _is_worth_keeping(frozen: FrozenBlocks, compute: list[float], position: int) -> bool:
+    """Tell whether a result is written and read faster than computed from the image."""
+    if position == 0:
+        return False
+    seconds = _DECODING + sum(compute[:position])
+    return position == frozen.embedding or 2 * frozen.n_bytes(position) / _DISK < seconds
+
+
+def _steps(frozen: FrozenBlocks, compute: list[float]) -> list[int]:
+    """Return the positions from which fits that cut elsewhere can start: all that are small."""
+    return [
+        position
+        for position in range(1, frozen.embedding)
+        if frozen.n_bytes(position) <= _LARGEST * frozen.n_bytes(0)
+        and _is_worth_keeping(frozen, compute, position)
+    ]
+
+
+def _split(
+    positions: list[int], n_bytes: Callable[[int], int], budget: float
+) -> tuple[list[int], list[int]]:
+    """Return the last positions that fit into a budget, and the others."""
+    for first in range(len(positions) + 1):
+        if sum(map(n_bytes, positions[first:])) <= budget:
+            return positions[first:], positions[:first]
+    raise AssertionError("nothing takes no room")
+
+
+def _cheapest_start(
+    frozen: FrozenBlocks,
+    compute: list[float],
+    cut: int,
+    n_images: int,
+    n_views: int,
+    n_epochs: int,
+    is_computed: bool,
+    folder: str,
+) -> int:
+    """Return where epochs begin: one that trains from `cut` reads there, or runs up to there.
+
+    `is_computed` says that the activations at the cut are computed, or kept, in any case.
+    """
+
+    def n_bytes(start: int) -> int:
+        return frozen.n_bytes(start) * n_images * (n_views if start else 1)
+
+    def seconds(start: int) -> float:
+        rate = _RAM if in_ram(n_bytes(start)) else _DISK
+        each = frozen.n_bytes(start) / rate + sum(compute[start:cut])
+        if start == 0 and not in_ram(n_bytes(0)):
+            each += _DECODING
+        once = 0.0 if is_computed else _DECODING + n_views * sum(compute[:start])
+        return once + n_epochs * each
+
+    if cut == frozen.embedding:
+        return cut
+    room = max(_IN_RAM, _free(folder) / 2)
+    starts = [start for start in range(cut + 1) if start == 0 or n_bytes(start) <= room]
+    return min(reversed(starts), key=seconds)
+
+
+def _free(folder: str) -> int:
+    """Return the free bytes of the disk on which a folder lies, or will lie."""
+    folder = os.path.abspath(folder)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
+def _describe(
+    frozen: FrozenBlocks,
+    cut: int,
+    start: int,
+    keep: list[int],
+    dropped: list[int],
+    n_images: int,
+    n_views: int,
+) -> str:
+    names = ["the images", *frozen.runner.block_names, "the embedding"]
+    n_rows = n_images * n_views
+    if start == cut and cut:
+        rows = f"{n_images} images" + (f" × {n_views} views" if n_views > 1 else "")
+        size = frozen.n_bytes(cut) * n_rows
+        parts = [f"every epoch starts from {names[cut]}, {_amount(size)} for {rows}"]
+    elif cut:
+        parts = [f"every epoch starts from {names[start]} and recomputes up to {names[cut]}"]
+    else:
+        parts = ["every epoch starts from the images: nothing is frozen"]
+    if keep:
+        size = sum(map(frozen.n_bytes, keep)) * n_rows
+        cuts = f"{len(keep)} cuts from {names[keep[0]]} on" if len(keep) > 1 else "the embedding"
+        parts.append(f"the memory keeps {cuts}, {_amount(size)}")
+    if dropped:
+        lost = " and ".join(names[p] for p in dropped)
+        amount = _amount(sum(map(frozen.n_bytes, dropped)) * n_rows)
+        parts.append(f"{lost} would take {amount}, over a tenth of the free disk: recomputed")
+    return "; ".join(parts)
+
+
+def _amount(n_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            break
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} {unit}"
+
+
+def in_ram(n_bytes: int) -> bool:
+    """Tell whether a fit holds so much in memory."""
+    return n_bytes <= _IN_RAM

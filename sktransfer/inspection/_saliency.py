@@ -1,0 +1,289 @@
+"""Where in an image a network sees what it predicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
+
+from sktransfer._engine.pooling import layout_of
+from sktransfer._engine.runner import Runner, network_lock
+from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
+from sktransfer._optional import load_optional
+from sktransfer._torch_state import ready_to_train
+from sktransfer._training.whole import WholeNetwork, whole_of_runner, whole_of_trainer
+from sktransfer.inspection._plotting import grid_axes, n_rows_and_cols, put_image, pyplot, text_of
+from sktransfer.io import ImageSequence
+from sktransfer.transforms import Preprocessing
+
+__all__ = ["SaliencyDisplay"]
+
+_STEP = 8  # images at once: the activations of all blocks are held for them
+
+
+class SaliencyDisplay:
+    """Heat maps of what speaks for a class in an image, by Grad-CAM.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, height, width, 3), uint8
+        As they enter the network.
+    saliency : ndarray of shape (n, height, width), float in [0, 1]
+        Each image has its own scale.
+    titles : sequence of n str
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        Around the images.
+    axes_ : ndarray of matplotlib Axes
+        One for each image.
+    figure_ : matplotlib Figure
+
+    Notes
+    -----
+    The map is the sum of the channels of an activation, each weighted by the mean gradient of the
+    output for the class, where it is positive; scaled up from the few positions that the
+    activation has. It shows where, not why, and a network may be right for a wrong reason.
+
+    References
+    ----------
+    Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, "Grad-CAM: visual explanations from deep
+    networks via gradient-based localization" (2017). Computed by the package `grad-cam`.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_sample_images
+    >>> from sktransfer import PretrainedClassifier
+    >>> from sktransfer.inspection import SaliencyDisplay
+    >>> images = load_sample_images().images                     # two arrays (427, 640, 3)
+    >>> display = SaliencyDisplay.from_estimator(PretrainedClassifier(), images)
+    >>> display.saliency.shape
+    (2, 224, 224)
+    """
+
+    def __init__(self, images: np.ndarray, saliency: np.ndarray, titles: Sequence[str]) -> None:
+        self.images, self.saliency, self.titles = images, saliency, titles
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: Any,
+        *,
+        targets: Any = None,
+        layer: int | str | None = None,
+        ax: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Compute and plot heat maps.
+
+        Parameters
+        ----------
+        estimator : FineTunedClassifier, FineTunedRegressor or PretrainedClassifier
+            Fitted, if it has to be; of a network that has blocks.
+        X : sequence of n images
+            A few.
+        targets : array-like of shape (n,), default=None
+            The class whose traces are looked for in each image; None for the predicted one. For a
+            regressor, the number of an output; None for the first.
+        layer : int or str, default=None
+            Block whose output is looked at, as `layer` of
+            :class:`sktransfer.PretrainedFeatureExtractor`. None for the last feature map; of token
+            sequences the one before the last, as behind the last block only the class token may
+            count.
+        ax : matplotlib Axes, default=None
+        **kwargs
+            For `plot`.
+
+        Returns
+        -------
+        SaliencyDisplay
+
+        Raises
+        ------
+        ValueError
+            If a target is no class, or if the block's output has no positions.
+        ImportError
+            If matplotlib or grad-cam is not installed.
+        """
+        pyplot(f"{cls.__name__}.from_estimator")
+        load_optional(
+            "pytorch_grad_cam", f"{cls.__name__}.from_estimator", "'sktransfer[inspection]'"
+        )
+        source = _source(estimator)
+        images = estimator._check_images(X, reset=False)
+        columns = _columns(estimator, targets, len(images))
+        position = _position(source.runner, layer, source.preprocessing.size)
+        fitted = _fitted(images, source.preprocessing)  # (n, 3, h, w) uint8
+        saliency, outputs, columns = _grad_cam(source, position, fitted, columns)
+        titles = _titles(estimator, outputs, columns, X)
+        shown = fitted.permute(0, 2, 3, 1).numpy()
+        return cls(shown, saliency, titles).plot(ax=ax, **kwargs)
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        n_cols: int | None = None,
+        cmap: str = "inferno",
+        alpha: float = 0.55,
+    ) -> Self:
+        """Draw the images with the maps upon them.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            A subplot that makes room for them; None for a new figure.
+        n_cols : int, default=None
+            Images in a row.
+        cmap : str, default="inferno"
+            Colours from cold to hot.
+        alpha : float in [0, 1], default=0.55
+            Share of the map in what is seen.
+
+        Returns
+        -------
+        self
+        """
+        shape = n_rows_and_cols(len(self.images), n_cols)
+        self.ax_, grid = grid_axes(ax, *shape, f"{type(self).__name__}.plot", n_lines=1)
+        self.figure_ = self.ax_.figure
+        self.axes_ = grid.ravel()[: len(self.images)]
+        for axes, image, heat, title in zip(
+            self.axes_, self.images, self.saliency, self.titles, strict=True
+        ):
+            put_image(axes, image, [title])
+            axes.imshow(heat, cmap=cmap, alpha=alpha, vmin=0, vmax=1)
+        return self
+
+
+# ------------------------------------------------------------------------------ networks
+
+
+class _Source(NamedTuple):
+    whole: WholeNetwork
+    runner: Runner
+    preprocessing: Preprocessing
+
+
+def _source(estimator: Any) -> _Source:
+    """Return the network on which an estimator decides, in blocks."""
+    if isinstance(estimator, PretrainedClassifier):
+        embedding = estimator._embedding()
+        runner, preprocessing = embedding.runner, embedding.preprocessing
+        return _Source(whole_of_runner(runner, preprocessing.size), runner, preprocessing)
+    if not hasattr(estimator, "to_feature_extractor"):
+        raise TypeError(
+            "A saliency map needs gradients from the prediction to the image, so a "
+            "FineTunedClassifier, FineTunedRegressor or PretrainedClassifier; got "
+            f"{type(estimator).__name__}."
+        )
+    check_is_fitted(estimator)
+    trainer = estimator._trained
+    runner, preprocessing = trainer.frozen.runner, trainer.frozen.preprocessing
+    return _Source(whole_of_trainer(trainer), runner, preprocessing)
+
+
+def _position(runner: Runner, layer: int | str | None, image_size: tuple[int, int]) -> int:
+    """Return the cut whose activation is looked at."""
+    layouts = {
+        position: layout_of(runner.shape(position, image_size), image_size)
+        for position in range(1, runner.embedding)
+    }
+    if layer is not None:
+        position = runner.trace.blocks(layer).stop
+        if layouts[position] in ("vector", "other"):
+            raise ValueError(
+                f"layer={layer!r} has an output of shape {runner.shape(position, image_size)}, "
+                "without positions in the image. Choose an earlier block."
+            )
+        return position
+    if not runner.can_be_cut:
+        runner.trace  # noqa: B018 raises an error that says why
+    spatial = [p for p, layout in layouts.items() if layout not in ("vector", "other")]
+    if not spatial:
+        raise ValueError(f"No block of {runner.name!r} has an output with positions in the image.")
+    is_tokens = layouts[spatial[-1]] == "tokens"
+    return spatial[-2] if is_tokens and len(spatial) > 1 else spatial[-1]
+
+
+def _as_map(
+    x: torch.Tensor, layout: str, n_prefix: int, image_size: tuple[int, int]
+) -> torch.Tensor:
+    """Bring an activation, or its gradient, to (n, c, h, w)."""
+    if layout == "map_last":
+        return x.permute(0, 3, 1, 2)
+    if layout != "tokens":
+        return x
+    patches = x[:, n_prefix:].transpose(1, 2)  # (n, c, t)
+    height = max(1, round(math.sqrt(patches.shape[2] * image_size[0] / image_size[1])))
+    return patches.unflatten(2, (height, -1))  # (n, c, h, w)
+
+
+def _grad_cam(
+    source: _Source, position: int, fitted: torch.Tensor, columns: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return maps (n, h, w), outputs (n, n_outputs) and the columns looked at (n,)."""
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    runner, size = source.runner, source.preprocessing.size
+    layout = layout_of(runner.shape(position, size), size)
+    as_map: Callable[[torch.Tensor], torch.Tensor] = partial(
+        _as_map, layout=layout, n_prefix=runner.n_prefix(position), image_size=size
+    )
+    target_layer = source.whole.blocks[position - 1]
+    maps, outputs, chosen = [], [], []
+    with network_lock, ready_to_train(), GradCAM(source.whole, [target_layer], as_map) as cam:
+        for start in range(0, len(fitted), _STEP):
+            x = source.preprocessing.normalize(fitted[start : start + _STEP].to(runner.device))
+            own = None if columns is None else columns[start : start + _STEP]
+            targets = None if own is None else [ClassifierOutputTarget(int(c)) for c in own]
+            maps.append(cam(x.requires_grad_(), targets))  # as the weights want no gradients
+            output = cam.outputs.detach().cpu().numpy()
+            outputs.append(output)
+            chosen.append(output.argmax(1) if own is None else own)
+    return np.concatenate(maps), np.concatenate(outputs), np.concatenate(chosen)
+
+
+def _fitted(images: ImageSequence, preprocessing: Preprocessing) -> torch.Tensor:
+    return torch.stack([images.load(i, None, preprocessing.fit_size) for i in range(len(images))])
+
+
+# ------------------------------------------------------------------------------ labels
+
+
+def _columns(estimator: Any, targets: Any, n: int) -> np.ndarray | None:
+    """Return the outputs to look at (n,), None for the largest."""
+    if targets is None:
+        return None if hasattr(estimator, "classes_") else np.zeros(n, int)
+    targets = np.asarray(targets)
+    if targets.ndim != 1:
+        raise ValueError(f"targets must be one class an image, got shape {targets.shape}.")
+    check_consistent_length(targets, range(n))
+    if hasattr(estimator, "classes_"):
+        classes = estimator.classes_.tolist()
+    else:
+        classes = list(range(estimator._trained.settings.n_outputs))
+    if unknown := sorted({text_of(t) for t in targets.tolist() if t not in classes}):
+        raise ValueError(f"targets holds {', '.join(unknown)}, which the estimator does not know.")
+    return np.array([classes.index(target) for target in targets.tolist()])
+
+
+def _titles(estimator: Any, outputs: np.ndarray, columns: np.ndarray, X: Any) -> list[str]:
+    if not hasattr(estimator, "classes_"):
+        values = np.asarray(estimator.predict(X), float).reshape(len(columns), -1)
+        return [f"{values[i, column]:.3g}" for i, column in enumerate(columns)]
+    logits = torch.from_numpy(outputs)
+    is_multilabel = getattr(estimator, "_kind", "class") == "label"
+    proba = (logits.sigmoid() if is_multilabel else logits.softmax(1)).numpy()
+    return [
+        f"{text_of(estimator.classes_[column])} ({proba[i, column]:.2f})"
+        for i, column in enumerate(columns)
+    ]

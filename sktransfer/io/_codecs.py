@@ -1,0 +1,358 @@
+"""Encoded images become pixels, and what is wrong with them becomes words."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+import logging
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg  # tells what libjpeg warns of: Pillow hides it, torchvision prints it
+import torch
+import torchvision  # noqa: F401  (registers torch.ops.image)
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from sktransfer._config import get_config
+from sktransfer.io._bit_depth import (
+    grey_pixels,
+    has_deep_colour,
+    refuse_misread,
+    refuse_unreadable,
+    too_dark,
+    unread_tiff,
+)
+
+# Pillow logs errors of TIFF files, which Python would print where no handler is set.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+_STRIP = 2**20  # pixels that are converted at once
+_JUNK = 1024  # bytes in front of a JPEG that are looked at
+_DAMAGE = ("Corrupt JPEG data", "Inconsistent progression")  # how libjpeg's warnings begin
+_HARMLESS = "bad ICC marker"
+_END_OF_JPEG = b"\xff\xd9"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FOUND = "_sktransfer_found"  # the attribute of a user's image with what is in `_Found`
+
+
+class Decoded(NamedTuple):
+    """Upright pixels, and what is to be said of them."""
+
+    pixels: np.ndarray  # uint8 RGB (height, width, 3), or 32-bit grey (height, width)
+    damage: str = ""  # what is wrong with the file, though it could be decoded
+    doubt: str = ""  # why its brightness may be wrong
+
+
+class _Found(NamedTuple):
+    """What is seen only when an image is loaded."""
+
+    frame: int
+    is_deep: bool  # colours of 16 bits, which became 8
+    damage: str = ""
+    error: str = ""
+
+
+def decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
+    """Decode an encoded image; `reserve` is called with the number of its pixels before."""
+    with closing(_open(data)) as image:
+        _check_size(image)
+        reserve(image.width * image.height)
+        damage = ""
+        if image.format in ("JPEG", "MPO"):
+            pixels, damage = _jpeg_pixels(image, data)
+        else:
+            pixels = _webp_pixels(image, data)
+        if pixels is not None:
+            return Decoded(_upright(pixels, image), damage)
+        is_deep = has_deep_colour(image)  # seen before it is loaded only
+        damage = _load(image, data) or damage
+        return _decoded(image, is_deep)._replace(damage=damage)
+
+
+def decode_pillow(image: Image.Image) -> Decoded:
+    """Return the pixels of an image of Pillow, which is loaded as a file is if it is not yet."""
+    if not isinstance(image, ImageFile.ImageFile):
+        image.load()
+        return _decoded(image)
+    if image.tile:
+        _load_of_user(image)
+    image.load()
+    found = getattr(image, _FOUND, None)
+    if found is None or found.frame != image.tell():  # the user loaded it
+        return _decoded(image)
+    if found.error:
+        raise OSError(found.error)
+    return _decoded(image, found.is_deep)._replace(damage=found.damage)
+
+
+def _load_of_user(image: ImageFile.ImageFile) -> None:
+    """Load an image, and keep with it what is seen only then: it may be asked for once more."""
+    found = _Found(image.tell(), has_deep_colour(image))
+    try:
+        found = found._replace(damage=_load(image, _bytes_of_png(image)))
+    except Exception as error:
+        if not image.tile:  # libtiff's errors leave it as if it were loaded
+            setattr(image, _FOUND, found._replace(error=str(error)))
+        raise
+    setattr(image, _FOUND, found)
+
+
+def _bytes_of_png(image: ImageFile.ImageFile) -> bytes:
+    """Return the file of a PNG that is not loaded yet; nothing of others, or of later frames."""
+    file = image.fp
+    if image.format != "PNG" or image.tell() or file is None:
+        return b""
+    position = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(position)
+    return data if data.startswith(_PNG) else b""
+
+
+def _decoded(image: Image.Image, is_deep: bool = False) -> Decoded:
+    pixels, doubt = grey_pixels(image) if image.mode[0] in "IF" else (_rgb(image), "")
+    if is_deep and (largest := int(pixels.max(initial=0))):
+        doubt = too_dark(largest << 8 | 255)  # the lower byte is lost: of black nobody can tell
+    return Decoded(_upright(pixels, image), doubt=doubt)
+
+
+def why_unknown(data: bytes) -> str:
+    """Return why Pillow can't identify an image, and a remedy."""
+    if kind := unread_tiff(data):
+        return (
+            f"it is {kind}, which Pillow cannot read; read it with tifffile and pass the array, "
+            "scaled to [0, 1]"
+        )
+    if data[:3] == b"\xff\xd8\xff":
+        return (
+            "it starts as a JPEG, but Pillow cannot read its header, which is damaged or of a rare "
+            "kind (such as 12 bits a sample); replace it, or drop the row"
+        )
+    junk = data[: _JUNK + 3].find(b"\xff\xd8\xff")
+    if junk > 0:
+        return (
+            f"{junk} bytes stand in front of a JPEG ({data[: min(junk, 12)]!r}); cut them off "
+            f"(data[{junk}:]), or drop the row"
+        )
+    return f"Pillow knows no image that starts with {data[:12]!r}; replace it, or drop the row"
+
+
+def _open(data: bytes) -> Image.Image:
+    refuse_unreadable(data)
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        if get_config()["max_pixels"] == "pillow":
+            raise
+    for name in Image.ID:  # `Image.open` without its limit, which is that of the whole process
+        plugin, accepts = Image.OPEN[name]
+        if accepts is None or accepts(data[:16]) is True:
+            try:
+                return plugin(io.BytesIO(data), "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue
+    raise UnidentifiedImageError("no plugin opens it")
+
+
+def _check_size(image: Image.Image) -> None:
+    limit, pixels = get_config()["max_pixels"], image.width * image.height
+    if limit != "pillow" and pixels > limit:
+        raise Image.DecompressionBombError(
+            f"{image.width} × {image.height} = {pixels} pixels, but max_pixels is {limit}"
+        )
+
+
+# ------------------------------------------------------------------------------ pixels
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Convert strip by strip: Pillow's copies take 4 bytes a pixel each."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    # Pillow's limit, as cutting out a strip is checked by it.
+    rows = max(1, min(_STRIP, Image.MAX_IMAGE_PIXELS or _STRIP) // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image.crop((0, top, image.width, bottom))
+        # Dropped with alpha anyway; convert would warn of a palette's transparency.
+        strip.info.pop("transparency", None)
+        pixels[top:bottom] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+    return pixels
+
+
+def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Turn pixels as the EXIF data of their image say."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation not in range(2, 9):
+        return pixels
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if pixels.ndim == 2:
+        return np.ascontiguousarray(pixels)
+    turned = np.empty(pixels.shape, pixels.dtype)
+    for channel in range(3):  # five times as fast as all at once
+        turned[..., channel] = pixels[..., channel]
+    return turned
+
+
+def _webp_pixels(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """Decode a WebP file at once, where Pillow keeps five copies; None if it is for Pillow."""
+    if image.format != "WEBP" or getattr(image, "is_animated", False):
+        return None
+    encoded = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+    try:
+        return torch.ops.image.decode_webp(encoded, 3).permute(1, 2, 0).numpy()  # 3: RGB
+    except (AttributeError, RuntimeError):
+        return None  # torchvision has none, or the data are damaged: Pillow says how
+
+
+# ------------------------------------------------------------------------------ JPEG
+
+
+def _jpeg_pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray | None, str]:
+    """Return the pixels of a JPEG, or None if they are for Pillow, and what libjpeg warns of."""
+    is_rgb = image.mode in ("L", "RGB")
+    # Given a place, it can't be made to write more than the header promised to Pillow.
+    pixels = np.empty((image.height, image.width, 3 if is_rgb else 4), np.uint8)
+    try:
+        found = simplejpeg.decode_jpeg(data, "RGB" if is_rgb else "CMYK", buffer=pixels)
+    except ValueError as error:
+        return _repaired(image, data, pixels, str(error))
+    return (found if is_rgb and found.shape == pixels.shape else None), ""
+
+
+def _repaired(
+    image: Image.Image, data: bytes, pixels: np.ndarray, warning: str
+) -> tuple[np.ndarray | None, str]:
+    """Return what `_jpeg_pixels` does, for a file that libjpeg has a warning for."""
+    is_baseline = pixels.shape[2] == 3 and not image.info.get("progressive")
+    if warning.startswith("Premature end of JPEG file") and is_baseline:
+        try:  # A lost end marker harms nothing if all that stands before it is there.
+            return simplejpeg.decode_jpeg(data + _END_OF_JPEG, "RGB", buffer=pixels), ""
+        except ValueError:
+            return None, ""  # Pillow refuses it, or decodes it for a user who wants it
+    is_damage = warning.startswith(_DAMAGE) and _HARMLESS not in warning
+    return None, warning if is_damage else ""
+
+
+# ------------------------------------------------------------------------------ others
+
+
+def _load(image: Image.Image, data: bytes) -> str:
+    """Load an image with Pillow; return what is wrong with it nevertheless.
+
+    The bytes are needed for PNG alone, which is not looked at without them.
+    """
+    if image.format == "TIFF":
+        refuse_misread(image)
+        with _libtiff_messages() as said:
+            try:
+                image.load()
+            except OSError as error:
+                raise OSError("; ".join([str(error), *said[:1]])) from error
+        return said[0] if said else ""
+    image.load()
+    takes_all = ImageFile.LOAD_TRUNCATED_IMAGES  # the user's own setting
+    if image.format == "PNG" and data and not takes_all:
+        return _damage_of_png(image, data)
+    return ""
+
+
+def _damage_of_png(image: Image.Image, data: bytes) -> str:
+    """Return what Pillow does not look at: checksums of the pixels, and whether all are there."""
+    if not all(is_whole for _, is_whole in _compressed_blocks(data)):
+        return "a checksum of its pixels is wrong"
+    if _rows_are_missing(image, data):
+        return "its compressed data end before its last row"
+    return ""
+
+
+def _compressed_blocks(data: bytes) -> Iterator[tuple[memoryview, bool]]:
+    """Yield the blocks of compressed pixels of a PNG, and whether their checksums are right."""
+    view, start = memoryview(data), 8
+    while start + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 8 + length
+        if kind == b"IDAT":
+            checksum = zlib.crc32(view[start + 4 : end])
+            yield view[start + 8 : end], data[end : end + 4] == struct.pack(">I", checksum)
+        start = end + 4
+
+
+def _rows_are_missing(image: Image.Image, data: bytes) -> bool:
+    """Whether the compressed data of a PNG are shorter than its pixels, which stay black then."""
+    width, height = image.size
+    tail = np.asarray(image.crop((0, max(0, height - 2), width, height)))
+    if tail.reshape(len(tail), -1).any(axis=1).all():  # two rows, as it may be interlaced
+        return False
+    bits, colour, interlaced = data[24], data[25], data[28]
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = [(0, 0, 1, 1)]
+    if interlaced:
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4)]
+        passes += [(1, 0, 2, 2), (0, 1, 1, 2)]
+    expected = 0
+    for left, top, step_x, step_y in passes:
+        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
+        expected += rows * (1 + -(-columns * bits // 8)) if columns > 0 and rows > 0 else 0
+    return _inflated_size(data) < expected
+
+
+def _inflated_size(data: bytes) -> int:
+    """Return how many bytes the compressed data of a PNG make."""
+    inflate, size = zlib.decompressobj(), 0
+    for block, _ in _compressed_blocks(data):
+        rest: Any = block
+        while rest:
+            size += len(inflate.decompress(rest, 2**20))
+            rest = inflate.unconsumed_tail
+    return size
+
+
+_said = threading.local()  # by libtiff, in this thread
+
+
+@contextmanager
+def _libtiff_messages() -> Iterator[list[str]]:
+    """Collect what libtiff says in this thread, and would print."""
+    _set_libtiff_handler()
+    _said.lines = []
+    try:
+        yield _said.lines
+    finally:
+        _said.lines = None
+
+
+@functools.cache
+def _set_libtiff_handler() -> Any:
+    """Set a handler that collects libtiff's messages; other threads' are printed as before."""
+    library = ctypes.CDLL(Image.core.__file__)
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+    try:
+        set_handler, format_text = library.TIFFSetErrorHandler, ctypes.CDLL(None).vsnprintf
+    except (AttributeError, OSError, TypeError):
+        return None  # Pillow has libtiff built in, or none: it prints its errors
+    set_handler.restype, set_handler.argtypes = kind, [kind]
+    format_text.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p]
+
+    def take(module: bytes | None, text: bytes, values: int | None) -> None:
+        lines = getattr(_said, "lines", None)
+        if lines is None:
+            printed(module, text, values)
+            return
+        buffer = ctypes.create_string_buffer(500)
+        format_text(buffer, len(buffer), text, values)
+        lines.append(buffer.value.decode(errors="replace").rstrip("."))
+
+    handler = kind(take)
+    printed = set_handler(handler)
+    return handler  # kept, as libtiff calls it

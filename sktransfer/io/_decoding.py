@@ -1,0 +1,302 @@
+"""One image: what a user gave is read and decoded to uint8 RGB, or refused with a remedy."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from sktransfer._config import get_config
+from sktransfer._threads import renewed_in_forks
+from sktransfer.io._bit_depth import UnusableImage
+from sktransfer.io._codecs import Decoded, decode, decode_pillow, why_unknown
+from sktransfer.io._files import open_regular, room_for
+
+_LONGEST_NAME = 500  # characters in an error
+ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
+CHANNELS = (1, 3)  # that an array may have: grey, or red, green and blue
+_KINDS: dict[str, tuple[type, ...]] = {
+    "a path": (str, os.PathLike),
+    "encoded bytes": (bytes, bytearray, memoryview),
+    "a PIL image": (Image.Image,),
+    "an array": (np.ndarray,),
+    "a tensor": (torch.Tensor,),
+    "a list": (list, tuple),
+}
+# For PIL images of users, which may be in several rows, or in the hands of several threads. They
+# have no hash, by which a dictionary could hold a lock for each.
+_pillow_locks = [renewed_in_forks(threading.Lock()) for _ in range(256)]
+
+
+class DamagedImageWarning(UserWarning):
+    """A file is damaged, and what could be decoded of it is used; see `sktransfer.set_config`."""
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    """An image whose file was read: its bytes, or uint8 RGB pixels (height, width, 3)."""
+
+    content: Any
+    where: str
+    doubt: str = ""  # why its brightness may be wrong
+    damage: str = ""  # what is wrong with the file of a PIL image
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that stand for the content."""
+        if isinstance(self.content, bytes):
+            return xxhash.xxh3_128_digest(self.content)
+        # The prefix keeps pixels apart from files, and 2×8 pixels apart from 4×4.
+        digest = xxhash.xxh3_128(f"uint8 RGB pixels {self.content.shape}".encode())
+        digest.update(np.ascontiguousarray(self.content).data)
+        return digest.digest()
+
+    def decode(self, use: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """Return uint8 RGB of shape (3, height, width), channels last in memory, or what `use`
+        makes of it.
+
+        No other large image is decoded before `use` returns.
+        """
+        with ExitStack() as room:
+            pixels = torch.from_numpy(self._pixels(room)).permute(2, 0, 1)
+            return pixels if use is None else use(pixels)
+
+    def _pixels(self, room: ExitStack) -> np.ndarray:
+        if not isinstance(self.content, bytes):
+            _tell(Decoded(self.content, self.damage, self.doubt), self.where)
+            room.enter_context(room_for(self.content.shape[0] * self.content.shape[1]))
+            return self.content.copy("C")  # it may be the user's own array
+
+        def decode_in_turn(data: bytes) -> Decoded:
+            return decode(data, lambda pixels: room.enter_context(room_for(pixels)))
+
+        decoded = _guarded(decode_in_turn, self.content, self.where)
+        _tell(decoded, self.where)
+        return _from_array(decoded.pixels, self.where)
+
+
+def _tell(decoded: Decoded, where: str) -> None:
+    """Warn of what is wrong with an image, or raise an error where the settings say so."""
+    if decoded.damage:
+        damaged = f"{where}: the image is damaged ({decoded.damage})"
+        if get_config()["damaged"] == "error":
+            raise ValueError(f"{damaged}; replace it, or drop the row.")
+        warnings.warn(
+            f"{damaged}; what could be decoded of it is used. Replace it, or drop the row; "
+            "sktransfer.set_config(damaged='error') refuses such images.",
+            DamagedImageWarning,
+            stacklevel=2,
+        )
+    if decoded.doubt:
+        warnings.warn(f"{where}: {decoded.doubt}.", stacklevel=2)
+
+
+def open_image(item: Any, where: str) -> OpenImage:
+    if isinstance(item, (str, os.PathLike)):
+        return OpenImage(_read(item, where), where)
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        if not item:
+            raise ValueError(f"{where}: the encoded image is empty (0 bytes); drop the row.")
+        return OpenImage(bytes(item), where)
+    damage = doubt = ""
+    if isinstance(item, Image.Image):
+        item, damage, doubt = _guarded(_from_users_pillow, item, where)
+    if isinstance(item, torch.Tensor):
+        item = _channels_last(item, where)
+    if not isinstance(item, np.ndarray):
+        raise TypeError(f"{where} is {kind_of(item)}: pass {ACCEPTED}.")
+    return OpenImage(_from_array(item, where), where, doubt, damage)
+
+
+def file_name(item: Any) -> str:
+    """Return a path as errors quote it: nothing for what is none, the ends of one without end."""
+    if not isinstance(item, (str, os.PathLike)):
+        return ""
+    name = str(os.fspath(item))
+    if len(name) <= _LONGEST_NAME:
+        return repr(name)
+    part = _LONGEST_NAME // 5
+    return f"{name[:part]!r}...{name[-part:]!r}, {len(name):,} characters"
+
+
+def kind_of(item: Any) -> str:
+    for kind, types in _KINDS.items():
+        if isinstance(item, types):
+            return kind
+    nan = isinstance(item, float) and math.isnan(item)
+    if nan or type(item).__name__ in ("NoneType", "NAType", "NaTType"):
+        return f"a missing value ({item})"
+    number = isinstance(item, (Number, np.generic))
+    return "a number" if number else f"of type {type(item).__name__}"
+
+
+def _read(path: str | os.PathLike, where: str) -> bytes:
+    try:
+        with open_regular(path) as file:
+            data = file.read()
+    except FileNotFoundError as error:
+        here = "" if os.path.isabs(path) else f" in {os.getcwd()!r}"
+        raise ValueError(f"{where}: there is no such file{here}; check the path.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)  # without the name once more
+        reason += "; use load_image_folder" if os.path.isdir(path) else ""
+        raise ValueError(f"{where}: the file cannot be read: {reason}.") from error
+    if not data:
+        raise ValueError(f"{where}: the file is empty (0 bytes); replace it or drop the row.")
+    return data
+
+
+def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
+    """Call `decode(source)`; its errors become a `ValueError` that says where and what to do."""
+    is_closed = _lost_its_file(source)  # known before Pillow tries
+    try:
+        return decode(source)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+        if isinstance(error, (NameError, AttributeError)) and not _came_through_pillow(error):
+            raise  # a mistake in this code
+        reason = f"the image cannot be decoded, it may be damaged or cut short ({reason_of(error)})"
+        reason += "; replace it, or drop the row"
+        if is_closed or (isinstance(source, Image.Image) and "closed image" in str(error)):
+            reason = (
+                "the PIL image is closed, its pixels are gone; pass its copy(), made before it "
+            )
+            reason += "is closed, or the path"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = why_unknown(source)
+        elif isinstance(error, UnusableImage):
+            reason = str(error)
+        elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            reason = f"too many pixels ({error}); make it smaller or, if you trust it, raise the "
+            reason += "limit: sktransfer.set_config(max_pixels=...) or PIL.Image.MAX_IMAGE_PIXELS"
+        raise ValueError(f"{where}: {reason}.") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the text of an error, or its name if it has none."""
+    return str(error) or type(error).__name__
+
+
+def _lost_its_file(source: Any) -> bool:
+    """Tell whether this is a PIL image that waits for pixels which it can't get any more."""
+    if not isinstance(source, ImageFile.ImageFile) or not source.tile:
+        return False
+    file = getattr(source, "fp", None)
+    return file is None or getattr(file, "closed", False)
+
+
+def _came_through_pillow(error: Exception) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("PIL.") for frame, _ in frames)
+
+
+def _from_users_pillow(image: Image.Image) -> Decoded:
+    """Decode an image that other threads may hold: Pillow reads its file when it is first used."""
+    lock = _pillow_locks[id(image) // 64 % len(_pillow_locks)]
+    # In this order: who holds the lock never waits for room, so that it is soon free again.
+    with room_for(image.width * image.height), lock:
+        return decode_pillow(image)
+
+
+def as_numpy(X: Any) -> Any:
+    if not isinstance(X, torch.Tensor):
+        return X
+    X = X.detach().cpu()
+    return (X.float() if X.is_floating_point() else X).numpy()  # NumPy has no bfloat16
+
+
+def _channels_last(tensor: torch.Tensor, where: str) -> np.ndarray:
+    """Return a tensor (channels, height, width) as an array (height, width, channels)."""
+    shape = tuple(tensor.shape)
+    if len(shape) != 3:
+        return as_numpy(tensor)
+    if shape[0] in CHANNELS:
+        return np.moveaxis(as_numpy(tensor), 0, -1)
+    remedy = "pass (height, width) or (channels, height, width) with 1 or 3 channels"
+    if shape[2] in CHANNELS:
+        remedy += "; image.permute(2, 0, 1) puts the channels first"
+    elif shape[0] in (2, 4):
+        remedy = without_last(shape[0], f"image[:{shape[0] - 1}]")
+    raise ValueError(f"{where}: got a tensor of shape {shape}; {remedy}.")
+
+
+def without_last(n_channels: int, rest: str) -> str:
+    """Return what to do with 2 or 4 channels; `rest` is the code that leaves the last one out."""
+    kind = "grey" if n_channels == 2 else "red, green and blue"
+    return (
+        f"an image has 1 or 3 channels, and none of {n_channels} is dropped unasked: pass {rest} "
+        f"if the others are {kind}; to show transparency, composite it on a colour with "
+        "PIL.Image.alpha_composite"
+    )
+
+
+def _from_array(array: np.ndarray, where: str) -> np.ndarray:
+    """Return (height, width[, channels]) as uint8 (height, width, 3), itself if it is that."""
+    shape = array.shape
+    if array.ndim == 2:
+        array = array[:, :, None]  # (height, width, 1)
+    if array.ndim != 3 or array.shape[2] not in CHANNELS:
+        remedy = "pass (height, width) or (height, width, channels) with 1 or 3 channels"
+        if array.ndim == 3 and array.shape[0] in CHANNELS:
+            remedy += "; np.moveaxis(image, 0, -1) puts the channels last"
+        elif array.ndim == 3 and array.shape[2] in (2, 4):
+            remedy = without_last(array.shape[2], f"image[..., :{array.shape[2] - 1}]")
+        raise ValueError(f"{where}: got an image of shape {shape}; {remedy}.")
+    if array.size == 0:
+        raise ValueError(f"{where}: the image has no pixels (shape {shape}); drop the row.")
+    array = _to_uint8(array, where)
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
+
+
+def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:
+    check_dtype(array.dtype, where)
+    if array.dtype == np.uint8:
+        return array
+    low, high, top = float(array.min()), float(array.max()), white(array)
+    if not math.isfinite(low + high):
+        raise ValueError(f"{where}: the pixels hold NaN or infinity; mend them or drop the row.")
+    slack = 1e-5 if top == 1 else 0  # rounding errors of whoever scaled the image
+    if low < -slack or high > top + slack:
+        remedy = f"divide by {'255, or by ' if high <= 255 else ''}the largest possible value"
+        if low < 0:
+            remedy = "undo the standardisation, the estimator applies the network's own"
+        rule = "floats must lie in [0, 1]" if top == 1 else "integers must lie in 0..255"
+        raise ValueError(f"{where}: pixels from {low:g} to {high:g}, but {rule}; {remedy}.")
+    return quantise(array)
+
+
+def white(array: np.ndarray) -> int:
+    """Return the value of white."""
+    return 1 if array.dtype.kind in "fb" else 255
+
+
+def quantise(array: np.ndarray) -> np.ndarray:
+    if array.dtype == bool:
+        return array * np.uint8(255)
+    if array.dtype.kind == "f":
+        return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
+    return np.clip(array, 0, 255).astype(np.uint8)
+
+
+def check_dtype(dtype: np.dtype, where: str) -> None:
+    if dtype.kind == "c":
+        raise ValueError(f"{where}: Complex data not supported; pass the real part or magnitude.")
+    if dtype.kind not in "biuf":
+        raise TypeError(f"{where}: pixels of dtype {dtype}; pass uint8, or floats in [0, 1].")
+    if dtype == np.uint16:
+        remedy = "divide by the largest value the camera gives (255, 4095 or 65535)"
+        raise ValueError(f"{where}: the range of uint16 pixels is unknown; {remedy}.")

@@ -1,0 +1,283 @@
+"""Folders of images: the files below them, and the classes that their subfolders are."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from sklearn.utils import Bunch
+
+from sktransfer.io._decoding import reason_of
+from sktransfer.io._files import open_regular
+
+# HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
+_IMAGE_EXTENSIONS = tuple(
+    ".apng .avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm"
+    " .tga .tif .tiff .webp".split()
+)
+# What people call the parts of a data set.
+_SPLITS = (
+    "train training trainval val valid validation dev test testing eval evaluation holdout".split()
+)
+
+
+def load_image_folder(
+    path: str | os.PathLike,
+    *,
+    categories: Sequence[str] | None = None,
+    extensions: Sequence[str] | None = None,
+    on_error: str = "warn",
+) -> Bunch:
+    """List the images of a folder that has one sub-folder for each category.
+
+    The counterpart of `sklearn.datasets.load_files`. Images are listed, not loaded; the order is
+    that of the sorted paths. Hidden files and those with other extensions are passed over. Links to
+    folders and files are followed, but not those that lead back to a folder above them; a folder
+    that several links of a category lead to is listed once.
+
+    Parameters
+    ----------
+    path : path
+        The folder; images may also lie in sub-folders of a category's folder.
+    categories : list of str, default=None
+        The category folders to use; None means all but the hidden ones, with a warning if images
+        lie beside them.
+    extensions : list of str, default=None
+        The file extensions of images, in lower case; None means the usual ones.
+    on_error : {"warn", "raise"}, default="warn"
+        What to do with files whose header Pillow can't read: leave them out, with a warning that
+        names them, or raise a `ValueError`. Damage behind the header shows when a file is decoded.
+
+    Returns
+    -------
+    sklearn.utils.Bunch
+        `data` and `filenames` (the paths, an array of str), `target` (integers into
+        `target_names`), `target_names` (the sorted folder names) and `unreadable` (the paths
+        that were left out).
+
+    Raises
+    ------
+    ValueError
+        If the folder, a category or its images are missing; or if the folders are the parts of a
+        data set, such as ``train`` and ``test``, with the categories one level below.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> from PIL import Image
+    >>> from sktransfer.io import load_image_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ["cracked/1.png", "intact/1.png", "intact/2.png"]:
+    ...         file = pathlib.Path(folder, name)
+    ...         file.parent.mkdir(exist_ok=True)
+    ...         Image.new("L", (8, 8)).save(file)
+    ...     data = load_image_folder(folder)
+    >>> data.target_names, data.target
+    (['cracked', 'intact'], array([0, 1, 1]))
+    """
+    if on_error not in ("warn", "raise"):
+        raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}.")
+    extensions = tuple(extensions or _IMAGE_EXTENSIONS)
+    names = _category_names(Path(path), categories, extensions)
+    files = {name: _images_in(path, name, extensions) for name in names}
+    if categories is None:
+        _refuse_splits(path, files)
+        _report_beside(_images_beside(path, extensions), path)
+    listed = [(file, k) for k, name in enumerate(names) for file in files[name]]
+    reasons = {file: reason for file, _ in listed if (reason := _header_error(file))}
+    if reasons:
+        _report(list(reasons.values()), on_error)
+    kept = [(file, k) for file, k in listed if file not in reasons]
+    target = np.array([k for _, k in kept], dtype=int)
+    empty = [os.path.join(path, names[k]) for k in sorted({*range(len(names))} - {*target})]
+    if empty:
+        raise ValueError(
+            f"No image in {empty}: looked for readable files that end in {', '.join(extensions)}. "
+            "Remove the folder, or set `categories`."
+        )
+    data = np.array([file for file, _ in kept], dtype=object)
+    return Bunch(
+        data=data, filenames=data, target=target, target_names=names, unreadable=list(reasons)
+    )
+
+
+def list_images(path: str | os.PathLike) -> list[str]:
+    """List the image files in a folder and its sub-folders.
+
+    Hidden files and folders, and files with other extensions, are passed over; nothing is opened.
+    Links to folders and files are followed, but not those that lead back to a folder above them; a
+    folder that several links lead to is listed once in each folder of `path`.
+
+    Parameters
+    ----------
+    path : path
+        The folder.
+
+    Returns
+    -------
+    list of str
+        Paths, sorted.
+
+    Raises
+    ------
+    ValueError
+        If there is no such folder, or no image in it.
+
+    Examples
+    --------
+    >>> import pathlib, sklearn.datasets
+    >>> from sktransfer.io import list_images
+    >>> folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
+    >>> [pathlib.Path(file).name for file in list_images(folder)]
+    ['china.jpg', 'flower.jpg']
+    """
+    _check_folder(Path(path), "pass a folder of images.")
+    found = _images_in(path, "", _IMAGE_EXTENSIONS)
+    if not found:
+        raise ValueError(
+            f"No image in {os.fspath(path)!r}: looked for files that end in "
+            f"{', '.join(_IMAGE_EXTENSIONS)}."
+        )
+    return found
+
+
+def _category_names(
+    folder: Path, categories: Sequence[str] | None, extensions: tuple[str, ...]
+) -> list[str]:
+    _check_folder(folder, "pass the folder that holds the categories.")
+    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+    if categories is None:
+        _report_dead_links(str(folder), [f.name for f in folder.iterdir()], extensions)
+    if not names:
+        beside = _images_beside(folder, extensions)
+        found = f"; {_some(beside)} without one: list_images lists such"
+        raise ValueError(
+            f"{str(folder)!r} has no category folders: images are expected as "
+            f"{str(folder / 'category' / 'image.jpg')!r}{found if beside else ''}."
+        )
+    missing = sorted(set(categories or []) - set(names))
+    if missing:
+        raise ValueError(f"{str(folder)!r} has no categories {missing}; it has {names}.")
+    return names if categories is None else [name for name in names if name in categories]
+
+
+def _check_folder(folder: Path, remedy: str) -> None:
+    if not folder.is_dir():
+        reason = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{str(folder)!r} {reason}: {remedy}")
+
+
+def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) -> list[str]:
+    """Return the sorted images of a folder in `path`, and of the folders and links below it."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over what it can't list
+        raise ValueError(f"The folder {error.filename!r} cannot be listed: {error}") from error
+
+    top = os.path.join(path, name)
+    starts = Path(os.path.realpath(path)), Path(os.path.realpath(top))
+    above = {str(folder) for start in starts for folder in (start, *start.parents)}
+    seen: dict[str, set[str]] = {}  # real paths of the folders listed for each folder of `path`
+    found = []
+    for root, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        # Folders before links, by which one may be met again.
+        folders.sort(key=lambda folder: (os.path.islink(os.path.join(root, folder)), folder))
+        kept = []
+        for folder in folders:
+            part = os.path.relpath(os.path.join(root, folder), path).split(os.sep)[0]
+            listed = seen.setdefault(part, {*above})
+            real = os.path.realpath(os.path.join(root, folder))
+            if folder[0] != "." and real not in listed:
+                listed.add(real)
+                kept.append(folder)
+        folders[:] = kept
+        found += [os.path.join(root, file) for file in files if _is_image(file, extensions)]
+        _report_dead_links(root, files, extensions)
+    return sorted(found)
+
+
+def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
+    return name[0] != "." and name.lower().endswith(extensions)
+
+
+def _images_beside(folder: str | os.PathLike, extensions: tuple[str, ...]) -> list[str]:
+    """Return the names of images that lie in the folder itself."""
+    return sorted(
+        f.name for f in Path(folder).iterdir() if _is_image(f.name, extensions) and not f.is_dir()
+    )
+
+
+def _refuse_splits(path: str | os.PathLike, files: dict[str, list[str]]) -> None:
+    """Raise a `ValueError` if the categories are the parts of a data set, and hold its classes."""
+    classes = {
+        name: _first_folders(found, os.path.join(path, name)) for name, found in files.items()
+    }
+    with_images = [name for name, found in files.items() if found]
+    if not all(name.lower() in _SPLITS for name in with_images):
+        return
+    met = Counter(name for folders in classes.values() for name in folders)
+    if max(map(len, classes.values())) < 2 and max(met.values(), default=0) < 2:
+        return  # folders of one class each may be what they are called
+    part = max(with_images, key=lambda name: (name.lower().startswith("train"), len(classes[name])))
+    raise ValueError(
+        f"{os.fspath(path)!r} holds the parts {with_images} of a data set, and its classes, "
+        f"{_some(sorted(met), 'folders')}, lie inside of them. Load one part, as in "
+        f"load_image_folder({os.path.join(path, part)!r}); if the parts are the classes, pass "
+        f"categories={with_images}."
+    )
+
+
+def _first_folders(files: Sequence[str], top: str) -> set[str]:
+    """Return the names of the folders in `top` that some of the files lie in."""
+    parts = (os.path.relpath(file, top).split(os.sep) for file in files)
+    return {first for first, *rest in parts if rest}
+
+
+def _some(names: Sequence[str], what: str = "images") -> str:
+    """Return a number of names, and the first of them."""
+    first = ", ".join([*map(repr, names[:3])] + ["..."] * (len(names) > 3))
+    return f"{len(names)} {what if len(names) > 1 else what[:-1]} ({first})"
+
+
+def _report_beside(names: Sequence[str], path: str | os.PathLike) -> None:
+    if names:
+        warnings.warn(
+            f"{_some(names)} left out, which lie in {os.fspath(path)!r} beside the class folders: "
+            "move each into the folder of its class.",
+            stacklevel=3,
+        )
+
+
+def _report_dead_links(root: str, names: Sequence[str], extensions: tuple[str, ...]) -> None:
+    """Warn of links that lead nowhere; those named as images are reported as unreadable later."""
+    others = [name for name in names if name[0] != "." and not _is_image(name, extensions)]
+    paths = [os.path.join(root, name) for name in sorted(others)]
+    dead = [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
+    if dead:
+        warnings.warn(
+            f"{_some(dead, 'links')} left out: no file or folder is where the link leads.",
+            stacklevel=4,
+        )
+
+
+def _header_error(file: str) -> str:
+    """Return why Pillow can't open a file, or nothing if it can."""
+    try:
+        with open_regular(file) as stream, Image.open(stream):
+            return ""
+    except UnidentifiedImageError:
+        reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+        reason = reason_of(error)
+    return f"{file!r}: {reason}"
+
+
+def _report(reasons: list[str], on_error: str) -> None:
+    if on_error == "raise":
+        raise ValueError(f"{len(reasons)} unreadable images:\n" + "\n".join(reasons))
+    first = "\n".join(reasons[:5] + ["..."] * (len(reasons) > 5))
+    warnings.warn(f"{len(reasons)} unreadable images are left out:\n{first}", stacklevel=3)

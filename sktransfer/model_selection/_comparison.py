@@ -1,0 +1,134 @@
+"""What comparisons share: embeddings with their cost, and an SVM on pixels for "no transfer"."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.model_selection import GridSearchCV, check_cv
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length
+
+from sktransfer._estimators.base import check_y
+from sktransfer._estimators.labels import plain_labels
+from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer.io import ImageSequence
+from sktransfer.transforms import Preprocessing
+
+PIXELS = 32  # side of the thumbnails that stand for "no transfer"
+
+
+def embed(
+    extractor: PretrainedFeatureExtractor, images: ImageSequence
+) -> tuple[np.ndarray, int, float]:
+    """Embed images; return the rows, how many ran through the network, and the seconds.
+
+    What is done once for a network, loading and tracing it, is not counted.
+    """
+    embedding = extractor._embedding()
+    start = time.perf_counter()
+    X = embedding(images)
+    return X, embedding.n_computed, time.perf_counter() - start
+
+
+def thumbnails(images: ImageSequence) -> np.ndarray:
+    """Return the images as grey thumbnails, flat: (n, 32 * 32) in [0, 1]."""
+    preprocessing = Preprocessing((PIXELS, PIXELS), (PIXELS, PIXELS), mode="squash")
+
+    def thumbnail(row: int) -> np.ndarray:
+        small = images.load(row, None, preprocessing.fit_size)  # (3, 32, 32) uint8
+        return small.float().mean(0).flatten().numpy() / 255
+
+    with ThreadPoolExecutor() as threads:
+        return np.stack(list(threads.map(thumbnail, range(len(images)))))
+
+
+def pixel_svm(n_features: int, n_jobs: int | None = None) -> BaseEstimator:
+    """Return an RBF SVM for thumbnails, tuned on what it is fitted on."""
+    pipeline = make_pipeline(StandardScaler(), SVC(cache_size=1000))
+    grid = {"svc__C": [1, 3, 10], "svc__gamma": [0.5 / n_features, 1 / n_features]}
+    return GridSearchCV(pipeline, grid, cv=3, n_jobs=n_jobs)
+
+
+def check_labels(y: Any, images: ImageSequence, purpose: str) -> np.ndarray:
+    """Return one label of any type for each image, of two classes at least."""
+    if y is None:
+        raise ValueError(f"{purpose} requires y to be passed, but the target y is None.")
+    y = check_y(plain_labels(y))
+    check_consistent_length(images, y)
+    check_classification_targets(y)
+    classes = np.unique(y)
+    if len(classes) < 2:
+        raise ValueError(
+            f"{purpose} needs images of at least 2 classes: all {len(y)} are "
+            f"{classes.tolist()[0]!r}."
+        )
+    return y
+
+
+def name_rare_classes(y: np.ndarray, at_least: int) -> str:
+    """Return, in words, the classes of fewer images and their counts; "" if there are none."""
+    classes, counts = np.unique(y, return_counts=True)
+    rare = [
+        f"{label!r} has {count} image{'s' if count > 1 else ''}"
+        for label, count in zip(classes.tolist(), counts.tolist(), strict=True)
+        if count < at_least
+    ]
+    more = [f"{len(rare) - 5} more classes have few"] if len(rare) > 6 else rare[5:]
+    return ", ".join(rare[:5] + more)
+
+
+def stratified_folds(splitter: Any, y: np.ndarray, cv: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the folds of a splitter; of a number `cv` of them, say which classes are too small."""
+    if isinstance(cv, Integral):
+        _check_folds(int(cv), y)
+    with without_words_on_small_classes():
+        return list(check_cv(splitter, y, classifier=True).split(np.zeros(len(y)), y))
+
+
+def _check_folds(cv: int, y: np.ndarray) -> None:
+    """Raise or warn where scikit-learn would, with the classes and the remedy."""
+    rare = name_rare_classes(y, cv)
+    counts = np.unique(y, return_counts=True)[1]
+    possible = counts.min() if counts.min() > 1 or counts.max() >= cv else counts.max()
+    fewer = f"pass cv={possible} (--cv on the command line), or " if possible > 1 else ""
+    remedy = f"{fewer}add images"
+    if counts.max() < cv:
+        raise ValueError(f"No class has images for cv={cv} folds: {rare}. To go on, {remedy}.")
+    if rare:
+        warnings.warn(
+            f"Some of the cv={cv} folds have no image of a class to score on: {rare}. If that "
+            f"matters, {remedy}.",
+            UserWarning,
+            stacklevel=6,
+        )
+
+
+@contextmanager
+def without_words_on_small_classes() -> Iterator[None]:
+    """Hide scikit-learn's warning of classes smaller than the number of folds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        yield
+
+
+def import_pandas(purpose: str) -> Any:
+    """Return pandas, or raise an error that says how to install it."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} returns a pandas data frame: pip install pandas (or 'sktransfer[demo]', "
+            "which brings it)."
+        ) from error
+    return pandas

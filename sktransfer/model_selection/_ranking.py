@@ -1,0 +1,340 @@
+"""Which network to transfer, and whether to transfer at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_random_state
+from torch import nn
+from tqdm.auto import tqdm
+
+from sktransfer._estimators.base import StrOptions, validate_params
+from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer.io import ImageSequence, check_images
+from sktransfer.metrics import h_score, leep_score, log_me_score
+from sktransfer.model_selection._comparison import (
+    check_labels,
+    embed,
+    import_pandas,
+    name_rare_classes,
+    stratified_folds,
+    without_words_on_small_classes,
+)
+from sktransfer.model_selection._transfer_gain import TransferGain, transfer_gain
+from sktransfer.models._registry import Backbone, get_model, imagenet_accuracy
+
+__all__ = ["TransferGain", "rank_backbones", "transfer_gain"]
+
+SCORES = ("knn", "logistic", "logme", "h_score", "leep")
+_NEIGHBORS = 5
+_CS = [0.001, 0.01, 0.1, 1]  # coarse: they differ by a tenfold, and most tasks lie inside
+
+
+@validate_params(
+    {
+        "backbones": [list, tuple],
+        "scoring": [list, tuple, StrOptions(set(SCORES))],
+        "sort_by": [StrOptions(set(SCORES)), None],
+        "metric": [str, callable],
+        "cv": ["cv_object"],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    },
+    prefer_skip_nested_validation=True,
+)
+def rank_backbones(
+    X: Any,
+    y: Any,
+    backbones: Sequence[Any],
+    *,
+    scoring: Sequence[str] | str = ("knn", "logistic", "logme", "h_score"),
+    sort_by: str | None = None,
+    metric: str | Callable[..., float] = "accuracy",
+    cv: Any = 5,
+    random_state: Any = None,
+    image_shape: Any = None,
+    image_size: Any = None,
+    memory: Any = None,
+    device: Any = "auto",
+    precision: str = "float32",
+    runtime: str = "auto",
+    batch_size: int | str = "auto",
+    n_jobs: int | None = None,
+    verbose: int = 0,
+) -> Any:
+    """Rank pretrained networks for a task by scores of their embeddings, without fine-tuning.
+
+    Every image runs through every network once; its embedding is what the network's own head
+    sees, as of ``PretrainedFeatureExtractor(layer="auto")``.
+
+    Parameters
+    ----------
+    X : sequence of images
+        See :class:`sktransfer.PretrainedFeatureExtractor`.
+    y : array-like of shape (n,)
+        Labels of any type.
+    backbones : list of str, (str, weights), torch.nn.Module or Backbone
+        Names of :func:`sktransfer.list_models`; pairs of a name and its weights, as of
+        :func:`sktransfer.get_model`: ``("resnet50", "IMAGENET1K_V1")``, or
+        ``("resnet50", None)`` for random ones, the ranking's zero; or networks.
+    scoring : list of str, default=("knn", "logistic", "logme", "h_score")
+        `"knn"`: the vote of the 5 nearest neighbours by the cosine, cross-validated.
+        `"logistic"`: logistic regression on standardised embeddings, cross-validated, its C the
+        best of 0.001, 0.01, 0.1 and 1 in three folds of the training part.
+        `"logme"`, `"h_score"`: :func:`sktransfer.metrics.log_me_score` and `h_score`.
+        `"leep"`: :func:`sktransfer.metrics.leep_score` of the network's own head; NaN where the
+        network has no classes of its own.
+    sort_by : str, default=None
+        The one of them that the rows are sorted by, best first; None for the first. As `refit`
+        of :class:`sklearn.model_selection.GridSearchCV`, it says what is best where there are
+        several opinions.
+    metric : str or callable, default="accuracy"
+        What `"knn"` and `"logistic"` are scored by: a scorer, or the name of one.
+    cv : int, splitter or iterable, default=5
+        Folds; of a number of them, stratified and shuffled ones. All networks see the same.
+    random_state : int, RandomState instance or None, default=None
+        Seed of the folds.
+    image_shape, image_size, memory, device, precision, runtime, batch_size, n_jobs : \
+            default=None, None, None, "auto", "float32", "auto", "auto", None
+        As of :class:`sktransfer.PretrainedFeatureExtractor`. With a `memory`, what was embedded
+        before, by an earlier call or one that failed, is not embedded again.
+    verbose : int, default=0
+        1 shows progress bars.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a network, the best first:
+
+        =========================  ==========================================================
+        column                     holds
+        =========================  ==========================================================
+        `backbone`, `weights`      as given
+        a column a score           higher is better; `knn_std` and `logistic_std`: standard
+                                   deviation over the folds
+        `seconds_per_1000_images`  of embedding; NaN if all came from the memory
+        `n_parameters`             of the network, its own head included
+        `n_features`               width of an embedding
+        `imagenet_accuracy`        published top-1 accuracy of these weights, from 0 to 1, where
+                                   torchvision brings it; else NaN
+        =========================  ==========================================================
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an image that can't be read, labels that can't be ranked by, or a network that does
+        not exist or can't be cut, naming it.
+    OSError, ImportError
+        For weights that could not be downloaded, or whose package is missing; or without pandas.
+        All networks are loaded once before the first embeds an image.
+
+    See Also
+    --------
+    transfer_gain : Whether to transfer at all.
+
+    Notes
+    -----
+    No score is best on all tasks: take two or three networks from the top by several, and
+    fine-tune those. Cross-validated scores of embeddings do as well as the formulas, or better, in
+    independent comparisons.
+
+    References
+    ----------
+    Kornblith, Shlens and Le, "Do better ImageNet models transfer better?" (2019), for logistic
+    regression on embeddings. Renggli, Pinto, Rimanic, Puigcerver, Riquelme, Zhang and Lucic,
+    "Which model to transfer? Finding the needle in the growing haystack" (2022), for the comparison
+    of scores. See :mod:`sktransfer.metrics` for the others.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_sample_images
+    >>> from sktransfer.model_selection import rank_backbones
+    >>> china, flower = load_sample_images().images                  # two arrays (427, 640, 3)
+    >>> X = [photo[:, left : left + 80] for photo in (china, flower) for left in range(0, 640, 80)]
+    >>> y = ["china"] * 8 + ["flower"] * 8
+    >>> network = "efficientnet_lite0"
+    >>> table = rank_backbones(X, y, [(network, None), network], cv=2, image_size=64)
+    >>> table[["backbone", "weights"]].values.tolist()
+    [['efficientnet_lite0', 'default'], ['efficientnet_lite0', None]]
+    >>> table.columns[2:8].tolist()
+    ['knn', 'knn_std', 'logistic', 'logistic_std', 'logme', 'h_score']
+    """
+    pandas = import_pandas("rank_backbones")
+    scores = (scoring,) if isinstance(scoring, str) else tuple(scoring)
+    sort_by = _check_scores(scores, sort_by)
+    images = check_images(X, image_shape=image_shape)
+    y = check_labels(y, images, "rank_backbones")
+    seed = check_random_state(random_state).randint(2**31 - 1)
+    folds = _Folds(y, _splits(cv, y, seed), metric, seed)
+    if {"knn", "logistic"} & {*scores}:
+        folds.check_training_parts()
+    options = {
+        "image_size": image_size,
+        "memory": memory,
+        "device": device,
+        "precision": precision,
+        "runtime": runtime,
+        "batch_size": batch_size,
+        "n_jobs": n_jobs,
+        "verbose": verbose,
+    }
+    candidates = [_candidate(item, number, options) for number, item in enumerate(backbones)]
+    if not candidates:
+        raise ValueError("backbones is empty: name at least one network.")
+    rows = []
+    with tqdm(total=len(candidates), desc="backbones", disable=not verbose) as progress:
+        for candidate in candidates:
+            progress.set_postfix_str(candidate.name)
+            rows.append(_row(candidate, images, folds, scores))
+            progress.update()
+    rows.sort(key=lambda row: -np.nan_to_num(row[sort_by], nan=-np.inf))
+    table = pandas.DataFrame(rows)
+    table["weights"] = pandas.Series([row["weights"] for row in rows], dtype=object)  # keeps None
+    return table
+
+
+@dataclass
+class _Candidate:
+    """A network to rank."""
+
+    name: str
+    weights: Any  # as the table shows them
+    extractor: PretrainedFeatureExtractor
+    accuracy: float
+
+
+@dataclass
+class _Folds:
+    """What the cross-validated scores share."""
+
+    y: np.ndarray
+    splits: list[tuple[np.ndarray, np.ndarray]]
+    metric: Any
+    seed: int
+
+    def score(self, model: Any, X: np.ndarray) -> np.ndarray:
+        with without_words_on_small_classes():
+            return cross_val_score(
+                model, X, self.y, cv=self.splits, scoring=self.metric, error_score="raise"
+            )
+
+    @property
+    def n_train(self) -> int:
+        """The number of images in the smallest training part."""
+        return min(len(train) for train, _ in self.splits)
+
+    @property
+    def n_of_two_classes(self) -> int:
+        """Of how many images each training part has at least two classes."""
+        parts = [np.unique(self.y[train], return_counts=True)[1] for train, _ in self.splits]
+        return min(int(np.sort(counts)[-2]) if len(counts) > 1 else 0 for counts in parts)
+
+    def check_training_parts(self) -> None:
+        """Refuse what can't be cross-validated, before any image is embedded."""
+        if self.n_of_two_classes < 2:
+            raise ValueError(
+                "The scores 'knn' and 'logistic' train on parts of the images, and each part needs "
+                f"2 images of at least two classes, but {name_rare_classes(self.y, 5)}. Add "
+                "images, or pass another cv (--cv on the command line)."
+            )
+
+
+def _check_scores(scores: Sequence[str], sort_by: str | None) -> str:
+    """Return the score to sort by."""
+    unknown = [score for score in scores if score not in SCORES]
+    if unknown or not scores:
+        raise ValueError(f"scoring={list(scores)!r}: pass one or several of {', '.join(SCORES)}.")
+    if sort_by is not None and sort_by not in scores:
+        raise ValueError(f"sort_by={sort_by!r} is not one of scoring={list(scores)!r}.")
+    return sort_by or scores[0]
+
+
+def _splits(cv: Any, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the folds, the same for every network."""
+    splitter = cv
+    if isinstance(cv, Integral):
+        splitter = StratifiedKFold(int(cv), shuffle=True, random_state=seed)
+    return stratified_folds(splitter, y, cv)
+
+
+def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
+    """Load a network once, so that a wrong one is an error before any image is embedded."""
+    backbone: Any
+    if isinstance(item, (nn.Module, Backbone)):
+        backbone, weights = item, "default"
+    elif isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str):
+        backbone, weights = item
+    elif isinstance(item, str):
+        backbone, weights = item, "default"
+    else:
+        raise TypeError(
+            f"backbones[{number}] is {item!r}: pass a name, a pair (name, weights), a "
+            "torch.nn.Module or a Backbone."
+        )
+    extractor = PretrainedFeatureExtractor(backbone, weights=weights, **options)
+    extractor._validate_params()
+    kinds = (ImportError, OSError, TypeError, ValueError)
+    try:
+        name = get_model(backbone, weights).name
+        extractor._embedding()
+    except kinds as error:
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        which = item if isinstance(item, (str, tuple, list)) else type(item).__name__
+        raise kind(
+            f"backbones[{number}], {which!r}, can't be ranked: {error} What a memory holds of the "
+            "others stays there."
+        ) from error
+    is_name = isinstance(backbone, str)
+    accuracy = imagenet_accuracy(backbone, weights) if is_name else np.nan
+    return _Candidate(name, weights if is_name else "own", extractor, accuracy)
+
+
+def _row(
+    candidate: _Candidate, images: ImageSequence, folds: _Folds, scores: Sequence[str]
+) -> dict[str, Any]:
+    """Embed the images and score them: a row of the table."""
+    extractor = candidate.extractor
+    backbone = get_model(extractor.backbone, extractor.weights)
+    # The head's logits come in the same pass.
+    with_head = "leep" in scores and backbone.categories is not None
+    extractor.set_params(layer=["auto", "output"] if with_head else "auto")
+    X, n_computed, seconds = embed(extractor, images)
+    width = extractor._embedding().columns[0].stop
+    X, logits = X[:, :width], X[:, width:]
+    row: dict[str, Any] = {"backbone": candidate.name, "weights": candidate.weights}
+    for score in scores:
+        row |= _score(score, X, logits, folds)
+    return row | {
+        "seconds_per_1000_images": 1000 * seconds / n_computed if n_computed else np.nan,
+        "n_parameters": sum(p.numel() for p in backbone.network.parameters()),
+        "n_features": X.shape[1],
+        "imagenet_accuracy": candidate.accuracy,
+    }
+
+
+def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:
+    """Return a score and, of a cross-validated one, its standard deviation over the folds."""
+    if name in ("logme", "h_score"):
+        return {name: (log_me_score if name == "logme" else h_score)(X, folds.y)}
+    if name == "leep":
+        known = logits.shape[1] > 0
+        return {name: leep_score(softmax(logits, axis=1), folds.y) if known else np.nan}
+    model: Any = KNeighborsClassifier(min(_NEIGHBORS, folds.n_train), metric="cosine")
+    if name == "logistic":
+        n_inner = min(3, folds.n_of_two_classes)
+        inner = StratifiedKFold(n_inner, shuffle=True, random_state=folds.seed)
+        pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        grid = {"logisticregression__C": _CS}
+        model = GridSearchCV(pipeline, grid, cv=inner, scoring=folds.metric, error_score="raise")
+    values = folds.score(model, X)
+    return {name: float(values.mean()), f"{name}_std": float(values.std())}

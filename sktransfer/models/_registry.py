@@ -1,0 +1,347 @@
+"""Pretrained networks by name: torchvision's, timm's, embedded ones, files and modules.
+
+A :class:`Backbone` is a network with all that belongs to its weights: preprocessing, categories
+and a fingerprint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torchvision
+from torch import nn
+from torch.export import ExportedProgram
+
+from sktransfer._threads import renewed_in_forks
+from sktransfer._torch_state import ready_to_train
+from sktransfer.models._builders import (
+    build_efficientnet_lite,
+    build_timm,
+    build_torchvision,
+    published_enum,
+    published_weights,
+)
+from sktransfer.models._modules import copy_of, portable, set_eval, without_wrapper
+from sktransfer.models._weights import (
+    file_beside,
+    fingerprint,
+    load_state,
+    read_state_dict,
+    sha256_of,
+    weights_path,
+)
+from sktransfer.transforms import Preprocessing
+
+__all__ = ["Backbone", "get_model", "list_models", "register_model"]
+
+_KEPT = 4  # backbones that a process keeps loaded; more would pile up when many are compared
+_SEED = 0  # of the random weights that weights=None asks for: every clone gets the same ones
+_loaded: OrderedDict[Any, Backbone] = OrderedDict()
+# Of `_loaded`, and of torch's seed while a network is built.
+_lock = renewed_in_forks(threading.RLock())
+_builders: dict[str, Callable[[Any], Backbone]] = {}
+
+
+@dataclass(eq=False)
+class Backbone:
+    """A network and all that belongs to its weights.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Takes a float batch (n, 3, height, width) and returns one tensor with a row for each image;
+        a dict, tuple or data class of one tensor counts as this tensor, a list of maps as its last.
+        Used in evaluation mode. What `torch.compile` or `DataParallel` wraps is taken out.
+    preprocessing : Preprocessing, default=that of ImageNet at 224 pixels
+        How an image is brought to the network's input.
+    categories : tuple of str or None, default=None
+        Names of the network's own classes, in the order of its outputs; unique.
+    name : str, default=the class of `network`
+        Used in messages.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Digest of architecture and weights. Equal fingerprints give equal activations for equal
+        preprocessing.
+
+    Examples
+    --------
+    >>> from sktransfer.models import get_model
+    >>> backbone = get_model("efficientnet_lite0")
+    >>> backbone.preprocessing.size, len(backbone.categories)
+    ((224, 224), 1000)
+    """
+
+    network: nn.Module
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    categories: tuple[str, ...] | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, nn.Module):
+            raise TypeError(
+                f"network must be a torch.nn.Module, got {type(self.network).__name__}; a name "
+                "belongs into get_model(name), or into backbone=name."
+            )
+        self.network = without_wrapper(self.network)
+        self.name = self.name or type(self.network).__name__
+        if self.categories is not None:
+            self.categories = unique_labels(self.categories)
+
+    @property
+    def fingerprint(self) -> str:
+        if (known := self.__dict__.get("_fingerprint")) is None:
+            known = self._fingerprint = fingerprint(self.network)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A digest of weights that can change while the copy lives must not travel with it.
+        state = {key: value for key, value in self.__dict__.items() if key != "_fingerprint"}
+        return {**state, "network": portable(self.network)}
+
+
+# ------------------------------------------------------------------------------ public functions
+
+
+def register_model(name: str, builder: Callable[[Any], Backbone]) -> None:
+    """Make a network available by name.
+
+    Parameters
+    ----------
+    name : str
+        The name that `backbone=` then takes. An existing name is replaced.
+    builder : callable
+        `builder(weights) -> Backbone`, with `weights` as the estimator was given it.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from sktransfer.models import Backbone, get_model, register_model
+    >>> def tiny(weights):
+    ...     return Backbone(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()))
+    >>> register_model("tiny", tiny)
+    >>> get_model("tiny").name
+    'tiny'
+    """
+    if not callable(builder):
+        raise TypeError(
+            f"The builder of {name!r} must be a function of `weights` that returns a Backbone, got "
+            f"{type(builder).__name__}."
+        )
+    _builders[name] = builder
+    for key in [key for key in _loaded if key[0] == name]:
+        del _loaded[key]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """List the names that `backbone=` takes.
+
+    Parameters
+    ----------
+    pattern : str, default="*"
+        Shell-style wildcard.
+
+    Returns
+    -------
+    list of str
+        Sorted: registered and embedded names, torchvision's, then timm's with their published
+        weights as `timm/<architecture>.<weights>`.
+
+    Examples
+    --------
+    >>> from sktransfer.models import list_models
+    >>> list_models("efficientnet_lite*")
+    ['efficientnet_lite0', 'efficientnet_lite1', 'efficientnet_lite2']
+    """
+    torchvision_names = torchvision.models.list_models(module=torchvision.models)
+    ours = sorted({*_builders, *torchvision_names})
+    timms = [f"timm/{name}" for name in timm.list_pretrained()]
+    return fnmatch.filter([*ours, *timms], pattern)
+
+
+def get_model(backbone: Any, weights: Any = "default") -> Backbone:
+    """Load a pretrained network.
+
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module, Backbone or fitted estimator
+        A name of :func:`list_models`; the network itself; or what has it: an estimator of this
+        library that trained one, or anything else with a method `to_backbone`.
+    weights : str, path or None, default="default"
+        `"default"`: the best published ones. Another published name such as `"IMAGENET1K_V1"`.
+        A path to a state dict (`.pth`, `.pt`, `.bin`, `.safetensors`), read without running code.
+        `None`: random, always the same. A network, a Backbone or an estimator has its own
+        weights, which `"default"` (and None) leaves as they are; a path is loaded into a copy.
+
+    Returns
+    -------
+    Backbone
+        In evaluation mode, on the CPU, gradients off. The same object as long as nothing that
+        shapes it changes; do not modify it.
+
+    Raises
+    ------
+    ValueError
+        Unknown name or weights, a file that does not hold this architecture, or one with values
+        that are not finite; a published name of weights beside a network.
+    TypeError
+        Something else than a backbone, also from a builder of :func:`register_model`.
+    OSError
+        Published weights that could not be downloaded.
+
+    Examples
+    --------
+    >>> from sktransfer.models import get_model
+    >>> get_model("efficientnet_lite0").categories[985]
+    'daisy'
+    """
+    backbone = _unwrapped(backbone)
+    key = _key(backbone, weights)
+    if isinstance(backbone, str):
+        return _keep(key, lambda: _build(backbone, weights_path(weights) or weights))
+    given = Backbone(backbone) if isinstance(backbone, nn.Module) else backbone
+    return _keep(key, lambda: _copied(given, weights_path(weights)))
+
+
+def loaded_model(backbone: Any, weights: Any) -> Backbone | None:
+    """Return what `get_model` would, if it is loaded already: for those that only want to look."""
+    with _lock:
+        return _loaded.get(_key(_unwrapped(backbone), weights))
+
+
+def get_architecture(backbone: Any, weights: Any) -> Backbone:
+    """Return what `get_model` does, but with random weights where it would have to download."""
+    is_local = not isinstance(backbone, str) or backbone in _builders or weights_path(weights)
+    if is_local or loaded_model(backbone, weights) is not None:
+        return get_model(backbone, weights)
+    return get_model(backbone, None)
+
+
+def unique_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Tell equal labels apart by their index: ImageNet has two cranes and two maillots."""
+    labels = tuple(labels)
+    counts = Counter(labels)
+    return tuple(f"{x} ({i})" if counts[x] > 1 else x for i, x in enumerate(labels))
+
+
+# ------------------------------------------------------------------------------ building
+
+
+def _unwrapped(backbone: Any) -> Any:
+    """Return the network of a fitted estimator, and anything else as it is."""
+    return backbone.to_backbone() if hasattr(backbone, "to_backbone") else backbone
+
+
+def _key(backbone: Any, weights: Any) -> Any:
+    """Return all that shapes a loaded backbone."""
+    if isinstance(backbone, str):
+        return backbone, _stamp(weights, backbone)
+    if isinstance(backbone, nn.Module):
+        backbone = Backbone(backbone)
+    if not isinstance(backbone, Backbone):
+        raise TypeError(
+            "backbone must be a name, a torch.nn.Module, a sktransfer.models.Backbone or a fitted "
+            f"estimator with a method to_backbone, got {type(backbone).__name__}"
+            + isinstance(backbone, ExportedProgram)
+            * ": pass its module(), or the network itself"
+        )
+    # The module is the user's and may change, so it is looked up by its content.
+    own = fingerprint(backbone.network), backbone.preprocessing, backbone.categories
+    return (*own, _stamp(weights, backbone))
+
+
+def _stamp(weights: Any, backbone: Any) -> Any:
+    """Return what tells weights apart: of a file, its place, age and size."""
+    is_name = isinstance(backbone, str)
+    path = weights_path(weights) if is_name else file_beside(weights, backbone.name)
+    if path is not None:
+        return path, path.stat().st_mtime_ns, path.stat().st_size
+    return weights if is_name else None  # its own
+
+
+def _copied(given: Backbone, path: Path | None) -> Backbone:
+    """Return a copy of a user's backbone, with the weights of a file if there is one."""
+    copied = replace(given, network=copy_of(given.network))
+    if path is not None:
+        load_state(None, copied.network, read_state_dict(path), copied.name, path)
+    return copied
+
+
+def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
+    """Return the backbone kept under `key`, or build and keep it, dropping the oldest."""
+    with _lock:
+        if key not in _loaded:
+            with ready_to_train(_lock):  # tensors of inference mode could never be trained
+                built = build()
+                set_eval(built.network)
+                for parameter in built.network.parameters():
+                    parameter.requires_grad_(False)
+                # Weights of another precision meet float32 images; the runner's precision says
+                # how the network computes.
+                built.network.float()
+            _loaded[key] = built
+            while len(_loaded) > _KEPT:
+                _loaded.popitem(last=False)
+        _loaded.move_to_end(key)
+        return _loaded[key]
+
+
+def _build(name: str, weights: Any) -> Backbone:
+    if name in _builders:
+        built = _builders[name](weights)
+        if not isinstance(built, Backbone):
+            raise TypeError(
+                f"The builder that register_model got for {name!r} returned "
+                f"{type(built).__name__}, not a sktransfer.models.Backbone: end it with "
+                "`return Backbone(network)`."
+            )
+    elif name.startswith("timm/") and timm.is_model(name.removeprefix("timm/")):
+        built = Backbone(*build_timm(name, weights))
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        built = Backbone(*build_torchvision(name, weights))
+    else:
+        raise ValueError(_unknown_name(name))
+    built.name = name
+    return built
+
+
+def _unknown_name(name: str) -> str:
+    known = [*list_models(), *(f"timm/{model}" for model in timm.list_models())]
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    near = list(dict.fromkeys([*near, *([f"timm/{name}"] if f"timm/{name}" in known else [])]))
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return (
+        f"Unknown backbone {name!r}. {hint}"
+        "sktransfer.models.list_models() gives all names; a torch.nn.Module is taken as well."
+    )
+
+
+def imagenet_accuracy(name: str, weights: Any) -> float:
+    """Return the published top-1 accuracy on ImageNet, from 0 to 1; NaN where none is at hand.
+
+    torchvision brings those of its own weights; timm and the embedded networks bring none.
+    """
+    is_torchvision = name in torchvision.models.list_models(module=torchvision.models)
+    if name in _builders or not is_torchvision:
+        return math.nan
+    path = weights_path(weights)
+    chosen = published_weights(name, sha256_of(path)) if path else published_enum(name, weights)
+    metrics = {} if chosen is None else chosen.meta["_metrics"].get("ImageNet-1K", {})
+    return metrics.get("acc@1", math.nan) / 100
+
+
+for _number in range(3):
+    register_model(
+        f"efficientnet_lite{_number}",
+        lambda weights, number=_number: Backbone(*build_efficientnet_lite(number, weights)),  # type: ignore[misc]
+    )
