@@ -348,9 +348,8 @@ class Describer:
 
 _MODULE_STATE = {"training", *vars(nn.Module())}  # what every module has, weights included
 _INSTALLED = ["site-packages", "dist-packages", sysconfig.get_path("stdlib"), "<frozen "]
-_INSTALLED += [
-    os.path.dirname(os.path.dirname(__file__)) + os.sep
-]  # a checkout of this library is one, too
+# A checkout of this library is one, too.
+_INSTALLED += [os.path.dirname(os.path.dirname(__file__)) + os.sep]
 
 
 def _is_installed(file: str) -> bool:
