@@ -25,8 +25,9 @@ import xxhash
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sktransfer import FineTunedClassifier, get_model, models
+from sktransfer import FineTunedClassifier, get_model
 from sktransfer._engine.runner import get_runner
+from sktransfer.models import _registry
 
 SIZES = (64, 96, 128, 224)  # the first that the network takes
 
@@ -117,7 +118,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         print(f"{name:24}{'OK' if right else 'FAILED':8}{text} ({seconds:.1f} s)", flush=True)
         wrong += [] if right else [name]
-        models._loaded.clear()  # the largest have gigabytes
+        _registry._loaded.clear()  # the largest have gigabytes
         gc.collect()
     n_checked = len(names) - len(left_out)
     print(f"{n_checked - len(wrong)} of {n_checked} networks: every frozen tensor bit-identical")

@@ -17,11 +17,11 @@ from sktransfer import (
     FineTunedRegressor,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
-    models,
 )
 from sktransfer._engine import runner as _inference
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.inspection import SaliencyDisplay
+from sktransfer.models import _registry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
@@ -44,7 +44,7 @@ def float64():
 
 def forget():
     """Let all networks be loaded anew."""
-    models._loaded.clear()
+    _registry._loaded.clear()
     _inference._runners.clear()
 
 
