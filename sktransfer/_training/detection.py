@@ -303,8 +303,9 @@ class DetectorPart(nn.Module):
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `trained_state` returned."""
-        trained = trained_tensors(state, self._trained_values())
-        self.detector.load_state_dict({**self.detector.state_dict(), **trained})
+        own = self.detector.state_dict()
+        own.update(trained_tensors(state, self._trained_values()))
+        self.detector.load_state_dict(own)
 
 
 # ------------------------------------------------------------------------------ skorch

@@ -138,8 +138,9 @@ class TrainedPart(nn.Module):
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `trained_state` returned."""
-        trained = trained_tensors(state, self._trained_values())
-        self.load_state_dict({**self.state_dict(), **trained})
+        own = self.state_dict()  # not a dict of its values: it has the versions of modules as well
+        own.update(trained_tensors(state, self._trained_values()))
+        self.load_state_dict(own)
 
     def _trained_values(self) -> dict[str, torch.Tensor]:
         own = {f"blocks.{i}." for i, trained in enumerate(self.is_trained) if trained} | {"head."}
