@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images import FLOWER, SMALL, encode, hwc
-from PIL import Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 from sklearn.datasets import load_sample_images
 
 from sktransfer import (
@@ -228,6 +228,24 @@ def test_large_files_are_read_one_at_a_time(monkeypatch, tmp_path):
 
 
 # Damage -----------------------------------------------------------------------------------------
+
+
+def test_what_pillow_warns_of_has_a_row(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera" * 20
+    data = encode(SMALL, "JPEG", exif=exif)
+    start = data.index(b"Exif\0\0") + 6
+    cut = data[: start + 8] + b"\xff\x00" + data[start + 10 :]  # more tags than there are
+    Path(tmp_path / "cut.jpg").write_bytes(cut)
+    with pytest.warns(UserWarning, match=r"^row 1 \('.*cut.jpg'\): Pillow says of the file: "):
+        images = check_images([str(tmp_path / "cut.jpg")] * 2)
+        with ThreadPoolExecutor(1) as threads:
+            pixels = threads.submit(images.load, 1).result()
+    assert pixels.shape == (3, 30, 40)
+    with config_context(damaged="error"), pytest.warns(UserWarning, match="^row 0 .*Pillow says"):
+        images.load(0)  # its pixels are whole
+    with pytest.warns(UserWarning, match="^(?!row)"), Image.open(io.BytesIO(cut)) as image:
+        image.getexif()  # of the user's own
 
 
 def test_what_was_let_pass_is_not_taken_from_the_memory(tmp_path, damaged_jpeg):

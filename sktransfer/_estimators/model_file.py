@@ -80,8 +80,10 @@ def load_model(path: str | os.PathLike, *, trusted: Iterable[str] = ()) -> Any:
             return skops.io.loads(data, trusted=sorted(named & (KNOWN.keys() | trusted)))
     except RefusedError as error:
         raise ValueError(f"{path!r} {error}") from error
-    except (MemoryError, ImportError):  # of a package that the file needs
+    except MemoryError:
         raise
+    except ImportError as error:
+        raise ValueError(f"{path!r} needs a package that is not here: {error}") from error
     except Exception as error:  # of what is no such file, or is damaged, anything
         raise ValueError(
             f"{path!r} is not a skops file, or it is damaged ({type(error).__name__}: "

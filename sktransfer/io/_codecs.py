@@ -7,7 +7,9 @@ import functools
 import io
 import logging
 import struct
+import sys
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -46,7 +48,7 @@ class Decoded(NamedTuple):
 
     pixels: np.ndarray  # uint8 RGB (height, width, 3), or 32-bit grey (height, width)
     damage: str = ""  # what is wrong with the file, though it could be decoded
-    doubt: str = ""  # why its brightness may be wrong
+    doubt: str = ""  # why its pixels may be wrong
 
 
 class _Found(NamedTuple):
@@ -60,6 +62,24 @@ class _Found(NamedTuple):
 
 def decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
     """Decode an encoded image; `reserve` is called with the number of its pixels before."""
+    return _with_warnings(lambda: _decode(data, reserve))
+
+
+def decode_pillow(image: Image.Image) -> Decoded:
+    """Return the pixels of an image of Pillow, which is loaded as a file is if it is not yet."""
+    return _with_warnings(lambda: _decode_pillow(image))
+
+
+def _with_warnings(decode: Callable[[], Decoded]) -> Decoded:
+    """Return what is decoded, with the first of Pillow's warnings if there is nothing worse."""
+    with pillow_warnings() as said:
+        decoded = decode()
+    if said and not decoded.damage and not decoded.doubt:
+        return decoded._replace(doubt=f"Pillow says of the file: {said[0].strip().rstrip('.')}")
+    return decoded
+
+
+def _decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
     with closing(_open(data)) as image:
         _check_size(image)
         reserve(image.width * image.height)
@@ -75,8 +95,7 @@ def decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
         return _decoded(image, is_deep)._replace(damage=damage)
 
 
-def decode_pillow(image: Image.Image) -> Decoded:
-    """Return the pixels of an image of Pillow, which is loaded as a file is if it is not yet."""
+def _decode_pillow(image: Image.Image) -> Decoded:
     if not isinstance(image, ImageFile.ImageFile):
         image.load()
         return _decoded(image)
@@ -318,7 +337,44 @@ def _inflated_size(data: bytes) -> int:
     return size
 
 
-_said = threading.local()  # by libtiff, in this thread
+_said = threading.local()  # by libtiff and Pillow, in this thread
+
+
+class _ThreadsWarnings:
+    """Stands in Pillow's modules for `warnings`, whose own filters are those of all threads.
+
+    In a thread that decodes it keeps what is said, which names neither row nor file; elsewhere, and
+    of the size of an image, it warns as Pillow does.
+    """
+
+    def warn(self, message: Any, category: Any = UserWarning, stacklevel: int = 1) -> None:
+        said = getattr(_said, "warnings", None)
+        if said is None or category is Image.DecompressionBombWarning:
+            warnings.warn(message, category, stacklevel + 1)
+        else:
+            said.append(str(message))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(warnings, name)
+
+
+@contextmanager
+def pillow_warnings() -> Iterator[list[str]]:
+    """Collect what Pillow warns of in this thread."""
+    _listen_to_pillow()
+    _said.warnings = []
+    try:
+        yield _said.warnings
+    finally:
+        _said.warnings = None
+
+
+@functools.cache
+def _listen_to_pillow() -> None:
+    Image.init()  # loads the modules of all formats
+    for name, module in list(sys.modules.items()):
+        if name.startswith("PIL.") and getattr(module, "warnings", None) is warnings:
+            module.warnings = _ThreadsWarnings()  # type: ignore[attr-defined]
 
 
 @contextmanager

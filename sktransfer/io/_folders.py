@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from sklearn.utils import Bunch
 
+from sktransfer.io._codecs import pillow_warnings
 from sktransfer.io._decoding import reason_of
 from sktransfer.io._files import open_regular
 
@@ -267,8 +268,8 @@ def _report_dead_links(root: str, names: Sequence[str], extensions: tuple[str, .
 def _header_error(file: str) -> str:
     """Return why Pillow can't open a file, or nothing if it can."""
     try:
-        with open_regular(file) as stream, Image.open(stream):
-            return ""
+        with pillow_warnings(), open_regular(file) as stream, Image.open(stream):
+            return ""  # what Pillow warns of is said when the file is decoded
     except UnidentifiedImageError:
         reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
