@@ -110,7 +110,7 @@ def flip(data: bytearray, chance: random.Random, others: list[bytes]) -> None:
 
 
 def cut(data: bytearray, chance: random.Random, others: list[bytes]) -> None:
-    del data[chance.randrange(1, len(data)) :]
+    del data[chance.randrange(1, max(2, len(data))) :]
 
 
 def remove(data: bytearray, chance: random.Random, others: list[bytes]) -> None:

@@ -33,6 +33,7 @@ from typing import Any
 
 from _common import environment, say
 from _mutations import images, model_file, models, mutated
+from PIL import Image
 from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier, load_model
@@ -95,6 +96,8 @@ class Child:
     def one_image(self, item: Any, where: str) -> tuple[str, str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            # Pillow's own, of what is large but below `max_pixels`; people may have filters for it.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             try:
                 pixels = check_images([item, item]).load(1)
                 answer = "decoded", str(tuple(pixels.shape))

@@ -143,7 +143,9 @@ def _decoded(image: Image.Image, is_deep: bool = False) -> Decoded:
 
 def why_unknown(data: bytes) -> str:
     """Return why Pillow can't identify an image, and a remedy."""
-    if kind := unread_tiff(data):
+    with pillow_warnings() as said:
+        kind = unread_tiff(data)
+    if kind and not said:  # else its tags are damaged, those of its kind perhaps as well
         return (
             f"it is {kind}, which Pillow cannot read; read it with tifffile and pass the array, "
             "scaled to [0, 1]"
@@ -153,7 +155,8 @@ def why_unknown(data: bytes) -> str:
             "it starts as a JPEG, but Pillow cannot read its header, which is damaged or of a rare "
             "kind (such as 12 bits a sample); replace it, or drop the row"
         )
-    junk = data[: _JUNK + 3].find(b"\xff\xd8\xff")
+    is_tiff = data[:4] in (b"II*\0", b"MM\0*")  # in which a JPEG may lie
+    junk = 0 if is_tiff else data[: _JUNK + 3].find(b"\xff\xd8\xff")
     if junk > 0:
         return (
             f"{junk} bytes stand in front of a JPEG ({data[: min(junk, 12)]!r}); cut them off "
