@@ -365,11 +365,13 @@ class _ThreadsWarnings:
 def pillow_warnings() -> Iterator[list[str]]:
     """Collect what Pillow warns of in this thread."""
     _listen_to_pillow()
-    _said.warnings = []
+    before = getattr(_said, "warnings", None)
+    said: list[str] = []
+    _said.warnings = said
     try:
-        yield _said.warnings
+        yield said
     finally:
-        _said.warnings = None
+        _said.warnings = before
 
 
 @functools.cache
