@@ -191,8 +191,9 @@ class Stream(ABC):
                 writes.append(self._writer.submit(self._store, good, results))
                 if len(writes) > 2:
                     writes.popleft().result()
-            if wrong := [miss for miss in group if miss not in good]:
-                where = self._images.where(min(wrong[0].rows))
+            if len(good) < len(group):
+                wrong = next(miss for miss in group if miss not in good)
+                where = self._images.where(min(wrong.rows))
                 raise ValueError(f"{where}: {_why_not_finite(self.runner)}")
         for write in writes:
             write.result()
