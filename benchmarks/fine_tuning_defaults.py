@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 
 from sktransfer import FineTunedClassifier
 from sktransfer._cli.benchmark import load_elpv
-from sktransfer._training import head as _head
+from sktransfer._training import heads as _head
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--labels", nargs="+", type=int, default=[50, 200, 1200])

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import get_runner
-from sktransfer._training.head import make_head
-from sktransfer._training.net import TrainedPart
+from sktransfer._training.heads import make_head
 from sktransfer._training.settings import find_cut
+from sktransfer._training.trained_part import TrainedPart
 from sktransfer.models import get_model
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -31,7 +31,7 @@ from sktransfer import (
     register_model,
 )
 from sktransfer._engine.tiles import Tiles, TileViews
-from sktransfer._training.nt_xent import NTXent, matching_accuracy, spread
+from sktransfer._training.heads import NTXent, matching_accuracy, spread
 from sktransfer._training.pairs import batch_size_of
 from sktransfer.io import check_images
 from sktransfer.io._clips import check_clips

@@ -31,7 +31,7 @@ from sktransfer import (
     get_model,
     register_model,
 )
-from sktransfer._training.head import _C, _C_START
+from sktransfer._training.heads import _C, _C_START
 from sktransfer._training.plan import Plan
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing

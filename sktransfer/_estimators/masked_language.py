@@ -33,8 +33,7 @@ from sktransfer._training.masked_words import (
     accuracy_scoring,
     hidden_logits,
 )
-from sktransfer._training.net import Interrupted, Schedule, make_net, train
-from sktransfer._training.progress import Progress
+from sktransfer._training.net import Interrupted, Progress, Schedule, make_net, train
 from sktransfer.models._modules import copy_of
 
 __all__ = ["MaskedLanguagePretrainer"]

@@ -25,8 +25,7 @@ from sktransfer._torch_state import float32_by_default, trained_tensors
 from sktransfer._training.data import allocate
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer._training.detectors import AsGiven, Given, first_label
-from sktransfer._training.net import Schedule, Watch
-from sktransfer._training.progress import Progress
+from sktransfer._training.net import Progress, Schedule, Watch
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 

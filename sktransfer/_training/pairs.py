@@ -19,9 +19,8 @@ from sktransfer._engine.device import is_out_of_memory
 from sktransfer._engine.tiles import Tiles, TileViews
 from sktransfer._threads import n_threads
 from sktransfer._training.data import TrainingData
-from sktransfer._training.nt_xent import NTXent, matching_accuracy, spread
+from sktransfer._training.heads import NTXent, make_projection, matching_accuracy, spread
 from sktransfer._training.plan import Plan
-from sktransfer._training.projection import make_projection
 from sktransfer._training.settings import Settings
 from sktransfer._training.trainer import Examples, Trainer
 from sktransfer.io import ImageSequence

@@ -20,17 +20,11 @@ from sktransfer._engine.runner import Runner, network_lock
 from sktransfer._memory.memory import check_memory
 from sktransfer._torch_state import seeded_to_train
 from sktransfer._training.data import TrainingData, allocate
-from sktransfer._training.head import make_head, solve_head
-from sktransfer._training.net import (
-    Interrupted,
-    Schedule,
-    TrainedPart,
-    make_net,
-    train,
-)
+from sktransfer._training.heads import make_head, solve_head
+from sktransfer._training.net import Interrupted, Progress, Schedule, make_net, train
 from sktransfer._training.plan import Plan, make_plan
-from sktransfer._training.progress import Progress
 from sktransfer._training.settings import Settings, find_cut, n_threads
+from sktransfer._training.trained_part import TrainedPart
 from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone
 from sktransfer.models._modules import copy_of

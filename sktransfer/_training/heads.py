@@ -1,4 +1,4 @@
-"""Heads: what turns an embedding into outputs, and the linear one solved outright."""
+"""Heads, what turns an embedding into outputs, and their losses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
+from torch.nn import functional as F
 
 from sktransfer.models._modules import copy_of
 
@@ -127,3 +128,137 @@ def _logistic(
         rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
     coef[seen.astype(int)], intercept[seen.astype(int)] = rows, offsets
     return coef, intercept
+
+
+# ------------------------------------------------------------------------------ pairs
+
+
+def make_projection(head: Sequence[int] | nn.Module, width: int) -> nn.Module:
+    """Build a projection head; it is thrown away after the training.
+
+    Parameters
+    ----------
+    head : sequence of int or nn.Module
+        Sizes of its layers: linear ones, with batch-norm and ReLU between them. Or a module, which
+        is copied, from (n, width) to (n, d).
+    width : int
+        Features of an embedding.
+    """
+    if isinstance(head, nn.Module):
+        return _check_rows(copy_of(head).float(), width)
+    sizes: list[Any] = list(head)
+    valid = (isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes)
+    if not sizes or not all(valid):
+        raise ValueError(
+            f"head={head!r}: pass the sizes of the projection head's layers, one or more positive "
+            "ints, or a torch.nn.Module."
+        )
+    layers: list[nn.Module] = []
+    for size in map(int, sizes[:-1]):
+        layers += [nn.Linear(width, size, bias=False), nn.BatchNorm1d(size), nn.ReLU()]
+        width = size
+    return nn.Sequential(*layers, nn.Linear(width, int(sizes[-1])))
+
+
+def _check_rows(head: nn.Module, width: int) -> nn.Module:
+    was_training = head.training
+    try:
+        with torch.no_grad():
+            output: Any = head.eval()(torch.zeros(2, width))  # also shapes lazy layers
+    except Exception as error:
+        raise ValueError(
+            f"head can't take embeddings of {width} features: {error}. Its first layer must take "
+            f"{width}, as nn.Linear({width}, ...) or nn.LazyLinear(...) do."
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != 2:
+        came = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ValueError(
+            f"head must return a row for each embedding, so shape (2, d) for 2; it returned {came}."
+        )
+    return head.train(was_training)
+
+
+class NTXent(nn.Module):
+    """Normalised temperature-scaled cross-entropy of pairs.
+
+    Of 2 n rows, row i and row n + i are the pair A and B of one picture. With the cosine s of two
+    rows and the temperature t, each row's loss is
+
+        - log( exp(s(row, its partner) / t) / sum over all other rows r of exp(s(row, r) / t) ),
+
+    and the loss is the mean over all 2 n rows, so that A looks for B and B for A alike.
+
+    Parameters
+    ----------
+    temperature : float
+        Above 0; the smaller, the more the nearest wrong rows count.
+
+    References
+    ----------
+    Chen, Kornblith, Norouzi and Hinton, "A simple framework for contrastive learning of visual
+    representations" (2020), equation 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sktransfer._training.heads import NTXent
+    >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> round(NTXent(0.5)(rows).item(), 4)                               # log(1 + 2 exp(-2))
+    0.2395
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the loss of rows (2 n, d), a number."""
+        rows = F.normalize(rows, dim=1)
+        similarities = rows @ rows.T / self.temperature  # (2n, 2n)
+        own = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        partner = torch.arange(len(rows), device=rows.device).roll(len(rows) // 2)
+        return F.cross_entropy(similarities.masked_fill(own, -torch.inf), partner)
+
+
+def matching_accuracy(rows: torch.Tensor) -> float:
+    """Return for which share of n pictures B is the most similar to A of all n; chance is 1 / n.
+
+    Parameters
+    ----------
+    rows : tensor of shape (2 n, d)
+        As `NTXent` takes them.
+    """
+    a, b = F.normalize(rows, dim=1).chunk(2)
+    found = (a @ b.T).argmax(1)  # (n,)
+    return (found == torch.arange(len(a), device=rows.device)).float().mean().item()
+
+
+def spread(rows: torch.Tensor) -> float:
+    """Return how far rows of length 1 lie apart: their variance, 0 where all are one, at most 1.
+
+    Parameters
+    ----------
+    rows : tensor of shape (n, d)
+        Of any length: they are brought to 1.
+    """
+    rows = F.normalize(rows, dim=1)
+    return (rows - rows.mean(0)).square().sum(1).mean().item()
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+class Loss(nn.Module):
+    """Cross-entropy of classes or labels, or squared error of values: one loss for each image."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return the losses (n,)."""
+        if self.kind == "class":
+            return F.cross_entropy(outputs, y, reduction="none")
+        if self.kind == "label":
+            return F.binary_cross_entropy_with_logits(outputs, y, reduction="none").mean(1)
+        return F.mse_loss(outputs, y, reduction="none").mean(1)

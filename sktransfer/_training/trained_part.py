@@ -1,0 +1,158 @@
+"""The trained part of a network: what follows the cut."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._engine.runner import network_lock
+from sktransfer._torch_state import float32_by_default, trained_tensors
+from sktransfer._training.depthwise import FastDepthwise
+from sktransfer.models._modules import copy_of
+
+_PIECE = 20e6  # bytes of the largest tensor on a CPU, see benchmarks/pieces.py
+
+
+class TrainedPart(nn.Module):
+    """What follows the cut: blocks, the pooling and a head.
+
+    Parameters
+    ----------
+    frozen : FrozenBlocks
+        Of the shared network; its blocks behind the cut are copied.
+    start : int
+        Where batches come from; what lies between it and the cut is run frozen.
+    cut : int
+    unfrozen : set of int
+        Numbers of the trained blocks.
+    head : nn.Module
+    step : int
+        Images that frozen blocks take at once.
+    moves_statistics : bool
+        Whether batch-norms in the trained blocks use, and update, statistics of the batch.
+    """
+
+    frozen: FrozenBlocks
+    start: int
+    cut: int
+
+    def __init__(
+        self,
+        frozen: FrozenBlocks,
+        start: int,
+        cut: int,
+        unfrozen: set[int],
+        head: nn.Module,
+        step: int,
+        moves_statistics: bool,
+    ) -> None:
+        super().__init__()
+        self.start, self.cut, self.step = start, cut, step
+        self.moves_statistics = moves_statistics
+        self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
+        segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, frozen.embedding)]
+        self.blocks = copy_of(nn.ModuleList(segments))
+        # What lies behind the last block belongs to it.
+        last = frozen.embedding - 2
+        self.is_trained = [min(i, max(last, 0)) in unfrozen for i in range(cut, frozen.embedding)]
+        for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
+            for parameter in block.parameters():
+                parameter.requires_grad_(is_trained and parameter.is_floating_point())
+        self.head = head
+        self.to(frozen.runner.device)
+
+    def forward(
+        self, stored: torch.Tensor, start: int | None = None, weights: Any = None
+    ) -> torch.Tensor:
+        """Turn a batch that is stored at `start` into outputs (n, n_outputs).
+
+        The weights of the images come with a batch, but only the loss needs them.
+        """
+        frozen, start = self.frozen, (self.start if start is None else start)
+        with network_lock, float32_by_default(), frozen.runner.autocast(), FastDepthwise():
+            if start < self.cut:
+                x = frozen.advance_in_steps(stored, start, self.cut, self.step)
+            else:
+                x = frozen.unpack(stored, start)
+            for block in self.blocks:
+                x = block(x)
+            if self.cut < frozen.embedding:
+                x = frozen.pool(x)
+            return self.head(x).float()
+
+    def piece(self, batch_size: int) -> int:
+        """Return how many images of a batch are trained on at once."""
+        runner, size = self.frozen.runner, self.frozen.size
+        if (
+            self.moves_statistics
+            or self.cut == self.frozen.embedding
+            or runner.device.type != "cpu"
+        ):
+            return min(batch_size, batch_size if self.moves_statistics else runner.most)
+        n_pieces = math.ceil(batch_size / max(1, runner.fitting(self.cut, size, _PIECE)))
+        return min(math.ceil(batch_size / n_pieces), runner.most)  # pieces of about one size
+
+    def train(self, mode: bool = True) -> TrainedPart:
+        """Set the mode; frozen blocks stay in eval mode, so their statistics never move."""
+        super().train(mode)
+        for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
+            if not is_trained:
+                block.eval()
+        if not self.moves_statistics:
+            self.hold_statistics()
+        return self
+
+    def hold_statistics(self) -> None:
+        """Let batch-norms use their own statistics; those of one image would be none."""
+        for module in self.blocks.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+    def trained_state(self) -> dict[str, np.ndarray]:
+        """Return what cannot be rebuilt: the trained blocks and the head."""
+        return {k: v.detach().cpu().numpy().copy() for k, v in self._trained_values().items()}
+
+    def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `trained_state` returned."""
+        own = self.state_dict()  # not a dict of its values: it has the versions of modules as well
+        own.update(trained_tensors(state, self._trained_values()))
+        self.load_state_dict(own)
+
+    def _trained_values(self) -> dict[str, torch.Tensor]:
+        own = {f"blocks.{i}." for i, trained in enumerate(self.is_trained) if trained} | {"head."}
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            # What is quantised is never trained.
+            if name.startswith(tuple(own)) and _is_plain(value)
+        }
+
+    def parameter_groups(
+        self, lr: float, head_lr: float, lr_decay: float, weight_decay: float
+    ) -> list[dict[str, Any]]:
+        """Return the trained parameters with their learning rates; only matrices decay."""
+        depth, groups = 0, []
+        parts: list[tuple[nn.Module, float]] = [(self.head, head_lr)]
+        for block, is_trained in zip(reversed(self.blocks), reversed(self.is_trained), strict=True):
+            if is_trained and any(True for _ in block.parameters()):
+                parts.append((block, lr * lr_decay**depth))
+                depth += 1
+        for part, rate in parts:
+            trained = [p for p in part.parameters() if p.requires_grad]
+            for some, decay in (
+                ([p for p in trained if p.ndim > 1], weight_decay),
+                ([p for p in trained if p.ndim <= 1], 0.0),
+            ):
+                if some:
+                    groups.append({"params": some, "lr": rate, "weight_decay": decay})
+        return groups
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_quantized
