@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import get_runner
+from sktransfer._training.cut import find_cut
 from sktransfer._training.heads import make_head
-from sktransfer._training.settings import find_cut
 from sktransfer._training.trained_part import TrainedPart
 from sktransfer.models import get_model
 
@@ -33,10 +33,10 @@ runner = get_runner(backbone, "cpu", options.precision)
 frozen = FrozenBlocks(runner, backbone.preprocessing, "avg")
 print("unfreeze", *(f"{piece:>7}" for piece in options.pieces), "   chosen")
 for depth in options.unfreeze:
-    cut, unfrozen = find_cut(runner, int(depth) if depth.isdecimal() else depth)
+    unfrozen = find_cut(runner, int(depth) if depth.isdecimal() else depth)
     head = make_head("linear", frozen.width, 2, 0.0)
-    module = TrainedPart(frozen, cut, cut, unfrozen, head, 4, False)
-    shape, dtype = (32, *frozen.shape(cut)), frozen.dtype(cut)
+    module = TrainedPart(frozen, unfrozen.cut, unfrozen, head, 4, False)
+    shape, dtype = (32, *frozen.shape(unfrozen.cut)), frozen.dtype(unfrozen.cut)
     stored = torch.from_numpy(np.random.RandomState(0).randint(0, 2, shape).astype(dtype))
     y = torch.zeros(32, dtype=torch.long)
     seconds = {piece: [] for piece in options.pieces}

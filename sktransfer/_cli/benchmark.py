@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from sktransfer._escaping import escape
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
-from sktransfer._training.settings import find_cut
+from sktransfer._training.cut import find_cut
 from sktransfer.io import check_images, load_image_folder
 from sktransfer.model_selection._comparison import (
     PIXELS,

@@ -353,7 +353,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
             )
 
     def _check_depth(self, trainer: Any) -> None:
-        if not trainer.unfrozen:
+        if not trainer.unfrozen.blocks:
             raise ValueError(
                 f"unfreeze={self.unfreeze!r} leaves all blocks frozen: only the projection head "
                 "would be trained, which is thrown away. Pass at least 1."

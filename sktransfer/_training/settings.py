@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from sktransfer._engine.runner import Runner
 from sktransfer._threads import n_threads
 from sktransfer.io import ImageSequence
 
@@ -67,39 +66,6 @@ class Settings:
         """Whether the head starts at its optimum on the embeddings of the frozen network."""
         is_linear = isinstance(self.head, str)
         return is_linear and self.head_epochs == "auto" and not self.is_from_scratch
-
-
-def find_cut(runner: Runner, unfreeze: Any) -> tuple[int, set[int]]:
-    """Return the position in front of the first trained block, and the numbers of all of them."""
-    names, name = runner.block_names, runner.name
-    n_blocks = len(names)
-    if isinstance(unfreeze, str) and unfreeze == "all":
-        return 0, set(range(max(1, n_blocks)))
-    if isinstance(unfreeze, (list, tuple)):
-        if not all(isinstance(item, str) for item in unfreeze):
-            raise TypeError(f"unfreeze={unfreeze!r}: a list holds names of blocks, of type str.")
-        blocks = {i for item in unfreeze for i in runner.trace.blocks(item)}
-        return min(blocks, default=runner.embedding), blocks
-    if isinstance(unfreeze, str):
-        start = runner.trace.blocks(unfreeze).start
-    elif isinstance(unfreeze, bool) or not 0 <= unfreeze <= n_blocks:
-        raise ValueError(f"unfreeze={unfreeze!r}, but {name!r} has {_known_blocks(runner)}")
-    else:
-        start = n_blocks - int(unfreeze)
-    if start == n_blocks:
-        return runner.embedding, set()
-    return start, set(range(start, n_blocks))
-
-
-def _known_blocks(runner: Runner) -> str:
-    names = runner.block_names
-    if not names:
-        reason = "" if runner.can_be_cut else ", as it can't be traced"
-        return f"no blocks{reason}. Pass 0 or 'all'."
-    return (
-        f"{len(names)} blocks: {', '.join(names)}. Pass 0 to {len(names)}, the name of a block, a "
-        "prefix of names, a list of names, or 'all'."
-    )
 
 
 def unordered(

@@ -16,7 +16,7 @@ from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import Runner, get_runner, network_lock
 from sktransfer._optional import load_optional
 from sktransfer._torch_state import float32_by_default
-from sktransfer._training.settings import find_cut
+from sktransfer._training.cut import Unfrozen, find_cut
 from sktransfer.models._registry import Backbone, get_architecture
 
 _HEADERS = ("block", "output", "parameters", "GFLOP", "KB kept", "")
@@ -170,10 +170,12 @@ def summary_of(model: Any, parameters: dict[str, Any], image_size: Any = None) -
             raise ValueError(
                 "unfreeze='auto' is decided by fit: fit the estimator first, or pass a number."
             )
-        unfrozen = find_cut(frozen.runner, parameters["unfreeze"])[1]
+        unfrozen = find_cut(frozen.runner, parameters["unfreeze"])
         return summarize(frozen, unfrozen, BlockRow("head", state="trained"))
     is_whole = parameters.get("layer", "output") == "output"
-    return summarize(frozen, set(), _own_head(frozen, "frozen") if is_whole else None)
+    return summarize(
+        frozen, find_cut(frozen.runner, 0), _own_head(frozen, "frozen") if is_whole else None
+    )
 
 
 def blocks_html(model: Any) -> str:
@@ -206,12 +208,12 @@ def _of_loaded(model: Any) -> list[BlockRow]:
     frozen = FrozenBlocks(runner, preprocessing, model.pooling)
     # Counting takes a run of the network: too long to wait for it when something is printed.
     flops = runner.flops.get(frozen.size, [None] * frozen.embedding)
-    return summarize(frozen, set(), flops=flops).rows
+    return summarize(frozen, find_cut(runner, 0), flops=flops).rows
 
 
 def summarize(
     frozen: FrozenBlocks,
-    unfrozen: set[int] | None = None,
+    unfrozen: Unfrozen | None = None,
     head: BlockRow | None = None,
     flops: Sequence[int | None] | None = None,
 ) -> ModelSummary:
@@ -227,8 +229,7 @@ def summarize(
         n_parameters = sum(parameter.numel() for parameter in new)
         state = ""
         if unfrozen is not None:
-            block = min(position - 1, max(frozen.embedding - 2, 0))
-            state = "trained" if block in unfrozen else "frozen"
+            state = "trained" if unfrozen.trains(position - 1) else "frozen"
         name = "embedding" if is_last else runner.block_names[position - 1]
         if not runner.can_be_cut:
             name = runner.name

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import network_lock
 from sktransfer._torch_state import float32_by_default, trained_tensors
+from sktransfer._training.cut import Unfrozen
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer.models._modules import copy_of
 
@@ -28,9 +29,7 @@ class TrainedPart(nn.Module):
         Of the shared network; its blocks behind the cut are copied.
     start : int
         Where batches come from; what lies between it and the cut is run frozen.
-    cut : int
-    unfrozen : set of int
-        Numbers of the trained blocks.
+    unfrozen : Unfrozen
     head : nn.Module
     step : int
         Images that frozen blocks take at once.
@@ -46,21 +45,20 @@ class TrainedPart(nn.Module):
         self,
         frozen: FrozenBlocks,
         start: int,
-        cut: int,
-        unfrozen: set[int],
+        unfrozen: Unfrozen,
         head: nn.Module,
         step: int,
         moves_statistics: bool,
     ) -> None:
         super().__init__()
-        self.start, self.cut, self.step = start, cut, step
+        self.start, self.cut, self.step = start, unfrozen.cut, step
         self.moves_statistics = moves_statistics
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
-        segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, frozen.embedding)]
-        self.blocks = copy_of(nn.ModuleList(segments))
-        # What lies behind the last block belongs to it.
-        last = frozen.embedding - 2
-        self.is_trained = [min(i, max(last, 0)) in unfrozen for i in range(cut, frozen.embedding)]
+        numbers = range(unfrozen.cut, frozen.embedding)
+        self.blocks = copy_of(
+            nn.ModuleList([frozen.runner.segment(i, frozen.size) for i in numbers])
+        )
+        self.is_trained = [unfrozen.trains(i) for i in numbers]
         for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
             for parameter in block.parameters():
                 parameter.requires_grad_(is_trained and parameter.is_floating_point())

@@ -19,11 +19,12 @@ from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import Runner, network_lock
 from sktransfer._memory.memory import check_memory
 from sktransfer._torch_state import seeded_to_train
+from sktransfer._training.cut import find_cut
 from sktransfer._training.data import TrainingData, allocate
 from sktransfer._training.heads import make_head, solve_head
 from sktransfer._training.net import Interrupted, Progress, Schedule, make_net, train
 from sktransfer._training.plan import Plan, make_plan
-from sktransfer._training.settings import Settings, find_cut, n_threads
+from sktransfer._training.settings import Settings, n_threads
 from sktransfer._training.trained_part import TrainedPart
 from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone
@@ -66,7 +67,8 @@ class Trainer:
     def __init__(self, runner: Runner, preprocessing: Preprocessing, settings: Settings) -> None:
         self.settings = settings
         self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling)
-        self.cut, self.unfrozen = find_cut(runner, settings.unfreeze)
+        self.unfrozen = find_cut(runner, settings.unfreeze)
+        self.cut = self.unfrozen.cut
         self.n_left = 0
         self._progress = Progress()
         self._schedule: Schedule | None = None
@@ -75,7 +77,7 @@ class Trainer:
 
     @property
     def unfrozen_blocks(self) -> list[int]:
-        return sorted(self.unfrozen if self.frozen.runner.block_names else [])
+        return sorted(self.unfrozen.blocks if self.frozen.runner.block_names else [])
 
     @property
     def n_trainable_parameters(self) -> int:
@@ -225,7 +227,8 @@ class Trainer:
         n_epochs: int,
     ) -> None:
         end = self.frozen.embedding
-        module = TrainedPart(self.frozen, end, end, set(), head, self._step, False)
+        nothing = find_cut(self.frozen.runner, 0)
+        module = TrainedPart(self.frozen, end, nothing, head, self._step, False)
         data = self._data(embeddings, rows, examples)
         n_steps = self._n_steps(len(rows)) * n_epochs
         net = self._new_net(module, None, Schedule(n_steps), examples.seed)
@@ -261,7 +264,7 @@ class Trainer:
         # Random weights need the statistics of their batches; pretrained ones have better ones.
         moves = self.settings.is_from_scratch
         start, step = self.plan.start, self._step
-        return TrainedPart(self.frozen, start, self.cut, self.unfrozen, head, step, moves)
+        return TrainedPart(self.frozen, start, self.unfrozen, head, step, moves)
 
     def _new_net(
         self,

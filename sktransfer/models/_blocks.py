@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -134,7 +135,7 @@ class TracedNetwork:
         ``blocks(layer).stop`` the position after the last one.
         """
         if isinstance(layer, str):
-            return self._blocks_named(layer)
+            return blocks_named(self.names, layer)
         if isinstance(layer, bool) or not hasattr(layer, "__index__"):
             raise TypeError(f"layer must be an int or a str, got {layer!r}.")
         number, n_blocks = layer.__index__(), len(self.names)
@@ -142,19 +143,6 @@ class TracedNetwork:
             valid = f"from {-n_blocks} to {n_blocks - 1}" if n_blocks else "no number: it has none"
             raise ValueError(f"The blocks of this network are numbered {valid}; got {number}.")
         return range(number % n_blocks, number % n_blocks + 1)
-
-    def _blocks_named(self, name: str) -> range:
-        if name in self.names:
-            return range(self.names.index(name), self.names.index(name) + 1)
-        found = [i for i, known in enumerate(self.names) if known.startswith(f"{name}.")]
-        if found:
-            return range(found[0], found[-1] + 1)
-        prefixes = {known.rsplit(".", i)[0] for known in self.names for i in range(5)}
-        near = difflib.get_close_matches(name, sorted(prefixes))
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(
-            f"No block is called {name!r}.{hint} Blocks: {', '.join(self.names) or 'none'}."
-        )
 
     def shape(self, position: int, image_size: tuple[int, int] | None = None) -> tuple[int, ...]:
         """Shape of one image's activation at a position, without the axis of the batch."""
@@ -234,3 +222,16 @@ def _count_prefix_tokens(network: nn.Module) -> int:
         if isinstance(tokens, int):
             return tokens
     return int(any(name.endswith("class_token") for name, _ in network.named_parameters()))
+
+
+def blocks_named(names: Sequence[str], name: str) -> range:
+    """Find the numbers, from 0, of the blocks of a name, or of a prefix that several share."""
+    if name in names:
+        return range(names.index(name), names.index(name) + 1)
+    numbers = [i for i, known in enumerate(names) if known.startswith(f"{name}.")]
+    if numbers:
+        return range(numbers[0], numbers[-1] + 1)
+    prefixes = {known.rsplit(".", i)[0] for known in names for i in range(5)}
+    near = difflib.get_close_matches(name, sorted(prefixes))
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"No block is called {name!r}.{hint} Blocks: {', '.join(names) or 'none'}.")
