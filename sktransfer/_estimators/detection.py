@@ -375,9 +375,9 @@ class FineTunedDetector(ImageEstimator):
                 self.net_ = self._new_net(part, None if in_parts else Schedule(n_steps), seed)
             self._in_parts = in_parts
             before = len(self.net_.history)
-            part.progress.stage("training", n_epochs)
+            rows = rows_of(len(images))
             try:
-                train(self.net_, rows_of(len(images)), n_epochs)
+                train(self.net_, rows, n_epochs, progress=part.progress, stage="training")
             finally:
                 del part.examples
                 self._take(part, self.net_.history[before:])

@@ -33,7 +33,15 @@ from sktransfer._training.masked_words import (
     accuracy_scoring,
     hidden_logits,
 )
-from sktransfer._training.net import Interrupted, Progress, Schedule, make_net, train
+from sktransfer._training.net import (
+    Interrupted,
+    Progress,
+    Schedule,
+    make_net,
+    parameter_groups,
+    recorded,
+    train,
+)
 from sktransfer.models._modules import copy_of
 
 __all__ = ["MaskedLanguagePretrainer"]
@@ -248,17 +256,16 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         stopped: Interrupted | None = None
         bar = progress.shown(n_epochs * len(data), self.verbose, unit="sentence")
         with bar, network_lock, seeded_to_train(seed):
-            progress.stage("epoch", n_epochs)
             try:
-                train(net, data, n_epochs)
+                train(net, data, n_epochs, progress=progress)
             except Interrupted as error:
                 stopped = error
         self._network = network.eval().requires_grad_(False)
-        self.history_ = [_plain(epoch) for epoch in net.history]
+        self.history_ = recorded(net)
         self.n_iter_ = len(self.history_)
         if stopped is not None:
             raise KeyboardInterrupt(
-                f"fit was interrupted after {self.n_iter_ - len(history)} of {n_epochs} epochs. "
+                f"fit was interrupted after {stopped.n_done} of {n_epochs} epochs. "
                 "What was learnt until then is kept; with warm_start=True, fit goes on from there."
             )
         return self
@@ -267,20 +274,16 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         self, module: WordGuesser, schedule: Schedule | None, seed: int, progress: Progress
     ) -> Any:
         return make_net(
+            MaskedNet,
             module,
-            "masked",
-            module.parameter_groups(self.lr, self.weight_decay),
-            None,
-            n_outputs=0,
-            max_epochs=self.max_epochs,
-            batch_size=self._n_a_step,
-            patience=0,
-            callbacks=[accuracy_scoring(), *(self.callbacks or [])],
-            schedule=schedule,
+            parameter_groups([(module.parameters(), self.lr)], self.weight_decay),
             seed=seed,
             progress=progress,
+            schedule=schedule,
+            callbacks=[accuracy_scoring(), *(self.callbacks or [])],
             verbose=self.verbose,
-            net_class=MaskedNet,
+            max_epochs=self.max_epochs,
+            batch_size=self._n_a_step,
             criterion=torch.nn.CrossEntropyLoss(),
         )
 
@@ -418,9 +421,3 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         tags.input_tags.two_d_array = False
         tags.transformer_tags.preserves_dtype = []
         return tags
-
-
-def _plain(epoch: dict[str, Any]) -> dict[str, Any]:
-    kinds = (str, int, float, np.number, np.bool_)
-    items = {name: value for name, value in epoch.items() if isinstance(value, kinds)}
-    return {k: v if isinstance(v, str | int) else float(v) for k, v in items.items()}

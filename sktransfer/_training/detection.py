@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import skorch
 import torch
-from skorch.callbacks import GradientNormClipping, LRScheduler
+from skorch.callbacks import GradientNormClipping
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from sktransfer._engine.embedding import Embedding
 from sktransfer._engine.frozen import Activations, FrozenBlocks
@@ -25,7 +23,7 @@ from sktransfer._torch_state import float32_by_default, trained_tensors
 from sktransfer._training.data import allocate
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer._training.detectors import AsGiven, Given, first_label
-from sktransfer._training.net import Progress, Schedule, Watch
+from sktransfer._training.net import Progress, Schedule, make_net
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
@@ -322,6 +320,9 @@ class _Rows(Dataset):
     def __getitem__(self, i: int) -> tuple[int, int]:
         return i, i
 
+    def __getitems__(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(numbers), torch.tensor(numbers)
+
 
 class _Net(skorch.NeuralNet):
     """A skorch net whose module says itself what it loses."""
@@ -349,30 +350,22 @@ def make_detector_net(
     max_epochs: int,
     batch_size: int,
     callbacks: Sequence[Any],
-    schedule: Schedule | Callable[[int], float] | None,
+    schedule: Schedule | None,
     seed: int,
     progress: Progress,
     verbose: int,
 ) -> skorch.NeuralNet:
     """Compose the skorch net that trains a detector; its table is shown from `verbose=2` on."""
-    sink = tqdm.write if verbose > 1 else print  # what is printed would tear the bar apart
-    own: list[Any] = [("watch", Watch()), ("progress", progress)]
-    own.append(("clipping", GradientNormClipping(_MAX_NORM)))
-    if schedule is not None:
-        policy = LRScheduler(LambdaLR, lr_lambda=schedule, last_epoch=-1, step_every="batch")
-        own.append(("schedule", policy))
-    net = _Net(
+    return make_net(
+        _Net,
         part,
-        criterion=nn.Identity,
-        optimizer=lambda *_, **__: torch.optim.AdamW(groups, fused=True),
+        groups,
+        seed=seed,
+        progress=progress,
+        schedule=schedule,
+        callbacks=[("clipping", GradientNormClipping(_MAX_NORM)), *callbacks],
+        verbose=verbose,
         max_epochs=max_epochs,
         batch_size=batch_size,
-        train_split=None,
-        iterator_train__shuffle=True,
-        iterator_train__generator=torch.Generator().manual_seed(seed),
-        callbacks=[*own, *callbacks],
-        device=str(next(part.parameters()).device),
-        verbose=verbose > 1,
-        callbacks__print_log__sink=sink,
+        criterion=nn.Identity,
     )
-    return net.initialize()

@@ -136,13 +136,6 @@ class WordGuesser(nn.Module):
         with network_lock, float32_by_default():
             return hidden_logits(self.network, is_hidden, input_ids, attention_mask)
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the parameters; only matrices decay."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [([p for p in parameters if p.ndim > 1], weight_decay)]
-        groups.append(([p for p in parameters if p.ndim <= 1], 0.0))
-        return [{"params": some, "lr": lr, "weight_decay": decay} for some, decay in groups if some]
-
 
 class MaskedNet(skorch.NeuralNet):
     """A skorch net whose loss is that of the hidden words alone."""

@@ -1,26 +1,23 @@
-"""Training by skorch: the nets, their callbacks, and the loop."""
+"""Training by skorch: the nets, their callbacks, their one factory, and the loop."""
 
 from __future__ import annotations
 
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import skorch
 import torch
 from skorch.callbacks import Callback, EarlyStopping, LRScheduler
-from skorch.helper import predefined_split
 from skorch.utils import to_tensor
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-
-from sktransfer._training.data import TrainingData
-from sktransfer._training.heads import Loss
 
 _WARM_UP = 0.1  # of all steps
 
@@ -61,12 +58,12 @@ class _InPieces:
         for first in range(0, len(y), piece):
             part = slice(first, first + piece)
             X_part = {name: values[part] for name, values in X.items()}
-            found = self.infer(X_part, **fit_params)
-            share = len(found) / len(y)
-            of_part = share * self.get_loss(found, y[part], X=X_part, training=True)
-            of_part.backward()
-            loss = loss + of_part.detach()
-            outputs.append(found.detach())
+            y_pred = self.infer(X_part, **fit_params)
+            share = len(y_pred) / len(y)
+            loss_part = share * self.get_loss(y_pred, y[part], X=X_part, training=True)
+            loss_part.backward()
+            loss = loss + loss_part.detach()
+            outputs.append(y_pred.detach())
         return {"loss": loss, "y_pred": torch.cat(outputs)}
 
 
@@ -82,7 +79,12 @@ class _Regressor(_InPieces, skorch.NeuralNetRegressor):
     pass
 
 
-_NETS: dict[str, Any] = {"class": _Classifier, "label": _Labeller, "value": _Regressor}
+# By the kind of `y`.
+NETS: dict[str, Callable[..., skorch.NeuralNet]] = {
+    "class": _Classifier,
+    "label": _Labeller,
+    "value": _Regressor,
+}
 
 
 class Watch(Callback):
@@ -112,6 +114,7 @@ class Progress(Callback):
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._name, self._n_epochs, self._epoch = "", 0, 0
 
     @contextmanager
     def shown(self, n_images: int, verbose: int, unit: str = "image") -> Iterator[None]:
@@ -150,8 +153,121 @@ class Progress(Callback):
             self._bar.set_postfix({k: f"{v:.3g}" for k, v in losses.items() if v is not None})
 
 
+def make_net(
+    net_class: Callable[..., skorch.NeuralNet],
+    module: nn.Module,
+    groups: list[dict[str, Any]],
+    *,
+    seed: int,
+    progress: Progress,
+    schedule: Schedule | None,
+    callbacks: Sequence[Any] = (),
+    verbose: int = 0,
+    **options: Any,
+) -> skorch.NeuralNet:
+    """Compose the skorch net that trains a module by AdamW.
+
+    Parameters
+    ----------
+    net_class : class of skorch nets
+    module : nn.Module
+    groups : list of dict
+        The parameters with their learning rates, as of `parameter_groups`.
+    seed : int
+        Of the order of the batches.
+    progress : Progress
+    schedule : Schedule or None
+        Of the learning rate; None for a constant one.
+    callbacks : sequence of callbacks of skorch's
+        They come after those of this library.
+    verbose : int, default=0
+        The table of skorch is shown from 2 on.
+    **options
+        Further parameters of the net, such as its `criterion` and `batch_size`.
+    """
+    ours: list[Any] = [("watch", Watch()), ("progress", progress)]
+    if schedule is not None:
+        policy = LRScheduler(LambdaLR, lr_lambda=schedule, last_epoch=-1, step_every="batch")
+        ours.append(("schedule", policy))
+    net = net_class(
+        module,
+        optimizer=lambda *_, **__: torch.optim.AdamW(groups, fused=True),
+        iterator_train__shuffle=True,
+        iterator_train__generator=torch.Generator().manual_seed(seed),
+        iterator_train__collate_fn=_as_is,
+        iterator_valid__collate_fn=_as_is,
+        callbacks=[*ours, *callbacks],
+        device=str(next(module.parameters()).device),
+        verbose=verbose > 1,
+        callbacks__print_log__sink=_print_beside_bar(verbose),
+        **{"train_split": None, **options},
+    )
+    return net.initialize()
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # data return whole batches
+
+
+def early_stopping(patience: int, verbose: int) -> tuple[str, Callback]:
+    """Return the callback that ends a training whose loss on other images falls no more."""
+    sink = _print_beside_bar(verbose)
+    return "early_stopping", EarlyStopping(patience=patience, load_best=True, sink=sink)
+
+
+def _print_beside_bar(verbose: int) -> Callable[[str], Any]:
+    return tqdm.write if verbose > 1 else print  # what is printed would tear the bar apart
+
+
+def parameter_groups(
+    parts: Iterable[tuple[Iterable[nn.Parameter], float]],
+    weight_decay: float,
+    *,
+    only_matrices_decay: bool = True,
+) -> list[dict[str, Any]]:
+    """Return what is trained as the groups of an optimizer.
+
+    Parameters
+    ----------
+    parts : iterable of (parameters, learning rate)
+        What is frozen of them is left out.
+    weight_decay : float
+    only_matrices_decay : bool, default=True
+        Whether biases, and the scales of norms, do not decay.
+    """
+    groups = []
+    for parameters, lr in parts:
+        trained = [p for p in parameters if p.requires_grad]
+        decaying = [p for p in trained if p.ndim > 1 or not only_matrices_decay]
+        others = [p for p in trained if p.ndim <= 1 and only_matrices_decay]
+        for group, decay in ((decaying, weight_decay), (others, 0.0)):
+            if group:
+                groups.append({"params": group, "lr": lr, "weight_decay": decay})
+    return groups
+
+
+class Schedule:
+    """The share of the learning rate at each step: up in a tenth of them, down by a cosine."""
+
+    def __init__(self, n_steps: int) -> None:
+        self.n_steps, self.offset = n_steps, 0
+
+    def __call__(self, step: int) -> float:
+        step += self.offset
+        n_warm = max(1, round(_WARM_UP * self.n_steps))
+        if step < n_warm:
+            return (step + 1) / n_warm
+        done = (step - n_warm) / max(1, self.n_steps - n_warm)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+# ------------------------------------------------------------------------------ the loop
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C: unlike a callback's KeyboardInterrupt, by which skorch ends a training early."""
+
+    n_done = 0  # epochs that were run to their end
 
 
 @contextmanager
@@ -172,79 +288,36 @@ def _ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def make_net(
-    module: nn.Module,
-    kind: str,
-    groups: list[dict[str, Any]],
-    valid: TrainingData | None,
+def train(
+    net: skorch.NeuralNet,
+    data: Dataset,
+    n_epochs: int,
     *,
-    n_outputs: int,
-    max_epochs: int,
-    batch_size: int,
-    patience: int,
-    callbacks: Sequence[Any],
-    schedule: Callable[[int], float] | None,
-    seed: int,
     progress: Progress,
-    verbose: int,
-    net_class: Any = None,
-    criterion: nn.Module | None = None,
-) -> skorch.NeuralNet:
-    """Compose the skorch net that trains `module`; its table is shown from `verbose=2` on.
+    stage: str = "epoch",
+) -> None:
+    """Run epochs, which the bar counts.
 
-    `kind` says which net and which loss, unless they are given.
+    Raises
+    ------
+    Interrupted
+        On Ctrl-C. The net is as it then was, and `n_done` of the epochs are in its history.
     """
-    sink = tqdm.write if verbose > 1 else print  # what is printed would tear the bar apart
-    own: list[Any] = [("watch", Watch()), ("progress", progress)]
-    if schedule is not None:
-        policy = LRScheduler(LambdaLR, lr_lambda=schedule, last_epoch=-1, step_every="batch")
-        own.append(("schedule", policy))
-    if valid is not None:
-        own.append(("early_stopping", EarlyStopping(patience=patience, load_best=True, sink=sink)))
-    # skorch's classifier has a score of its own, which asks for the classes.
-    classes = {"classes": list(range(n_outputs))} if kind == "class" else {}
-    net = (net_class or _NETS[kind])(
-        module,
-        criterion=criterion or Loss(kind),
-        optimizer=lambda *_, **__: torch.optim.AdamW(groups, fused=True),
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        train_split=None if valid is None else predefined_split(valid),
-        iterator_train__shuffle=True,
-        iterator_train__generator=torch.Generator().manual_seed(seed),
-        iterator_train__collate_fn=_as_is,
-        iterator_valid__collate_fn=_as_is,
-        callbacks=[*own, *callbacks],
-        device=str(next(module.parameters()).device),
-        verbose=verbose > 1,
-        callbacks__print_log__sink=sink,
-        **classes,
-    )
-    return net.initialize()
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-class Schedule:
-    """The share of the learning rate at each step: up in a tenth of them, down by a cosine."""
-
-    def __init__(self, n_steps: int) -> None:
-        self.n_steps, self.offset = n_steps, 0
-
-    def __call__(self, step: int) -> float:
-        step += self.offset
-        n_warm = max(1, round(_WARM_UP * self.n_steps))
-        if step < n_warm:
-            return (step + 1) / n_warm
-        done = (step - n_warm) / max(1, self.n_steps - n_warm)
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def train(net: skorch.NeuralNet, data: Dataset, n_epochs: int) -> None:
-    """Run epochs; `Interrupted` on Ctrl-C, the net as it then was."""
+    n_before = len(net.history)
+    if n_epochs:
+        progress.stage(stage, n_epochs)
     net.notify("on_train_begin", X=data, y=None)
+    try:
+        _run_epochs(net, data, n_epochs)
+    except Interrupted as interrupted:
+        interrupted.n_done = len(net.history) - n_before
+        raise
+    if net.history:  # skorch's early stopping looks at the last epoch
+        net.notify("on_train_end", X=data, y=None)
+
+
+def _run_epochs(net: skorch.NeuralNet, data: Dataset, n_epochs: int) -> None:
+    """Run epochs until a callback ends them; one that was cut off is not recorded."""
     try:
         with _ctrl_c():
             net.fit_loop(data, epochs=n_epochs)
@@ -255,5 +328,15 @@ def train(net: skorch.NeuralNet, data: Dataset, n_epochs: int) -> None:
     finally:
         net.module_.eval()
         net.history[:] = [epoch for epoch in net.history if "train_loss" in epoch]
-    if net.history:  # skorch's early stopping looks at the last epoch
-        net.notify("on_train_end", X=data, y=None)
+
+
+def recorded(net: skorch.NeuralNet) -> list[dict[str, Any]]:
+    """Return the numbers and the words that were recorded of each epoch."""
+    return [
+        {
+            name: value if isinstance(value, str | int) else float(value)
+            for name, value in epoch.items()
+            if isinstance(value, (str, int, float, np.number, np.bool_))
+        }
+        for epoch in net.history
+    ]

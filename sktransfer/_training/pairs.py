@@ -1,4 +1,4 @@
-"""Learning without labels: pairs of tiles, the net that is trained on them, and its trainer."""
+"""Learning without labels: pairs of tiles, the net that is trained on them, and their task."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from skorch.callbacks import Callback, PassthroughScoring
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._engine.augmentation import Views
 from sktransfer._engine.device import is_out_of_memory
 from sktransfer._engine.tiles import Tiles, TileViews
 from sktransfer._threads import n_threads
 from sktransfer._training.data import TrainingData
 from sktransfer._training.heads import NTXent, make_projection, matching_accuracy, spread
-from sktransfer._training.plan import Plan
 from sktransfer._training.settings import Settings
-from sktransfer._training.trainer import Examples, Trainer
+from sktransfer._training.task import Examples, Task
+from sktransfer._training.trainer import Trainer
 from sktransfer.io import ImageSequence
 
 _COLLAPSED = 1e-3  # a spread below this: cosines of 0.999 between any two tiles
@@ -160,80 +160,71 @@ def why_collapsed(history: list[dict[str, Any]]) -> str | None:
     )
 
 
-# ------------------------------------------------------------------------------ the trainer
+# ------------------------------------------------------------------------------ the task
 
 
-class PairTrainer(Trainer):
-    """Trains what follows the cut, and a projection head, on pairs of tiles.
+class PairTask(Task):
+    """To tell pictures, or clips, apart by pairs of tiles of them."""
 
-    Attributes
-    ----------
-    n_frames : int
-        Of a clip; 1 of a picture.
-    """
-
+    n_shown = 2  # two tiles of each picture
     settings: PairSettings
-    n_frames: int
 
-    def train(self, images: ImageSequence, targets: np.ndarray, *args: Any, **options: Any) -> None:
-        """Run the epochs; `images` has the frames of clips one behind the other."""
-        self.n_frames = len(images) // len(targets)
-        super().train(images, targets, *args, **options)
-
-    def train_part(
-        self, images: ImageSequence, targets: np.ndarray, *args: Any, **options: Any
-    ) -> None:
-        """Run one epoch over some pictures or clips, at a constant learning rate."""
-        self.n_frames = len(images) // len(targets)
-        super().train_part(images, targets, *args, **options)
-
-    def _n_steps(self, n_images: int) -> int:
-        size = batch_size_of(n_images, self.settings.images_a_step)
-        return math.ceil(n_images / size) - (n_images % size == 1)
-
-    def _plan(self, n_images: int, n_epochs: int, with_embeddings: bool) -> Plan:
-        return super()._plan(n_images, 2 * n_epochs, with_embeddings)  # two tiles in each
-
-    def _new_head(self) -> nn.Module:
-        return make_projection(self.settings.head, self.frozen.width)
-
-    def _find_views(self, n_views: int | None) -> Augmentation:
+    def augmentation(self, n_views: int | None) -> Tiles:
+        """Return what cuts `n_views` fixed tiles out of a picture, None for all that there are."""
         settings = self.settings
         return Tiles(settings.augment, n_views, self.frozen.size, settings.crop_scale)
 
-    def _views(self, images: ImageSequence) -> Views:
-        tiles = self._find_views(self.settings.n_views)
-        assert isinstance(tiles, Tiles)
-        n_views = 1 if self.cut == 0 else tiles.n_views  # else they are drawn
-        n_together = max(1, self.n_frames // 2)
-        return TileViews(images, self.frozen.preprocessing, tiles, n_views, n_together)
+    def views(self, images: ImageSequence, n_items: int) -> TileViews:
+        """Return the tiles of `n_items` pictures, or clips, whose frames come one by one."""
+        tiles = self.augmentation(self.settings.n_views)
+        n_together = max(1, len(images) // n_items // 2)
+        return TileViews(images, self.frozen.preprocessing, tiles, self.n_views, n_together)
 
-    def _data(
+    def data(
         self,
         stored: np.ndarray | None,
         rows: np.ndarray,
         examples: Examples,
         *,
         is_valid: bool = False,
-    ) -> TrainingData:
+    ) -> PairData:
+        """Return the batches of some pictures or clips; none of them are held out."""
+        assert not is_valid
         return PairData(
             examples.views,
             stored,
             rows,
             examples.targets,
-            n_frames=self.n_frames,
+            n_frames=len(examples.views.images) // len(examples.targets),
             seed=examples.seed,
             augments="draws" if self.cut == 0 else "turns",
             n_threads=n_threads(self.settings.n_jobs),
         )
 
-    def _callbacks(self) -> list[Any]:
+    def n_steps(self, n_images: int) -> int:
+        """Return the number of steps in an epoch: a picture that is alone in one is left out."""
+        size = batch_size_of(n_images, self.settings.images_a_step)
+        return math.ceil(n_images / size) - (n_images % size == 1)
+
+    def new_head(self) -> nn.Module:
+        """Return a projection head that has learnt nothing yet."""
+        return make_projection(self.settings.head, self.frozen.width)
+
+    def callbacks(self) -> list[Any]:
+        """Return the callbacks of the training, those of the user among them."""
         accuracy = PassthroughScoring("matching_accuracy", lower_is_better=False, on_train=True)
         distance = PassthroughScoring("spread", lower_is_better=False, on_train=True)
         # Where it ends the training, the others have seen the epoch.
         watch = ("collapse", CollapseWatch())
         scores = [("matching_accuracy", accuracy), ("spread", distance)]
-        return [*scores, *super()._callbacks(), watch]
+        return [*scores, *super().callbacks(), watch]
 
-    def _task(self) -> dict[str, Any]:
+    def net_options(self) -> dict[str, Any]:
+        """Return the class of the net and its loss."""
         return {"net_class": PairNet, "criterion": NTXent(self.settings.temperature)}
+
+
+class PairTrainer(Trainer):
+    """Trains what follows the cut, and a projection head, on pairs of tiles."""
+
+    task_class = PairTask

@@ -118,38 +118,33 @@ class TrainedPart(nn.Module):
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `trained_state` returned."""
-        own = self.state_dict()  # not a dict of its values: it has the versions of modules as well
-        own.update(trained_tensors(state, self._trained_values()))
-        self.load_state_dict(own)
+        whole = self.state_dict()  # no plain dict: it has the versions of modules as well
+        whole.update(trained_tensors(state, self._trained_values()))
+        self.load_state_dict(whole)
 
     def _trained_values(self) -> dict[str, torch.Tensor]:
-        own = {f"blocks.{i}." for i, trained in enumerate(self.is_trained) if trained} | {"head."}
+        prefixes = [f"blocks.{i}." for i, is_trained in enumerate(self.is_trained) if is_trained]
         return {
             name: value
             for name, value in self.state_dict().items()
             # What is quantised is never trained.
-            if name.startswith(tuple(own)) and _is_plain(value)
+            if name.startswith((*prefixes, "head.")) and _is_plain(value)
         }
 
-    def parameter_groups(
-        self, lr: float, head_lr: float, lr_decay: float, weight_decay: float
-    ) -> list[dict[str, Any]]:
-        """Return the trained parameters with their learning rates; only matrices decay."""
-        depth, groups = 0, []
-        parts: list[tuple[nn.Module, float]] = [(self.head, head_lr)]
+    def rated_parts(
+        self, lr: float, head_lr: float, lr_decay: float
+    ) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the parameters of the head, then of each trained block from the last on.
+
+        Each comes with its learning rate, which falls by `lr_decay` from block to block.
+        """
+        depth, parts = 0, [(list(self.head.parameters()), head_lr)]
         for block, is_trained in zip(reversed(self.blocks), reversed(self.is_trained), strict=True):
-            if is_trained and any(True for _ in block.parameters()):
-                parts.append((block, lr * lr_decay**depth))
+            parameters = list(block.parameters())
+            if is_trained and parameters:
+                parts.append((parameters, lr * lr_decay**depth))
                 depth += 1
-        for part, rate in parts:
-            trained = [p for p in part.parameters() if p.requires_grad]
-            for some, decay in (
-                ([p for p in trained if p.ndim > 1], weight_decay),
-                ([p for p in trained if p.ndim <= 1], 0.0),
-            ):
-                if some:
-                    groups.append({"params": some, "lr": rate, "weight_decay": decay})
-        return groups
+        return parts
 
 
 def _is_plain(value: Any) -> bool:

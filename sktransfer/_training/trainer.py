@@ -1,30 +1,33 @@
-"""The phases of a fit: the frozen blocks once, the head, then the unfrozen blocks."""
+"""What an estimator trains: the phases of its fit, what it predicts, and what is kept of it."""
 
 from __future__ import annotations
 
-import math
-import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit
 from torch import nn
-from tqdm.auto import tqdm
 
-from sktransfer._engine.augmentation import Augmentation, Views
-from sktransfer._engine.frozen import Activations, FrozenBlocks
+from sktransfer._engine.augmentation import Views
+from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import Runner, network_lock
-from sktransfer._memory.memory import check_memory
+from sktransfer._threads import n_threads
 from sktransfer._torch_state import seeded_to_train
 from sktransfer._training.cut import find_cut
-from sktransfer._training.data import TrainingData, allocate
-from sktransfer._training.heads import make_head, solve_head
-from sktransfer._training.net import Interrupted, Progress, Schedule, make_net, train
-from sktransfer._training.plan import Plan, make_plan
-from sktransfer._training.settings import Settings, n_threads
+from sktransfer._training.data import TrainingData
+from sktransfer._training.net import Interrupted, Progress, Schedule, recorded, train
+from sktransfer._training.phases import (
+    FrozenPhase,
+    find_phases,
+    hold_out,
+    plan_fit,
+    solve_new_head,
+    train_head,
+)
+from sktransfer._training.plan import Plan
+from sktransfer._training.settings import Settings
+from sktransfer._training.task import Examples, Task
 from sktransfer._training.trained_part import TrainedPart
 from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone
@@ -32,15 +35,6 @@ from sktransfer.models._modules import copy_of
 from sktransfer.transforms import Preprocessing
 
 _CHUNK = 256  # images whose activations a prediction holds at once
-
-
-class Examples(NamedTuple):
-    """What is learnt from, and the seed of the chance in it."""
-
-    views: Views
-    targets: np.ndarray  # encoded, one or a row of them for each image
-    weights: np.ndarray | None  # of the images
-    seed: int
 
 
 class Trainer:
@@ -51,9 +45,12 @@ class Trainer:
     runner : Runner
     preprocessing : Preprocessing
     settings : Settings
+        An estimator that goes on, or predicts, sets others.
 
     Attributes
     ----------
+    unfrozen : Unfrozen
+        The blocks that are trained.
     plan : Plan
     net : skorch.NeuralNet
         Its module is a `TrainedPart`.
@@ -61,22 +58,30 @@ class Trainer:
         Epochs that an interrupted training still lacks.
     """
 
+    task_class: ClassVar[type[Task]] = Task
+
     plan: Plan
     net: Any
+    module: TrainedPart
 
     def __init__(self, runner: Runner, preprocessing: Preprocessing, settings: Settings) -> None:
         self.settings = settings
         self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling)
         self.unfrozen = find_cut(runner, settings.unfreeze)
-        self.cut = self.unfrozen.cut
         self.n_left = 0
         self._progress = Progress()
         self._schedule: Schedule | None = None
         self._backbone: Backbone | None = None  # the result, once it is asked for
-        self._find_views(None)
+        self._task.augmentation(None)  # raises an error of the parameters now
+
+    @property
+    def _task(self) -> Task:
+        """What is learnt, by the settings as they now are."""
+        return self.task_class(self.settings, self.frozen, self.unfrozen.cut)
 
     @property
     def unfrozen_blocks(self) -> list[int]:
+        """The numbers of the trained blocks; none of a network that has no blocks."""
         return sorted(self.unfrozen.blocks if self.frozen.runner.block_names else [])
 
     @property
@@ -95,27 +100,31 @@ class Trainer:
         goes_on: bool,
     ) -> None:
         """Run the phases, or go on with the last one."""
-        settings = self.settings
-        learnt, held_out = self._split(targets, seed)
-        examples = Examples(self._views(images), targets, weights, seed)
-        is_solved = settings.solves_head and not goes_on
-        n_epochs = 0 if is_solved and self.cut == self.frozen.embedding else settings.max_epochs
-        n_epochs = self.n_left or n_epochs
-        n_head = 0 if goes_on else self._head_epochs()
-        with_embeddings = is_solved or n_head > 0
+        task = self._task
+        learnt, held_out = hold_out(self.settings, targets, seed)
+        examples = Examples(task.views(images, len(targets)), targets, weights, seed)
+        phases = find_phases(task, goes_on=goes_on, n_left=self.n_left)
+        n_epochs, with_embeddings = phases.n_epochs, phases.needs_embeddings
         if not goes_on:
-            self.plan = self._plan(len(images), n_epochs, with_embeddings)
-        n_images = (n_head + n_epochs) * len(learnt) + n_epochs * len(held_out)
-        n_images += len(examples.views) * bool(self._to_run(with_embeddings, n_epochs > 0))
-        with self._progress.shown(n_images, settings.verbose):
-            stored, embeddings = self._run_frozen(examples.views, with_embeddings, n_epochs > 0)
+            self.plan = plan_fit(task, len(images), n_epochs, with_embeddings=with_embeddings)
+        n_images = (phases.n_head_epochs + n_epochs) * len(learnt) + n_epochs * len(held_out)
+        frozen = FrozenPhase(task, self.plan, self._progress)
+        asked = {"with_embeddings": with_embeddings, "with_start": n_epochs > 0}
+        n_images += len(examples.views) * bool(frozen.positions(**asked))
+        with self._progress.shown(n_images, self.settings.verbose):
+            stored, embeddings = frozen.run(examples.views, **asked)
+            self.plan = frozen.plan
             with network_lock, seeded_to_train(seed):
                 if not goes_on:
-                    head = self._new_head()
-                    if is_solved:
-                        self._solve(head, embeddings, learnt, examples)
-                    elif n_head:
-                        self._train_head(head, embeddings, learnt, examples, n_head)
+                    head = task.new_head()
+                    if phases.solves_head:
+                        self._progress.stage("head")
+                        solve_new_head(task, head, embeddings, learnt, examples)
+                    elif phases.n_head_epochs:
+                        n_head_epochs = phases.n_head_epochs
+                        train_head(
+                            task, head, embeddings, learnt, examples, n_head_epochs, self._progress
+                        )
                     self.module = self._new_module(head)
                 self._train_blocks(stored, learnt, held_out, examples, n_epochs, goes_on)
 
@@ -128,281 +137,79 @@ class Trainer:
         n_epochs: int,
         goes_on: bool,
     ) -> None:
-        """Run the second phase."""
-        data = self._data(stored, learnt, examples)
+        """Run the second phase, from its start or from where it was interrupted."""
+        task = self._task
+        data = task.data(stored, learnt, examples)
         valid = None
         if self.settings.early_stopping:
-            valid = self._data(stored, held_out, examples, is_valid=True)
-        n_steps = self._n_steps(len(learnt)) * n_epochs
+            valid = task.data(stored, held_out, examples, is_valid=True)
         if not (self.n_left and self._schedule):
-            history = self.net.history if goes_on else None
-            self._schedule = Schedule(n_steps)
-            self.net = self._new_net(self.module, valid, self._schedule, examples.seed)
-            if history is not None:
-                self.net.history = history
+            schedule = Schedule(task.n_steps(len(learnt)) * n_epochs)
+            self._renew_net(schedule, examples.seed, valid, keeps_history=goes_on)
         self._run_epochs(data, n_epochs)
 
     def train_part(
         self, images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, seed: int
     ) -> None:
         """Run one epoch over some images, at a constant learning rate."""
-        is_new = not hasattr(self, "net")
+        task, is_new = self._task, not hasattr(self, "net")
         if is_new:
-            self.plan = self._plan(len(images), 1, False)
-        examples = Examples(self._views(images), targets, weights, seed)
-        n_images = len(targets) + len(examples.views) * bool(self._to_run(False, True))
+            self.plan = plan_fit(task, len(images), 1, with_embeddings=False)
+        examples = Examples(task.views(images, len(targets)), targets, weights, seed)
+        frozen = FrozenPhase(task, self.plan, self._progress)
+        asked = {"with_embeddings": False, "with_start": True}
+        n_images = len(targets) + len(examples.views) * bool(frozen.positions(**asked))
         with self._progress.shown(n_images, self.settings.verbose):
-            stored, _ = self._run_frozen(examples.views, False, True)
+            stored, _ = frozen.run(examples.views, **asked)
+            self.plan = frozen.plan
             with network_lock, seeded_to_train(seed):
-                data = self._data(stored, np.arange(len(targets)), examples)
+                data = task.data(stored, np.arange(len(targets)), examples)
                 if is_new:
-                    self.module = self._new_module(self._new_head())
+                    self.module = self._new_module(task.new_head())
                 if is_new or self._schedule is not None:
                     # The net of a fit has a schedule, and may stop early by images held out.
-                    history = [] if is_new else self.net.history
-                    self.net = self._new_net(self.module, None, None, seed)
-                    self.net.history.extend(history)
-                    self._schedule = None
+                    self._renew_net(None, seed, keeps_history=not is_new)
                 self._run_epochs(data, 1)
 
     def _run_epochs(self, data: TrainingData, n_epochs: int) -> None:
-        before = len(self.net.history)
+        """Train the blocks; if that is interrupted, remember how much is left."""
         self._backbone = None
-        if n_epochs:
-            self._progress.stage("epoch", n_epochs)
         try:
-            train(self.net, data, n_epochs)
-        except Interrupted:
-            done = len(self.net.history) - before
-            self.n_left = n_epochs - done
+            train(self.net, data, n_epochs, progress=self._progress)
+        except Interrupted as interrupted:
+            n_done = interrupted.n_done
+            self.n_left = n_epochs - n_done
             if self._schedule is not None:
-                self._schedule.offset += done * self._n_steps(len(data))
+                self._schedule.offset += n_done * self._task.n_steps(len(data))
             raise Interrupted(
-                f"fit was interrupted after {done} of {n_epochs} epochs. The estimator predicts "
+                f"fit was interrupted after {n_done} of {n_epochs} epochs. The estimator predicts "
                 f"with what it learnt in them; with warm_start=True, fit goes on for {self.n_left}."
             ) from None
         self.n_left = 0
         self.net.train_split = None  # it would hold on to the activations
 
-    def _split(self, targets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows to learn from, and those that are held out for early stopping."""
-        rows = np.arange(len(targets))
-        if not self.settings.early_stopping:
-            return rows, rows[:0]
-        share = self.settings.validation_fraction
-        splitter: Any = ShuffleSplit(1, test_size=share, random_state=seed)
-        if self.settings.kind == "class":
-            splitter = StratifiedShuffleSplit(1, test_size=share, random_state=seed)
-        try:
-            return next(splitter.split(rows, targets if self.settings.kind == "class" else None))
-        except ValueError as error:
-            raise ValueError(
-                f"early_stopping=True can't hold out validation_fraction={share} of {len(rows)} "
-                f"images: {error} Pass early_stopping=False, or more images."
-            ) from error
-
-    def _solve(
-        self, head: nn.Module, embeddings: np.ndarray, rows: np.ndarray, examples: Examples
-    ) -> None:
-        assert isinstance(head, nn.Sequential)
-        self._progress.stage("head")
-        targets, n_views = examples.targets, examples.views.n_views
-        numbers = (rows[:, None] * n_views + np.arange(n_views)).ravel()
-        each = np.ones(len(rows)) if examples.weights is None else examples.weights[rows]
-        solve_head(
-            head,
-            embeddings[numbers],
-            np.repeat(targets[rows], n_views, axis=0),
-            np.repeat(each / n_views, n_views),
-            self.settings.kind,
-            is_start=self.cut < self.frozen.embedding,
-        )
-
-    def _train_head(
-        self,
-        head: nn.Module,
-        embeddings: np.ndarray,
-        rows: np.ndarray,
-        examples: Examples,
-        n_epochs: int,
-    ) -> None:
-        end = self.frozen.embedding
-        nothing = find_cut(self.frozen.runner, 0)
-        module = TrainedPart(self.frozen, end, nothing, head, self._step, False)
-        data = self._data(embeddings, rows, examples)
-        n_steps = self._n_steps(len(rows)) * n_epochs
-        net = self._new_net(module, None, Schedule(n_steps), examples.seed)
-        self._progress.stage("head, epoch", n_epochs)
-        try:
-            train(net, data, n_epochs)
-        except Interrupted:
-            raise KeyboardInterrupt(
-                f"fit was interrupted in epoch {len(net.history) + 1} of {n_epochs} that train the "
-                "head alone: nothing is fitted yet."
-            ) from None
-
-    def _head_epochs(self) -> int:
-        """Return the epochs that train the head alone, before the blocks."""
-        settings = self.settings
-        if settings.solves_head or settings.is_from_scratch:
-            return 0
-        if settings.head_epochs != "auto":
-            return int(settings.head_epochs)
-        return 0 if self.cut == self.frozen.embedding else settings.max_epochs
-
-    # ------------------------------------------------------------------------ parts
-
-    def _n_steps(self, n_images: int) -> int:
-        """Return the steps of an epoch."""
-        return math.ceil(n_images / self.settings.images_a_step)
-
-    def _new_head(self) -> nn.Module:
-        settings = self.settings
-        return make_head(settings.head, self.frozen.width, settings.n_outputs, settings.dropout)
-
     def _new_module(self, head: nn.Module) -> TrainedPart:
         # Random weights need the statistics of their batches; pretrained ones have better ones.
         moves = self.settings.is_from_scratch
-        start, step = self.plan.start, self._step
+        start, step = self.plan.start, self._task.step
         return TrainedPart(self.frozen, start, self.unfrozen, head, step, moves)
 
-    def _new_net(
+    def _renew_net(
         self,
-        module: TrainedPart,
-        valid: TrainingData | None,
         schedule: Schedule | None,
         seed: int,
-    ) -> Any:
-        settings = self.settings
-        is_second_phase = module is getattr(self, "module", None)
-        head_lr = settings.lr if settings.head_lr is None else settings.head_lr
-        return make_net(
-            module,
-            settings.kind,
-            module.parameter_groups(settings.lr, head_lr, settings.lr_decay, settings.weight_decay),
-            valid,
-            n_outputs=settings.n_outputs,
-            max_epochs=settings.max_epochs,
-            batch_size=settings.images_a_step,
-            patience=settings.n_iter_no_change,
-            callbacks=self._callbacks() if is_second_phase else [],
-            schedule=schedule,
-            seed=seed,
-            progress=self._progress,
-            verbose=settings.verbose,
-            **self._task(),
-        )
-
-    def _callbacks(self) -> list[Any]:
-        return list(self.settings.callbacks or [])
-
-    def _task(self) -> dict[str, Any]:
-        """Return options of `make_net` for what is not told by the kind of `y`."""
-        return {}
-
-    def _data(
-        self,
-        stored: np.ndarray | None,
-        rows: np.ndarray,
-        examples: Examples,
+        valid: TrainingData | None = None,
         *,
-        is_valid: bool = False,
-    ) -> TrainingData:
-        augments = "draws" if self.cut == 0 and self.settings.augment is not None else "turns"
-        return TrainingData(
-            examples.views,
-            stored,
-            rows,
-            examples.targets,
-            examples.weights,
-            seed=examples.seed,
-            augments="no" if is_valid else augments,
-            n_threads=n_threads(self.settings.n_jobs),
+        keeps_history: bool,
+    ) -> None:
+        """Put a new net around the module; its optimizer knows nothing of an earlier one."""
+        history = list(self.net.history) if keeps_history else []
+        task = self._task
+        self._schedule = schedule
+        self.net = task.new_net(
+            self.module, schedule, seed, self._progress, callbacks=task.callbacks(), valid=valid
         )
-
-    # ------------------------------------------------------------------------ frozen blocks
-
-    def _views(self, images: ImageSequence) -> Views:
-        """Return the fixed views in which images are learnt."""
-        augmentation = self._find_views(self.settings.n_views)
-        n_views = 1 if self.cut == 0 else augmentation.n_views  # else they are drawn
-        return Views(images, self.frozen.preprocessing, augmentation, n_views)
-
-    def _find_views(self, n_views: int | None) -> Augmentation:
-        augmentation = Augmentation(self.settings.augment, n_views, self.frozen.size)
-        most = Augmentation(self.settings.augment, None, self.frozen.size).n_views
-        most = max(most, augmentation.n_views)
-        if self.settings.predict_views > most:
-            raise ValueError(
-                f"predict_views={self.settings.predict_views}, but "
-                f"augment={self.settings.augment!r} has {most} views of an image."
-            )
-        return augmentation
-
-    def _plan(self, n_images: int, n_epochs: int, with_embeddings: bool) -> Plan:
-        memory = check_memory(self.settings.memory)
-        folder = None if memory is None else str(getattr(memory.memory, "location", None) or ".")
-        n_views = 1 if self.cut == 0 else self._find_views(self.settings.n_views).n_views
-        plan = make_plan(
-            self.frozen,
-            self.cut,
-            n_images,
-            n_views,
-            n_epochs,
-            with_embeddings,
-            folder,
-            tempfile.gettempdir(),
-        )
-        if self.settings.verbose > 1:
-            tqdm.write(str(plan))
-        return plan
-
-    @property
-    def _step(self) -> int:
-        return self.frozen.runner.step(self.settings.batch_size, self.frozen.size)
-
-    def _stream(self, positions: Sequence[int], progress: Progress) -> Activations:
-        return Activations(
-            self.frozen,
-            positions,
-            self.plan.keep,
-            memory=check_memory(self.settings.memory),
-            batch_size=self.settings.batch_size,
-            n_jobs=self.settings.n_jobs,
-            progress=progress,
-        )
-
-    def _to_run(self, with_embeddings: bool, with_start: bool) -> list[int]:
-        """Return the positions to which the frozen blocks run before the training."""
-        start = self.plan.start if with_start else 0
-        return sorted({start, self.frozen.embedding if with_embeddings else 0} - {0})
-
-    def _run_frozen(
-        self, views: Views, with_embeddings: bool, with_start: bool
-    ) -> tuple[np.ndarray | None, Any]:
-        """Return what epochs start from, None if it is the images, and the embeddings."""
-        start, end = self.plan.start if with_start else 0, self.frozen.embedding
-        positions = self._to_run(with_embeddings, with_start)
-        if not positions:
-            return None, None
-        self._progress.stage("frozen blocks")
-        stream = self._stream(positions, self._progress)
-        outs = {
-            p: allocate((len(views), *self.frozen.shape(p)), self.frozen.dtype(p))
-            for p in positions
-        }
-        if outs.get(start, views) is None:
-            self.plan = self.plan.without_start()
-            return self._run_frozen(views, with_embeddings, with_start)
-        try:
-            stream(views, [out for out in outs.values() if out is not None])
-        except KeyboardInterrupt:
-            kept = "lie in the memory" if stream.memory is not None else "are lost without a memory"
-            raise KeyboardInterrupt(
-                f"fit was interrupted while the frozen blocks ran: {stream.n_computed} of "
-                f"{len(views)} images were computed and {kept}; call it again."
-            ) from None
-        return outs.get(start), outs.get(end)
+        self.net.history.extend(history)
 
     # ------------------------------------------------------------------------ prediction
 
@@ -410,7 +217,7 @@ class Trainer:
         """Return what the network says of each view, float32 (n, predict_views, n_outputs)."""
         settings = self.settings
         n_views = settings.predict_views
-        augmentation = self._find_views(settings.n_views)
+        augmentation = self._task.augmentation(settings.n_views)
         views = Views(images, self.frozen.preprocessing, augmentation, n_views)
         results = np.empty((len(views), settings.n_outputs), np.float32)
         progress = Progress()  # two threads may predict at once
@@ -424,8 +231,10 @@ class Trainer:
         return results.reshape(len(images), n_views, settings.n_outputs)
 
     def _chunk_outputs(self, views: Views, progress: Progress) -> np.ndarray:
-        stream = self._stream([self.cut or self.frozen.embedding], progress)
-        if self.cut:
+        """Return what the network says of views (n, n_outputs), all held in memory at once."""
+        cut = self.unfrozen.cut
+        stream = FrozenPhase(self._task, self.plan, progress).stream([cut or self.frozen.embedding])
+        if cut:
             (rows,) = stream(views)
             batches = torch.from_numpy(rows)
         else:
@@ -437,9 +246,9 @@ class Trainer:
             # Batches of one size: a prediction then does not depend on the others.
             for batch in batches.split(stream.step):
                 padding = batch[:1].expand(stream.step - len(batch), *batch.shape[1:])
-                found = module(torch.cat([batch, padding]), self.cut)
-                outputs.append(found[: len(batch)].cpu().numpy())
-                if not self.cut:  # else the stream moved the bar
+                padded = module(torch.cat([batch, padding]), cut)
+                outputs.append(padded[: len(batch)].cpu().numpy())
+                if not cut:  # else the stream moved the bar
                     progress.update(len(batch))
         return np.concatenate(outputs)
 
@@ -447,10 +256,7 @@ class Trainer:
 
     def history(self) -> list[dict[str, Any]]:
         """Return what was recorded of each epoch."""
-        return [
-            {k: v if isinstance(v, str | int) else float(v) for k, v in epoch.items()}
-            for epoch in ({k: v for k, v in e.items() if _is_plain(v)} for e in self.net.history)
-        ]
+        return recorded(self.net)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what cannot be rebuilt."""
@@ -462,14 +268,17 @@ class Trainer:
         """Take back a state."""
         self.plan, self.n_left = plan, n_left
         with network_lock, seeded_to_train(0):
-            self.module = self._new_module(self._new_head())
+            self.module = self._new_module(self._task.new_head())
             self.module.load_trained_state(state)
             self.module.eval()
-            self.net = self._new_net(self.module, None, None, 0)
+            self._renew_net(None, 0, keeps_history=False)
         self.net.history.extend(history)
 
     def backbone(self, prefix: str) -> Backbone:
-        """Return the whole network as it is now; the same object until it is trained further."""
+        """Return the whole network as it is now; the same object until it is trained further.
+
+        `prefix` stands in front of its name.
+        """
         if self._backbone is None:
             name = f"{prefix}-{self.frozen.runner.name.rpartition('/')[2]}"
             self._backbone = Backbone(self.whole_network(), self.frozen.preprocessing, name=name)
@@ -486,7 +295,3 @@ class Trainer:
             state.update({k: v for k, v in block.state_dict().items() if k in state})
         network.load_state_dict(state)
         return network
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (str, int, float, np.number, np.bool_))

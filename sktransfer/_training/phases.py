@@ -1,0 +1,218 @@
+"""The phases of a fit before the blocks are trained: frozen blocks once, then the head."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit
+from torch import nn
+from tqdm.auto import tqdm
+
+from sktransfer._engine.augmentation import Views
+from sktransfer._engine.frozen import Activations
+from sktransfer._memory.memory import check_memory
+from sktransfer._training.cut import find_cut
+from sktransfer._training.data import allocate
+from sktransfer._training.heads import solve_head
+from sktransfer._training.net import Interrupted, Progress, Schedule, train
+from sktransfer._training.plan import Plan, make_plan
+from sktransfer._training.settings import Settings
+from sktransfer._training.task import Examples, Task
+from sktransfer._training.trained_part import TrainedPart
+
+
+class Phases(NamedTuple):
+    """Which phases a fit has, and how long they are."""
+
+    solves_head: bool  # on the embeddings of the frozen network
+    n_head_epochs: int  # that train the head alone
+    n_epochs: int  # that train the blocks with it
+
+    @property
+    def needs_embeddings(self) -> bool:
+        return self.solves_head or self.n_head_epochs > 0
+
+
+def find_phases(task: Task, *, goes_on: bool, n_left: int) -> Phases:
+    """Find the phases of a fit.
+
+    Parameters
+    ----------
+    task : Task
+    goes_on : bool
+        Whether it goes on with what was fitted: then the head is there.
+    n_left : int
+        Epochs that an interrupted fit still lacks.
+    """
+    settings, trains_head_alone = task.settings, task.cut == task.frozen.embedding
+    solves_head = settings.solves_head and not goes_on
+    n_epochs = n_left or (0 if solves_head and trains_head_alone else settings.max_epochs)
+    if goes_on or settings.solves_head or settings.is_from_scratch:
+        n_head_epochs = 0
+    elif settings.head_epochs != "auto":
+        n_head_epochs = int(settings.head_epochs)
+    else:
+        n_head_epochs = 0 if trains_head_alone else settings.max_epochs
+    return Phases(solves_head, n_head_epochs, n_epochs)
+
+
+def hold_out(settings: Settings, targets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to learn from, and those that are held out for early stopping."""
+    rows = np.arange(len(targets))
+    if not settings.early_stopping:
+        return rows, rows[:0]
+    share, strata = settings.validation_fraction, None
+    splitter: ShuffleSplit | StratifiedShuffleSplit
+    splitter = ShuffleSplit(1, test_size=share, random_state=seed)
+    if settings.kind == "class":
+        splitter = StratifiedShuffleSplit(1, test_size=share, random_state=seed)
+        strata = targets
+    try:
+        return next(splitter.split(rows, strata))
+    except ValueError as error:
+        raise ValueError(
+            f"early_stopping=True can't hold out validation_fraction={share} of {len(rows)} "
+            f"images: {error} Pass early_stopping=False, or more images."
+        ) from error
+
+
+# ------------------------------------------------------------------------------ frozen blocks
+
+
+class FrozenPhase:
+    """One run of the frozen blocks over all views of the images.
+
+    Parameters
+    ----------
+    task : Task
+    plan : Plan
+    progress : Progress
+
+    Attributes
+    ----------
+    plan : Plan
+        As given, or another one if the disk proved full.
+    """
+
+    def __init__(self, task: Task, plan: Plan, progress: Progress) -> None:
+        self.task, self.plan, self.progress = task, plan, progress
+
+    def positions(self, *, with_embeddings: bool, with_start: bool) -> list[int]:
+        """Return the positions to which the frozen blocks run.
+
+        Parameters
+        ----------
+        with_embeddings : bool
+            Whether the head is trained on them.
+        with_start : bool
+            Whether there are epochs, which start somewhere.
+        """
+        start = self.plan.start if with_start else 0
+        embedding = self.task.frozen.embedding if with_embeddings else 0
+        return sorted({start, embedding} - {0})
+
+    def run(
+        self, views: Views, *, with_embeddings: bool, with_start: bool
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return what epochs start from, None if it is the images; and the embeddings."""
+        frozen = self.task.frozen
+        positions = self.positions(with_embeddings=with_embeddings, with_start=with_start)
+        if not positions:
+            return None, None
+        self.progress.stage("frozen blocks")
+        start = self.plan.start if with_start else 0
+        outs = {p: allocate((len(views), *frozen.shape(p)), frozen.dtype(p)) for p in positions}
+        if outs.get(start, views) is None:
+            self.plan = self.plan.without_start()
+            return self.run(views, with_embeddings=with_embeddings, with_start=with_start)
+        stream = self.stream(positions)
+        try:
+            stream(views, [out for out in outs.values() if out is not None])
+        except KeyboardInterrupt:
+            kept = "lie in the memory" if stream.memory is not None else "are lost without a memory"
+            raise KeyboardInterrupt(
+                f"fit was interrupted while the frozen blocks ran: {stream.n_computed} of "
+                f"{len(views)} images were computed and {kept}; call it again."
+            ) from None
+        return outs.get(start), outs.get(frozen.embedding)
+
+    def stream(self, positions: Sequence[int]) -> Activations:
+        """Return what runs the frozen blocks up to some positions, through the memory."""
+        settings = self.task.settings
+        return Activations(
+            self.task.frozen,
+            positions,
+            self.plan.keep,
+            memory=check_memory(settings.memory),
+            batch_size=settings.batch_size,
+            n_jobs=settings.n_jobs,
+            progress=self.progress,
+        )
+
+
+def plan_fit(task: Task, n_images: int, n_epochs: int, *, with_embeddings: bool) -> Plan:
+    """Return the plan of what a fit keeps of the frozen blocks, and show it if that is wanted."""
+    memory = check_memory(task.settings.memory)
+    folder = None if memory is None else str(getattr(memory.memory, "location", None) or ".")
+    plan = make_plan(
+        task.frozen,
+        task.cut,
+        n_images,
+        task.n_views,
+        n_epochs * task.n_shown,
+        with_embeddings,
+        folder,
+        tempfile.gettempdir(),
+    )
+    if task.settings.verbose > 1:
+        tqdm.write(str(plan))
+    return plan
+
+
+# ------------------------------------------------------------------------------ the head
+
+
+def solve_new_head(
+    task: Task, head: nn.Module, embeddings: np.ndarray | None, rows: np.ndarray, examples: Examples
+) -> None:
+    """Set a linear head to its optimum on the embeddings of all views of some rows."""
+    assert isinstance(head, nn.Sequential) and embeddings is not None
+    n_views = examples.views.n_views
+    numbers = (rows[:, None] * n_views + np.arange(n_views)).ravel()
+    weights = np.ones(len(rows)) if examples.weights is None else examples.weights[rows]
+    solve_head(
+        head,
+        embeddings[numbers],
+        np.repeat(examples.targets[rows], n_views, axis=0),
+        np.repeat(weights / n_views, n_views),
+        task.settings.kind,
+        is_start=task.cut < task.frozen.embedding,
+    )
+
+
+def train_head(
+    task: Task,
+    head: nn.Module,
+    embeddings: np.ndarray | None,
+    rows: np.ndarray,
+    examples: Examples,
+    n_epochs: int,
+    progress: Progress,
+) -> None:
+    """Train a head alone, on the embeddings of some rows."""
+    frozen = task.frozen
+    nothing = find_cut(frozen.runner, 0)
+    module = TrainedPart(frozen, frozen.embedding, nothing, head, task.step, False)
+    data = task.data(embeddings, rows, examples)
+    schedule = Schedule(task.n_steps(len(rows)) * n_epochs)
+    net = task.new_net(module, schedule, examples.seed, progress)
+    try:
+        train(net, data, n_epochs, progress=progress, stage="head, epoch")
+    except Interrupted:
+        raise KeyboardInterrupt(
+            f"fit was interrupted in epoch {len(net.history) + 1} of {n_epochs} that train the "
+            "head alone: nothing is fitted yet."
+        ) from None
