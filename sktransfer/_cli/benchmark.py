@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
@@ -29,6 +29,7 @@ from sktransfer.io import check_images, load_image_folder
 from sktransfer.model_selection._comparison import (
     PIXELS,
     embed,
+    fit_and_score,
     name_rare_classes,
     pixel_svm,
     thumbnails,
@@ -331,6 +332,23 @@ def _embed_twice(
     return X, Cost(name, len(images), n_computed, X.shape[1], seconds, second)
 
 
+class _Scorer:
+    """Scores fitted classifiers, and keeps what they said of the test images of each split."""
+
+    def __init__(self, classes: np.ndarray, positive: Any) -> None:
+        self.classes, self.positive = classes, positive
+        self.y_true: list[np.ndarray] = []
+        self.y_pred: list[np.ndarray] = []
+        self.y_score: list[np.ndarray] = []
+
+    def __call__(self, fitted: Any, X: Any, y: np.ndarray) -> dict[str, float]:
+        predicted, scores = fitted.predict(X), _scores(fitted, X, self.positive)
+        self.y_true.append(y)
+        self.y_pred.append(predicted)
+        self.y_score.append(scores)
+        return _metrics(y, predicted, scores, self.classes, self.positive)
+
+
 def _score(
     model: Any,
     X: np.ndarray,
@@ -342,27 +360,21 @@ def _score(
     """Fit and score on every split; the fields of a `Result`."""
     classes = np.unique(y)
     positive = (positive or str(classes[1])) if len(classes) == 2 else None
-    seconds, y_true, y_pred, y_score = [], [], [], []
-    for train, test in splits:
-        start = time.perf_counter()
-        fitted = clone(model).fit(X[train], y[train])
-        seconds.append(time.perf_counter() - start)
-        y_true.append(y[test])
-        y_pred.append(fitted.predict(X[test]))
-        y_score.append(_scores(fitted, X[test], positive))
+    scorer, results, n_trained = _Scorer(classes, positive), [], None
+    for split in splits:
+        result = fit_and_score(model, X, y, split, scorer)
+        n_trained = getattr(result.pop("estimator"), "n_trainable_parameters_", None)
+        results.append(result)
         progress.update()
-    metrics = [
-        _metrics(*one, classes, positive) for one in zip(y_true, y_pred, y_score, strict=True)
-    ]
     return {
-        "scores": {metric: np.array([row[metric] for row in metrics]) for metric in METRICS},
-        "fit_seconds": np.array(seconds),
-        "y_true": y_true,
-        "y_pred": y_pred,
-        "y_score": y_score,
+        "scores": {m: np.array([result[f"test_{m}"] for result in results]) for m in METRICS},
+        "fit_seconds": np.array([result["fit_time"] for result in results]),
+        "y_true": scorer.y_true,
+        "y_pred": scorer.y_pred,
+        "y_score": scorer.y_score,
         "classes": classes,
         "positive": positive,
-        "n_trained": getattr(fitted, "n_trainable_parameters_", None),
+        "n_trained": n_trained,
     }
 
 

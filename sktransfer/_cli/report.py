@@ -298,12 +298,12 @@ def _plot_depth(results: Sequence[Result]) -> str:
     tuned = [result for result in results if result.depth is not None]
     names = list(dict.fromkeys(str(result.depth) for result in tuned))
     for backbone in dict.fromkeys(result.backbone for result in tuned):
-        own = [result for result in tuned if result.backbone == backbone]
-        places = [names.index(str(result.depth)) for result in own]
-        accuracies = [result.scores["accuracy"] for result in own]
+        of_backbone = [result for result in tuned if result.backbone == backbone]
+        places = [names.index(str(result.depth)) for result in of_backbone]
+        accuracies = [result.scores["accuracy"] for result in of_backbone]
         means, deviations = [a.mean() for a in accuracies], [a.std() for a in accuracies]
         upper.errorbar(places, means, deviations, marker="o", capsize=3, label=_drawn(backbone))
-        lower.plot(places, [r.fit_seconds.mean() for r in own], marker="o")
+        lower.plot(places, [r.fit_seconds.mean() for r in of_backbone], marker="o")
         svm = [r for r in results if r.backbone == backbone and r.depth is None]
         for result in svm:
             label = f"{result.classifier} on embeddings"

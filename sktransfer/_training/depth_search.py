@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, clone
@@ -19,16 +19,52 @@ _FACTOR = 3  # of candidates dropped, and of epochs gained, from one round to th
 _LARGEST_SHARE = 2 / 3  # of the network's operations, in the trained blocks of a candidate
 
 
-class _Depth(BaseEstimator):
-    """A fine-tuned estimator of some depth, fitted on rows of images that it knows.
+class OnRows(BaseEstimator):
+    """An estimator that is fitted on rows of something that it knows.
 
-    scikit-learn's search hands rows around, so the images are neither copied nor read again.
+    scikit-learn's searches hand rows around, so that images are neither copied nor read again.
 
     Parameters
     ----------
-    model : FineTunedClassifier or FineTunedRegressor
-    images : ImageSequence
-    weights : ndarray of shape (n,) or None
+    model : estimator
+    X : ImageSequence or ndarray
+    weights : ndarray of shape (n,), default=None
+        Of the rows, in the fit and in the score.
+
+    Attributes
+    ----------
+    fitted_ : estimator
+    """
+
+    def __init__(self, model: Any, X: Any, weights: np.ndarray | None = None) -> None:
+        self.model = model
+        self.X = X
+        self.weights = weights
+
+    def __sklearn_clone__(self) -> Self:
+        return type(self)(**{**self.get_params(deep=False), "model": clone(self.model)})
+
+    def fit(self, rows: np.ndarray, y: np.ndarray) -> Self:
+        self.fitted_ = self._new_model().fit(self.X[rows], y, **self._weights_of(rows))
+        return self
+
+    def score(self, rows: np.ndarray, y: np.ndarray) -> float:
+        return self.fitted_.score(self.X[rows], y, **self._weights_of(rows))
+
+    def _new_model(self) -> Any:
+        return clone(self.model)
+
+    def _weights_of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {} if self.weights is None else {"sample_weight": self.weights[rows]}
+
+
+class _Depth(OnRows):
+    """A fine-tuned estimator of some depth.
+
+    Parameters
+    ----------
+    model, X, weights
+        See `OnRows`.
     unfreeze, max_epochs : int
         What is searched over, and the resource of successive halving.
     """
@@ -36,31 +72,17 @@ class _Depth(BaseEstimator):
     def __init__(
         self,
         model: Any,
-        images: ImageSequence,
+        X: ImageSequence,
         weights: np.ndarray | None,
         unfreeze: int = 0,
         max_epochs: int = 1,
     ) -> None:
-        self.model = model
-        self.images = images
-        self.weights = weights
+        super().__init__(model, X, weights)
         self.unfreeze = unfreeze
         self.max_epochs = max_epochs
 
-    def __sklearn_clone__(self) -> _Depth:
-        return _Depth(clone(self.model), self.images, self.weights, self.unfreeze, self.max_epochs)
-
-    def fit(self, X: np.ndarray, y: np.ndarray) -> _Depth:
-        self.fitted_ = clone(self.model)
-        self.fitted_.set_params(unfreeze=self.unfreeze, max_epochs=self.max_epochs)
-        self.fitted_.fit(self.images[X], y, sample_weight=self._weights(X))
-        return self
-
-    def score(self, X: np.ndarray, y: np.ndarray) -> float:
-        return self.fitted_.score(self.images[X], y, sample_weight=self._weights(X))
-
-    def _weights(self, rows: np.ndarray) -> np.ndarray | None:
-        return None if self.weights is None else self.weights[rows]
+    def _new_model(self) -> Any:
+        return clone(self.model).set_params(unfreeze=self.unfreeze, max_epochs=self.max_epochs)
 
 
 def search_depth(
@@ -116,19 +138,26 @@ def search_depth(
         )
         nothing = {"unfreeze": 0, "best": 0, "threshold": np.nan, "cv_results_": {}}
         return {**nothing, "depths": depths, "shares": shares}
+    results = _halve(model, images, targets, weights, seed, depths, n_folds)
+    takes_epochs = not (isinstance(model.head, str) and model.head_epochs == "auto")
+    choice = _choose(results, takes_epochs)
+    return {**choice, "depths": depths, "shares": shares, "cv_results_": results}
+
+
+def _halve(
+    model: Any,
+    images: ImageSequence,
+    targets: np.ndarray,
+    weights: np.ndarray | None,
+    seed: int,
+    depths: np.ndarray,
+    n_folds: int,
+) -> dict[str, Any]:
+    """Compare depths by successive halving; return what `cv_results_` of the search holds."""
     # Few candidates are compared at once: a second round would have one of them only.
     has_rounds = len(depths) > _FACTOR <= model.max_epochs
     with tempfile.TemporaryDirectory() as folder:
-        candidate = clone(model).set_params(
-            memory=folder if model.memory is None else model.memory,
-            random_state=seed,
-            verbose=0,
-            callbacks=None,  # those of the user are about the one fit that they asked for
-            warm_start=False,
-            image_shape=None,  # flat rows are images by now
-        )
-        if hasattr(candidate, "class_weight"):
-            candidate.set_params(class_weight=None)  # it is in the weights
+        candidate = _candidate_of(model, folder, seed)
         search = HalvingGridSearchCV(
             _Depth(candidate, images, weights),
             {"unfreeze": depths[::-1].tolist()},  # of equal scores, the search keeps the last
@@ -149,10 +178,22 @@ def search_depth(
                 "fit was interrupted while it searched for the depth: nothing is fitted yet, and "
                 f"what the frozen blocks computed {kept}."
             ) from None
-    results = {name: _plain(values) for name, values in search.cv_results_.items()}
-    takes_epochs = not (isinstance(model.head, str) and model.head_epochs == "auto")
-    found = _choose(results, takes_epochs)
-    return {**found, "depths": depths, "shares": shares, "cv_results_": results}
+    return {name: _plain(values) for name, values in search.cv_results_.items()}
+
+
+def _candidate_of(model: Any, folder: str, seed: int) -> Any:
+    """Return what the search fits instead of the user's model; `folder` is for its memory."""
+    candidate = clone(model).set_params(
+        memory=folder if model.memory is None else model.memory,
+        random_state=seed,
+        verbose=0,
+        callbacks=None,  # those of the user are about the one fit that they asked for
+        warm_start=False,
+        image_shape=None,  # flat rows are images by now
+    )
+    if hasattr(candidate, "class_weight"):
+        candidate.set_params(class_weight=None)  # it is in the weights
+    return candidate
 
 
 def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:

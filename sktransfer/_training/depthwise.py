@@ -119,11 +119,11 @@ def kernel_gradient(
     if any(more):
         grad = F.pad(grad, (0, more[1], 0, more[0]))
         x = F.pad(x, (0, more[1] * stride[1], 0, more[0] * stride[0]))
-    found = F.conv2d(
+    gradient = F.conv2d(
         x.reshape(1, n * c, *x.shape[2:]),
         grad.reshape(n * c, 1, *grad.shape[2:]),
         padding=padding,
         dilation=stride,
         groups=n * c,
     )[..., : size[0], : size[1]]
-    return found.reshape(n, c, 1, *size).sum(0)
+    return gradient.reshape(n, c, 1, *size).sum(0)

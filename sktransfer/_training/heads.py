@@ -26,35 +26,55 @@ _ALPHA = 10  # and of ridge regression
 def make_head(head: Any, width: int, n_outputs: int, dropout: float) -> nn.Module:
     """Build what `head` stands for; a linear layer starts at zero, so at equal chances."""
     if isinstance(head, nn.Module):
-        return _check_outputs(copy_of(head).float(), width, n_outputs)
-    sizes: list[Any] = [] if isinstance(head, str) else list(head)
-    if not all(isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes):
-        raise ValueError(f"head={head!r}: sizes of hidden layers must be positive ints.")
+        return _checked_copy(head, width, n_outputs)
+    hidden = () if isinstance(head, str) else head
     layers: list[nn.Module] = [nn.Dropout(dropout)]
-    for size in sizes:
-        layers += [nn.Linear(width, int(size)), nn.ReLU(), nn.Dropout(dropout)]
-        width = int(size)
+    for size in _sizes(hidden, "sizes of hidden layers must be positive ints."):
+        layers += [nn.Linear(width, size), nn.ReLU(), nn.Dropout(dropout)]
+        width = size
     output = nn.Linear(width, n_outputs)
     nn.init.zeros_(output.weight)
     nn.init.zeros_(output.bias)
     return nn.Sequential(*layers, output)
 
 
-def _check_outputs(head: nn.Module, width: int, n_outputs: int) -> nn.Module:
+def _sizes(head: Any, remedy: str) -> list[int]:
+    """Return the sizes of layers that a user passes; raise an error if they are none."""
+    sizes = list(head)
+    if not all(isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes):
+        raise ValueError(f"head={head!r}: {remedy}")
+    return [int(size) for size in sizes]
+
+
+def _checked_copy(head: nn.Module, width: int, n_outputs: int | None) -> nn.Module:
+    """Return a copy of a user's module that takes embeddings; its lazy layers get their shape.
+
+    Parameters
+    ----------
+    head : nn.Module
+    width : int
+        Features of an embedding.
+    n_outputs : int or None
+        That it must return; None for any number of them.
+    """
+    head = copy_of(head).float()
     was_training = head.training
     try:
         with torch.no_grad():
-            output = head.eval()(torch.zeros(2, width))  # also shapes lazy layers
+            output: Any = head.eval()(torch.zeros(2, width))
     except Exception as error:
         raise ValueError(
             f"head can't take embeddings of {width} features: {error}. Its first layer must take "
             f"{width}, as nn.Linear({width}, ...) or nn.LazyLinear(...) do."
         ) from error
-    if not isinstance(output, torch.Tensor) or output.shape != (2, n_outputs):
-        came = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+    if len(shape) != 2 or shape[0] != 2 or n_outputs not in (None, shape[1]):
+        came = shape if isinstance(output, torch.Tensor) else type(output).__name__
+        wanted = "a row" if n_outputs is None else f"a row of {n_outputs} outputs"
+        d = "d" if n_outputs is None else n_outputs
         raise ValueError(
-            f"head must return a row of {n_outputs} outputs for each of 2 embeddings, so shape "
-            f"(2, {n_outputs}); it returned {came}."
+            f"head must return {wanted} for each embedding, so shape (2, {d}) for 2; it returned "
+            f"{came}."
         )
     return head.train(was_training)
 
@@ -145,37 +165,19 @@ def make_projection(head: Sequence[int] | nn.Module, width: int) -> nn.Module:
         Features of an embedding.
     """
     if isinstance(head, nn.Module):
-        return _check_rows(copy_of(head).float(), width)
-    sizes: list[Any] = list(head)
-    valid = (isinstance(s, Integral) and not isinstance(s, bool) and int(s) > 0 for s in sizes)
-    if not sizes or not all(valid):
-        raise ValueError(
-            f"head={head!r}: pass the sizes of the projection head's layers, one or more positive "
-            "ints, or a torch.nn.Module."
-        )
+        return _checked_copy(head, width, None)
+    remedy = (
+        "pass the sizes of the projection head's layers, one or more positive ints, or a "
+        "torch.nn.Module."
+    )
+    sizes = _sizes(head, remedy)
+    if not sizes:
+        raise ValueError(f"head={head!r}: {remedy}")
     layers: list[nn.Module] = []
-    for size in map(int, sizes[:-1]):
+    for size in sizes[:-1]:
         layers += [nn.Linear(width, size, bias=False), nn.BatchNorm1d(size), nn.ReLU()]
         width = size
-    return nn.Sequential(*layers, nn.Linear(width, int(sizes[-1])))
-
-
-def _check_rows(head: nn.Module, width: int) -> nn.Module:
-    was_training = head.training
-    try:
-        with torch.no_grad():
-            output: Any = head.eval()(torch.zeros(2, width))  # also shapes lazy layers
-    except Exception as error:
-        raise ValueError(
-            f"head can't take embeddings of {width} features: {error}. Its first layer must take "
-            f"{width}, as nn.Linear({width}, ...) or nn.LazyLinear(...) do."
-        ) from error
-    if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != 2:
-        came = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ValueError(
-            f"head must return a row for each embedding, so shape (2, d) for 2; it returned {came}."
-        )
-    return head.train(was_training)
+    return nn.Sequential(*layers, nn.Linear(width, sizes[-1]))
 
 
 class NTXent(nn.Module):
@@ -215,9 +217,9 @@ class NTXent(nn.Module):
         """Return the loss of rows (2 n, d), a number."""
         rows = F.normalize(rows, dim=1)
         similarities = rows @ rows.T / self.temperature  # (2n, 2n)
-        own = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        is_itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         partner = torch.arange(len(rows), device=rows.device).roll(len(rows) // 2)
-        return F.cross_entropy(similarities.masked_fill(own, -torch.inf), partner)
+        return F.cross_entropy(similarities.masked_fill(is_itself, -torch.inf), partner)
 
 
 def matching_accuracy(rows: torch.Tensor) -> float:
@@ -229,8 +231,8 @@ def matching_accuracy(rows: torch.Tensor) -> float:
         As `NTXent` takes them.
     """
     a, b = F.normalize(rows, dim=1).chunk(2)
-    found = (a @ b.T).argmax(1)  # (n,)
-    return (found == torch.arange(len(a), device=rows.device)).float().mean().item()
+    nearest = (a @ b.T).argmax(1)  # (n,)
+    return (nearest == torch.arange(len(a), device=rows.device)).float().mean().item()
 
 
 def spread(rows: torch.Tensor) -> float:

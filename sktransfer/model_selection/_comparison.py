@@ -1,4 +1,4 @@
-"""What comparisons share: embeddings with their cost, and an SVM on pixels for "no transfer"."""
+"""What comparisons share: embeddings with their cost, folds and fits, an SVM on pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from sklearn.model_selection import GridSearchCV, check_cv
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import GridSearchCV, check_cv, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -22,6 +23,7 @@ from sklearn.utils.validation import check_consistent_length
 from sktransfer._estimators.base import check_y
 from sktransfer._estimators.labels import plain_labels
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer._training.depth_search import OnRows
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
@@ -112,6 +114,47 @@ def _check_folds(cv: int, y: np.ndarray) -> None:
             UserWarning,
             stacklevel=6,
         )
+
+
+def fit_and_score(
+    model: Any, X: Any, y: np.ndarray, split: tuple[np.ndarray, np.ndarray], scoring: Any
+) -> dict[str, Any]:
+    """Fit a clone of a model on the first part of a split, and score it on the second.
+
+    One split at a time: a fine-tuned network is large, and all of them would be held at once.
+
+    Parameters
+    ----------
+    model : estimator
+    X : ImageSequence or ndarray
+    y : ndarray of shape (n,)
+    split : tuple of (train, test)
+        Rows.
+    scoring : str, callable or None
+        As of :func:`sklearn.model_selection.cross_validate`.
+
+    Returns
+    -------
+    dict
+        What `cross_validate` returns, of this split alone: `estimator`, `fit_time` in seconds, and
+        `test_score` or, of several scores, `test_<name>` for each.
+    """
+
+    def score(on_rows: OnRows, rows: np.ndarray, y_true: np.ndarray) -> Any:
+        return check_scoring(on_rows.fitted_, scoring)(on_rows.fitted_, X[rows], y_true)
+
+    results = cross_validate(
+        OnRows(model, X),
+        np.arange(len(y)),
+        y,
+        cv=[split],
+        scoring=score,
+        n_jobs=1,  # the model may have its own
+        return_estimator=True,
+        error_score="raise",
+    )
+    of_split = {name: values[0] for name, values in results.items()}
+    return of_split | {"estimator": of_split["estimator"].fitted_}
 
 
 @contextmanager

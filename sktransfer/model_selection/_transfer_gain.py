@@ -13,7 +13,6 @@ import numpy as np
 from scipy.stats import t as student
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
-from sklearn.metrics import check_scoring
 from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.utils import check_random_state
 from tabulate import tabulate
@@ -25,6 +24,7 @@ from sktransfer.io import ImageSequence, check_images
 from sktransfer.model_selection._comparison import (
     PIXELS,
     check_labels,
+    fit_and_score,
     import_pandas,
     pixel_svm,
     stratified_folds,
@@ -77,8 +77,9 @@ class TransferGain:
             ]
             for name, row in self.gains.iterrows()
         ]
-        own = self.scores["transfer"]
-        title = f"transfer: {own.mean():.3f} ± {own.std(ddof=0):.3f} over {len(own)} folds"
+        transfer = self.scores["transfer"]
+        mean, deviation = transfer.mean(), transfer.std(ddof=0)
+        title = f"transfer: {mean:.3f} ± {deviation:.3f} over {len(transfer)} folds"
         return f"{title}\n{tabulate(lines, header, disable_numparse=True)}\n{self.verdict}"
 
     __repr__ = __str__
@@ -236,8 +237,7 @@ def transfer_gain(
         models = {"transfer": (model, images)}
         n_train = min(len(train) for train, _ in splits)
         models |= {name: _baseline(name, model, scratch, images, n_train) for name in names}
-        found = _score(models, y, splits, scoring, verbose)
-    scores = pandas.DataFrame(found)
+        scores = pandas.DataFrame(_score(models, y, splits, scoring, verbose))
     share = float(np.mean([len(test) / len(train) for train, test in splits]))
     gains = pandas.DataFrame(
         {name: _gain(scores, name, share, confidence_level) for name in names}
@@ -282,12 +282,11 @@ def _score(
     scores: dict[str, list[float]] = {name: [] for name in models}
     total = len(models) * len(splits)
     with tqdm(total=total, desc="fits", unit="fit", disable=not verbose) as progress:
-        for train, test in splits:
+        for split in splits:
             for name, (model, X) in models.items():
                 progress.set_postfix_str(name)
-                fitted = clone(model).fit(X[train], y[train])
-                scorer = check_scoring(fitted, scoring)
-                scores[name].append(float(scorer(fitted, X[test], y[test])))
+                result = fit_and_score(model, X, y, split, scoring)
+                scores[name].append(float(result["test_score"]))
                 progress.update()
     return scores
 
@@ -323,7 +322,7 @@ def _gain(scores: Any, name: str, share: float, confidence_level: float) -> dict
 
 def _verdict(scores: Any, gains: Any) -> str:
     """Say in words what the intervals say."""
-    own = f"with transfer the score is {scores['transfer'].mean():.3f}"
+    transfer = f"with transfer the score is {scores['transfer'].mean():.3f}"
 
     def against(rows: Any) -> str:
         return "; ".join(
@@ -335,10 +334,10 @@ def _verdict(scores: Any, gains: Any) -> str:
     hurt = gains[gains.transfer == "hurts"]
     unclear = gains[gains.transfer == "unclear"]
     if len(hurt):
-        return f"Transfer hurts (negative transfer): {own}; {against(hurt)}."
+        return f"Transfer hurts (negative transfer): {transfer}; {against(hurt)}."
     if len(unclear):
         return (
-            f"It can't be told whether transfer helps: {own}; {against(unclear)}. More images "
+            f"It can't be told whether transfer helps: {transfer}; {against(unclear)}. More images "
             "narrow the interval, and so do more repeats, a little."
         )
-    return f"Transfer helps: {own}; {against(gains)}."
+    return f"Transfer helps: {transfer}; {against(gains)}."
