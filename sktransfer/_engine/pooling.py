@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,19 @@ def layout_of(shape: Sequence[int], image_size: tuple[int, int]) -> str:
     first = abs(np.log(shape[1] / shape[2] / proportions))  # (c, h, w)
     last = abs(np.log(shape[0] / shape[1] / proportions))  # (h, w, c)
     return "map" if first <= last else "map_last"
+
+
+def as_map(
+    x: torch.Tensor, layout: str, n_prefix: int, image_size: tuple[int, int]
+) -> torch.Tensor:
+    """Bring activations with positions in the image, or their gradients, to (n, c, h, w)."""
+    if layout == "map_last":
+        return x.permute(0, 3, 1, 2)
+    if layout != "tokens":
+        return x
+    patches = x[:, n_prefix:].transpose(1, 2)  # (n, c, t)
+    height = max(1, round(math.sqrt(patches.shape[2] * image_size[0] / image_size[1])))
+    return patches.unflatten(2, (height, -1))  # (n, c, h, w)
 
 
 def pool(x: torch.Tensor, layout: str, pooling: str, n_prefix: int = 0) -> torch.Tensor:

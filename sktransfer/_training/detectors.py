@@ -21,7 +21,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import layout_of
+from sktransfer._engine.runner import as_map, layout_of
 from sktransfer.models._hub import downloading
 from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import load_state, read_state_dict, weights_path
@@ -218,13 +218,10 @@ def _grid(frozen: FrozenBlocks, position: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _as_map(x: torch.Tensor, frozen: FrozenBlocks, position: int) -> torch.Tensor:
+def _map_at(x: torch.Tensor, frozen: FrozenBlocks, position: int) -> torch.Tensor:
     """Turn what the network has at a position into (n, c, h, w)."""
     layout = layout_of(x.shape[1:], frozen.size)
-    if layout == "tokens":
-        x = x[:, frozen.runner.n_prefix(position) :].transpose(1, 2)  # (n, c, t)
-        return x.unflatten(2, _grid(frozen, position))
-    return x.permute(0, 3, 1, 2) if layout == "map_last" else x
+    return as_map(x, layout, frozen.runner.n_prefix(position), frozen.size)
 
 
 class Given(nn.Module):
@@ -274,7 +271,7 @@ class Pyramid(nn.Module):
         channels = []
         for position in taken:
             blank = torch.empty(1, *frozen.runner.shape(position, frozen.size), device="meta")
-            channels.append(_as_map(blank, frozen, position).shape[1])
+            channels.append(_map_at(blank, frozen, position).shape[1])
         self.pyramid = FeaturePyramidNetwork(channels, width, extra_blocks)
 
     def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
@@ -284,7 +281,7 @@ class Pyramid(nn.Module):
         for position, block in enumerate(self.blocks, self.cut + 1):
             x = known[position] = block(x)
         frozen = self.__dict__["frozen"]
-        maps = OrderedDict((str(p), _as_map(known[p], frozen, p)) for p in self.taken)
+        maps = OrderedDict((str(p), _map_at(known[p], frozen, p)) for p in self.taken)
         return self.pyramid(maps)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from sktransfer._engine.pooling import layout_of
+from sktransfer._engine.pooling import as_map, layout_of
 from sktransfer._engine.runner import Runner, network_lock
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
 from sktransfer._optional import load_optional
@@ -213,19 +212,6 @@ def _position(runner: Runner, layer: int | str | None, image_size: tuple[int, in
     return spatial[-2] if is_tokens and len(spatial) > 1 else spatial[-1]
 
 
-def _as_map(
-    x: torch.Tensor, layout: str, n_prefix: int, image_size: tuple[int, int]
-) -> torch.Tensor:
-    """Bring an activation, or its gradient, to (n, c, h, w)."""
-    if layout == "map_last":
-        return x.permute(0, 3, 1, 2)
-    if layout != "tokens":
-        return x
-    patches = x[:, n_prefix:].transpose(1, 2)  # (n, c, t)
-    height = max(1, round(math.sqrt(patches.shape[2] * image_size[0] / image_size[1])))
-    return patches.unflatten(2, (height, -1))  # (n, c, h, w)
-
-
 def _grad_cam(
     source: _Source, position: int, fitted: torch.Tensor, columns: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -235,12 +221,12 @@ def _grad_cam(
 
     runner, size = source.runner, source.preprocessing.size
     layout = layout_of(runner.shape(position, size), size)
-    as_map: Callable[[torch.Tensor], torch.Tensor] = partial(
-        _as_map, layout=layout, n_prefix=runner.n_prefix(position), image_size=size
+    to_map: Callable[[torch.Tensor], torch.Tensor] = partial(
+        as_map, layout=layout, n_prefix=runner.n_prefix(position), image_size=size
     )
     target_layer = source.whole.blocks[position - 1]
     maps, outputs, chosen = [], [], []
-    with network_lock, ready_to_train(), GradCAM(source.whole, [target_layer], as_map) as cam:
+    with network_lock, ready_to_train(), GradCAM(source.whole, [target_layer], to_map) as cam:
         for start in range(0, len(fitted), _STEP):
             x = source.preprocessing.normalize(fitted[start : start + _STEP].to(runner.device))
             own = None if columns is None else columns[start : start + _STEP]
