@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from sktransfer._memory import store as _store
+from sktransfer._memory.claims import Claims
 from sktransfer._memory.memory import BACKEND, ImageMemory, check_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -672,9 +673,9 @@ def test_threads_open_one_file_of_claims(tmp_path, monkeypatch):
         return really_open(path, *args)
 
     monkeypatch.setattr(os, "open", slowly)
-    claims = _store.Claims(str(tmp_path))
+    claims = Claims(str(tmp_path))
     with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(lambda place: claims.take([place], place), range(4)))
+        assert all(threads.map(lambda place: claims.take_free([place], place), range(4)))
     assert len(opened) == 1
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import joblib
 import numpy as np
 from joblib._store_backends import CacheItemInfo, StoreBackendBase, StoreBackendMixin
+from joblib.disk import memstr_to_bytes
 
 from sktransfer._memory.store import Store, cannot, complain, open_store
 from sktransfer._memory.store_format import (
@@ -33,6 +36,7 @@ from sktransfer._memory.store_format import (
 )
 
 BACKEND = "sktransfer-lmdb"
+COMPANIONS = "compiled"  # the folder of files that other programs keep next to the results
 
 
 class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
@@ -111,7 +115,7 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
             )
 
     def info(self) -> dict[str, int]:
-        """See `ImageMemory.info`."""
+        """Count results, and the bytes of their pages."""
         return self._store.info()
 
     # joblib's files
@@ -161,9 +165,10 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
         """Do nothing: there are no folders."""
 
     def clear_location(self, location: str) -> None:
-        """Delete an entry, all of a function, or all there is."""
+        """Delete an entry, all of a function, or all there is, companions included."""
         if os.path.abspath(location) == self.location:
             self._store.clear()
+            delete_companions(self.location)
         else:
             self._delete([location])
 
@@ -199,7 +204,16 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
         items_limit: int | None = None,
         age_limit: datetime.timedelta | None = None,
     ) -> None:
-        """Delete what was not read for the longest time; see `joblib.Memory.reduce_size`."""
+        """Delete what was not read for the longest time; see `joblib.Memory.reduce_size`.
+
+        The bytes of companions count. They are deleted, all of them, if they alone exceed the limit.
+        """
+        if bytes_limit is not None:
+            if isinstance(bytes_limit, str):
+                bytes_limit = memstr_to_bytes(bytes_limit)
+            if n_companion_bytes(self.location) > bytes_limit:
+                delete_companions(self.location)
+            bytes_limit -= n_companion_bytes(self.location)
         items = self._get_items_to_delete(bytes_limit, items_limit, age_limit)
         if items:
             self._delete([item.path for item in items])
@@ -218,6 +232,21 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
                     drop(txn, table, file + b"/")
 
         self._store.run(job, write=True)
+
+
+def n_companion_bytes(location: str) -> int:
+    """Return the bytes of the files in the folder of companions of a memory."""
+    total = 0
+    for folder, _, names in os.walk(os.path.join(location, COMPANIONS)):
+        for name in names:
+            with contextlib.suppress(OSError):  # just deleted
+                total += os.path.getsize(os.path.join(folder, name))
+    return total
+
+
+def delete_companions(location: str) -> None:
+    """Delete the folder of companions of a memory, as far as that is allowed."""
+    shutil.rmtree(os.path.join(location, COMPANIONS), ignore_errors=True)
 
 
 class _NewFile(io.BytesIO):
