@@ -18,7 +18,6 @@ import lmdb
 
 from sktransfer._memory.store_format import (
     TABLES,
-    TIME,
     find_problem,
     is_at,
     is_sealed,
@@ -26,9 +25,10 @@ from sktransfer._memory.store_format import (
     open_file,
     seal,
     stamp,
+    time_of,
     touch,
 )
-from sktransfer._threads import call_in_forks, renewed_in_forks
+from sktransfer._threads import renewed_in_forks
 
 try:
     import fcntl
@@ -285,7 +285,7 @@ class Store:
         self._recent |= new
         limit = now - TOUCH_EVERY
         times = ((key, txn.get(key, db=used)) for key in new)
-        return [k for k, t in times if t is None or TIME.unpack(t)[0] < limit]
+        return [k for k, t in times if t is None or time_of(t) < limit]
 
     def touch(self, keys: list[bytes]) -> None:
         """Note that these were read just now, where that is possible."""
@@ -299,9 +299,7 @@ class Store:
 
     def _unlink(self, env: Any) -> None:
         os.unlink(self.path)
-        for path in glob.glob(
-            glob.escape(self.path) + ".*"
-        ):  # its seal, damaged or unfinished ones
+        for path in glob.glob(glob.escape(self.path) + ".*"):  # seal, damaged, unfinished
             with contextlib.suppress(FileNotFoundError):  # another process has finished its own
                 os.unlink(path)
         self._close()
@@ -384,10 +382,33 @@ def _close_least_recently_used(but: Store) -> None:
         store.close()
 
 
-def _after_fork() -> None:
+_HELD: list[Store] = []  # while the process forks
+
+
+def _before_fork() -> None:
+    """Wait until no transaction runs: LMDB in the child would take it for one of its own."""
+    _REGISTRY.acquire()
+    for store in _STORES.values():
+        store._mutex.acquire()
+        _HELD.append(store)
+
+
+def _after_fork_in_parent() -> None:
+    while _HELD:
+        _HELD.pop()._mutex.release()
+    _REGISTRY.release()
+
+
+def _after_fork_in_child() -> None:
     """Let a child open its own files: neither LMDB nor locks survive a fork."""
+    _HELD.clear()
     for store in _STORES.values():
         store.forget()
 
 
-call_in_forks(_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

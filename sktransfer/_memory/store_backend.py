@@ -19,7 +19,6 @@ from joblib.disk import memstr_to_bytes
 from sktransfer._memory.store import Store, cannot, complain, open_store
 from sktransfer._memory.store_format import (
     FILE,
-    TIME,
     batches,
     describe,
     drop,
@@ -30,6 +29,7 @@ from sktransfer._memory.store_format import (
     put,
     row_keys,
     row_prefix,
+    time_of,
     touch,
     unwrap,
     wrap,
@@ -186,7 +186,7 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
                 item = item_of(bytes(key))
                 if re.search(b"[0-9a-f]{32}$", item):
                     sizes[item] = sizes.get(item, 0) + len(value)
-            return sizes, {bytes(k): TIME.unpack(value)[0] for k, value in txn.cursor(used)}
+            return sizes, {bytes(k): time_of(value) for k, value in txn.cursor(used)}
 
         sizes, times = self._try(job, ({}, {}))
         return [
@@ -206,14 +206,13 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
     ) -> None:
         """Delete what was not read for the longest time; see `joblib.Memory.reduce_size`.
 
-        The bytes of companions count. They are deleted, all of them, if they alone exceed the limit.
+        The bytes of companions count. If they alone exceed the limit, all of them are deleted.
         """
         if bytes_limit is not None:
-            if isinstance(bytes_limit, str):
-                bytes_limit = memstr_to_bytes(bytes_limit)
-            if n_companion_bytes(self.location) > bytes_limit:
+            limit = memstr_to_bytes(bytes_limit) if isinstance(bytes_limit, str) else bytes_limit
+            if n_companion_bytes(self.location) > limit:
                 delete_companions(self.location)
-            bytes_limit -= n_companion_bytes(self.location)
+            bytes_limit = max(0, limit - n_companion_bytes(self.location))
         items = self._get_items_to_delete(bytes_limit, items_limit, age_limit)
         if items:
             self._delete([item.path for item in items])

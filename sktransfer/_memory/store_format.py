@@ -24,10 +24,11 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
 TABLES = (b"rows", b"files", b"used")  # of images, of joblib, and when each was last read
 FILE = b"file:"  # begins the keys of joblib's items among the times, and seeds their checksums
-TIME = struct.Struct("<d")
+_TIME = struct.Struct("<d")
 _CHECKSUM = struct.Struct("<Q")
 _BATCH_BYTES = 1 << 26
 _ATTEMPTS = 100
+_YEAR_2200 = 7.3e9
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 # ---------------------------------------------------------------------------------- the keys
@@ -42,8 +43,8 @@ def row_keys(func_id: str, digests: Iterable[bytes]) -> list[bytes]:
 def file_key(path: str, location: str) -> bytes:
     """Return the path below the location, its long parts shortened: LMDB takes 511 bytes."""
     parts = os.path.relpath(path, location).split(os.sep)
-    short = [p if len(p) <= 48 else f"{p[:15]}~{xxh3_128_hexdigest(p.encode())}" for p in parts]
-    return "/".join(short).encode()
+    short = [p if len(p) <= 48 else f"{p[:15]}~{xxh3_128_hexdigest(os.fsencode(p))}" for p in parts]
+    return os.fsencode("/".join(short))
 
 
 def item_of(key: bytes) -> bytes:
@@ -54,7 +55,7 @@ def item_of(key: bytes) -> bytes:
 def path_of(key: bytes, location: str) -> str:
     """Name an entry, given its key among the times, so that it can be deleted by that name."""
     if key.startswith(FILE):
-        name = key.removeprefix(FILE).decode()
+        name = os.fsdecode(key.removeprefix(FILE))
     else:
         name = f"{key[:16].hex()}/{key[16:].hex()}"
     return os.path.join(location, *name.split("/"))
@@ -202,8 +203,16 @@ def put(txn: Any, table: Any, used: Any, items: Iterable[tuple[bytes, bytes]]) -
 
 def touch(txn: Any, used: Any, keys: Iterable[bytes]) -> None:
     """Note that these were used just now."""
-    now = TIME.pack(time.time())
+    now = _TIME.pack(time.time())
     txn.cursor(used).putmulti([(key, now) for key in keys])
+
+
+def time_of(value: Any) -> float:
+    """Return the time that `touch` has noted; the epoch if it was damaged."""
+    if len(value) != _TIME.size:
+        return 0.0
+    seconds = _TIME.unpack(value)[0]
+    return seconds if 0.0 <= seconds < _YEAR_2200 else 0.0
 
 
 def is_at(path: str, found: os.stat_result) -> bool:
