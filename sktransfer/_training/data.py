@@ -122,17 +122,16 @@ def _reserve(file: IO[bytes], n_bytes: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, n_bytes)
         return
-    zeros = bytes(_PIECE)  # macOS and Windows
-    for start in range(0, n_bytes, _PIECE):
-        file.write(zeros[: n_bytes - start])
-    file.flush()
+    zeros, n_written = bytes(_PIECE), 0  # macOS and Windows
+    while n_written < n_bytes:
+        n_written += file.write(zeros[: n_bytes - n_written])
 
 
 def allocate(shape: Sequence[int], dtype: Any) -> np.ndarray | None:
     """Return an array in memory or, if large, in a temporary file; None if the disk is full."""
     if in_ram(math.prod(shape) * np.dtype(dtype).itemsize):
         return np.empty(shape, dtype)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(buffering=0) as file:  # a buffer would be written at its end
         try:
             _reserve(file, math.prod(shape) * np.dtype(dtype).itemsize)
         except OSError:
