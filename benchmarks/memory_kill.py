@@ -83,8 +83,8 @@ def main() -> None:
             n_rows = kill_one(folder, n_rows, seed)
             memory = check_memory(folder)
             assert memory is not None
-            data_file = os.stat(os.path.join(folder, "joblib", "data.mdb"))
-            n_unsealed += not is_sealed(data_file)
+            data_file = os.path.join(folder, "joblib", "data.mdb")
+            n_unsealed += not is_sealed(data_file, os.stat(data_file))
             of_this = check(memory, n_rows)
             wrong, missing = wrong + of_this[0], missing + of_this[1]
             del memory

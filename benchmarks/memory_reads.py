@@ -1,7 +1,10 @@
-"""Time reading rows through the memory against a plain LMDB read of the same rows.
+"""Time reading rows through the memory against LMDB, SQLite and diskcache with the same rows.
 
-Both sides run in turns in one process, from the page cache. Prints medians and their ratio, and for
-reference joblib's own backend and SQLite on fewer rows.
+All sides run in turns in one process, from the page cache. SQLite and diskcache are set up as their
+users set them up: SQLite with a write-ahead log, `executemany` and one query with ``IN`` for each
+batch of keys; diskcache with a transaction for each batch. A second SQLite maps no file into
+memory: its journal is a file, its pages are large. Prints medians and their ratio to plain LMDB,
+and for reference joblib's own backend on fewer rows. Needs diskcache, of the extra `benchmarks`.
 
     python benchmarks/memory_reads.py [--rows 20000] [--width 1280] [--rounds 15]
 """
@@ -14,7 +17,8 @@ import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import joblib
 import lmdb
@@ -63,18 +67,63 @@ def write_chunks(memory: ImageMemory, keys: list[bytes], rows: np.ndarray) -> No
         memory.write(FUNC_ID, keys[start : start + CHUNK], rows[start : start + CHUNK])
 
 
-def read_sqlite(path: str, keys: list[bytes], out: np.ndarray) -> None:
-    with sqlite3.connect(path) as database:
-        for i, key in enumerate(keys):
-            found = database.execute("SELECT value FROM items WHERE key = ?", (key,)).fetchone()
-            out[i] = np.frombuffer(found[0], out.dtype)
+def chunks(keys: list[bytes], rows: np.ndarray) -> Iterator[tuple[list[bytes], np.ndarray]]:
+    for start in range(0, len(keys), CHUNK):
+        yield keys[start : start + CHUNK], rows[start : start + CHUNK]
+
+
+def open_sqlite(path: str, journal: str = "WAL", page_size: int = 4096) -> sqlite3.Connection:
+    database = sqlite3.connect(path)
+    database.execute(f"PRAGMA page_size={page_size}")
+    database.execute(f"PRAGMA journal_mode={journal}")
+    database.execute("PRAGMA synchronous=NORMAL")
+    database.execute("CREATE TABLE items (key BLOB PRIMARY KEY, value BLOB)")
+    return database
+
+
+def write_sqlite(database: sqlite3.Connection, keys: list[bytes], rows: np.ndarray) -> None:
+    for some_keys, some_rows in chunks(keys, rows):
+        items = [(key, row.tobytes()) for key, row in zip(some_keys, some_rows, strict=True)]
+        with database:
+            database.executemany("INSERT OR REPLACE INTO items VALUES (?, ?)", items)
+
+
+def read_sqlite(database: sqlite3.Connection, keys: list[bytes], out: np.ndarray) -> None:
+    for some_keys, some_rows in chunks(keys, out):
+        place = {key: i for i, key in enumerate(some_keys)}
+        marks = ",".join("?" * len(some_keys))
+        query = f"SELECT key, value FROM items WHERE key IN ({marks})"
+        for key, value in database.execute(query, some_keys):
+            some_rows[place[key]] = np.frombuffer(value, out.dtype)
+
+
+def open_diskcache(path: str) -> Any:
+    try:
+        import diskcache
+    except ImportError:
+        raise SystemExit('Run pip install "sktransfer[benchmarks]" for diskcache.') from None
+    return diskcache.Cache(path, size_limit=1 << 40)
+
+
+def write_diskcache(cache: Any, keys: list[bytes], rows: np.ndarray) -> None:
+    for some_keys, some_rows in chunks(keys, rows):
+        with cache.transact():
+            for key, row in zip(some_keys, some_rows, strict=True):
+                cache[key] = row.tobytes()
+
+
+def read_diskcache(cache: Any, keys: list[bytes], out: np.ndarray) -> None:
+    for some_keys, some_rows in chunks(keys, out):
+        with cache.transact():
+            for i, key in enumerate(some_keys):
+                some_rows[i] = np.frombuffer(cache[key], out.dtype)
 
 
 def report(name: str, seconds: list[float], rows: np.ndarray, reference: float = 0.0) -> float:
     median = statistics.median(seconds)
     ratio = f"  {median / reference:5.2f} x plain" if reference else ""
     speed = f"{1e6 * median / len(rows):8.2f} µs a row {rows.nbytes / median / 1e6:7.0f} MB/s"
-    print(f"{name:34}{1e3 * median:9.1f} ms {speed}{ratio}")
+    print(f"{name:42}{1e3 * median:9.1f} ms {speed}{ratio}")
     return median
 
 
@@ -91,7 +140,15 @@ def main() -> None:
         env = plain_lmdb(os.path.join(folder, "plain"), keys, rows)
         memory = check_memory(os.path.join(folder, "memory"))
         assert memory is not None
-        write = timed(lambda: write_chunks(memory, keys, rows))
+        database = open_sqlite(os.path.join(folder, "items.sqlite"))
+        unmapped = open_sqlite(os.path.join(folder, "unmapped.sqlite"), "TRUNCATE", 65536)
+        cache = open_diskcache(os.path.join(folder, "diskcache"))
+        writes = {
+            "ImageMemory.write": timed(lambda: write_chunks(memory, keys, rows)),
+            "SQLite": timed(lambda: write_sqlite(database, keys, rows)),
+            "SQLite, no map": timed(lambda: write_sqlite(unmapped, keys, rows)),
+            "diskcache": timed(lambda: write_diskcache(cache, keys, rows)),
+        }
 
         def read() -> None:
             assert memory.read(FUNC_ID, keys, out).all()
@@ -108,6 +165,9 @@ def main() -> None:
             "plain LMDB, cursor.getmulti": lambda: read_multi(env, keys, out),
             "ImageMemory.read": read,
             f"ImageMemory.read, {CHUNK} rows a call": lambda: read_chunks(memory, keys, out),
+            f"SQLite, {CHUNK} rows a query": lambda: read_sqlite(database, keys, out),
+            "SQLite, the same, no map": lambda: read_sqlite(unmapped, keys, out),
+            f"diskcache, {CHUNK} rows a transaction": lambda: read_diskcache(cache, keys, out),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(args.rounds):
@@ -120,23 +180,21 @@ def main() -> None:
             median = report(name, times, rows, plain)
             plain = plain or median
         report("ImageMemory.read, all times stale", touching, rows, plain)
-        report(f"ImageMemory.write, {CHUNK} rows a call", [write], rows)
+        for name, seconds_to_write in writes.items():
+            report(f"write, {CHUNK} rows at once: {name}", [seconds_to_write], rows)
+        database.close()
+        unmapped.close()
+        cache.close()
         reference_sides(folder, keys[:2000], rows[:2000], out[:2000])
 
 
 def reference_sides(folder: str, keys: list[bytes], rows: np.ndarray, out: np.ndarray) -> None:
-    """Time joblib's own backend through the same calls, and SQLite."""
+    """Time joblib's own backend through the same calls."""
     print(f"{len(rows)} rows, for reference:")
     files = ImageMemory(joblib.Memory(os.path.join(folder, "files"), verbose=0))
     write = timed(lambda: files.write(FUNC_ID, keys, rows))
     report("joblib's backend, read", [timed(lambda: files.read(FUNC_ID, keys, out))], rows)
     report("joblib's backend, write", [write], rows)
-    path = os.path.join(folder, "items.sqlite")
-    with sqlite3.connect(path) as database:
-        database.execute("CREATE TABLE items (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
-        items = [(key, row.tobytes()) for key, row in zip(keys, rows, strict=True)]
-        database.executemany("INSERT INTO items VALUES (?, ?)", items)
-    report("SQLite, read", [timed(lambda: read_sqlite(path, keys, out)) for _ in range(5)], rows)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,19 @@ from networks import small
 
 from sktransfer import PretrainedFeatureExtractor, _torch_state
 from sktransfer._engine import stream as _stream
+from sktransfer._memory import claims as _claims
 from sktransfer._memory import memory as _memory
 from sktransfer._memory import store as _store
 from sktransfer._memory import store_backend as _store_backend
 from sktransfer._memory.memory import check_memory
-from sktransfer._memory.store import Claims
 from sktransfer._torch_state import float32_by_default, network_lock, ready_to_train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
-FILES = {module.__file__ for module in (_memory, _store, _store_backend, _stream, _torch_state)}
+MODULES = (_claims, _memory, _store, _store_backend, _stream, _torch_state)
+FILES = {module.__file__ for module in MODULES}
 HERE = {*FILES, contextlib.__file__, __file__}
 NETWORK = small()
 
@@ -73,7 +74,7 @@ def is_claimed():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ctrl_c_at_every_claim(tmp_path, monkeypatch, is_claimed, when):
-    lock = Claims._lock
+    lock = _claims.Claims._lock
     calls = []
 
     def press(self, place):
@@ -85,7 +86,7 @@ def test_ctrl_c_at_every_claim(tmp_path, monkeypatch, is_claimed, when):
 
     model, images = extractor(memory=str(tmp_path)), pictures(64)
     with monkeypatch.context() as patch:
-        patch.setattr(Claims, "_lock", press)
+        patch.setattr(_claims.Claims, "_lock", press)
         for stop in (1, *range(35, 65)) if when == "before" else range(1, 65):
             calls.clear()
             with pytest.raises(KeyboardInterrupt):

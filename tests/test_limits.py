@@ -1,6 +1,7 @@
 """Memory that does not suffice, devices that are shared."""
 
 import multiprocessing
+import os
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
 from sktransfer._engine.device import warn_of_copies
 from sktransfer._engine.runner import get_runner
+from sktransfer._training import data
 
 SHARE = 0.4  # of the machine's memory that an image asks for: one or two can be had, more not
 
@@ -100,3 +102,24 @@ def test_automatic_batch_size(pictures):
     labels = np.arange(10) % 2
     model = FineTunedClassifier(small(), image_size=32, batch_size="auto", max_epochs=1)
     assert model.fit(pictures, labels).n_iter_ == 1
+
+
+@pytest.mark.parametrize("is_reserved_at_once", [True, False])
+def test_activations_in_a_file(monkeypatch, is_reserved_at_once):
+    """Also where the system cannot reserve space for a file at once, such as macOS."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(data, "in_ram", lambda n_bytes: False)
+    monkeypatch.setattr(data, "_PIECE", 3000)
+    if not is_reserved_at_once:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    found = data.allocate((70, 50), np.float32)
+    assert isinstance(found, np.memmap) and found.shape == (70, 50)
+    found[:] = 3
+    assert (found == 3).all()
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a full disk would
+    try:
+        assert data.allocate((70, 50), np.float32) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

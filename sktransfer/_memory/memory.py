@@ -12,11 +12,17 @@ from typing import Any
 
 import joblib
 import numpy as np
-from joblib._store_backends import CacheWarning
+from joblib._store_backends import CacheWarning, FileSystemStoreBackend
 from xxhash import xxh3_64_intdigest
 
-from sktransfer._memory.store import Claims, cannot, complain, open_claims
-from sktransfer._memory.store_backend import BACKEND, LmdbStoreBackend
+from sktransfer._memory.claims import Claims, open_claims
+from sktransfer._memory.store import cannot, complain
+from sktransfer._memory.store_backend import (
+    BACKEND,
+    COMPANIONS,
+    LmdbStoreBackend,
+    n_companion_bytes,
+)
 from sktransfer._memory.store_format import row_keys
 
 
@@ -26,8 +32,9 @@ def check_memory(memory: None | str | os.PathLike | joblib.Memory) -> ImageMemor
     Parameters
     ----------
     memory : None, str, path-like or joblib.Memory
-        A path opens a `joblib.Memory` on the packed store in the folder ``joblib`` below it; all
-        objects of a process that name the same path share one open file. Put it on a local disk:
+        A path opens a `joblib.Memory` on the packed store in the folder ``joblib`` below it. All
+        objects of a process that name the same path share one file, which is open while it is used:
+        a process keeps a few of these files open, the last used. Put it on a local disk:
         network file systems keep LMDB's promises only among the processes of one machine.
 
     Returns
@@ -151,11 +158,33 @@ class ImageMemory:
         return same_type
 
     def info(self) -> dict[str, int]:
-        """Return ``n_entries`` and the ``n_bytes`` that they take."""
+        """Return ``n_entries``, the number of results, and ``n_bytes``, companions included."""
         if hasattr(self._backend, "info"):
-            return self._backend.info()
-        items = self._backend.get_items()
-        return {"n_entries": len(items), "n_bytes": sum(item.size for item in items)}
+            info = self._backend.info()
+        else:
+            items = self._backend.get_items()
+            info = {"n_entries": len(items), "n_bytes": sum(item.size for item in items)}
+        folder = self._local_folder
+        if folder is not None:
+            info["n_bytes"] += n_companion_bytes(folder)
+        return info
+
+    @property
+    def companions(self) -> str | None:
+        """The folder for files that are no results of images, such as compiled models.
+
+        Whoever writes into it makes it first. `info` counts its bytes, `joblib.Memory.clear`
+        deletes it, and so does `joblib.Memory.reduce_size` on the packed store if it alone exceeds
+        ``bytes_limit``. Whoever reads from it must expect that its files are gone. None if the
+        memory is not on a local disk.
+        """
+        return self._local_folder and os.path.join(self._local_folder, COMPANIONS)
+
+    @property
+    def _local_folder(self) -> str | None:
+        folder = getattr(self._backend, "location", None)
+        is_local = isinstance(self._backend, (LmdbStoreBackend, FileSystemStoreBackend))
+        return folder if is_local and isinstance(folder, str) else None
 
     def claim(self, func_id: str, digests: Iterable[bytes], owner: object) -> list[bool]:
         """Take the right to compute these, as far as nobody else has it, without waiting.
@@ -177,7 +206,7 @@ class ImageMemory:
             False where another process or owner, or this one, holds the claim. The death of
             a process frees its claims.
         """
-        return self._claims.take(_places(func_id, digests), owner)
+        return self._claims.take_free(_places(func_id, digests), owner)
 
     def release(self, func_id: str, digests: Iterable[bytes], owner: object) -> None:
         """Give claims back, from any thread; what `owner` does not hold is left alone."""
@@ -195,7 +224,7 @@ class ImageMemory:
         RuntimeError
             `owner` holds claims: two that wait for each other would wait forever.
         """
-        self._claims.wait(_places(func_id, [digest])[0], owner)
+        self._claims.wait_until_free(_places(func_id, [digest])[0], owner)
 
     @functools.cached_property
     def _claims(self) -> Claims:

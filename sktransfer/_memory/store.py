@@ -1,4 +1,4 @@
-"""What processes share in the folder of a memory: one LMDB file, and claims to compute."""
+"""The one LMDB file in the folder of a memory, which processes and threads share."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ import lmdb
 
 from sktransfer._memory.store_format import (
     TABLES,
-    TIME,
-    create_file,
     find_problem,
     is_at,
     is_sealed,
-    iter_nodes,
+    open_environment,
     open_file,
     seal,
     stamp,
+    time_of,
     touch,
-    unwrap,
 )
-from sktransfer._threads import call_in_forks, renewed_in_forks
+from sktransfer._threads import renewed_in_forks
 
 try:
     import fcntl
@@ -39,7 +37,8 @@ except ImportError:  # Windows: LMDB's own locks, and no look at the file after 
 
 FIRST_MAP_SIZE = 1 << 30  # bytes of address space, doubled when they are full
 TOUCH_EVERY = 300.0  # seconds by which a time of last access may lag behind
-RETRY_AFTER = 60.0  # seconds until a damaged file that could not be replaced is tried again
+RETRY_AFTER = 60.0  # seconds until a damaged file that could not be renamed is tried again
+MAX_OPEN = 8  # stores of a process that are open at once, each with three file descriptors
 _KEPT_DIGESTS = 200_000
 _DAMAGE = (
     lmdb.BadTxnError,
@@ -59,14 +58,16 @@ class _Damaged(OSError):
 
 
 class Store:
-    """The one open environment of a folder in this process.
+    """The one LMDB environment of a folder in this process, opened when it is used.
 
     Processes take turns by `flock` on the data file itself, shared to read and exclusive to
     write. So LMDB needs no lock file whose loss would let two of them write at once, and a
     deleted data file is simply another store. Threads take turns by a mutex.
 
-    Whatever finds the file without its seal (see `_store_format`) checks it before it is mapped:
-    a writer was killed, which does no harm, or something else changed the file.
+    Every turn begins with a look at the file's size and times. Whatever finds it changed and
+    without its seal (see `store_format`) closes it, and checks it before it is mapped again:
+    a writer was killed, which does no harm, or something else changed the file. A damaged file is
+    renamed, and an empty one takes its place.
 
     A commit syncs the data, but not the page that makes it current (``metasync=False``): a
     power loss may take back the latest batch, which is then computed again, never half of it.
@@ -80,14 +81,15 @@ class Store:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of what belongs to the parent process, or to a first use."""
+        """Begin as if the file had never been opened, as a forked child must."""
         if self._fd is not None:
             os.close(self._fd)  # a copy that would prolong a lock held by the parent
         self._mutex = threading.Lock()
         self._fd = self._env = None
         self._tables: dict[bytes, Any] = {}
         self._known: tuple[int, ...] | None = None  # the file as it was last found sound
-        self._suspect = self._doubted = self.readonly = False
+        self._suspect = self._doubted = self._opened_now = self.readonly = False
+        self.last_used = 0.0
         self._news: list[str] = []
         self._pause_until, self._pause_reason = 0.0, ""
         self._recent: set[bytes] = set()
@@ -104,13 +106,17 @@ class Store:
         OSError
             The store cannot be read or written; its message says why.
         """
-        try:
-            return self._in_turn(lambda env: self._transact(job, write), write)
-        except _Damaged:  # now checked, whatever its seal says
-            return self._in_turn(lambda env: self._transact(job, write), write)
+        return self._in_turn(lambda env: self._transact(job, write), write)
 
     def _in_turn(self, action: Callable[[Any], T], write: bool) -> T:
-        """Call `action(env)` while others are kept from writing, or altogether.
+        """Call `action(env)` while others are kept from writing, or altogether."""
+        try:
+            return self._in_one_turn(action, write)
+        except _Damaged:  # now checked, whatever its seal says
+            return self._in_one_turn(action, write)
+
+    def _in_one_turn(self, action: Callable[[Any], T], write: bool) -> T:
+        """Call `action(env)` once.
 
         No context manager of our own: Ctrl-C between its start and the block would leave it locked.
         """
@@ -131,6 +137,9 @@ class Store:
                 if fcntl and self._fd is not None:
                     fcntl.flock(self._fd, fcntl.LOCK_UN)
             news, self._news = self._news, []
+            opened_now, self._opened_now = self._opened_now, False
+        if opened_now:
+            _close_least_recently_used(self)
         for text in news:
             warnings.warn(text, UserWarning, stacklevel=4)
         return result
@@ -164,6 +173,7 @@ class Store:
             if fcntl:
                 fcntl.flock(self._fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             found = os.fstat(self._fd)
+            self.last_used = time.monotonic()
             if not is_at(self.path, found):
                 self._close()
             elif self._env is not None and self._is_sound(found):
@@ -180,7 +190,9 @@ class Store:
         if self._suspect:
             return False
         # Without our lock, a missing seal may only mean that somebody is writing.
-        return stamp(found) == self._known or is_sealed(found) or not (fcntl or self._env is None)
+        if stamp(found) == self._known or is_sealed(self.path, found):
+            return True
+        return not (fcntl or self._env is None)
 
     def _open(self, found: os.stat_result) -> None:
         self._close_env()
@@ -188,7 +200,7 @@ class Store:
             problem = find_problem(self.path)
             if problem is not None:
                 try:
-                    self._rescue(problem)
+                    self._set_aside(problem)
                 except OSError as error:  # do not check the same file again for each batch
                     self._pause_until = time.monotonic() + RETRY_AFTER
                     self._pause_reason = f"{self.path} is damaged ({problem}): {error}"
@@ -196,15 +208,14 @@ class Store:
                 self._close()
                 return
             self._suspect = False
+        self._opened_now = True
         # LMDB itself enlarges a map that is too small for the file.
-        self._env = lmdb.open(
+        self._env = open_environment(
             self.path,
-            subdir=False,
             readonly=self.readonly,
             map_size=FIRST_MAP_SIZE,
             metasync=False,
             lock=not (fcntl or self.readonly),
-            max_dbs=len(TABLES),
         )
         try:
             self._tables = {n: self._env.open_db(n, create=not self.readonly) for n in TABLES}
@@ -214,27 +225,33 @@ class Store:
         self._seal()
 
     def _seal(self) -> None:
+        found = os.fstat(self._fd)
+        self._known = stamp(found)
         with contextlib.suppress(OSError):  # a read-only folder: then only this process knows
-            seal(self.path)
-        self._known = stamp(os.fstat(self._fd))
+            seal(self.path, found)
 
-    def _rescue(self, problem: str) -> None:
-        """Put a new file with the intact rows of the damaged one in its place."""
+    def _set_aside(self, problem: str) -> None:
+        """Rename the damaged file, so that an empty one is begun in its place."""
         if self.readonly:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), self.path)
         aside = self.path + ".damaged"
-        nodes = iter_nodes(self.path)
-        intact = ((k, v) for k, v in nodes if len(k) == 32 and unwrap(k, v) is not None)
-        room = FIRST_MAP_SIZE + 2 * os.path.getsize(self.path)
-        fresh, n_rows = create_file(self.path, intact, room)
         os.replace(self.path, aside)
-        os.replace(fresh, self.path)
         self._suspect = False
         self._news.append(
             f"The memory in {self.folder} was damaged by something else than sktransfer "
-            f"({problem}). {n_rows} intact results were kept; the others will be computed again. "
-            f"The damaged file is now {aside} and may be deleted."
+            f"({problem}). It begins anew, so its results will be computed again. The damaged file "
+            f"is now {aside} and may be deleted."
         )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process holds descriptors of the file at the moment."""
+        return self._fd is not None
+
+    def close(self) -> None:
+        """Close the file until it is used again."""
+        with self._mutex:
+            self._close()
 
     def _close(self) -> None:
         self._close_env()
@@ -268,7 +285,7 @@ class Store:
         self._recent |= new
         limit = now - TOUCH_EVERY
         times = ((key, txn.get(key, db=used)) for key in new)
-        return [k for k, t in times if t is None or TIME.unpack(t)[0] < limit]
+        return [k for k, t in times if t is None or time_of(t) < limit]
 
     def touch(self, keys: list[bytes]) -> None:
         """Note that these were read just now, where that is possible."""
@@ -282,8 +299,9 @@ class Store:
 
     def _unlink(self, env: Any) -> None:
         os.unlink(self.path)
-        for path in glob.glob(glob.escape(self.path) + ".*"):  # damaged or unfinished ones
-            os.unlink(path)
+        for path in glob.glob(glob.escape(self.path) + ".*"):  # seal, damaged, unfinished
+            with contextlib.suppress(FileNotFoundError):  # another process has finished its own
+                os.unlink(path)
         self._close()
 
     def shrink(self) -> None:
@@ -291,15 +309,17 @@ class Store:
         self._in_turn(self._compact, write=True)
 
     def _compact(self, env: Any) -> None:
-        if _n_bytes(env, self._tables) > os.path.getsize(self.path) // 2:
+        if self._transact(_n_bytes, write=False) > os.path.getsize(self.path) // 2:
             return
         fresh = f"{self.path}.{os.getpid()}"
         try:
             with open(fresh, "wb") as file:
+                if fcntl:  # who opens it at its new place waits for its seal
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 env.copyfd(file.fileno(), compact=True)
                 os.fsync(file.fileno())
-            seal(fresh)
-            os.replace(fresh, self.path)
+                os.replace(fresh, self.path)
+                seal(self.path, os.fstat(file.fileno()))
         except (OSError, lmdb.Error):  # no room for a copy: the free pages stay for later rows
             with contextlib.suppress(OSError):
                 os.unlink(fresh)
@@ -308,17 +328,16 @@ class Store:
 
     def info(self) -> dict[str, int]:
         """Count entries, and the bytes of their pages."""
-        return self._in_turn(self._count, write=False)
-
-    def _count(self, env: Any) -> dict[str, int]:
-        with env.begin() as txn:
-            n_rows, n_files = (txn.stat(self._tables[t])["entries"] for t in (b"rows", b"files"))
-        return {"n_entries": n_rows + n_files, "n_bytes": _n_bytes(env, self._tables)}
+        return self.run(_count)
 
 
-def _n_bytes(env: Any, tables: dict[bytes, Any]) -> int:
-    with env.begin() as txn:
-        stats = [txn.stat(table) for table in tables.values()]
+def _count(txn: Any, rows: Any, files: Any, used: Any) -> dict[str, int]:
+    n_entries = sum(txn.stat(table)["entries"] for table in (rows, files))
+    return {"n_entries": n_entries, "n_bytes": _n_bytes(txn, rows, files, used)}
+
+
+def _n_bytes(txn: Any, *tables: Any) -> int:
+    stats = [txn.stat(table) for table in tables]
     pages = ("branch_pages", "leaf_pages", "overflow_pages")
     return sum(stat["psize"] * stat[page] for stat in stats for page in pages)
 
@@ -340,120 +359,56 @@ def complain(location: str, text: str, subject: str = "The memory in") -> None:
         warnings.warn(f"{subject} {location} {text}", UserWarning, stacklevel=4)
 
 
-# ------------------------------------------------------------------------------- claims
-
-
-class Claims:
-    """Marks of what is being computed, as locks on single bytes of an empty file.
-
-    The kernel drops the locks of a process that dies, so no claim can be left over. They
-    belong to the process as a whole, and all of them go when it closes any descriptor of the file:
-    hence one descriptor for good, and a table of our own for the threads.
-
-    Ctrl-C may come between any two steps. So the table, and nothing else, says who owns a place,
-    and it never says too little: a place is entered before it is locked, and leaves the table after
-    it was unlocked. What changes the table is one operation of a dict, so that no mutex could stay
-    locked. `give_back` of the same place must not run in two threads at once.
-    """
-
-    _fd: int | None = None
-
-    def __init__(self, folder: str | None) -> None:
-        self.path = folder and os.path.join(folder, "claims")
-        self.forget()
-
-    def forget(self) -> None:
-        """Start anew, as a forked child must: locks are not inherited."""
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd = None
-        self._opening = threading.Lock()
-        self._owners: dict[int, object] = {}  # of the places that are taken
-
-    def take(self, places: Iterable[int], owner: object) -> list[bool]:
-        """Take the places that are free for `owner`; tell for each whether it was."""
-        return [self._take(place, owner) for place in places]
-
-    def give_back(self, places: Iterable[int], owner: object) -> None:
-        """Free those of the places that `owner` holds."""
-        for place in places:
-            if self._owners.get(place) is owner:
-                self._unlock(place)
-                self._owners.pop(place, None)
-
-    def give_all_back(self, owner: object) -> None:
-        """Free all that `owner` holds."""
-        self.give_back(self._owners.copy(), owner)
-
-    def wait(self, place: int, owner: object) -> None:
-        """Return once nobody holds the place; `owner` must hold none."""
-        if any(other is owner for other in self._owners.copy().values()):
-            raise RuntimeError("Release your claims before you wait for those of others.")
-        pause = 0.001
-        # By trials: a lock that blocks cannot be given back to Ctrl-C on all systems, and the
-        # kernel may see a deadlock between processes where only their threads cross.
-        while not self._take(place, owner):
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
-        self.give_back([place], owner)
-
-    def _take(self, place: int, owner: object) -> bool:
-        if place in self._owners or self._owners.setdefault(place, owner) is not owner:
-            return False
-        if self._lock(place):
-            return True
-        self._owners.pop(place, None)
-        return False
-
-    def _lock(self, place: int) -> bool:
-        if fcntl is None or self.path is None:
-            return True
-        try:
-            with self._opening:
-                if self._fd is None:
-                    self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError:  # no place for the file: rather computed twice than not at all
-            return True
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError:  # a file system without locks
-            return True
-        return True
-
-    def _unlock(self, place: int) -> None:
-        if fcntl is not None and self._fd is not None:
-            with contextlib.suppress(OSError):
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, place)
-
-
 # ----------------------------------------------------------------------- one for each folder
 
 _STORES: weakref.WeakValueDictionary[str, Store] = weakref.WeakValueDictionary()
-_CLAIMS: dict[str, Claims] = {}
 _REGISTRY = renewed_in_forks(threading.Lock())
 
 
 def open_store(folder: str) -> Store:
-    """Return the store of a folder, which stays open as long as somebody refers to it."""
+    """Return the store of a folder, which all objects of this process share."""
     folder = os.path.realpath(folder)
     with _REGISTRY:
         store = _STORES.get(folder) or _STORES.setdefault(folder, Store(folder))
     return store
 
 
-def open_claims(folder: str) -> Claims:
-    """Return the claims of a folder, which stay open for good."""
-    return _CLAIMS.setdefault(os.path.realpath(folder), Claims(folder))
+def _close_least_recently_used(but: Store) -> None:
+    """Close stores until no more than `MAX_OPEN` are open; they open again at their next use."""
+    with _REGISTRY:
+        others = [store for store in _STORES.values() if store.is_open and store is not but]
+    others.sort(key=lambda store: store.last_used)
+    for store in others[: max(0, len(others) + 1 - MAX_OPEN)]:
+        store.close()
 
 
-def _after_fork() -> None:
+_HELD: list[Store] = []  # while the process forks
+
+
+def _before_fork() -> None:
+    """Wait until no transaction runs: LMDB in the child would take it for one of its own."""
+    _REGISTRY.acquire()
+    for store in _STORES.values():
+        store._mutex.acquire()
+        _HELD.append(store)
+
+
+def _after_fork_in_parent() -> None:
+    while _HELD:
+        _HELD.pop()._mutex.release()
+    _REGISTRY.release()
+
+
+def _after_fork_in_child() -> None:
     """Let a child open its own files: neither LMDB nor locks survive a fork."""
+    _HELD.clear()
     for store in _STORES.values():
         store.forget()
-    for claims in _CLAIMS.values():
-        claims.forget()
 
 
-call_in_forks(_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import joblib
 import numpy as np
 from joblib._store_backends import CacheItemInfo, StoreBackendBase, StoreBackendMixin
+from joblib.disk import memstr_to_bytes
 
 from sktransfer._memory.store import Store, cannot, complain, open_store
 from sktransfer._memory.store_format import (
     FILE,
-    TIME,
     batches,
     describe,
     drop,
@@ -27,12 +29,14 @@ from sktransfer._memory.store_format import (
     put,
     row_keys,
     row_prefix,
+    time_of,
     touch,
     unwrap,
     wrap,
 )
 
 BACKEND = "sktransfer-lmdb"
+COMPANIONS = "compiled"  # the folder of files that other programs keep next to the results
 
 
 class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
@@ -111,7 +115,7 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
             )
 
     def info(self) -> dict[str, int]:
-        """See `ImageMemory.info`."""
+        """Count results, and the bytes of their pages."""
         return self._store.info()
 
     # joblib's files
@@ -161,9 +165,10 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
         """Do nothing: there are no folders."""
 
     def clear_location(self, location: str) -> None:
-        """Delete an entry, all of a function, or all there is."""
+        """Delete an entry, all of a function, or all there is, companions included."""
         if os.path.abspath(location) == self.location:
             self._store.clear()
+            delete_companions(self.location)
         else:
             self._delete([location])
 
@@ -181,7 +186,7 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
                 item = item_of(bytes(key))
                 if re.search(b"[0-9a-f]{32}$", item):
                     sizes[item] = sizes.get(item, 0) + len(value)
-            return sizes, {bytes(k): TIME.unpack(value)[0] for k, value in txn.cursor(used)}
+            return sizes, {bytes(k): time_of(value) for k, value in txn.cursor(used)}
 
         sizes, times = self._try(job, ({}, {}))
         return [
@@ -199,7 +204,15 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
         items_limit: int | None = None,
         age_limit: datetime.timedelta | None = None,
     ) -> None:
-        """Delete what was not read for the longest time; see `joblib.Memory.reduce_size`."""
+        """Delete what was not read for the longest time; see `joblib.Memory.reduce_size`.
+
+        The bytes of companions count. If they alone exceed the limit, all of them are deleted.
+        """
+        if bytes_limit is not None:
+            limit = memstr_to_bytes(bytes_limit) if isinstance(bytes_limit, str) else bytes_limit
+            if n_companion_bytes(self.location) > limit:
+                delete_companions(self.location)
+            bytes_limit = max(0, limit - n_companion_bytes(self.location))
         items = self._get_items_to_delete(bytes_limit, items_limit, age_limit)
         if items:
             self._delete([item.path for item in items])
@@ -218,6 +231,21 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
                     drop(txn, table, file + b"/")
 
         self._store.run(job, write=True)
+
+
+def n_companion_bytes(location: str) -> int:
+    """Return the bytes of the files in the folder of companions of a memory."""
+    total = 0
+    for folder, _, names in os.walk(os.path.join(location, COMPANIONS)):
+        for name in names:
+            with contextlib.suppress(OSError):  # just deleted
+                total += os.path.getsize(os.path.join(folder, name))
+    return total
+
+
+def delete_companions(location: str) -> None:
+    """Delete the folder of companions of a memory, as far as that is allowed."""
+    shutil.rmtree(os.path.join(location, COMPANIONS), ignore_errors=True)
 
 
 class _NewFile(io.BytesIO):

@@ -1,4 +1,4 @@
-"""The data file of a packed store: its values and their checksums, its seal, check and salvage.
+"""The data file of a packed store: its keys, its values and their checksums, its seal and check.
 
 LMDB trusts its file: a tree that leads astray, or a file shorter than its tree, can crash the
 process that maps it. So a file is mapped only if it bears a *seal*, or has passed a check.
@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import mmap
 import os
 import re
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -26,13 +24,12 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
 TABLES = (b"rows", b"files", b"used")  # of images, of joblib, and when each was last read
 FILE = b"file:"  # begins the keys of joblib's items among the times, and seeds their checksums
-TIME = struct.Struct("<d")
+_TIME = struct.Struct("<d")
 _CHECKSUM = struct.Struct("<Q")
 _BATCH_BYTES = 1 << 26
-# LMDB's data format 1 on 64 bits: the head of a page, and of a node in it
-_PAGE = struct.Struct("=QHHHH")  # number, padding, flags, end of node offsets, start of nodes
-_NODE = struct.Struct("=HHHH")  # low and high half of the value's size, flags, size of the key
-_LEAF, _OVERFLOW, _ELSEWHERE = 0x02, 0x04, 0x01
+_ATTEMPTS = 100
+_YEAR_2200 = 7.3e9
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 # ---------------------------------------------------------------------------------- the keys
 
@@ -46,8 +43,8 @@ def row_keys(func_id: str, digests: Iterable[bytes]) -> list[bytes]:
 def file_key(path: str, location: str) -> bytes:
     """Return the path below the location, its long parts shortened: LMDB takes 511 bytes."""
     parts = os.path.relpath(path, location).split(os.sep)
-    short = [p if len(p) <= 48 else f"{p[:15]}~{xxh3_128_hexdigest(p.encode())}" for p in parts]
-    return "/".join(short).encode()
+    short = [p if len(p) <= 48 else f"{p[:15]}~{xxh3_128_hexdigest(os.fsencode(p))}" for p in parts]
+    return os.fsencode("/".join(short))
 
 
 def item_of(key: bytes) -> bytes:
@@ -58,7 +55,7 @@ def item_of(key: bytes) -> bytes:
 def path_of(key: bytes, location: str) -> str:
     """Name an entry, given its key among the times, so that it can be deleted by that name."""
     if key.startswith(FILE):
-        name = key.removeprefix(FILE).decode()
+        name = os.fsdecode(key.removeprefix(FILE))
     else:
         name = f"{key[:16].hex()}/{key[16:].hex()}"
     return os.path.join(location, *name.split("/"))
@@ -127,27 +124,41 @@ def fill_rows(
 # ---------------------------------------------------------------------------------- the file
 
 
-def _sealed_time(found: os.stat_result) -> int:
-    """Give the modification time, in ns, of this file if it is sealed."""
-    second = found.st_mtime_ns // 10**9
-    mark = xxh3_64_intdigest(f"{found.st_ino} {found.st_size} {second}".encode())
-    return second * 10**9 + mark % 10**7 * 100  # 100 ns are the finest step that NTFS keeps
+def stamp(found: os.stat_result) -> tuple[int, ...]:
+    """Return what changes with every change of a file.
 
-
-def seal(path: str) -> None:
-    """Mark a file that is known to be sound.
-
-    The seal is a fraction of a second in the file's modification time that follows from inode
-    and size: whoever writes, cuts, copies or replaces the file afterwards breaks it, and one
-    `os.stat` sees that.
+    The time of the change (`st_ctime`) is set by the kernel and cannot be put back, as a time of
+    modification can. Linux before 6.13 counts it in steps of 1 to 10 ms.
     """
-    found = os.stat(path)
-    os.utime(path, ns=(found.st_atime_ns, _sealed_time(found)))
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def is_sealed(found: os.stat_result) -> bool:
-    """Whether nothing has touched the file since `seal`; by chance wrong once in 10 million."""
-    return found.st_mtime_ns == _sealed_time(found)
+def _seal_of(found: os.stat_result) -> bytes:
+    numbers = stamp(found)[1:]  # a device may get another number when it is mounted again
+    return " ".join(map(str, numbers)).ljust(99).encode() + b"\n"
+
+
+def seal(path: str, found: os.stat_result) -> None:
+    """Note next to the data file that it is sound as it is `found`, while no one else may write.
+
+    Whoever writes, cuts, copies or replaces the file afterwards breaks the seal, even if the time
+    of modification is put back.
+    """
+    # Overwritten in place: a disk that is full still takes it.
+    descriptor = os.open(path + ".seal", os.O_WRONLY | os.O_CREAT | _FLAGS, 0o666)
+    try:
+        os.write(descriptor, _seal_of(found))
+    finally:
+        os.close(descriptor)
+
+
+def is_sealed(path: str, found: os.stat_result) -> bool:
+    """Whether nothing has touched the data file since `seal`."""
+    try:
+        with open(path + ".seal", "rb") as file:
+            return file.read() == _seal_of(found)
+    except OSError:
+        return False
 
 
 def find_problem(path: str) -> str | None:
@@ -170,68 +181,6 @@ def find_problem(path: str) -> str | None:
         return f"not readable as an LMDB file: {error!r}"
 
 
-def iter_nodes(path: str) -> Iterator[tuple[bytes, bytes]]:
-    """Yield every key and value that any leaf page of a damaged data file still shows.
-
-    Each page is looked at for itself, whether a tree leads to it or not. So values may be stale
-    or wrong: the caller must know how to tell.
-    """
-    size = min(mmap.PAGESIZE, 1 << 15)
-    with open(path, "rb") as file:
-        for number in range(os.path.getsize(path) // size):
-            file.seek(number * size)
-            page = file.read(size)
-            if len(page) < size:
-                return
-            stored_number, _, flags, lower, upper = _PAGE.unpack_from(page)
-            if (stored_number, flags) != (number, _LEAF) or not _PAGE.size <= lower <= upper < size:
-                continue
-            for offset in struct.unpack_from(f"={(lower - _PAGE.size) // 2}H", page, _PAGE.size):
-                if offset + _NODE.size > size:
-                    continue
-                low, high, node_flags, key_size = _NODE.unpack_from(page, offset)
-                start = offset + _NODE.size + key_size
-                value_size = low | high << 16
-                value = page[start : start + value_size]
-                if node_flags & _ELSEWHERE:
-                    value = _read_overflow(file, page[start : start + 8], size, value_size)
-                if len(value) == value_size:
-                    yield page[offset + _NODE.size : start], value
-
-
-def _read_overflow(file: BinaryIO, pointer: bytes, page_size: int, value_size: int) -> bytes:
-    """Read a value that is too large for its leaf; short if that is not where it points to."""
-    number = int.from_bytes(pointer, sys.byteorder)
-    if number * page_size + _PAGE.size + value_size > os.fstat(file.fileno()).st_size:
-        return b""
-    file.seek(number * page_size)
-    stored_number, _, flags, _, _ = _PAGE.unpack(file.read(_PAGE.size))
-    return file.read(value_size) if (stored_number, flags) == (number, _OVERFLOW) else b""
-
-
-def create_file(path: str, rows: Iterable[tuple[bytes, bytes]], map_size: int) -> tuple[str, int]:
-    """Write a sealed data file with `rows` next to `path`; return its path and their number."""
-    fresh = f"{path}.{os.getpid()}-{threading.get_ident()}"
-    try:
-        with lmdb.open(
-            fresh, subdir=False, lock=False, map_size=map_size, max_dbs=len(TABLES)
-        ) as env:
-            tables = [env.open_db(name) for name in TABLES]
-            for batch in batches(rows):
-                with env.begin(write=True) as txn:
-                    put(txn, tables[0], tables[2], batch)
-            with env.begin() as txn:
-                n_rows = txn.stat(tables[0])["entries"]
-        seal(fresh)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(fresh)
-        if isinstance(error, lmdb.Error):
-            raise OSError(str(error)) from error
-        raise
-    return fresh, n_rows
-
-
 def batches(items: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
     """Cut keys and values into lists for one transaction each: LMDB holds its changes in RAM."""
     batch, total = [], 0
@@ -246,21 +195,28 @@ def batches(items: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, 
 
 
 def put(txn: Any, table: Any, used: Any, items: Iterable[tuple[bytes, bytes]]) -> None:
+    """Write keys and values into `table`, and note that they were used just now."""
     items = list(items)
     txn.cursor(table).putmulti(items)
     touch(txn, used, [key for key, _ in items])
 
 
 def touch(txn: Any, used: Any, keys: Iterable[bytes]) -> None:
-    now = TIME.pack(time.time())
+    """Note that these were used just now."""
+    now = _TIME.pack(time.time())
     txn.cursor(used).putmulti([(key, now) for key in keys])
 
 
-def stamp(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def time_of(value: Any) -> float:
+    """Return the time that `touch` has noted; the epoch if it was damaged."""
+    if len(value) != _TIME.size:
+        return 0.0
+    seconds = _TIME.unpack(value)[0]
+    return seconds if 0.0 <= seconds < _YEAR_2200 else 0.0
 
 
 def is_at(path: str, found: os.stat_result) -> bool:
+    """Whether the path still names the file that was `found`."""
     try:
         return os.path.samestat(os.stat(path), found)
     except OSError:
@@ -269,28 +225,53 @@ def is_at(path: str, found: os.stat_result) -> bool:
 
 def open_file(path: str, map_size: int) -> tuple[int, bool]:
     """Open the data file to lock it, and make it if there is none; say if it is read-only."""
-    flags = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            return os.open(path, os.O_RDWR | flags), False
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-        return os.open(path, os.O_RDONLY | flags), True
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    with contextlib.suppress(FileExistsError), open(os.path.join(folder, ".gitignore"), "x") as f:
-        f.write("*\n")
-    fresh, _ = create_file(path, (), map_size)
-    # Linked when it is complete: so an empty data file is always a damaged one.
+    for _ in range(_ATTEMPTS):  # another process may delete it again at this very moment
+        with contextlib.suppress(FileNotFoundError):
+            return _open_existing(path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            _create_file(path, map_size)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def _open_existing(path: str) -> tuple[int, bool]:
     try:
-        os.link(fresh, path)
-        os.unlink(fresh)
+        return os.open(path, os.O_RDWR | _FLAGS), False
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+    return os.open(path, os.O_RDONLY | _FLAGS), True
+
+
+def _create_file(path: str, map_size: int) -> None:
+    """Make an empty data file, unless another process is faster."""
+    ignore = os.path.join(os.path.dirname(path), ".gitignore")
+    with contextlib.suppress(FileExistsError), open(ignore, "x") as file:
+        file.write("*\n")
+    fresh = f"{path}.{os.getpid()}-{threading.get_ident()}"
+    try:
+        with open_environment(fresh, map_size=map_size, lock=False) as env:
+            for name in TABLES:
+                env.open_db(name)
+        # Linked when it is complete: so an empty data file is always a damaged one.
+        try:
+            os.link(fresh, path)
+        except (FileExistsError, FileNotFoundError):
+            raise
+        except OSError:  # a file system without links
+            os.replace(fresh, path)
     except FileExistsError:
-        os.unlink(fresh)
-    except OSError:  # a file system without links
-        os.replace(fresh, path)
-    return os.open(path, os.O_RDWR | flags), False
+        pass
+    except lmdb.Error as error:
+        raise OSError(str(error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+
+
+def open_environment(path: str, **options: Any) -> lmdb.Environment:
+    """Open LMDB on a data file, whose name may be any bytes: py-lmdb takes str as UTF-8."""
+    return lmdb.open(os.fsencode(path), subdir=False, max_dbs=len(TABLES), **options)
 
 
 def drop(txn: Any, table: Any, prefix: bytes) -> None:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 
 from sktransfer._engine.augmentation import Views
 from sktransfer._training.plan import in_ram
+
+_PIECE = 1 << 24  # bytes of a file that are written at once
 
 
 class TrainingData(Dataset):
@@ -115,13 +117,23 @@ class TrainingData(Dataset):
         return fitted
 
 
+def _reserve(file: IO[bytes], n_bytes: int) -> None:
+    """Take the space on disk now: a file with holes would kill the process on a full disk."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return
+    zeros, n_written = bytes(_PIECE), 0  # macOS and Windows
+    while n_written < n_bytes:
+        n_written += file.write(zeros[: n_bytes - n_written])
+
+
 def allocate(shape: Sequence[int], dtype: Any) -> np.ndarray | None:
     """Return an array in memory or, if large, in a temporary file; None if the disk is full."""
     if in_ram(math.prod(shape) * np.dtype(dtype).itemsize):
         return np.empty(shape, dtype)
-    with tempfile.TemporaryFile() as file:
-        try:  # a file with holes would kill the process when the disk is full
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
+    with tempfile.TemporaryFile(buffering=0) as file:  # a buffer would be written at its end
+        try:
+            _reserve(file, math.prod(shape) * np.dtype(dtype).itemsize)
         except OSError:
             return None
         return np.memmap(file, dtype, "r+", shape=tuple(shape))
