@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -54,7 +54,6 @@ _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few a
 _VERSION = 2  # of the computation; a change that alters rows makes old entries unreachable
 _T = TypeVar("_T")
 _runners_lock = renewed_in_forks(threading.Lock())
-_runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
 _all_runners: WeakSet[Runner] = WeakSet()  # also those of fitted estimators
 
 
@@ -70,7 +69,7 @@ def get_runner(
     `image_size` is that of the images to come, if it is known.
     """
     resolved = resolve_device(device)
-    runners = _runners.setdefault(backbone, {})
+    runners = backbone.runners
     asked = (resolved, precision, runtime)
     with _runners_lock, torch.inference_mode(False):
         runner = runners.get(asked) or _new_runner(runners, backbone, asked)
@@ -98,8 +97,8 @@ def _after_fork() -> None:
     """
     torch.set_num_threads(1)
     forget_openvino([runner._programs for runner in _all_runners])
-    _runners.clear()
     for runner in _all_runners:
+        runner.backbone.runners.clear()
         runner.runtime, runner._programs, runner._n_cores = "torch", {}, 1
 
 
@@ -121,7 +120,7 @@ class Runner:
     def __init__(
         self, backbone: Backbone, device: torch.device, precision: str, runtime: str = "torch"
     ) -> None:
-        # The backbone itself must not be held: it is the weak key under which this is kept.
+        self.backbone = backbone  # which stays loaded as long as this is used
         self.name, self.fingerprint = backbone.name, backbone.fingerprint
         self.device, self.precision, self.runtime = device, precision, runtime
         network = backbone.network
