@@ -21,7 +21,9 @@ from sktransfer._engine.device import (
     PRECISIONS,
     fetch,
     first_line,
+    free_memory,
     is_out_of_memory,
+    numerics,
     resolve_device,
     warn_of_copies,
 )
@@ -222,8 +224,7 @@ class Runner:
             return int(given)
         if self.device.type != "cuda":
             return _BATCH
-        free, _ = torch.cuda.mem_get_info(self.device)
-        fitting = self.fitting(0, image_size, free * _GPU_SHARE)
+        fitting = self.fitting(0, image_size, free_memory(self.device) * _GPU_SHARE)
         return max(1, min(_GPU_BATCH, 2 ** int(math.log2(max(1, fitting)))))
 
     def step(self, batch_size: int | str, image_size: tuple[int, int]) -> int:
@@ -308,6 +309,8 @@ class Runner:
         )
         if self.precision != "float32" and self.runtime != "torch":  # in float32 they agree
             parts += (self.runtime,)
+        if difference := numerics(self.device, self.precision):
+            parts += (difference,)
         if get_config()["damaged"] == "error":  # what "warn" let pass is not taken from the memory
             parts += ("whole files",)
         if type(preprocessing) is not Preprocessing:  # its settings do not tell what it does
