@@ -118,7 +118,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         print(f"{name:24}{'OK' if right else 'FAILED':8}{text} ({seconds:.1f} s)", flush=True)
         wrong += [] if right else [name]
-        _registry._loaded.clear()  # the largest have gigabytes
+        _registry._recent.clear()  # the largest have gigabytes
         gc.collect()
     n_checked = len(names) - len(left_out)
     print(f"{n_checked - len(wrong)} of {n_checked} networks: every frozen tensor bit-identical")

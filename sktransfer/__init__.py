@@ -68,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*(globals().keys() - {"Any", "TYPE_CHECKING", "import_module"}), *__all__]

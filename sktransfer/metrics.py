@@ -24,6 +24,10 @@ _TINY = 1e-12  # relative: of a noise and of a prior that are taken for none
 _MAX_ITERATIONS = 1000
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def log_me_score(X: Any, y: Any) -> float:
     r"""Score embeddings by the logarithm of the maximum evidence (LogME).
 

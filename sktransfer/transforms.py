@@ -14,6 +14,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+__all__ = ["Preprocessing"]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _MODES = ("center", "squash", "border")
@@ -26,6 +28,10 @@ _INTERPOLATIONS = {
 # before the crop (1 × 30,000 pixels take 6 GB). No photograph is: its pixels stay torch's.
 _EXTREME = 16
 _STRIP = 4  # rows that a tall one is scaled to at once: widened as a whole it would be huge, too
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def test_a_bad_image_is_named_and_the_others_stay_in_the_memory(tiles, tmp_path,
 )
 def test_without_pandas(function, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)  # as if it were not installed
-    with pytest.raises(ImportError, match="returns a pandas data frame: pip install pandas"):
+    with pytest.raises(ImportError, match="needs pandas: pip install pandas"):
         function(*pictures())
 
 

@@ -1,7 +1,13 @@
 import copy
+import gc
+import importlib
 import os
 import pickle
 import socket
+import subprocess
+import sys
+import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +32,14 @@ from sktransfer import (
     list_models,
     register_model,
 )
+from sktransfer._engine.runner import get_runner
 from sktransfer._engine.text_model import load_text_model
 from sktransfer._training.detectors import load_detector
+from sktransfer.models import _registry
 from sktransfer.models._builders import published_weights
 from sktransfer.models._hub import check_connection
 from sktransfer.models._registry import Backbone, unique_labels
+from sktransfer.models._weights import fingerprint
 
 
 def test_lists_embedded_torchvision_and_timm_names():
@@ -62,6 +71,67 @@ def test_one_copy_per_process():
     network = small()
     assert get_model(network) is get_model(copy.deepcopy(network))
     assert get_model(network).network is not network
+
+
+def fitted_on(network):
+    X = np.zeros((2, 32, 32, 3), np.uint8)
+    return FineTunedClassifier(network, unfreeze=0, image_size=32, max_epochs=1).fit(X, [0, 1])
+
+
+def test_one_copy_of_more_backbones_than_stay_loaded():
+    networks = [small(seed) for seed in range(7)]
+    models = [fitted_on(network) for network in networks]
+    copies = [get_model(network) for network in networks]
+    for network, model, copied in zip(networks, models, copies, strict=True):
+        runner = get_runner(get_model(network), "cpu", "float32")
+        assert runner is model._trainer.frozen.runner
+        assert runner.network is get_model(network).network is copied.network
+
+
+def test_what_nobody_uses_is_freed():
+    networks = [small(seed) for seed in range(7)]
+    model = fitted_on(networks[0])
+    copies = [weakref.ref(get_model(network).network) for network in networks]
+    gc.collect()
+    assert [copied() is None for copied in copies] == [False, True, True] + 4 * [False]
+    del model
+    gc.collect()
+    assert copies[0]() is None
+
+
+def test_the_weights_of_a_large_backbone_are_freed_at_once():
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large = nn.Parameter(torch.zeros(4_000, 4_000))
+
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    copied = weakref.ref(get_model(Large()).network)
+    get_runner(get_model(Large()), "cpu", "float32")
+    for seed in range(4):
+        assert copied() is not None
+        get_model(small(seed))
+    assert copied() is None
+
+
+def test_a_fingerprint_is_computed_once_for_a_backbone(monkeypatch):
+    computed = []
+
+    def counted(network):
+        computed.append(network)
+        return fingerprint(network)
+
+    monkeypatch.setattr(_registry, "fingerprint", counted)
+    register_model("test_counted", lambda weights: Backbone(small(11)))
+    fitted_on("test_counted").predict(np.zeros((1, 32, 32, 3), np.uint8))
+    assert len(computed) == 1
+    network = small(12)
+    fitted_on(network)
+    assert computed[1:] == [network]  # the user may have changed it; the copy is the same
+    half = small(13).half()
+    assert get_model(half).fingerprint == fingerprint(half.float())
 
 
 def test_random_weights_are_always_the_same_and_leave_the_seed_alone():
@@ -242,6 +312,124 @@ def test_a_module_changed_in_place_is_another_backbone():
     first = get_model(network).fingerprint
     network.head.weight.data.mul_(2)
     assert get_model(network).fingerprint != first
+
+
+# ------------------------------------------------------------------------------ code
+
+
+PACKAGE = {
+    "__init__.py": "from installed.ops import scaled",
+    "ops.py": "def scaled(x): return unused(x) * 2.0\ndef unused(x): return x",
+    "other.py": "A = 1",
+    "net.py": """
+import installed_helper
+from torch import nn
+from installed import ops
+FACTOR = 1.0
+def helper(x): return x + 0.25
+class Base(nn.Module):
+    def forward(self, x): return self.pooled(ops.scaled(installed_helper.f(helper(x))) * FACTOR)
+    def pooled(self, x): return x.mean((2, 3))
+class Net(Base):
+    pass
+""",
+    "../installed_helper.py": "def f(x): return x",
+}
+EDITS = {  # file: what stands there instead of what
+    "as it was": ("other.py", "1", "1"),
+    "what it does not use": ("other.py", "1", "2"),
+    "a method of a base class": ("net.py", "mean((2, 3))", "amax((2, 3))"),
+    "a constant": ("net.py", "FACTOR = 1.0", "FACTOR = 3.0"),
+    "a function beside it": ("net.py", "0.25", "0.5"),
+    "a function of another file": ("ops.py", "2.0", "4.0"),
+    "a function of a function": ("ops.py", "return x", "return -x"),
+    "another package": ("../installed_helper.py", "return x", "return x / 2"),
+}
+SCRIPT = """
+import sys
+import numpy as np
+from sktransfer import PretrainedFeatureExtractor, get_model
+X = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
+for folder in sys.argv[2:]:
+    sys.path[0] = folder
+    from installed.net import Net
+    options = {"layer": "output", "image_size": 32, "runtime": "torch"}
+    expected = PretrainedFeatureExtractor(Net(), **options).transform(X)
+    rows = PretrainedFeatureExtractor(Net(), memory=sys.argv[1], **options).transform(X)
+    print(get_model(Net()).fingerprint, (rows == expected).all())
+    for name in [name for name in sys.modules if name.startswith("installed")]:
+        del sys.modules[name]
+"""
+
+
+def write_package(folder, edited=None, old="", new=""):
+    (folder / "installed").mkdir(parents=True)
+    for name, text in PACKAGE.items():
+        text = text.replace(old, new) if name == edited else text
+        (folder / "installed" / name).write_text(text)
+
+
+def test_edited_code_of_an_installed_package_is_another_network(tmp_path):
+    folders = [tmp_path / edit / "site-packages" for edit in EDITS]
+    for folder, (edited, old, new) in zip(folders, EDITS.values(), strict=True):
+        assert old in PACKAGE[edited]
+        write_package(folder, edited, old, new)
+    command = [sys.executable, "-c", SCRIPT, tmp_path / "memory", *folders]
+    ran = subprocess.run(command, capture_output=True, check=True, text=True)
+    prints, are_true = zip(*map(str.split, ran.stdout.splitlines()), strict=True)
+    assert len(prints) == len(EDITS) and set(are_true) == {"True"}
+    assert prints[0] == prints[1] and len(set(prints[1:])) == len(prints) - 1
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package that was written after this process began, and is imported."""
+    write_package(tmp_path / "site-packages")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    yield importlib.import_module("installed.net")
+    for name in [name for name in sys.modules if name.startswith("installed")]:
+        del sys.modules[name]
+
+
+def test_installed_code_that_was_edited_since_is_known_by_what_is_loaded(installed):
+    known = fingerprint(installed.Net())
+    path = Path(installed.__file__)
+    path.write_text(path.read_text().replace("0.25", "0.5") + "# no comment is compiled")
+    assert fingerprint(installed.Net()) == known
+    importlib.reload(installed)
+    assert fingerprint(installed.Net()) != known
+
+
+def test_replaced_methods_of_installed_classes_count(installed, monkeypatch):
+    known = fingerprint(installed.Net())
+    monkeypatch.setattr(installed.Base, "pooled", lambda self, x: x.amax((2, 3)))
+    assert fingerprint(installed.Net()) != known
+    network = timm.create_model("test_vit").eval()
+    known = fingerprint(network)
+    block = type(network.blocks[0])
+    monkeypatch.setattr(block.__mro__[0], "extra", property(lambda self: 1), raising=False)
+    assert fingerprint(network) != known
+
+
+def test_classes_without_a_file_are_known_by_their_code():
+    def of_cell(factor):
+        module = types.ModuleType("cell")
+        exec(PACKAGE["ops.py"].replace("2.0", factor), vars(module))
+        exec(
+            "from torch import nn\nclass Net(nn.Module):\n"
+            "    def forward(self, x): return scaled(x).mean((2, 3))",
+            vars(module),
+        )
+        return module.Net()
+
+    for module in ("cell", "gone"):
+        sys.modules.setdefault("cell", types.ModuleType("cell"))
+        networks = [of_cell(factor) for factor in ("2.0", "2.0", "3.0")]
+        for network in networks:
+            type(network).__module__ = module
+        first, again, other = map(fingerprint, networks)
+        assert first == again != other
+    del sys.modules["cell"]
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -18,7 +18,6 @@ from sktransfer import (
     PretrainedClassifier,
     PretrainedFeatureExtractor,
 )
-from sktransfer._engine import runner as _inference
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.inspection import SaliencyDisplay
 from sktransfer.models import _registry
@@ -45,7 +44,7 @@ def float64():
 def forget():
     """Let all networks be loaded anew."""
     _registry._loaded.clear()
-    _inference._runners.clear()
+    _registry._recent.clear()
 
 
 def extracted():

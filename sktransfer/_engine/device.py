@@ -9,24 +9,59 @@ from typing import Any
 import numpy as np
 import torch
 
+# How a CPU, the driver of a GPU, cuBLAS and cuDNN say it.
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn `"auto"` or a name into a device that is there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Turn `"auto"` or a name into a device that is there, with its number if it has one."""
     try:
-        resolved = torch.device(device)
+        resolved = torch.device(_best_device() if device == "auto" else device)
         if resolved.type == "meta":
             raise RuntimeError("it computes shapes, no values")
-        torch.empty(0, device=resolved)
+        return torch.empty(0, device=resolved).device  # "cuda" and "cuda:0" are one
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device={str(device)!r} can't be used here ({str(error).splitlines()[0]}). "
-            "Pass device='auto' or 'cpu'."
+            "Pass device='cpu'" + " or 'auto'" * (device != "auto") + "."
         ) from error
-    return resolved
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def numerics(device: torch.device, precision: str) -> str:
+    """Name what a device computes otherwise than others do, by more than rounding; "" if nothing.
+
+    In lower precisions each kind of device has its own list of operations that run in them. In
+    float32 a GPU may round what enters convolutions to TF32, as torch lets it by default.
+    """
+    if device.type == "cpu":
+        return ""
+    if precision != "float32":
+        return device.type
+    return "tf32" if device.type == "cuda" and _rounds_to_tf32(device) else ""
+
+
+def _rounds_to_tf32(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0) and allows_tf32()
+
+
+def allows_tf32() -> bool:
+    """Return whether torch may use TF32, by either of its two kinds of settings."""
+    conv, matmul = getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul
+    if conv is None:  # before torch 2.9
+        return torch.backends.cudnn.allow_tf32 or matmul.allow_tf32
+    # The older settings can't be read any more where the newer ones were set.
+    return "tf32" in (conv.fp32_precision, matmul.fp32_precision)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, those that torch keeps for later included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def warn_of_copies(device: torch.device) -> None:
@@ -63,7 +98,7 @@ def fetch(x: torch.Tensor) -> Any:
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether a GPU, or the system, had no memory left."""
     kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    return isinstance(error, kinds) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from sktransfer._engine.device import (
     PRECISIONS,
     fetch,
     first_line,
+    free_memory,
     is_out_of_memory,
+    numerics,
     resolve_device,
     warn_of_copies,
 )
@@ -54,7 +56,6 @@ _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few a
 _VERSION = 2  # of the computation; a change that alters rows makes old entries unreachable
 _T = TypeVar("_T")
 _runners_lock = renewed_in_forks(threading.Lock())
-_runners: WeakKeyDictionary[Backbone, dict[Any, Runner]] = WeakKeyDictionary()
 _all_runners: WeakSet[Runner] = WeakSet()  # also those of fitted estimators
 
 
@@ -70,7 +71,7 @@ def get_runner(
     `image_size` is that of the images to come, if it is known.
     """
     resolved = resolve_device(device)
-    runners = _runners.setdefault(backbone, {})
+    runners = backbone.runners
     asked = (resolved, precision, runtime)
     with _runners_lock, torch.inference_mode(False):
         runner = runners.get(asked) or _new_runner(runners, backbone, asked)
@@ -98,8 +99,8 @@ def _after_fork() -> None:
     """
     torch.set_num_threads(1)
     forget_openvino([runner._programs for runner in _all_runners])
-    _runners.clear()
     for runner in _all_runners:
+        runner.backbone.runners.clear()
         runner.runtime, runner._programs, runner._n_cores = "torch", {}, 1
 
 
@@ -121,7 +122,7 @@ class Runner:
     def __init__(
         self, backbone: Backbone, device: torch.device, precision: str, runtime: str = "torch"
     ) -> None:
-        # The backbone itself must not be held: it is the weak key under which this is kept.
+        self.backbone = backbone  # which stays loaded as long as this is used
         self.name, self.fingerprint = backbone.name, backbone.fingerprint
         self.device, self.precision, self.runtime = device, precision, runtime
         network = backbone.network
@@ -223,8 +224,7 @@ class Runner:
             return int(given)
         if self.device.type != "cuda":
             return _BATCH
-        free, _ = torch.cuda.mem_get_info(self.device)
-        fitting = self.fitting(0, image_size, free * _GPU_SHARE)
+        fitting = self.fitting(0, image_size, free_memory(self.device) * _GPU_SHARE)
         return max(1, min(_GPU_BATCH, 2 ** int(math.log2(max(1, fitting)))))
 
     def step(self, batch_size: int | str, image_size: tuple[int, int]) -> int:
@@ -309,6 +309,8 @@ class Runner:
         )
         if self.precision != "float32" and self.runtime != "torch":  # in float32 they agree
             parts += (self.runtime,)
+        if difference := numerics(self.device, self.precision):
+            parts += (difference,)
         if get_config()["damaged"] == "error":  # what "warn" let pass is not taken from the memory
             parts += ("whole files",)
         if type(preprocessing) is not Preprocessing:  # its settings do not tell what it does

@@ -163,15 +163,3 @@ def without_words_on_small_classes() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         yield
-
-
-def import_pandas(purpose: str) -> Any:
-    """Return pandas, or raise an error that says how to install it."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError(
-            f"{purpose} returns a pandas data frame: pip install pandas (or 'sktransfer[demo]', "
-            "which brings it)."
-        ) from error
-    return pandas

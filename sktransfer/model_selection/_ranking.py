@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 
 from sktransfer._estimators.base import StrOptions, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.metrics import h_score, leep_score, log_me_score
 from sktransfer.model_selection._comparison import (
     check_labels,
     embed,
-    import_pandas,
     name_rare_classes,
     stratified_folds,
     without_words_on_small_classes,
@@ -169,7 +169,7 @@ def rank_backbones(
     >>> table.columns[2:8].tolist()
     ['knn', 'knn_std', 'logistic', 'logistic_std', 'logme', 'h_score']
     """
-    pandas = import_pandas("rank_backbones")
+    pandas = load_optional("pandas", "rank_backbones", "pandas")
     scores = (scoring,) if isinstance(scoring, str) else tuple(scoring)
     sort_by = _check_scores(scores, sort_by)
     images = check_images(X, image_shape=image_shape)

@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 
 from sktransfer._estimators.base import Interval, StrOptions, validate_params
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
+from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.model_selection._comparison import (
     PIXELS,
     check_labels,
     fit_and_score,
-    import_pandas,
     pixel_svm,
     stratified_folds,
     thumbnails,
@@ -212,7 +212,7 @@ def transfer_gain(
     >>> print(gain.verdict.partition(":")[0])
     Transfer helps
     """
-    pandas = import_pandas("transfer_gain")
+    pandas = load_optional("pandas", "transfer_gain", "pandas")
     names = (baselines,) if isinstance(baselines, str) else tuple(baselines)
     if not names or set(names) - set(BASELINES):
         raise ValueError(f"baselines={list(names)!r}: pass some of {', '.join(BASELINES)}.")

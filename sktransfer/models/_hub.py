@@ -52,7 +52,7 @@ def check_hub(repository: str, endings: tuple[str, ...] = _WEIGHTS) -> None:
     The hub's own client would try for half a minute, with a message for each try. What is kept
     on disk it finds without a connection.
     """
-    if constants.is_offline_mode():  # then it does not try
+    if constants.HF_HUB_OFFLINE:  # then it does not try
         return
     try:
         check_connection(constants.ENDPOINT)

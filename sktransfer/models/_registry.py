@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
+import gc
 import math
 import threading
 from collections import Counter, OrderedDict
@@ -15,8 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import timm
+import torch
 import torchvision
 from torch import nn
 from torch.export import ExportedProgram
@@ -43,10 +47,12 @@ from sktransfer.transforms import Preprocessing
 
 __all__ = ["Backbone", "get_model", "list_models", "register_model"]
 
-_KEPT = 4  # backbones that a process keeps loaded; more would pile up when many are compared
+_KEPT = 4  # backbones that stay loaded when nobody uses them; more would pile up in comparisons
+_LARGE = 50e6  # bytes of weights whose memory is to be free at once
 _SEED = 0  # of the random weights that weights=None asks for: every clone gets the same ones
-_loaded: OrderedDict[Any, Backbone] = OrderedDict()
-# Of `_loaded`, and of torch's seed while a network is built.
+_loaded: WeakValueDictionary[Any, Backbone] = WeakValueDictionary()  # all that somebody uses
+_recent: OrderedDict[Any, Backbone] = OrderedDict()
+# Of these two, and of torch's seed while a network is built.
 _lock = renewed_in_forks(threading.RLock())
 _builders: dict[str, Callable[[Any], Backbone]] = {}
 
@@ -104,9 +110,15 @@ class Backbone:
             known = self._fingerprint = fingerprint(self.network)
         return known
 
+    @functools.cached_property
+    def runners(self) -> dict[Any, Any]:
+        """What runs this network, by device, precision and runtime; for the engine."""
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         # A digest of weights that can change while the copy lives must not travel with it.
-        state = {key: value for key, value in self.__dict__.items() if key != "_fingerprint"}
+        here = ("_fingerprint", "runners")
+        state = {key: value for key, value in self.__dict__.items() if key not in here}
         return {**state, "network": portable(self.network)}
 
 
@@ -139,8 +151,10 @@ def register_model(name: str, builder: Callable[[Any], Backbone]) -> None:
             f"{type(builder).__name__}."
         )
     _builders[name] = builder
-    for key in [key for key in _loaded if key[0] == name]:
-        del _loaded[key]
+    with _lock:
+        for key in [key for key in _loaded if key[0] == name]:
+            del _loaded[key]
+            _recent.pop(key, None)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -210,7 +224,7 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     if isinstance(backbone, str):
         return _keep(key, lambda: _build(backbone, weights_path(weights) or weights))
     given = Backbone(backbone) if isinstance(backbone, nn.Module) else backbone
-    return _keep(key, lambda: _copied(given, weights_path(weights)))
+    return _keep(key, lambda: _copied(given, weights_path(weights), key[0]))
 
 
 def loaded_model(backbone: Any, weights: Any) -> Backbone | None:
@@ -269,31 +283,53 @@ def _stamp(weights: Any, backbone: Any) -> Any:
     return weights if is_name else None  # its own
 
 
-def _copied(given: Backbone, path: Path | None) -> Backbone:
-    """Return a copy of a user's backbone, with the weights of a file if there is one."""
+def _copied(given: Backbone, path: Path | None, known: str) -> Backbone:
+    """Return a copy of a user's backbone, with the weights of a file if there is one.
+
+    `known` is the fingerprint of the user's.
+    """
     copied = replace(given, network=copy_of(given.network))
     if path is not None:
         load_state(None, copied.network, read_state_dict(path), copied.name, path)
+    elif _is_copied_as_is(given.network):
+        copied._fingerprint = known
     return copied
 
 
+def _is_copied_as_is(network: nn.Module) -> bool:
+    """Return whether a copy has no wrapper less, and no weights of another precision."""
+    tensors = (*network.parameters(), *network.buffers())
+    return all(without_wrapper(module) is module for module in network.modules()) and all(
+        tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point()
+    )
+
+
 def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
-    """Return the backbone kept under `key`, or build and keep it, dropping the oldest."""
+    """Return the loaded backbone of `key`, or build it; of those out of use, drop the oldest."""
     with _lock:
-        if key not in _loaded:
+        if (kept := _loaded.get(key)) is None:
             with ready_to_train(_lock):  # tensors of inference mode could never be trained
-                built = build()
-                set_eval(built.network)
-                for parameter in built.network.parameters():
-                    parameter.requires_grad_(False)
-                # Weights of another precision meet float32 images; the runner's precision says
-                # how the network computes.
-                built.network.float()
-            _loaded[key] = built
-            while len(_loaded) > _KEPT:
-                _loaded.popitem(last=False)
-        _loaded.move_to_end(key)
-        return _loaded[key]
+                kept = _loaded[key] = _ready(build())
+        _recent[key] = kept
+        _recent.move_to_end(key)
+        dropped = _recent.popitem(last=False)[1] if len(_recent) > _KEPT else None
+    if dropped is not None:
+        n_bytes = sum(parameter.nbytes for parameter in dropped.network.parameters())
+        del dropped
+        if n_bytes > _LARGE:
+            gc.collect()  # what runs a network refers to it, and it to that
+    return kept
+
+
+def _ready(backbone: Backbone) -> Backbone:
+    """Make a network ready to be used by many: nobody trains this copy."""
+    set_eval(backbone.network)
+    for parameter in backbone.network.parameters():
+        parameter.requires_grad_(False)
+    # Weights of another precision meet float32 images; the runner's precision says how the network
+    # computes.
+    backbone.network.float()
+    return backbone
 
 
 def _build(name: str, weights: Any) -> Backbone:

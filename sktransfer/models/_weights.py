@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import sys
-import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from sktransfer.io._files import open_regular
 from sktransfer.models._modules import computed_attributes, load_script, script_bytes
+from sktransfer.models._sources import Sources, file_of, is_known_by_version
 
 
 def weights_path(weights: Any) -> Path | None:
@@ -198,7 +198,8 @@ def fingerprint(network: nn.Module) -> str:
     """Digest all that shapes what a network computes: weights, settings, hooks and its own code.
 
     Equal in every process for equal networks; mode, device and `requires_grad` do not count.
-    Code of installed packages is known by its name, all other code by what it does.
+    Code of torch, torchvision, NumPy and Python is known by its name, that of other installed
+    packages by its source files, and all other code by what it does.
     """
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
@@ -215,6 +216,7 @@ class Describer:
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, str]] = {}  # holds the values: their ids must stay theirs
         self._open: dict[int, int] = {}  # values that are being described, and their depth
+        self._sources = Sources()
 
     def __call__(self, value: Any) -> str:
         if value is None or type(value) in (bool, int, float, complex, str, bytes):
@@ -254,6 +256,7 @@ class Describer:
             yield from map(self, value)
         elif isinstance(value, types.ModuleType):
             yield value.__name__
+            yield self._sources.digest(value.__name__) or ""
         elif isinstance(value, types.CodeType):
             yield value.co_code
             yield from map(self, (value.co_consts, value.co_names, value.co_varnames))
@@ -308,10 +311,15 @@ class Describer:
     def _class_parts(self, cls: type) -> Iterator[str]:
         for base in cls.__mro__:
             yield f"{base.__module__}.{base.__qualname__}"
-            if not _is_installed_class(base):
-                for key, value in sorted(vars(base).items()):
-                    if inspect.isroutine(value) or not key.startswith(("__", "_abc_")):
-                        yield from (key, self(value))
+            if is_known_by_version(base.__module__, file_of(base.__module__)):
+                continue
+            source = self._sources.digest(base.__module__)
+            yield source or ""
+            for key, value in sorted(vars(base).items()):
+                is_member = inspect.isroutine(value) or not key.startswith(("__", "_abc_"))
+                # Somebody may have replaced a method on the class of a package.
+                if is_member and (source is None or _is_from_elsewhere(value, base.__module__)):
+                    yield from (key, self(value))
 
     def _function_parts(self, function: types.FunctionType) -> Iterator[str]:
         yield f"{function.__module__}.{function.__qualname__}"
@@ -319,17 +327,24 @@ class Describer:
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # an empty cell
                 yield self(cell.cell_contents)
-        if not _is_installed(function.__code__.co_filename):
-            yield self(function.__code__)
-            for name in sorted(_global_names(function.__code__)):
-                if name in function.__globals__:
-                    yield self._global(function.__globals__[name], function.__code__)
+        code, module = function.__code__, str(function.__globals__.get("__name__"))
+        if is_known_by_version(module, code.co_filename):
+            return
+        source = None if _is_from_elsewhere(function, module) else self._sources.digest(module)
+        yield source or self(code)
+        for name in sorted(_global_names(code) & function.__globals__.keys()):
+            value = function.__globals__[name]
+            if source is None or _is_of_another_package(value, module):
+                yield self._global(value, set(code.co_names))
 
-    def _global(self, value: Any, code: types.CodeType) -> str:
-        if isinstance(value, types.ModuleType) and not _is_installed(value.__file__ or "<frozen "):
-            used = [name for name in code.co_names if name in vars(value)]
-            return self([vars(value)[name] for name in used])
-        return self(value)
+    def _global(self, value: Any, names: set[str]) -> str:
+        """Describe what a function calls: of a module, what it may use by these names."""
+        if not isinstance(value, types.ModuleType) or is_known_by_version(
+            value.__name__, file_of(value.__name__)
+        ):
+            return self(value)
+        used = sorted(names & vars(value).keys())
+        return self([self._global(vars(value)[name], names - {name}) for name in used])
 
     def _object_parts(self, value: Any) -> Iterator[str]:
         """Parts of any other object: what pickle would keep of it, else what it prints."""
@@ -347,20 +362,23 @@ class Describer:
 
 
 _MODULE_STATE = {"training", *vars(nn.Module())}  # what every module has, weights included
-_INSTALLED = ["site-packages", "dist-packages", sysconfig.get_path("stdlib"), "<frozen "]
-# A checkout of this library is one, too.
-_INSTALLED += [os.path.dirname(os.path.dirname(__file__)) + os.sep]
 
 
-def _is_installed(file: str) -> bool:
-    return any(part in file for part in _INSTALLED)
-
-
-def _is_installed_class(cls: type) -> bool:
-    if cls.__module__ == "__main__":  # it has no file in a notebook
+def _is_from_elsewhere(member: Any, module: str) -> bool:
+    """Return whether a function of a class, or in a property of it, is not that of a module."""
+    function = getattr(member, "__func__", getattr(member, "fget", member))
+    if not isinstance(function, types.FunctionType):
         return False
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return file is None or _is_installed(file)
+    of = sys.modules.get(module)
+    return of is None or function.__globals__ is not vars(of)
+
+
+def _is_of_another_package(value: Any, module: str) -> bool:
+    """Return whether a function or a class is not that of the package of a module."""
+    if not isinstance(value, (type, types.FunctionType, types.ModuleType)):
+        return False
+    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+    return name.partition(".")[0] != module.partition(".")[0]
 
 
 def _global_names(code: types.CodeType) -> set[str]:
