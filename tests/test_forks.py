@@ -81,7 +81,7 @@ def test_openvino_in_a_fork_is_refused_by_name():
 
 def test_a_fork_while_the_network_is_locked():
     extractor().transform(IMAGES)
-    with network_lock:
+    with network_lock.shared():
         in_child("fork", strictly, extractor(), "transform", IMAGES)
 
 

@@ -125,7 +125,8 @@ def test_the_default_comes_back_when_the_last_thread_leaves():
         thread = threading.Thread(target=stay)
         thread.start()
         inside.wait(10)
-        with network_lock, float32_by_default(), network_lock, float32_by_default():
+        lock = network_lock.shared()
+        with lock, float32_by_default(), lock, float32_by_default():
             assert torch.get_default_dtype() == torch.float32
         assert torch.get_default_dtype() == torch.float32  # the thread still runs a network
         leave.set()

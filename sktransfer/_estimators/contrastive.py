@@ -304,7 +304,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         if goes_on:
             trainer = self._resume()
         else:
-            self._keep_shape()
+            self._keep_shape(seed)
             trainer = self._new_trainer(n_outputs=0)
             self._check_depth(trainer)
         digests = images.digests(n_threads(self.n_jobs))

@@ -86,7 +86,7 @@ class _FineTuned(TrainedEstimator):
         self._check_targets(targets, in_parts)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         if not goes_on:
-            self._keep_shape()
+            self._keep_shape(seed)
             self._choose_depth(*found, seed)
         trainer = self._resume() if goes_on else self._begin_trainer(targets, weights)
         targets = self._scaled(targets)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import network_lock
-from sktransfer._torch_state import float32_by_default, trained_tensors
+from sktransfer._torch_state import Chance, chance_lock, float32_by_default, trained_tensors
 from sktransfer._training.data import TrainingData
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer._training.progress import Progress
@@ -93,7 +93,8 @@ class TrainedPart(nn.Module):
         The weights of the images come with a batch, but only the loss needs them.
         """
         frozen, start = self.frozen, (self.start if start is None else start)
-        with network_lock, float32_by_default(), frozen.runner.autocast(), FastDepthwise():
+        modes = frozen.runner.autocast(), FastDepthwise()
+        with network_lock.shared(), float32_by_default(), modes[0], modes[1]:
             if start < self.cut:
                 x = frozen.advance_in_steps(stored, start, self.cut, self.step)
             else:
@@ -195,6 +196,25 @@ class Loss(nn.Module):
         return F.mse_loss(outputs, y, reduction="none").mean(1)
 
 
+class DrawingSteps:
+    """A skorch net that draws from a chance of its own, and runs while nobody traces a network.
+
+    Each step takes the locks for itself: other threads come to their turn between two of them.
+    """
+
+    chance: Chance  # set by `train`
+
+    def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Return the loss and the outputs of a batch; its gradients are in the parameters."""
+        with chance_lock, self.chance.in_torch(), network_lock.shared():
+            return super().train_step_single(batch, **fit_params)  # type: ignore[misc]
+
+    def validation_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Return the loss and the outputs of a batch that is not learnt from."""
+        with chance_lock, self.chance.in_torch(), network_lock.shared():
+            return super().validation_step(batch, **fit_params)  # type: ignore[misc]
+
+
 class _InPieces:
     """A skorch net that weights losses, takes a batch in pieces, and adds up their gradients."""
 
@@ -237,15 +257,15 @@ class _InPieces:
         return {"loss": loss, "y_pred": torch.cat(outputs)}
 
 
-class _Classifier(_InPieces, skorch.NeuralNetClassifier):
+class _Classifier(DrawingSteps, _InPieces, skorch.NeuralNetClassifier):
     pass
 
 
-class _Labeller(_InPieces, skorch.NeuralNet):
+class _Labeller(DrawingSteps, _InPieces, skorch.NeuralNet):
     pass
 
 
-class _Regressor(_InPieces, skorch.NeuralNetRegressor):
+class _Regressor(DrawingSteps, _InPieces, skorch.NeuralNetRegressor):
     pass
 
 
@@ -333,6 +353,7 @@ def make_net(
         iterator_train__shuffle=True,
         iterator_train__generator=torch.Generator().manual_seed(seed),
         iterator_train__collate_fn=_as_is,
+        iterator_valid__generator=torch.Generator().manual_seed(seed),
         iterator_valid__collate_fn=_as_is,
         callbacks=[*own, *callbacks],
         device=str(next(module.parameters()).device),
@@ -362,8 +383,9 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def train(net: skorch.NeuralNet, data: Dataset, n_epochs: int) -> None:
-    """Run epochs; `Interrupted` on Ctrl-C, the net as it then was."""
+def train(net: Any, data: Dataset, n_epochs: int, chance: Chance) -> None:
+    """Run epochs that draw from `chance`; `Interrupted` on Ctrl-C, the net as it then was."""
+    net.chance = chance
     net.notify("on_train_begin", X=data, y=None)
     try:
         with _ctrl_c():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ from tqdm.auto import tqdm
 
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.frozen import Activations, FrozenBlocks
-from sktransfer._engine.runner import Runner, network_lock
+from sktransfer._engine.runner import Runner
 from sktransfer._memory.memory import check_memory
-from sktransfer._torch_state import seeded_to_train
+from sktransfer._torch_state import Chance, chance_lock, ready_to_train
 from sktransfer._training.data import TrainingData, allocate
 from sktransfer._training.head import make_head, solve_head
 from sktransfer._training.net import (
@@ -75,6 +76,7 @@ class Trainer:
         self.cut, self.unfrozen = find_cut(runner, settings.unfreeze)
         self.n_left = 0
         self._progress = Progress()
+        self._chance = Chance(0)  # of the fit in progress
         self._schedule: Schedule | None = None
         self._backbone: Backbone | None = None  # the result, once it is asked for
         self._find_views(None)
@@ -113,9 +115,10 @@ class Trainer:
         n_images += len(examples.views) * bool(self._to_run(with_embeddings, n_epochs > 0))
         with self._progress.shown(n_images, settings.verbose):
             stored, embeddings = self._run_frozen(examples.views, with_embeddings, n_epochs > 0)
-            with network_lock, seeded_to_train(seed):
+            self._chance, fitting = Chance(seed), threading.Lock()
+            with fitting, ready_to_train(fitting):
                 if not goes_on:
-                    head = self._new_head()
+                    head = self._drawn_head()
                     if is_solved:
                         self._solve(head, embeddings, learnt, examples)
                     elif n_head:
@@ -157,10 +160,11 @@ class Trainer:
         n_images = len(targets) + len(examples.views) * bool(self._to_run(False, True))
         with self._progress.shown(n_images, self.settings.verbose):
             stored, _ = self._run_frozen(examples.views, False, True)
-            with network_lock, seeded_to_train(seed):
+            self._chance, fitting = Chance(seed), threading.Lock()
+            with fitting, ready_to_train(fitting):
                 data = self._data(stored, np.arange(len(targets)), examples)
                 if is_new:
-                    self.module = self._new_module(self._new_head())
+                    self.module = self._new_module(self._drawn_head())
                 if is_new or self._schedule is not None:
                     # The net of a fit has a schedule, and may stop early by images held out.
                     history = [] if is_new else self.net.history
@@ -175,7 +179,7 @@ class Trainer:
         if n_epochs:
             self._progress.stage("epoch", n_epochs)
         try:
-            train(self.net, data, n_epochs)
+            train(self.net, data, n_epochs, self._chance)
         except Interrupted:
             done = len(self.net.history) - before
             self.n_left = n_epochs - done
@@ -237,7 +241,7 @@ class Trainer:
         net = self._new_net(module, None, Schedule(n_steps), examples.seed)
         self._progress.stage("head, epoch", n_epochs)
         try:
-            train(net, data, n_epochs)
+            train(net, data, n_epochs, self._chance)
         except Interrupted:
             raise KeyboardInterrupt(
                 f"fit was interrupted in epoch {len(net.history) + 1} of {n_epochs} that train the "
@@ -258,6 +262,10 @@ class Trainer:
     def _n_steps(self, n_images: int) -> int:
         """Return the steps of an epoch."""
         return math.ceil(n_images / self.settings.images_a_step)
+
+    def _drawn_head(self) -> nn.Module:
+        with chance_lock, self._chance.in_torch():
+            return self._new_head()
 
     def _new_head(self) -> nn.Module:
         settings = self.settings
@@ -464,8 +472,9 @@ class Trainer:
     ) -> None:
         """Take back a state."""
         self.plan, self.n_left = plan, n_left
-        with network_lock, seeded_to_train(0):
-            self.module = self._new_module(self._new_head())
+        self._chance, restoring = Chance(0), threading.Lock()
+        with restoring, ready_to_train(restoring):
+            self.module = self._new_module(self._drawn_head())
             self.module.load_trained_state(state)
             self.module.eval()
             self.net = self._new_net(self.module, None, None, 0)
