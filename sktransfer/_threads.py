@@ -66,13 +66,7 @@ def call_in_forks(function: Callable[[], None]) -> None:
 def renewed_in_forks(lock: _Lock) -> _Lock:
     """Return a lock of a module, which is free in a child even if a thread of its parent held it.
 
-    It is the same object: other modules may have imported it. A lock that knows its thread stays
-    with the one that forks, which goes on in the child and leaves it there.
+    It is the same object: other modules may have imported it.
     """
-
-    def renew() -> None:
-        if not getattr(lock, "_is_owned", bool)():
-            lock._at_fork_reinit()  # type: ignore[attr-defined]
-
-    call_in_forks(renew)
+    call_in_forks(lock._at_fork_reinit)  # type: ignore[attr-defined]
     return lock

@@ -76,14 +76,12 @@ class NetworkLock:
         return own
 
     def _after_fork(self) -> None:
-        """Keep what this thread holds: it goes on, and leaves it. The child has no others."""
-        own = getattr(self._thread, "lock", None)
-        self._all = WeakSet([] if own is None else [own])
-        if not self._gate._is_owned():  # type: ignore[attr-defined]
-            self._gate._at_fork_reinit()  # type: ignore[attr-defined]
-            if self._unpatched is not None:  # by another thread, which was tracing
-                nn.Module.__call__, nn.Module.__getattr__ = self._unpatched  # type: ignore[method-assign]
-                self._unpatched = None
+        """Begin with other locks: this thread may hold the old ones, and leaves them later."""
+        was_alone = self._gate._is_owned()  # type: ignore[attr-defined]
+        self._thread, self._all, self._gate = threading.local(), WeakSet(), threading.RLock()
+        if self._unpatched is not None and not was_alone:  # another thread was tracing
+            nn.Module.__call__, nn.Module.__getattr__ = self._unpatched  # type: ignore[method-assign]
+            self._unpatched = None
 
 
 def _call_holding(locks: Sequence[Any], function: Callable[[], _T]) -> _T:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -77,3 +78,31 @@ class Deadly(Small):
 
     def forward(self, x):
         return super().forward(strike(x))
+
+
+class _Pause(threading.local):
+    """What this thread does in the forward of a `Pausing` network: go on, or wait for an event."""
+
+    started: threading.Event | None = None
+    go_on: threading.Event
+
+
+PAUSE = _Pause()
+
+
+def pause(x: torch.Tensor) -> torch.Tensor:
+    """Wait in the middle of a real batch, if this thread is to."""
+    if PAUSE.started is not None and x.device.type != "meta" and type(x) is torch.Tensor:
+        PAUSE.started.set()
+        assert PAUSE.go_on.wait(100)
+    return x
+
+
+torch.fx.wrap("pause")
+
+
+class Pausing(Small):
+    """It waits in its first layer, in threads that ask for it."""
+
+    def forward(self, x):
+        return super().forward(pause(x))

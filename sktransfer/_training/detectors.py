@@ -47,7 +47,7 @@ def list_detectors() -> list[str]:
     return [name for name in names if not name.startswith(("maskrcnn", "keypointrcnn"))]
 
 
-def load_detector(name: str, weights: Any, seed: int) -> nn.Module:
+def load_detector(name: str, weights: Any, seed: int = 0) -> nn.Module:
     """Return a detector of torchvision with its weights: default, a published name, a file, None.
 
     `seed` is that of the random weights that None asks for.
