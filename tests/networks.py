@@ -80,21 +80,13 @@ class Deadly(Small):
         return super().forward(strike(x))
 
 
-class _Pause(threading.local):
-    """What this thread does in the forward of a `Pausing` network: go on, or wait for an event."""
-
-    started: threading.Event | None = None
-    go_on: threading.Event
-
-
-PAUSE = _Pause()
-
-
 def pause(x: torch.Tensor) -> torch.Tensor:
-    """Wait in the middle of a real batch, if this thread is to."""
-    if PAUSE.started is not None and x.device.type != "meta" and type(x) is torch.Tensor:
-        PAUSE.started.set()
-        assert PAUSE.go_on.wait(100)
+    """Wait in the middle of a real batch, if this thread has events for it."""
+    events = getattr(threading.current_thread(), "pause", None)
+    if events is not None and x.device.type != "meta" and type(x) is torch.Tensor:
+        started, go_on = events
+        started.set()
+        assert go_on.wait(100)
     return x
 
 
@@ -102,7 +94,7 @@ torch.fx.wrap("pause")
 
 
 class Pausing(Small):
-    """It waits in its first layer, in threads that ask for it."""
+    """It waits in front of its first layer, in threads that have events for it."""
 
     def forward(self, x):
         return super().forward(pause(x))

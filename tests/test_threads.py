@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from networks import PAUSE, Pausing, small
+from networks import Pausing, small
 
 from sktransfer import (
     ContrastivePretrainer,
@@ -41,7 +41,7 @@ def paused(function, *args):
     started, go_on = threading.Event(), threading.Event()
 
     def run():
-        PAUSE.started, PAUSE.go_on = started, go_on
+        threading.current_thread().pause = started, go_on
         return function(*args)
 
     with ThreadPoolExecutor(1) as threads:
