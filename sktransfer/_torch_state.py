@@ -62,9 +62,10 @@ class NetworkLock:
             before = self._unpatched
             self._unpatched = before or (nn.Module.__call__, nn.Module.__getattr__)
             try:
-                return _call_holding(list(self._all), function)
+                result = _call_holding(list(self._all), function)
             finally:
                 self._unpatched = before
+        return result
 
     def _own(self) -> Any:
         own = getattr(self._thread, "lock", None)
@@ -88,7 +89,8 @@ def _call_holding(locks: Sequence[Any], function: Callable[[], _T]) -> _T:
     if not locks:
         return function()
     with locks[0]:
-        return _call_holding(locks[1:], function)
+        result = _call_holding(locks[1:], function)  # no return in here, where Ctrl-C may come
+    return result
 
 
 network_lock = NetworkLock()
@@ -140,7 +142,8 @@ class Chance:
 def call_seeded(seed: int, create: Callable[[], _T]) -> _T:
     """Create something whose weights are drawn by a seed, ready to train."""
     with chance_lock, Chance(seed).in_torch(), ready_to_train(chance_lock):
-        return create()
+        created = create()
+    return created
 
 
 def _global_generators() -> list[torch.Generator]:
