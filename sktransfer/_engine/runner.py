@@ -430,8 +430,13 @@ class Runner:
         if (known := self._programs.get(key)) is None:
             self.can_be_cut  # noqa: B018 may trace, for which this thread must be alone
             # Out of inference mode, in which sizes can't be found.
-            modes = torch.inference_mode(False), torch.no_grad()
-            with network_lock.shared(), _building, float32_by_default(), modes[0], modes[1]:
+            with (
+                network_lock.shared(),
+                _building,
+                float32_by_default(),
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):
                 if (known := self._programs.get(key)) is None:
                     known = self._make_program(build, example, n_streams)
                     self._programs[key] = known

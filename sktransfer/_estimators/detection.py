@@ -129,7 +129,8 @@ class FineTunedDetector(ImageEstimator):
     n_jobs : int, default=None
         Threads that read and decode images; None for all cores.
     random_state : int, RandomState instance or None, default=None
-        Of the new layers, the order of the images, and what detectors draw.
+        Of the new layers, the weights of `weights=None`, the order of the images, and what
+        detectors draw.
     verbose : int, default=0
         1 for a progress bar, 2 for skorch's table as well.
 

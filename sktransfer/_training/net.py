@@ -93,8 +93,12 @@ class TrainedPart(nn.Module):
         The weights of the images come with a batch, but only the loss needs them.
         """
         frozen, start = self.frozen, (self.start if start is None else start)
-        modes = frozen.runner.autocast(), FastDepthwise()
-        with network_lock.shared(), float32_by_default(), modes[0], modes[1]:
+        with (
+            network_lock.shared(),
+            float32_by_default(),
+            frozen.runner.autocast(),
+            FastDepthwise(),
+        ):
             if start < self.cut:
                 x = frozen.advance_in_steps(stored, start, self.cut, self.step)
             else:
