@@ -233,7 +233,7 @@ def trained_tensors(state: Any, expected: Mapping[str, torch.Tensor]) -> dict[st
 def _after_fork() -> None:
     for user in list(_users):  # in threads that the child has not
         _leave(user)
-    if _outer_states and not chance_lock._is_owned():  # type: ignore[attr-defined]
+    if _outer_states:  # a thread of the parent was drawing
         _restore(_outer_states[0], _global_generators()[:1])  # no child can use its parent's GPUs
         _outer_states.clear()
 
