@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 import skops.io
+import torch
+from networks import Small
 from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
@@ -28,6 +31,7 @@ from sktransfer import (
 from sktransfer._cli import main
 from sktransfer._escaping import csv_cell, map_text
 from sktransfer.io import list_images
+from sktransfer.models import Backbone, register_model
 
 SMALL = ["--image-size", "64"]
 
@@ -444,3 +448,28 @@ def test_nothing_to_reduce_by(tiles, tmp_path, capsys):
     run(capsys, "embed", tiles[0], "-o", tmp_path / "e.csv", "--memory", tmp_path / "m", *SMALL)
     assert main(["cache", "reduce", str(tmp_path / "m")]) == 2
     assert "pass --bytes, --items or --days" in capsys.readouterr().err
+
+
+class Warns(Small):
+    """A network whose layers say something, each time they run."""
+
+    def forward(self, x):
+        say(UserWarning)
+        say(FutureWarning)
+        return super().forward(x)
+
+
+@torch.fx.wrap
+def say(category):
+    warnings.warn(f"of {category.__name__}", category, stacklevel=1)
+
+
+def test_warnings_of_all_kinds_are_shown_and_nothing_is_left_behind(tiles, tmp_path, capsys):
+    register_model("warns", lambda weights: Backbone(Warns()))
+    before = warnings.showwarning, warnings.filters[:]
+    command = ["embed", str(tiles[0]), "-o", str(tmp_path / "rows.csv"), "--backbone", "warns"]
+    with pytest.warns(FutureWarning, match="of FutureWarning") as others:
+        assert main([*command, "--image-size", "32"]) == 0
+    assert {warning.category for warning in others} == {FutureWarning}
+    assert "sktransfer: warning: of UserWarning\n" in capsys.readouterr().err
+    assert (warnings.showwarning, warnings.filters) == before

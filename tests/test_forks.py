@@ -8,16 +8,20 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
 import pytest
+import torch
+from networks import small
 from torchvision.models import resnet18
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
-from sktransfer._engine.runner import network_lock
 from sktransfer._memory.memory import check_memory
+from sktransfer._torch_state import Chance, chance_lock, network_lock
+from sktransfer.models._graph import _Tracer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -81,8 +85,60 @@ def test_openvino_in_a_fork_is_refused_by_name():
 
 def test_a_fork_while_the_network_is_locked():
     extractor().transform(IMAGES)
-    with network_lock:
+    with network_lock.shared():
         in_child("fork", strictly, extractor(), "transform", IMAGES)
+
+
+def _draws():
+    return torch.rand(3), extractor(backbone=small(), runtime="torch").transform(IMAGES)
+
+
+@pytest.mark.parametrize("busy", ["running", "tracing", "drawing"])
+def test_a_fork_while_another_thread_is_busy(busy):
+    torch.manual_seed(3)
+    expected = _draws()
+    held, go_on = threading.Event(), threading.Event()
+
+    def work():
+        held.set()
+        assert go_on.wait(100)
+
+    def trace():
+        _Tracer().trace(torch.nn.Sequential(OrderedDict(a=Calls(work))))
+
+    def hold():
+        if busy == "running":
+            with network_lock.shared():
+                work()
+        elif busy == "tracing":
+            network_lock.alone(trace)
+        else:
+            with chance_lock, Chance(0).in_torch():
+                work()
+
+    torch.manual_seed(3)
+    with ThreadPoolExecutor(1) as threads:
+        holding = threads.submit(hold)
+        assert held.wait(10)
+        try:
+            found = in_child("fork", _draws)
+        finally:
+            go_on.set()
+        holding.result()
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+class Calls(torch.nn.Module):
+    """Its forward calls a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        self.function()
+        return x
 
 
 def _locks():
@@ -95,6 +151,7 @@ def _locks():
 
 
 def _all_free():
+    network_lock.alone(bool)
     return [lock.acquire(timeout=1) for lock in _locks()]
 
 
@@ -107,6 +164,7 @@ def test_a_fork_while_another_thread_holds_every_lock():
         with contextlib.ExitStack() as stack:
             for lock in _locks():
                 stack.enter_context(lock)
+            stack.enter_context(network_lock.shared())
             held.set()
             go_on.wait(100)
 

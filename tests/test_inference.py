@@ -69,7 +69,7 @@ def test_two_threads_trace_once(monkeypatch):
     monkeypatch.setattr(_inference, "TracedNetwork", Counted)
     runner = _inference.get_runner(Backbone(small()), "cpu", "float32", "torch", (32, 32))
     with ThreadPoolExecutor(2) as threads:
-        with _inference.network_lock:  # both have looked, and wait
+        with _inference.network_lock.shared():  # both have looked, and wait
             found = [threads.submit(lambda: runner.trace) for _ in range(2)]
             time.sleep(0.1)
         assert found[0].result() is found[1].result()

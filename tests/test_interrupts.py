@@ -22,7 +22,13 @@ from sktransfer._memory import memory as _memory
 from sktransfer._memory import store as _store
 from sktransfer._memory import store_backend as _store_backend
 from sktransfer._memory.memory import check_memory
-from sktransfer._torch_state import float32_by_default, network_lock, ready_to_train
+from sktransfer._torch_state import (
+    Chance,
+    chance_lock,
+    float32_by_default,
+    network_lock,
+    ready_to_train,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -218,14 +224,27 @@ def test_threads_that_share_an_estimator_go_on(tmp_path, is_claimed):
 
 
 def run_and_build():
-    """Do with the locks what a batch does, and what creates a network; one within the other."""
+    """Do with the locks what a batch does, and what creates or traces a network."""
     own = threading.Lock()
-    with network_lock, float32_by_default():
+    with network_lock.shared(), float32_by_default():
         assert torch.zeros(1).dtype == torch.float32
         with own, ready_to_train(own):
             assert torch.zeros(1).dtype == torch.float32
-    with own, ready_to_train(own):
+    with chance_lock, Chance(0).in_torch(), ready_to_train(chance_lock):
         assert torch.zeros(1).dtype == torch.float32
+    network_lock.alone(trace)
+
+
+def trace():
+    with float32_by_default(), network_lock.shared(), float32_by_default():
+        assert torch.zeros(1).dtype == torch.float32
+
+
+def take_all():
+    """Take every lock, as another thread would."""
+    network_lock.alone(bool)
+    assert chance_lock.acquire(timeout=5)
+    chance_lock.release()
 
 
 def assert_back():
@@ -233,25 +252,28 @@ def assert_back():
     for thread in threading.enumerate():
         if thread.name.endswith("(_leave_after)"):
             thread.join(10)
-    with ThreadPoolExecutor(1) as other:
-        assert other.submit(network_lock.acquire, timeout=5).result()
-        other.submit(network_lock.release).result()
+    other = threading.Thread(target=take_all, daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive()
     assert torch.get_default_dtype() == torch.float64
 
 
 @pytest.mark.parametrize("further", [(), (1,), (2,), (5,)], ids=str)
 def test_ctrl_c_leaves_no_network_locked(further):
     torch.set_default_dtype(torch.float64)
-    try:
-        seen = CtrlC(files=HERE)
-        seen.during(run_and_build)
-        assert seen.n_places > 60
-        for n in range(1, seen.n_places):
-            ctrl_c = CtrlC(n, *further, files=HERE)
-            ctrl_c.during(run_and_build)
-            assert ctrl_c.where
+    with ThreadPoolExecutor(1) as others:
+        others.submit(network_lock.shared).result()  # its lock is one of those to take
+        try:
+            seen = CtrlC(files=HERE)
+            seen.during(run_and_build)
+            assert seen.n_places > 60
+            for n in range(1, seen.n_places):
+                ctrl_c = CtrlC(n, *further, files=HERE)
+                ctrl_c.during(run_and_build)
+                assert ctrl_c.where
+                assert_back()
+            run_and_build()
             assert_back()
-        run_and_build()
-        assert_back()
-    finally:
-        torch.set_default_dtype(torch.float32)
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -124,12 +124,72 @@ def test_the_default_comes_back_when_the_last_thread_leaves():
         thread = threading.Thread(target=stay)
         thread.start()
         inside.wait(10)
-        with network_lock, float32_by_default(), network_lock, float32_by_default():
+        lock = network_lock.shared()
+        with lock, float32_by_default(), lock, float32_by_default():
             assert torch.get_default_dtype() == torch.float32
         assert torch.get_default_dtype() == torch.float32  # the thread still runs a network
         leave.set()
         thread.join()
         assert torch.get_default_dtype() == torch.float64
+
+
+def in_thread(function, *args):
+    """Start a function in a thread."""
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_threads_run_networks_at_once():
+    both = threading.Barrier(2, timeout=10)
+
+    def run():
+        with network_lock.shared(), network_lock.shared():
+            both.wait()
+
+    thread = in_thread(run)
+    run()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_who_is_alone_comes_to_its_turn_and_waits_for_the_others():
+    inside, go_on, is_over = threading.Event(), threading.Event(), threading.Event()
+    order = []
+
+    def run_once():
+        with network_lock.shared():
+            inside.set()
+            assert go_on.wait(10)
+            order.append("run")
+
+    def run_often():
+        while not is_over.is_set():
+            with network_lock.shared():
+                pass
+
+    def trace():
+        order.append("alone")
+        with network_lock.shared():
+            return network_lock.alone(lambda: order.append("again"))
+
+    runners = [in_thread(run_once), in_thread(run_often), in_thread(run_often)]
+    assert inside.wait(10)
+    tracing = in_thread(network_lock.alone, trace)
+    tracing.join(0.05)
+    assert tracing.is_alive() and not order
+    go_on.set()
+    tracing.join(20)
+    is_over.set()
+    assert not tracing.is_alive() and order == ["run", "alone", "again"]
+    for thread in runners:
+        thread.join(10)
+
+
+def test_who_runs_a_network_cannot_be_alone():
+    with network_lock.shared(), pytest.raises(RuntimeError, match="can't ask to be alone"):
+        network_lock.alone(bool)
+    assert network_lock.alone(lambda: 3) == 3
 
 
 def test_networks_load_on_the_cpu_whatever_the_default_device():

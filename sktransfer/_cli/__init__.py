@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -35,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    with warnings.catch_warnings():  # who calls `main` from Python gets their own way back
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        return _run_command(options)
+
+
+def _run_command(options: argparse.Namespace) -> int:
     settings = {name: getattr(options, name, None) for name in ("damaged", "max_pixels")}
     try:
         # Imported here: `--help` should not wait for torch.
@@ -55,9 +61,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def _show_warning(message: Any, category: Any, *_: Any) -> None:
+def _show_warning(
+    show: Callable[..., None], message: Any, category: type[Warning], *where: Any
+) -> None:
+    """Show a warning to users in one line; `show` has all others, as Python shows them."""
     if issubclass(category, UserWarning):
         print(f"sktransfer: warning: {_one_line(message)}", file=sys.stderr)
+    else:
+        show(message, category, *where)
 
 
 def _one_line(message: Any) -> str:

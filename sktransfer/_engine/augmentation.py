@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import xxhash
 from torchvision.transforms import v2
 
-from sktransfer._threads import renewed_in_forks
+from sktransfer._torch_state import Chance, chance_lock
 from sktransfer.io import ImageSequence
 from sktransfer.models._weights import Describer
 from sktransfer.transforms import Preprocessing
@@ -27,7 +26,6 @@ _SYMMETRIES = {
     "dihedral": [(0, False), (0, True), (2, False), (2, True)]
     + [(1, False), (1, True), (3, False), (3, True)],
 }
-_seed_lock = renewed_in_forks(threading.Lock())  # torch has one seed a process
 
 
 class Augmentation:
@@ -113,8 +111,7 @@ def seeded(
     transform: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, seed: int
 ) -> torch.Tensor:
     """Call a random transform of one image with a seed of its own."""
-    with _seed_lock, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed takes 0.4 ms
+    with chance_lock, Chance(seed).in_torch():
         return transform(image)
 
 

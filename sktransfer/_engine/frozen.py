@@ -168,13 +168,14 @@ class FrozenBlocks:
     def flops(self) -> list[int]:
         """Return the floating-point operations from each position to the next, for one image."""
         if self.size not in self.runner.flops:
-            self.runner.flops[self.size] = self._count_flops()
+            # Counting adds hooks to the modules of all threads.
+            self.runner.flops[self.size] = network_lock.alone(self._count_flops)
         return self.runner.flops[self.size]
 
     def _count_flops(self) -> list[int]:
         blank = torch.zeros(1, 3, *self.size, dtype=torch.uint8, device="cpu")
         counts = []
-        with network_lock, float32_by_default(), torch.inference_mode(), self.runner.autocast():
+        with float32_by_default(), torch.inference_mode(), self.runner.autocast():
             x = self.unpack(blank, 0)
             for position in range(self.embedding):
                 segment = self.runner.segment(position, self.size)

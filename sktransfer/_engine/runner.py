@@ -56,6 +56,7 @@ _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few a
 _VERSION = 2  # of the computation; a change that alters rows makes old entries unreachable
 _T = TypeVar("_T")
 _runners_lock = renewed_in_forks(threading.Lock())
+_building = renewed_in_forks(threading.RLock())  # of programs, each of which is built once
 _all_runners: WeakSet[Runner] = WeakSet()  # also those of fitted estimators
 
 
@@ -146,28 +147,37 @@ class Runner:
 
         A network of the user's own may take images of one size, which only the user knows.
         """
-        if image_size not in self._sizes:
-            self._sizes.append(image_size)
-            self._why_whole = ""
+        if self._traced is None and image_size not in self._sizes:
+            network_lock.alone(lambda: self._add_size(image_size))
+
+    def _add_size(self, image_size: tuple[int, int]) -> None:
+        # Looked at right away: who runs this network must not find that it is to be traced again.
+        was_traced, self._why_whole = bool(self._why_whole), ""
+        self._sizes.append(image_size)
+        if was_traced:
+            self._find_blocks()
 
     @property
     def trace(self) -> TracedNetwork:
         """The network as a list of blocks; raises TracingError if it can't be cut."""
         if self._traced is None and not self._why_whole:
-            with network_lock, float32_by_default():
-                if self._traced is None and not self._why_whole:
-                    self._find_blocks()
+            network_lock.alone(self._find_blocks)
         if self._traced is None:
             raise TracingError(self._why_whole)
         return self._traced
 
     def _find_blocks(self) -> None:
+        why = ""
         for size in self._sizes:
+            if self._traced is not None or self._why_whole:
+                return  # by now another thread has found them, or that there are none
             try:
-                self._traced = TracedNetwork(self.network, size)
-                return
+                with float32_by_default():
+                    self._traced = TracedNetwork(self.network, size)
             except TracingError as error:
-                self._why_whole = self._advice(size, error)
+                why = self._advice(size, error)
+        if self._traced is None:
+            self._why_whole = why
 
     def _advice(self, image_size: tuple[int, int], error: TracingError) -> str:
         """Say why the network can't be cut or, if it can't run whole either, only why not."""
@@ -211,7 +221,8 @@ class Runner:
         """Return the network from a position to the next; whole if it can't be cut."""
         if not self.can_be_cut:
             return Whole(self.network).eval()
-        return self.trace.slice(start, start + 1, image_size)
+        with network_lock.shared():
+            return self.trace.slice(start, start + 1, image_size)
 
     @property
     def runs_in_threads(self) -> bool:
@@ -246,8 +257,13 @@ class Runner:
     def shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of one image's activation."""
         if (position, image_size) not in self._shapes:
-            with network_lock, float32_by_default():
-                self._shapes[position, image_size] = self._find_shape(position, image_size)
+            is_cut = self.can_be_cut  # it may trace, for which this thread must be alone
+            with network_lock.shared(), float32_by_default():
+                self._shapes[position, image_size] = (
+                    self._find_shape(position, image_size)
+                    if is_cut
+                    else self._find_whole_shape(image_size)
+                )
         return self._shapes[position, image_size]
 
     def _refusal(self, image_size: tuple[int, int], error: Exception) -> str:
@@ -262,8 +278,6 @@ class Runner:
         return f"{message} By its preprocessing they are {own}: leave image_size=None for that."
 
     def _find_shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
-        if not self.can_be_cut:
-            return self._find_whole_shape(image_size)
         try:
             return self.trace.shape(self.trace.output if position is None else position, image_size)
         except Exception as error:
@@ -356,7 +370,7 @@ class Runner:
     @property
     def lock(self) -> AbstractContextManager[Any]:
         """Held while the network runs, unless it runs in several threads at once."""
-        return nullcontext() if self.runs_in_threads else network_lock
+        return nullcontext() if self.runs_in_threads else network_lock.shared()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -416,8 +430,15 @@ class Runner:
         n_streams = n_streams or self._n_cores
         key = (key, n_streams if self.runs_in_threads else None)
         if (known := self._programs.get(key)) is None:
+            self.can_be_cut  # noqa: B018 may trace, for which this thread must be alone
             # Out of inference mode, in which sizes can't be found.
-            with network_lock, float32_by_default(), torch.inference_mode(False), torch.no_grad():
+            with (
+                network_lock.shared(),
+                _building,
+                float32_by_default(),
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):
                 if (known := self._programs.get(key)) is None:
                     known = self._make_program(build, example, n_streams)
                     self._programs[key] = known
@@ -441,7 +462,7 @@ class Runner:
                 warn_fallback(self.name, f"it can't take this network ({reason_of(error)})")
 
         def run(x: torch.Tensor) -> list[torch.Tensor]:
-            with network_lock, self.running():
+            with network_lock.shared(), self.running():
                 results = module(x)
             return list(results) if isinstance(results, tuple) else [results]
 

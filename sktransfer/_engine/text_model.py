@@ -16,7 +16,8 @@ import xxhash
 from sktransfer._engine.runner import Runner, network_lock
 from sktransfer._engine.stream import Stream, Write
 from sktransfer._optional import load_optional
-from sktransfer._torch_state import float32_by_default, ready_to_train
+from sktransfer._threads import renewed_in_forks
+from sktransfer._torch_state import call_seeded, float32_by_default
 from sktransfer.models._hub import check_hub
 from sktransfer.models._weights import Describer
 
@@ -24,6 +25,8 @@ _VERSION = 1  # of the computation; a change that alters rows makes old entries 
 _BATCH = 32  # sentences in flight
 _CPU_STEP = 4  # of them at once on a CPU
 _BUCKET = 16  # tokens: sentences are padded to a multiple, so that a row depends on no other
+# Tokenizers keep how they are to cut and pad, from one call to the next.
+_tokenizing = renewed_in_forks(threading.Lock())
 _SEED = 0  # of weights that a file lacks, such as those of the head that guesses words
 
 
@@ -112,7 +115,8 @@ class TextModel:
     def tokens(self, text: str, where: str, max_length: int | None, truncation: bool) -> np.ndarray:
         """Return the numbers of a sentence's tokens, those that mark its ends included."""
         most = min(max_length or self.max_length, self.max_length)
-        ids = self.tokenizer(text, truncation=truncation, max_length=most, verbose=False)
+        with _tokenizing:
+            ids = self.tokenizer(text, truncation=truncation, max_length=most, verbose=False)
         ids = np.array(ids["input_ids"], np.int64)
         if len(ids) > most:
             raise ValueError(
@@ -171,11 +175,12 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
             check_hub(model)
         if tokenizer is not None and not os.path.exists(tokenizer):
             check_hub(tokenizer, (".json", ".txt", ".model"))
-        loading = threading.Lock()
-        with loading, _silence(), torch.random.fork_rng(devices=[]), ready_to_train(loading):
-            torch.manual_seed(_SEED)
-            network = AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False)
+        with _silence():
             words = AutoTokenizer.from_pretrained(tokenizer or model, trust_remote_code=False)
+            network = call_seeded(
+                _SEED,
+                lambda: AutoModelForMaskedLM.from_pretrained(model, trust_remote_code=False),
+            )
     except Exception as error:  # it has a dozen ways to say what is missing
         raise OSError(
             f"model={model!r}, tokenizer={tokenizer!r} could not be loaded "
@@ -256,7 +261,7 @@ class TextRunner:
 
     def _pooled(self, ids: Sequence[np.ndarray], length: int, pooling: str) -> np.ndarray:
         batch = {k: v.to(self.device) for k, v in self.model.padded(ids, length).items()}
-        with network_lock, float32_by_default(), torch.inference_mode():
+        with network_lock.shared(), float32_by_default(), torch.inference_mode():
             x = self.network.base_model(**batch).last_hidden_state.float()
             mask = batch["attention_mask"][:, :, None].bool()  # (n, t, 1)
             if pooling == "token":

@@ -32,7 +32,7 @@ from sktransfer._engine.runtime import RUNTIMES
 from sktransfer._training.summary import blocks_html
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models._modules import portable
-from sktransfer.models._registry import Backbone, get_model, loaded_model
+from sktransfer.models._registry import Backbone, loaded_model, seeded_model
 from sktransfer.models._weights import portable_weights
 from sktransfer.transforms import Preprocessing
 
@@ -142,6 +142,7 @@ class ImageEstimator(BaseEstimator):
     device: Any
     precision: str
     runtime: str
+    _weights_seed = 0  # of random weights, for weights=None; a fit that draws takes another
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -202,8 +203,9 @@ class ImageEstimator(BaseEstimator):
     def _backbone(self) -> Backbone:
         """Return the network that the parameters name."""
         if not _only_looks.get():
-            return get_model(self.backbone, self.weights)
-        if (loaded := loaded_model(self.backbone, self.weights)) is None:
+            return seeded_model(self.backbone, self.weights, self._weights_seed)
+        loaded = loaded_model(self.backbone, self.weights, self._weights_seed)
+        if loaded is None:
             raise _NotLoadedError(f"{self.backbone!r} is not loaded.")
         return loaded
 

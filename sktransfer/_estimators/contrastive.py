@@ -98,7 +98,8 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     n_jobs : int, default=None
         Threads that read and decode images. None or -1: one a core.
     random_state : int, RandomState instance or None, default=None
-        Seed of all that is random. The order of the rows, `n_jobs` and `memory` change nothing.
+        Seed of all that is random, the weights of `weights=None` included. The order of the rows,
+        `n_jobs` and `memory` change nothing.
     verbose : int, default=0
         1 shows one progress bar, 2 the plan and skorch's table of epochs as well.
 
@@ -304,7 +305,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         if goes_on:
             trainer = self._resume()
         else:
-            self._keep_shape()
+            self._keep_shape(seed)
             trainer = self._new_trainer(n_outputs=0)
             self._check_depth(trainer)
         digests = images.digests(n_threads(self.n_jobs))

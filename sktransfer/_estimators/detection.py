@@ -18,7 +18,7 @@ from sktransfer._engine.runner import get_runner, resolve_device
 from sktransfer._estimators.base import ImageEstimator, Interval, _fit_context
 from sktransfer._memory.memory import check_memory
 from sktransfer._threads import n_threads
-from sktransfer._torch_state import ready_to_train
+from sktransfer._torch_state import Chance, chance_lock, ready_to_train
 from sktransfer._training.detection import (
     BlockMaps,
     DetectorMaps,
@@ -129,7 +129,8 @@ class FineTunedDetector(ImageEstimator):
     n_jobs : int, default=None
         Threads that read and decode images; None for all cores.
     random_state : int, RandomState instance or None, default=None
-        Of the new layers, the order of the images, and what detectors draw.
+        Of the new layers, the weights of `weights=None`, the order of the images, and what
+        detectors draw.
     verbose : int, default=0
         1 for a progress bar, 2 for skorch's table as well.
 
@@ -324,29 +325,28 @@ class FineTunedDetector(ImageEstimator):
         sizes = image_sizes(images, n_threads(self.n_jobs))
         objects = check_inside(objects, sizes)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
-        # Detectors draw from torch's own generator.
-        fitting = threading.Lock()
-        with fitting, torch.random.fork_rng(devices=[]), ready_to_train(fitting):
-            torch.manual_seed(seed)
-            part = self._resume() if goes_on else self._begin(len(classes))
+        chance, fitting = Chance(seed), threading.Lock()
+        with fitting, ready_to_train(fitting):
+            part = self._resume() if goes_on else self._begin(len(classes), chance)
             self.classes_ = classes
             targets = _targets(part, objects, numbers, sizes)
             try:
-                self._train(part, images, targets, seed, in_parts)
+                self._train(part, images, targets, chance, in_parts)
             except Interrupted:
                 raise KeyboardInterrupt(
                     f"fit was interrupted after {self.n_iter_} epochs, whose detector is kept."
                 ) from None
         return self
 
-    def _begin(self, n_classes: int) -> DetectorPart:
+    def _begin(self, n_classes: int, chance: Chance) -> DetectorPart:
         """Return a new detector."""
         self._shape = {name: getattr(self, name) for name in _SHAPE}
         for name in ("net_", "_part", "_state"):
             self.__dict__.pop(name, None)
         self.history_: list[dict[str, Any]] = []
         self._in_parts = False
-        return self._build(n_classes)
+        self._weights_seed = chance.seed
+        return self._build(n_classes, chance)
 
     def _resume(self) -> DetectorPart:
         """Return the detector as it stands."""
@@ -364,7 +364,7 @@ class FineTunedDetector(ImageEstimator):
         part: DetectorPart,
         images: ImageSequence,
         targets: list[dict[str, torch.Tensor]],
-        seed: int,
+        chance: Chance,
         in_parts: bool,
     ) -> None:
         n_epochs = 1 if in_parts else self.max_epochs
@@ -372,12 +372,13 @@ class FineTunedDetector(ImageEstimator):
             part.examples = Examples(self._maps(part, images), targets)
             if not (in_parts and self._in_parts and hasattr(self, "net_")):
                 n_steps = n_epochs * -(-len(images) // self.batch_size)
-                self.net_ = self._new_net(part, None if in_parts else Schedule(n_steps), seed)
+                schedule = None if in_parts else Schedule(n_steps)
+                self.net_ = self._new_net(part, schedule, chance.seed)
             self._in_parts = in_parts
             before = len(self.net_.history)
             rows = rows_of(len(images))
             try:
-                train(self.net_, rows, n_epochs, progress=part.progress, stage="training")
+                train(self.net_, rows, n_epochs, chance, progress=part.progress, stage="training")
             finally:
                 del part.examples
                 self._take(part, self.net_.history[before:])
@@ -412,14 +413,15 @@ class FineTunedDetector(ImageEstimator):
 
     # ------------------------------------------------------------------------ what is fitted
 
-    def _build(self, n_classes: int) -> DetectorPart:
+    def _build(self, n_classes: int, chance: Chance) -> DetectorPart:
         detector = self._shape["detector"]
         is_new = isinstance(detector, str) and detector in NEW
         building = threading.Lock()
         with building, ready_to_train(building):
-            return self._build_new(n_classes) if is_new else self._build_cut(n_classes)
+            build = self._build_new if is_new else self._build_cut
+            return build(n_classes, chance)
 
-    def _build_new(self, n_classes: int) -> DetectorPart:
+    def _build_new(self, n_classes: int, chance: Chance) -> DetectorPart:
         """Put a new detector on the backbone."""
         backbone, shape = self._backbone(), self._shape
         size = _SIDE if shape["image_size"] is None else shape["image_size"]
@@ -431,9 +433,10 @@ class FineTunedDetector(ImageEstimator):
         taken = map_positions(frozen)
         names = runner.block_names[: taken[-1]]
         cut = n_frozen_blocks(shape["unfreeze"], names)
-        detector: Any = new_detector(
-            shape["detector"], frozen, cut, taken, shape["width"], n_classes
-        )
+        with chance_lock, chance.in_torch():
+            detector: Any = new_detector(
+                shape["detector"], frozen, cut, taken, shape["width"], n_classes
+            )
         for parameter in detector.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         source: Source = Pixels(preprocessing, runner.device)
@@ -450,12 +453,12 @@ class FineTunedDetector(ImageEstimator):
             fingerprint=runner.fingerprint,
         )
 
-    def _build_cut(self, n_classes: int) -> DetectorPart:
+    def _build_cut(self, n_classes: int, chance: Chance) -> DetectorPart:
         """Replace the predictor of a detector that is there."""
         shape, given = self._shape, self._shape["detector"]
         is_name = isinstance(given, str)
         if is_name:
-            detector: Any = load_detector(given, self.weights)
+            detector: Any = load_detector(given, self.weights, self._weights_seed)
         else:
             detector = copy_of(check_family(given))
             if (path := file_beside(self.weights, type(given).__name__)) is not None:
@@ -464,7 +467,8 @@ class FineTunedDetector(ImageEstimator):
         preprocessing = detector_preprocessing(detector, shape["image_size"])
         blocks = detector_blocks(detector)
         n_frozen = n_frozen_blocks(shape["unfreeze"], list(blocks))
-        new = replace_predictor(detector, n_classes)
+        with chance_lock, chance.in_torch():
+            new = replace_predictor(detector, n_classes)
         detector.requires_grad_(n_frozen < len(blocks))
         frozen = list(blocks.values())[:n_frozen] if n_frozen < len(blocks) else []
         for part in frozen:
@@ -496,7 +500,7 @@ class FineTunedDetector(ImageEstimator):
         """What is fitted; rebuilt after unpickling."""
         check_is_fitted(self, "_part")
         if self._part is None:
-            part = self._build(len(self.classes_))
+            part = self._build(len(self.classes_), Chance(0))
             if part.fingerprint != self._fingerprint:
                 raise ValueError(
                     f"The weights that detector={self.detector!r}, backbone={self.backbone!r} and "

@@ -86,7 +86,7 @@ class _FineTuned(TrainedEstimator):
         self._check_targets(targets, in_parts)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         if not goes_on:
-            self._keep_shape()
+            self._keep_shape(seed)
             self._choose_depth(*found, seed)
         trainer = self._resume() if goes_on else self._begin_trainer(targets, weights)
         targets = self._scaled(targets)
@@ -285,7 +285,8 @@ class FineTunedClassifier(ClassifierMixin, _FineTuned):
     n_jobs : int, default=None
         Threads that read and decode images. None or -1: one a core.
     random_state : int, RandomState instance or None, default=None
-        Seed of all that is random. The order of the rows, `n_jobs` and `memory` change nothing.
+        Seed of all that is random, the weights of `weights=None` included. The order of the rows,
+        `n_jobs` and `memory` change nothing.
     verbose : int, default=0
         1 shows one progress bar, 2 the plan and skorch's table of epochs as well.
 

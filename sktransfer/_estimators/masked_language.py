@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -25,7 +26,12 @@ from sktransfer._engine.text_model import (
 )
 from sktransfer._estimators.base import HasMethods, Interval, StrOptions, _fit_context
 from sktransfer._memory.memory import check_memory
-from sktransfer._torch_state import float32_by_default, seeded_to_train, trained_tensors
+from sktransfer._torch_state import (
+    Chance,
+    float32_by_default,
+    ready_to_train,
+    trained_tensors,
+)
 from sktransfer._training.masked_words import (
     MaskedData,
     MaskedNet,
@@ -255,9 +261,10 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         net.history.extend(history)
         stopped: Interrupted | None = None
         bar = progress.shown(n_epochs * len(data), self.verbose, unit="sentence")
-        with bar, network_lock, seeded_to_train(seed):
+        fitting = threading.Lock()
+        with bar, fitting, ready_to_train(fitting):
             try:
-                train(net, data, n_epochs, progress=progress)
+                train(net, data, n_epochs, Chance(seed), progress=progress)
             except Interrupted as error:
                 stopped = error
         self._network = network.eval().requires_grad_(False)
@@ -364,7 +371,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         for start in range(0, len(data), _SCORED):
             batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))
             targets = y[batch["is_hidden"]]
-            with network_lock, float32_by_default(), torch.inference_mode():
+            with network_lock.shared(), float32_by_default(), torch.inference_mode():
                 moved = {name: value.to(device) for name, value in batch.items()}
                 logits = hidden_logits(network, **moved).cpu()
                 n_right += int((logits.argmax(1) == targets).sum())

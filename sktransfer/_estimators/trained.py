@@ -45,9 +45,10 @@ class TrainedEstimator(ImageEstimator):
 
     # ------------------------------------------------------------------------ fitting
 
-    def _keep_shape(self) -> None:
-        """Remember what a new fit trains, whatever is set later."""
+    def _keep_shape(self, seed: int) -> None:
+        """Remember what a new fit trains, whatever is set later, and the seed of random weights."""
         self._shape = {name: getattr(self, name) for name in _SHAPE}
+        self._weights_seed = seed
 
     def _settings(self, n_outputs: int) -> Settings:
         parameters = self.get_params(deep=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -18,12 +19,12 @@ from sktransfer._engine.embedding import Embedding
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import Runner, network_lock
 from sktransfer._engine.stream import Stream
-from sktransfer._threads import n_threads
+from sktransfer._threads import n_threads, renewed_in_forks
 from sktransfer._torch_state import float32_by_default, trained_tensors
 from sktransfer._training.data import allocate
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer._training.detectors import AsGiven, Given, first_label
-from sktransfer._training.net import Progress, Schedule, make_net
+from sktransfer._training.net import DrawingSteps, Progress, Schedule, make_net
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
@@ -176,6 +177,9 @@ class Examples(NamedTuple):
         return stored, [self.targets[i] for i in numbers]
 
 
+_given_lock = renewed_in_forks(threading.RLock())  # of what a detector's backbone is given
+
+
 class DetectorPart(nn.Module):
     """What follows the frozen maps: a detector whose backbone takes them.
 
@@ -223,7 +227,7 @@ class DetectorPart(nn.Module):
 
     def forward(self, stored: list[torch.Tensor], targets: Any = None) -> Any:
         """Return the losses by name while it trains, else boxes, labels and scores."""
-        with network_lock, float32_by_default(), FastDepthwise():
+        with network_lock.shared(), _given_lock, float32_by_default(), FastDepthwise():
             given = self.source.unpack(stored)
             backbone: Any = self.detector.backbone
             if hasattr(backbone, "positions") or isinstance(backbone, Given):
@@ -324,7 +328,7 @@ class _Rows(Dataset):
         return torch.tensor(numbers), torch.tensor(numbers)
 
 
-class _Net(skorch.NeuralNet):
+class _Net(DrawingSteps, skorch.NeuralNet):
     """A skorch net whose module says itself what it loses."""
 
     def infer(self, x: torch.Tensor, **fit_params: Any) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.pooling import as_map, layout_of
+from sktransfer._torch_state import call_seeded
 from sktransfer.models._hub import downloading
 from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import load_state, read_state_dict, weights_path
@@ -29,7 +30,6 @@ from sktransfer.transforms import Preprocessing
 
 NEW = ("fcos", "retinanet", "faster_rcnn")  # what is built on a backbone
 _FAMILIES = (FasterRCNN, RetinaNet, FCOS, SSD)
-_SEED = 0  # of the random weights that weights=None asks for, as in `models`
 _N_COCO = 91  # categories of a detector of torchvision that is not told their number
 _PRIOR = 0.01  # of an object at any one place: focal losses start from it
 _MIN_STRIDE = 6  # of a map on which objects are looked for
@@ -47,8 +47,10 @@ def list_detectors() -> list[str]:
     return [name for name in names if not name.startswith(("maskrcnn", "keypointrcnn"))]
 
 
-def load_detector(name: str, weights: Any) -> nn.Module:
+def load_detector(name: str, weights: Any, seed: int = 0) -> nn.Module:
     """Return a detector of torchvision with its weights: default, a published name, a file, None.
+
+    `seed` is that of the random weights that None asks for.
 
     Raises
     ------
@@ -63,9 +65,7 @@ def load_detector(name: str, weights: Any) -> nn.Module:
     builder, path = get_model_builder(name), weights_path(weights)
 
     def create(**options: Any) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            return builder(weights_backbone=None, **options)
+        return call_seeded(seed, lambda: builder(weights_backbone=None, **options))
 
     if path is not None:
         return _from_file(create, name, path)

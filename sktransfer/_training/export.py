@@ -89,14 +89,9 @@ def _program(network: nn.Module, size: tuple[int, int], output: str) -> Any:
     blank = torch.zeros(2, 3, *size, dtype=torch.uint8)
     logger = logging.getLogger("torch.onnx")  # it counts operators that nobody asked for
     level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            network_lock,
-            float32_by_default(),
-            torch.inference_mode(False),
-            warnings.catch_warnings(),
-        ):
+
+    def export() -> Any:
+        with float32_by_default(), torch.inference_mode(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the exporter itself will change one day
             return torch.onnx.export(
                 network,
@@ -107,6 +102,10 @@ def _program(network: nn.Module, size: tuple[int, int], output: str) -> Any:
                 dynamic_shapes=({0: torch.export.Dim("n")},),
                 verbose=False,
             )
+
+    logger.setLevel(logging.ERROR)
+    try:
+        return network_lock.alone(export)
     except Exception as error:
         raise ValueError(
             f"{type(error).__name__}: torch can't write this network as ONNX: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from sktransfer._engine.runner import network_lock
 from sktransfer._engine.text_model import TextModel
 from sktransfer._torch_state import float32_by_default
+from sktransfer._training.net import DrawingSteps
 
 _HIDDEN = 0.8  # of the chosen tokens; a half of the others is replaced, the other half left
 _IGNORED = -100  # torch's number for a target that does not count
@@ -133,11 +135,11 @@ class WordGuesser(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, is_hidden: torch.Tensor
     ) -> torch.Tensor:
         """Return a logit for each word that may stand in place of a hidden one, (k, n_words)."""
-        with network_lock, float32_by_default():
+        with network_lock.shared(), float32_by_default():
             return hidden_logits(self.network, is_hidden, input_ids, attention_mask)
 
 
-class MaskedNet(skorch.NeuralNet):
+class MaskedNet(DrawingSteps, skorch.NeuralNet):
     """A skorch net whose loss is that of the hidden words alone."""
 
     def get_loss(
@@ -168,7 +170,11 @@ def hidden_logits(
         Of k hidden words, sentence by sentence.
     """
 
+    asking = threading.get_ident()  # other threads may run the same network
+
     def only_hidden(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if threading.get_ident() != asking:
+            return args
         return (args[0][is_hidden], *args[1:]) if args[0].ndim == 3 else args
 
     hook = network.get_output_embeddings().register_forward_pre_hook(only_hidden)

@@ -19,10 +19,31 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from sktransfer._torch_state import Chance, chance_lock, network_lock
+
 _WARM_UP = 0.1  # of all steps
 
 
 # ------------------------------------------------------------------------------ skorch
+
+
+class DrawingSteps:
+    """A skorch net that draws from a chance of its own, and runs while nobody traces a network.
+
+    Each step takes the locks for itself: other threads come to their turn between two of them.
+    """
+
+    chance: Chance  # set by `train`
+
+    def train_step_single(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Return the loss and the outputs of a batch; its gradients are in the parameters."""
+        with chance_lock, self.chance.in_torch(), network_lock.shared():
+            return super().train_step_single(batch, **fit_params)  # type: ignore[misc]
+
+    def validation_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
+        """Return the loss and the outputs of a batch that is not learnt from."""
+        with chance_lock, self.chance.in_torch(), network_lock.shared():
+            return super().validation_step(batch, **fit_params)  # type: ignore[misc]
 
 
 class _InPieces:
@@ -67,15 +88,15 @@ class _InPieces:
         return {"loss": loss, "y_pred": torch.cat(outputs)}
 
 
-class _Classifier(_InPieces, skorch.NeuralNetClassifier):
+class _Classifier(DrawingSteps, _InPieces, skorch.NeuralNetClassifier):
     pass
 
 
-class _Labeller(_InPieces, skorch.NeuralNet):
+class _Labeller(DrawingSteps, _InPieces, skorch.NeuralNet):
     pass
 
 
-class _Regressor(_InPieces, skorch.NeuralNetRegressor):
+class _Regressor(DrawingSteps, _InPieces, skorch.NeuralNetRegressor):
     pass
 
 
@@ -195,6 +216,7 @@ def make_net(
         iterator_train__shuffle=True,
         iterator_train__generator=torch.Generator().manual_seed(seed),
         iterator_train__collate_fn=_as_is,
+        iterator_valid__generator=torch.Generator().manual_seed(seed),
         iterator_valid__collate_fn=_as_is,
         callbacks=[*ours, *callbacks],
         device=str(next(module.parameters()).device),
@@ -289,14 +311,15 @@ def _ctrl_c() -> Iterator[None]:
 
 
 def train(
-    net: skorch.NeuralNet,
+    net: Any,
     data: Dataset,
     n_epochs: int,
+    chance: Chance,
     *,
     progress: Progress,
     stage: str = "epoch",
 ) -> None:
-    """Run epochs, which the bar counts.
+    """Run epochs that draw from `chance`; the bar counts them.
 
     Raises
     ------
@@ -304,6 +327,7 @@ def train(
         On Ctrl-C. The net is as it then was, and `n_done` of the epochs are in its history.
     """
     n_before = len(net.history)
+    net.chance = chance
     if n_epochs:
         progress.stage(stage, n_epochs)
     net.notify("on_train_begin", X=data, y=None)

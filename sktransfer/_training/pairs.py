@@ -20,6 +20,7 @@ from sktransfer._engine.tiles import Tiles, TileViews
 from sktransfer._threads import n_threads
 from sktransfer._training.data import TrainingData
 from sktransfer._training.heads import NTXent, make_projection, matching_accuracy, spread
+from sktransfer._training.net import DrawingSteps
 from sktransfer._training.settings import Settings
 from sktransfer._training.task import Examples, Task
 from sktransfer._training.trainer import Trainer
@@ -103,7 +104,7 @@ def batch_size_of(n: int, batch_size: int) -> int:
     return math.ceil(n / math.ceil(n / batch_size))
 
 
-class PairNet(skorch.NeuralNet):
+class PairNet(DrawingSteps, skorch.NeuralNet):
     """A skorch net whose loss looks at all rows of a batch at once."""
 
     def get_iterator(self, dataset: Any, training: bool = False) -> DataLoader:

