@@ -26,7 +26,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.ssd import SSD
 
 from sktransfer import FineTunedDetector, load_coco
-from sktransfer._training.detectors import list_detectors, load_detector
+from sktransfer._training.detector_networks import list_detectors, load_detector
 from sktransfer.inspection import DetectionDisplay
 from sktransfer.metrics import coco_scores
 from sktransfer.models import Backbone

@@ -27,7 +27,7 @@ from sktransfer import (
     register_model,
 )
 from sktransfer._engine.text_model import load_text_model
-from sktransfer._training.detectors import load_detector
+from sktransfer._training.detector_networks import load_detector
 from sktransfer.models._builders import published_weights
 from sktransfer.models._hub import check_connection
 from sktransfer.models._registry import Backbone, unique_labels

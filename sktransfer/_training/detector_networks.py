@@ -1,10 +1,11 @@
-"""Detectors: torchvision's with a new predictor, or a new one on the blocks of a backbone."""
+"""Networks that detect objects: torchvision's with a new predictor, or new ones on a backbone."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import layout_of
+from sktransfer._engine.runner import layout_of, network_lock
+from sktransfer._torch_state import seeded_to_train
 from sktransfer.models._hub import downloading
 from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import load_state, read_state_dict, weights_path
@@ -29,13 +31,21 @@ from sktransfer.transforms import Preprocessing
 
 NEW = ("fcos", "retinanet", "faster_rcnn")  # what is built on a backbone
 _FAMILIES = (FasterRCNN, RetinaNet, FCOS, SSD)
-_SEED = 0  # of the random weights that weights=None asks for, as in `models`
 _N_COCO = 91  # categories of a detector of torchvision that is not told their number
 _PRIOR = 0.01  # of an object at any one place: focal losses start from it
 _MIN_STRIDE = 6  # of a map on which objects are looked for
 _LEVELS = 3  # maps of the backbone that are taken
 _GROUPS = 32  # of the group norms in torchvision's FCOS
 _N_CONVS = 2  # of the towers of a new FCOS
+# Those of torchvision's detectors whose published weights belong to batch-norms that are constants,
+# with their epsilon. Its builders make these only if they read the file themselves, as a pickle.
+_FROZEN_NORMS = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": 1e-5,
+    "fasterrcnn_mobilenet_v3_large_fpn": 1e-5,
+    "fasterrcnn_resnet50_fpn": 0.0,
+    "fcos_resnet50_fpn": 1e-5,
+    "retinanet_resnet50_fpn": 0.0,
+}
 
 
 # ------------------------------------------------------------------------------ published ones
@@ -47,8 +57,10 @@ def list_detectors() -> list[str]:
     return [name for name in names if not name.startswith(("maskrcnn", "keypointrcnn"))]
 
 
-def load_detector(name: str, weights: Any) -> nn.Module:
+def load_detector(name: str, weights: Any, seed: int = 0) -> nn.Module:
     """Return a detector of torchvision with its weights: default, a published name, a file, None.
+
+    `seed` is that of random weights.
 
     Raises
     ------
@@ -63,12 +75,11 @@ def load_detector(name: str, weights: Any) -> nn.Module:
     builder, path = get_model_builder(name), weights_path(weights)
 
     def create(**options: Any) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            return builder(weights_backbone=None, **options)
+        with network_lock, seeded_to_train(seed):
+            return builder(weights=None, weights_backbone=None, **options)
 
     if path is not None:
-        return _from_file(create, name, path)
+        return _with_state(create, name, read_state_dict(path), path)
     if weights is None:
         return create()
     published = get_model_weights(name)
@@ -82,14 +93,15 @@ def load_detector(name: str, weights: Any) -> nn.Module:
     chosen = published[weights] if isinstance(weights, str) else weights
     remedy = f"detector={NEW[0]!r} is built on a backbone, and the default one needs no download."
     with downloading(name, chosen.url, remedy):
-        # The builder reads the downloaded file as a pickle: look first that it holds tensors alone.
-        chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        return create(weights=chosen)
+        state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    return with_published_norms(name, _with_state(create, name, state, chosen))
 
 
-def _from_file(create: Callable[..., nn.Module], name: str, path: Any) -> nn.Module:
-    """Load a state dict, of whatever number of categories."""
-    state, network = read_state_dict(path), create()
+def _with_state(
+    create: Callable[..., nn.Module], name: str, state: Mapping[str, torch.Tensor], source: Any
+) -> nn.Module:
+    """Load a state dict, of whatever number of categories, into a new detector."""
+    network = create()
     own = network.state_dict()
     # Published files were saved from batch-norms that do not count their batches.
     counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
@@ -98,7 +110,20 @@ def _from_file(create: Callable[..., nn.Module], name: str, path: Any) -> nn.Mod
     if other and own[other[0]].ndim and len(state[other[0]]):
         n_classes = _N_COCO * len(state[other[0]]) // len(own[other[0]])
         network = create(num_classes=max(2, n_classes))
-    return load_state(create, network, state, name, path)
+    return load_state(create, network, state, name, source)
+
+
+def with_published_norms(name: str, network: nn.Module) -> nn.Module:
+    """Make batch-norms constants where torchvision's published detector of this name has them."""
+    if (eps := _FROZEN_NORMS.get(name)) is None:
+        return network
+    for parent in list(network.modules()):
+        for key, norm in parent.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm2d(norm.num_features, eps)
+                frozen.load_state_dict(norm.state_dict())
+                setattr(parent, key, frozen)
+    return network
 
 
 def check_family(detector: nn.Module) -> nn.Module:
@@ -227,14 +252,38 @@ def _as_map(x: torch.Tensor, frozen: FrozenBlocks, position: int) -> torch.Tenso
     return x.permute(0, 3, 1, 2) if layout == "map_last" else x
 
 
+@dataclass(frozen=True)
+class MapBatch:
+    """Images of which the maps of a backbone are known: what its detector takes in their place.
+
+    Parameters
+    ----------
+    maps : list of tensors (n, c, h, w)
+    size : tuple of (int, int)
+        Height and width of the images.
+    """
+
+    maps: list[torch.Tensor]
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.maps[0]), 3, *self.size
+
+    def __len__(self) -> int:
+        return len(self.maps[0])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield a tensor of the size of each image; it has no pixels."""
+        yield from torch.empty(self.shape, device="meta")
+
+
 class Given(nn.Module):
     """Stands for a backbone whose maps are there already."""
 
-    given: list[torch.Tensor]
-
-    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """Return the maps, whatever the images."""
-        return OrderedDict((str(i), x) for i, x in enumerate(self.given))
+    def forward(self, batch: MapBatch) -> OrderedDict[str, torch.Tensor]:
+        """Return the maps that came instead of images."""
+        return OrderedDict((str(i), x) for i, x in enumerate(batch.maps))
 
 
 class Pyramid(nn.Module):
@@ -255,12 +304,8 @@ class Pyramid(nn.Module):
     Attributes
     ----------
     positions : list of int
-        Where `given` comes from.
-    given : list of tensors
-        To be set before a call: what the frozen blocks have at the positions, float32.
+        Where the maps come from that it takes: the cut, and those in front of it.
     """
-
-    given: list[torch.Tensor]
 
     def __init__(
         self, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, extra_blocks: Any
@@ -277,10 +322,11 @@ class Pyramid(nn.Module):
             channels.append(_as_map(blank, frozen, position).shape[1])
         self.pyramid = FeaturePyramidNetwork(channels, width, extra_blocks)
 
-    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """Return the levels of the pyramid, whatever the images."""
-        known = dict(zip(self.positions, self.given, strict=True))
-        x = known.get(self.cut)
+    def forward(self, batch: MapBatch | torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        """Return the levels of the pyramid, of maps at the positions or, with cut 0, of images."""
+        given = batch.maps if isinstance(batch, MapBatch) else [batch]
+        known = dict(zip(self.positions, given, strict=True))
+        x = known[self.cut]
         for position, block in enumerate(self.blocks, self.cut + 1):
             x = known[position] = block(x)
         frozen = self.__dict__["frozen"]
@@ -327,12 +373,12 @@ def new_detector(
 
 
 class AsGiven(nn.Module):
-    """Stands for a detector's resizing: images come at its size, boxes are mapped elsewhere."""
+    """Stands for a detector's resizing: a batch comes at its size, boxes are mapped elsewhere."""
 
-    def forward(self, images: Sequence[torch.Tensor], targets: Any = None) -> tuple[ImageList, Any]:
-        """Put images of one size into a batch."""
-        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
-        return ImageList(torch.stack(list(images)), sizes), targets
+    def forward(self, batch: MapBatch | torch.Tensor, targets: Any = None) -> tuple[ImageList, Any]:
+        """Return the batch, as a detector hands it on to its backbone."""
+        size = (int(batch.shape[-2]), int(batch.shape[-1]))
+        return ImageList(batch, [size] * len(batch)), targets
 
     def postprocess(self, found: Any, *sizes: Any) -> Any:
         """Return the boxes as they are."""
