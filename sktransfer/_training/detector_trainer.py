@@ -331,4 +331,5 @@ def _take_over(net: Any, before: Any) -> None:
     """Let a net go on where another one was: moments of its optimizer, the order of images."""
     fresh = net.optimizer_.state_dict()
     net.optimizer_.load_state_dict({**fresh, "state": before.optimizer_.state_dict()["state"]})
-    net.set_params(iterator_train__generator=before.iterator_train__generator)
+    order = before.iterator_train__generator.get_state()
+    net.iterator_train__generator.set_state(order)
