@@ -120,10 +120,10 @@ class TrainedDetector(ImageEstimator):
         trainer = self._trainer
         place = {name: getattr(self, name) for name in _PLACE}
         if trainer is None or any(_differs(place[name], self._place[name]) for name in _PLACE):
-            trainer = self._rebuilt(
-                self._state if trainer is None else trainer.part.trained_state()
-            )
+            state = self._state if trainer is None else trainer.part.trained_state()
+            trainer = self._rebuilt(state)
             self._trainer, self._place = trainer, place
+            self.__dict__.pop("net_", None)  # of layers that are no longer these
         trainer.settings = self._settings()
         return trainer
 
