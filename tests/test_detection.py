@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ from sklearn.utils.estimator_checks import (
     check_parameters_default_constructible,
     check_set_params,
 )
+from skorch.callbacks import Callback
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model_builder, get_model_weights
@@ -387,11 +389,21 @@ def test_each_view_runs_once(tmp_path, scenes, run_log):
     assert len(run_log()) == views + len(X)
 
 
-@pytest.mark.parametrize("unfreeze", [0, "all"])
-@pytest.mark.parametrize("augment", ["flip", "auto", v2.RandomHorizontalFlip(1.0)])
-def test_views_are_learnt(augment, unfreeze, scenes):
+@pytest.mark.parametrize(
+    "augment, unfreeze, family",
+    [
+        ("flip", 0, None),
+        ("flip", 0, FCOS),
+        ("auto", 0, None),
+        ("auto", "all", None),
+        (v2.RandomHorizontalFlip(1.0), "all", None),
+        ("dihedral", 1, RetinaNet),
+    ],
+)
+def test_views_are_learnt(augment, unfreeze, family, scenes):
     X, y = scenes[0][:6], scenes[1][:6]
-    model = make(unfreeze=unfreeze, augment=augment, max_epochs=2, lr=3e-3)
+    network = "fcos" if family is None else small_detector(family)
+    model = make(network, unfreeze=unfreeze, augment=augment, max_epochs=2, lr=3e-3)
     found = model.fit(X, y).predict(X)
     assert same(clone(model).fit(X, y).predict(X), found)  # by the seed
     assert not same(clone(model).set_params(augment=None).fit(X, y).predict(X), found)
@@ -561,6 +573,29 @@ def test_a_fit_that_fails_leaves_the_detector_as_it_was(scenes, tmp_path):
     with pytest.raises(ValueError, match="training loss became"):
         model.set_params(lr=1e30).partial_fit(X, y)
     assert same(model.predict(X), found) and model.n_iter_ == 1
+
+
+def test_ctrl_c_keeps_what_was_learnt(scenes):
+    class CtrlC(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            if len(net.history) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    model = make(max_epochs=3, callbacks=[CtrlC()])
+    with pytest.raises(KeyboardInterrupt, match="interrupted after 1 epochs, whose detector is k"):
+        model.fit(*scenes)
+    assert model.n_iter_ == 1 and len(model.predict(scenes[0])) == 12
+
+
+def test_a_step_that_does_not_fit_into_the_memory_says_what_to_do(scenes):
+    def exhaust(module, args):
+        if module.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network = small_detector(FCOS)
+    network.head.register_forward_pre_hook(exhaust)
+    with pytest.raises(MemoryError, match="A step of 8 images .* a smaller batch_size"):
+        make(network).fit(*scenes)
 
 
 def test_parameters_that_change_after_a_fit(scenes):

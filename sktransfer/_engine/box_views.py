@@ -100,19 +100,21 @@ class BoxAugmentation(Augmentation):
                 "both."
             ) from error
 
-    def _checked(self, image: torch.Tensor, found: Any) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    def _checked(
+        self, image: torch.Tensor, returned: Any
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """Return what a transform returned, if it is an image and boxes with their labels."""
-        is_pair = isinstance(found, tuple) and len(found) == 2
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
         if (
             not is_pair
-            or not isinstance(found[1], Mapping)
-            or not {"boxes", "labels"} <= {*found[1]}
+            or not isinstance(returned[1], Mapping)
+            or not {"boxes", "labels"} <= {*returned[1]}
         ):
             raise ValueError(
                 "augment must return what it gets, an image and a dict of `boxes` and `labels`; "
-                f"it returned {type(found).__name__}."
+                f"it returned {type(returned).__name__}."
             )
-        view, moved = found
+        view, moved = returned
         if not isinstance(view, torch.Tensor) or view.shape != image.shape:
             came = f"a tensor {tuple(view.shape)}" if hasattr(view, "shape") else type(view)
             raise ValueError(
@@ -171,12 +173,12 @@ class BoxViews(Views):
     def digest(self, i: int) -> bytes:
         """Return the digest of number `i`; a random transform may look at the boxes as well."""
         number, view = divmod(i, self.n_views)
-        own = super().digest(i)
+        of_pixels = super().digest(i)
         if view == 0 or not self.augmentation.is_random:
-            return own
+            return of_pixels
         target = self.targets[number]
         return xxhash.xxh3_128_digest(
-            own + target["boxes"].numpy().tobytes() + target["labels"].numpy().tobytes()
+            of_pixels + target["boxes"].numpy().tobytes() + target["labels"].numpy().tobytes()
         )
 
     def show(self, fitted: torch.Tensor, number: int, view: int) -> torch.Tensor:
@@ -199,8 +201,8 @@ class BoxViews(Views):
         if self.n_views == 1:
             return self.targets
         with ThreadPoolExecutor(n_threads) as threads:
-            found = threads.map(self._targets_of, range(len(self.images)))
-            return [target for targets in found for target in targets]
+            each = threads.map(self._targets_of, range(len(self.images)))
+            return [target for targets in each for target in targets]
 
     def _targets_of(self, number: int) -> list[Target]:
         views = range(self.n_views)

@@ -309,8 +309,8 @@ class FineTunedDetector(TrainedDetector):
             `classes_`; `scores`, float32 (k,), 0 to 1, falling. Of a dask collection a lazy dask
             array of these dicts, of shape (n,).
         """
-        found = self._predict_array(X)
-        return found if is_dask(X) else list(found)
+        predictions = self._predict_array(X)
+        return predictions if is_dask(X) else list(predictions)
 
     @takes_dask(lambda self: np.empty(0, object))
     def _predict_array(self, X: Any) -> np.ndarray:
@@ -319,8 +319,8 @@ class FineTunedDetector(TrainedDetector):
         self._validate_params()
         images = self._check_images(X, reset=False)
         array = np.empty(len(images), object)
-        for i, found in enumerate(self._trained.find(images)):
-            array[i] = {**found, "labels": self.classes_[found["labels"]]}
+        for i, objects in enumerate(self._trained.find(images)):
+            array[i] = {**objects, "labels": self.classes_[objects["labels"]]}
         return array
 
     def score(self, X: Any, y: Any) -> float:
@@ -343,4 +343,4 @@ class FineTunedDetector(TrainedDetector):
         objects = check_objects(y, len(images))
         encode(objects, self.classes_)
         objects = check_inside(objects, image_sizes(images, n_threads(self.n_jobs)))
-        return coco_scores([found._asdict() for found in objects], self.predict(X))["map"]
+        return coco_scores([truth._asdict() for truth in objects], self.predict(X))["map"]

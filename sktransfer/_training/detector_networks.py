@@ -22,8 +22,8 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScale
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import layout_of, network_lock
-from sktransfer._torch_state import seeded_to_train
+from sktransfer._engine.runner import layout_of
+from sktransfer._torch_state import network_lock, seeded_to_train
 from sktransfer.models._hub import downloading
 from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import load_state, read_state_dict, weights_path
@@ -102,13 +102,13 @@ def _with_state(
 ) -> nn.Module:
     """Load a state dict, of whatever number of categories, into a new detector."""
     network = create()
-    own = network.state_dict()
+    expected = network.state_dict()
     # Published files were saved from batch-norms that do not count their batches.
-    counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
+    counters = {k: v for k, v in expected.items() if k.endswith(".num_batches_tracked")}
     state = {**counters, **state}
-    other = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if other and own[other[0]].ndim and len(state[other[0]]):
-        n_classes = _N_COCO * len(state[other[0]]) // len(own[other[0]])
+    other = [k for k, v in expected.items() if k in state and v.shape != state[k].shape]
+    if other and expected[other[0]].ndim and len(state[other[0]]):
+        n_classes = _N_COCO * len(state[other[0]]) // len(expected[other[0]])
         network = create(num_classes=max(2, n_classes))
     return load_state(create, network, state, name, source)
 
@@ -180,17 +180,17 @@ def detector_blocks(detector: nn.Module) -> dict[str, nn.Module]:
     backbone: Any = detector.backbone
     inner = next((name for name in ("body", "features") if hasattr(backbone, name)), "")
     children = (getattr(backbone, inner) if inner else backbone).named_children()
-    found = {f"{inner}.{name}".strip("."): part for name, part in children}
-    return {name: part for name, part in found.items() if any(True for _ in part.parameters())}
+    named = {f"{inner}.{name}".strip("."): part for name, part in children}
+    return {name: part for name, part in named.items() if any(True for _ in part.parameters())}
 
 
 def detector_preprocessing(detector: nn.Module, image_size: Any) -> Preprocessing:
     """Return what a detector wants images to be: a square, the image in its middle."""
-    own: Any = detector.transform
-    side = tuple(own.fixed_size[::-1]) if own.fixed_size else (own.min_size[-1],) * 2
+    given: Any = detector.transform
+    side = tuple(given.fixed_size[::-1]) if given.fixed_size else (given.min_size[-1],) * 2
     size = side if image_size is None else image_size
     return boxed(
-        Preprocessing(mean=tuple(own.image_mean), std=tuple(own.image_std)).with_size(size)
+        Preprocessing(mean=tuple(given.image_mean), std=tuple(given.image_std)).with_size(size)
     )
 
 
@@ -380,6 +380,6 @@ class AsGiven(nn.Module):
         size = (int(batch.shape[-2]), int(batch.shape[-1]))
         return ImageList(batch, [size] * len(batch)), targets
 
-    def postprocess(self, found: Any, *sizes: Any) -> Any:
+    def postprocess(self, detections: Any, *sizes: Any) -> Any:
         """Return the boxes as they are."""
-        return found
+        return detections

@@ -11,8 +11,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import get_runner, network_lock, resolve_device
-from sktransfer._torch_state import float32_by_default, seeded_to_train, trained_tensors
+from sktransfer._engine.runner import get_runner, resolve_device
+from sktransfer._torch_state import (
+    float32_by_default,
+    network_lock,
+    seeded_to_train,
+    trained_tensors,
+)
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer._training.detector_maps import BlockMaps, DetectorMaps, FlatMaps, Pixels, Source
 from sktransfer._training.detector_networks import (
@@ -136,18 +141,18 @@ class DetectorPart(nn.Module):
     def detect(self, stored: list[np.ndarray], batch_size: int) -> list[dict[str, np.ndarray]]:
         """Return boxes in the input, numbers of the categories from 0, and scores."""
         self.eval()
-        found = []
+        detections = []
         with torch.no_grad():
             for first in range(0, len(stored[0]), batch_size):
                 batch = [torch.from_numpy(part[first : first + batch_size]) for part in stored]
-                found += self(batch)
+                detections += self(batch)
         return [
             {
                 "boxes": image["boxes"].cpu().numpy(),
                 "labels": image["labels"].cpu().numpy() - self.first_label,
                 "scores": image["scores"].cpu().numpy(),
             }
-            for image in found
+            for image in detections
         ]
 
     def trained_state(self) -> dict[str, np.ndarray]:
@@ -163,9 +168,9 @@ class DetectorPart(nn.Module):
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `trained_state` returned."""
-        own = self.detector.state_dict()
-        own.update(trained_tensors(state, self._trained_values()))
-        self.detector.load_state_dict(own)
+        values = self.detector.state_dict()
+        values.update(trained_tensors(state, self._trained_values()))
+        self.detector.load_state_dict(values)
 
 
 def unfrozen_blocks(unfreeze: Any, names: Sequence[str]) -> set[int]:
@@ -187,13 +192,13 @@ def unfrozen_blocks(unfreeze: Any, names: Sequence[str]) -> set[int]:
 
 
 def _blocks_named(name: str, names: Sequence[str]) -> list[int]:
-    found = [i for i, known in enumerate(names) if f"{known}.".startswith(f"{name}.")]
-    if not found:
+    numbers = [i for i, known in enumerate(names) if f"{known}.".startswith(f"{name}.")]
+    if not numbers:
         raise ValueError(
             f"unfreeze={name!r} is no block, no prefix of names, nor 'all' or a number. Blocks: "
             f"{', '.join(names)}."
         )
-    return found
+    return numbers
 
 
 # ------------------------------------------------------------------------------ ways to make one

@@ -224,20 +224,22 @@ class DetectorTrainer:
                 chunk = images[first : first + _CHUNK]
                 sizes = image_sizes(chunk, n_threads(settings.n_jobs)).tolist()
                 views = Views(chunk, part.preprocessing, augmentation)
-                found = part.detect(self._run_frozen(views, progress), settings.images_a_step)
-                results += map(self._in_image, found, sizes)
+                detections = part.detect(self._run_frozen(views, progress), settings.images_a_step)
+                results += map(self._in_image, detections, sizes)
         return results
 
-    def _in_image(self, found: dict[str, np.ndarray], size: Sequence[int]) -> dict[str, np.ndarray]:
+    def _in_image(
+        self, detected: dict[str, np.ndarray], size: Sequence[int]
+    ) -> dict[str, np.ndarray]:
         """Turn what is found in the network's input into boxes of the image."""
         height, width = size
         scale, offset = letterbox(self.part.preprocessing, height, width)
-        boxes = np.clip((found["boxes"] - offset) / scale, 0, [width, height, width, height])
+        boxes = np.clip((detected["boxes"] - offset) / scale, 0, [width, height, width, height])
         is_inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # others lie beside the image
         return {
             "boxes": boxes[is_inside].astype(np.float32),
-            "labels": found["labels"][is_inside],
-            "scores": found["scores"][is_inside],
+            "labels": detected["labels"][is_inside],
+            "scores": detected["scores"][is_inside],
         }
 
 
