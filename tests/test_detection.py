@@ -403,7 +403,8 @@ def test_each_view_runs_once(tmp_path, scenes, run_log):
 def test_views_are_learnt(augment, unfreeze, family, scenes):
     X, y = scenes[0][:6], scenes[1][:6]
     network = "fcos" if family is None else small_detector(family)
-    model = make(network, unfreeze=unfreeze, augment=augment, max_epochs=2, lr=3e-3)
+    options = {"augment": augment, "max_epochs": 2, "lr": 3e-3, "score_threshold": 0.0}
+    model = make(network, unfreeze=unfreeze, **options)
     found = model.fit(X, y).predict(X)
     assert same(clone(model).fit(X, y).predict(X), found)  # by the seed
     assert not same(clone(model).set_params(augment=None).fit(X, y).predict(X), found)
