@@ -1,5 +1,10 @@
+import io
 import json
+import os
 import pickle
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +24,38 @@ from sklearn.utils.estimator_checks import (
     check_parameters_default_constructible,
     check_set_params,
 )
+from skorch.callbacks import Callback
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import get_model_builder, get_model_weights
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
+from torchvision.transforms import v2
 
 from sktransfer import FineTunedDetector, load_coco
-from sktransfer._training.detectors import list_detectors, load_detector
+from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._training.detector_networks import (
+    list_detectors,
+    load_detector,
+    with_published_norms,
+)
+from sktransfer._training.net import Progress
 from sktransfer.inspection import DetectionDisplay
+from sktransfer.io import check_images
 from sktransfer.metrics import coco_scores
 from sktransfer.models import Backbone
+from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Maps are small; and the fixture `one_thread` would come after those of the module."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_scenes(n=12, size=64, seed=0):
@@ -84,6 +109,9 @@ def small_detector(family):
 
 class _ListOfChannels(Maps):
     out_channels = [32]
+
+
+PLAIN = Augmentation(None, None, (64, 64))
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +185,24 @@ def test_depths(detector, unfreeze, names, scenes):
     for norm in (m for m in blocks.modules() if isinstance(m, _BatchNorm)):
         assert torch.equal(norm.running_mean, torch.zeros(8))  # as `small` made it
     assert len(model.predict(scenes[0][:2])) == 2
+
+
+@pytest.mark.parametrize("network", [None, FCOS])
+def test_a_list_unfreezes_its_blocks_alone(network, scenes):
+    given = {"detector": small_detector(network)} if network else {}
+    first, name = ("body.0", "body.0") if network else ("body.0", "0.")
+    model = make(unfreeze=[first], **given).fit(scenes[0][:4], scenes[1][:4])
+    assert model.unfrozen_block_names_ == [first]
+    backbone = model.net_.module_.detector.backbone
+    blocks = backbone if network else backbone.blocks
+    trained = [key for key, value in blocks.named_parameters() if value.requires_grad]
+    assert trained and all(key.startswith(name) for key in trained)
+
+
+def test_weights_none_beside_a_network_says_nothing(scenes):
+    X, y = scenes[0][:4], scenes[1][:4]
+    plain = make(unfreeze=1).fit(X, y)
+    assert same(make(unfreeze=1, weights=None).fit(X, y).predict(X), plain.predict(X))
 
 
 def test_from_random_weights_statistics_move(scenes):
@@ -252,6 +298,51 @@ def test_state_dict_of_other_categories(tmp_path):
         load_detector(name, path)
 
 
+def test_a_published_file_is_read_once_and_as_torchvision_would(tmp_path, monkeypatch):
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    os.mkdir(tmp_path / "checkpoints")
+    weights = get_model_weights(name).DEFAULT
+    path = str(tmp_path / "checkpoints" / os.path.basename(weights.url))
+    torch.save(load_detector(name, None, 1).state_dict(), path)
+    opened = []
+
+    def note(event, args):
+        if event == "open" and args[0] == path:
+            opened.append(args)
+
+    sys.addaudithook(note)
+    weights.get_state_dict(progress=False, weights_only=True)
+    n_opened = len(opened)
+    ours = load_detector(name, "default")
+    assert len(opened) == 2 * n_opened > 0
+    theirs = get_model_builder(name)(weights=weights)
+    assert fingerprint(ours) == fingerprint(theirs)
+
+
+@pytest.mark.parametrize("name", list_detectors())
+def test_published_detectors_have_the_norms_of_torchvision(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    os.mkdir(tmp_path / "checkpoints")
+    weights = get_model_weights(name).DEFAULT
+    with torch.device("meta"):  # shapes, no values
+        ours = get_model_builder(name)(weights=None, weights_backbone=None)
+        file = tmp_path / "checkpoints" / os.path.basename(weights.url)
+        torch.save(ours.state_dict(), file)
+        ours = with_published_norms(name, ours)
+        theirs = get_model_builder(name)(weights=weights)
+    for (key, a), (_, b) in zip(ours.named_modules(), theirs.named_modules(), strict=True):
+        assert type(a) is type(b), key
+        assert getattr(a, "eps", None) == getattr(b, "eps", None), key
+
+
+def test_random_weights_follow_the_seed():
+    name = "ssdlite320_mobilenet_v3_large"
+    first, again, other = (load_detector(name, None, seed).state_dict() for seed in (0, 0, 1))
+    key = next(key for key, value in first.items() if value.ndim == 4)
+    assert torch.equal(first[key], again[key]) and not torch.equal(first[key], other[key])
+
+
 def test_names():
     assert {"fcos_resnet50_fpn", "ssd300_vgg16"} < set(list_detectors())
     with pytest.raises(ValueError, match="'yolo' is not known. Pass one of fcos, retinanet"):
@@ -282,6 +373,55 @@ def test_memory_does_not_change_the_result(tmp_path, scenes):
     plain = make().fit(X, y).predict(X)
     for _ in range(2):
         assert same(make(memory=tmp_path).fit(X, y).predict(X), plain)
+
+
+def test_each_view_runs_once(tmp_path, scenes, run_log):
+    X, y = scenes
+    model = make(memory=tmp_path, max_epochs=3, augment="dihedral").fit(X, y)
+    views = 8 * len(X)
+    assert len(run_log()) == len(set(run_log())) == views
+    clone(model).set_params(lr=1e-2, augment="flip").fit(X, y)
+    model.predict(X)
+    assert len(run_log()) == views
+    random = clone(model).set_params(augment="auto", n_views=2).fit(X, y)
+    assert len(run_log()) == views + len(X)
+    assert same(clone(random).fit(X, y).predict(X), random.predict(X))
+    assert len(run_log()) == views + len(X)
+
+
+@pytest.mark.parametrize(
+    "augment, unfreeze, family",
+    [
+        ("flip", 0, None),
+        ("flip", 0, FCOS),
+        ("auto", 0, None),
+        ("auto", "all", None),
+        (v2.RandomHorizontalFlip(1.0), "all", None),
+        ("dihedral", 1, RetinaNet),
+    ],
+)
+def test_views_are_learnt(augment, unfreeze, family, scenes):
+    X, y = scenes[0][:6], scenes[1][:6]
+    network = "fcos" if family is None else small_detector(family)
+    options = {"augment": augment, "max_epochs": 2, "lr": 3e-3, "score_threshold": 0.0}
+    model = make(network, unfreeze=unfreeze, **options)
+    found = model.fit(X, y).predict(X)
+    assert same(clone(model).fit(X, y).predict(X), found)  # by the seed
+    assert not same(clone(model).set_params(augment=None).fit(X, y).predict(X), found)
+
+
+def test_an_augmentation_without_boxes_says_what_it_needs(scenes):
+    for augment, kind, reason in [
+        (v2.TrivialAugmentWide(), TypeError, "transforms of torchvision.transforms.v2 that take b"),
+        (lambda image: image, TypeError, "with an image and a dict of its boxes and labels"),
+        (lambda image, target: image, ValueError, "must return what it gets"),
+        (lambda image, target: (image[:, ::2], target), ValueError, "an image of the shape"),
+        (lambda image, target: (image, {**target, "labels": []}), ValueError, "label for each box"),
+    ]:
+        with pytest.raises(kind, match=reason):
+            make(augment=augment).fit(scenes[0][:2], scenes[1][:2])
+    with pytest.raises(ValueError, match="n_views=3, but augment='flip' has 2 views"):
+        make(augment="flip", n_views=3).fit(*scenes)
 
 
 # ------------------------------------------------------------------------------ images and labels
@@ -391,6 +531,217 @@ def test_warm_start_and_partial_fit(scenes):
         model.set_params(width=96).partial_fit(X, y)
 
 
+def test_partial_fit_takes_the_parameters_as_they_are(scenes):
+    X, y = scenes
+    model = make(batch_size=12).partial_fit(X, y)
+    assert all(len(epoch["batches"]) == 1 for epoch in model.net_.history)
+    before = trained(model)
+    model.set_params(lr=0.0, batch_size=6).partial_fit(X, y)
+    assert all(torch.equal(before[key], value) for key, value in trained(model).items())
+    assert len(model.net_.history[-1]["batches"]) == 2
+    moments = next(iter(model.net_.optimizer_.state.values()))
+    assert moments["step"] == 3  # those of the first call went on
+    model.set_params(lr=1e-3).partial_fit(X, y)
+    assert not all(torch.equal(before[key], value) for key, value in trained(model).items())
+    assert model.n_iter_ == 3
+
+
+def trained(model):
+    return {k: v.clone() for k, v in model.net_.module_.detector.head.state_dict().items()}
+
+
+def test_a_fit_that_fails_leaves_the_detector_as_it_was(scenes, tmp_path):
+    X, y = scenes
+    model = make().fit(X, y)
+    before, found = dict(vars(model)), model.predict(X)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    bad = [*map(Image.fromarray, X[:2]), Image.new("RGB", (64, 64))]
+    renamed = [{**found, "labels": ["other"] * len(found["labels"])} for found in y]
+    frame = pd.DataFrame({"file": [str(tmp_path / "bad.png")]})
+    for changes, given in [
+        ({}, (frame, renamed[:1])),
+        ({"unfreeze": 99}, (X, renamed)),
+        ({"lr": 1e30}, (X, renamed)),
+        ({}, (bad, [*renamed[:2], {"boxes": [[0, 0, 9, 99]], "labels": ["other"]}])),
+    ]:
+        parameters = {name: model.get_params()[name] for name in changes}
+        with pytest.raises(ValueError):
+            model.set_params(**changes).fit(*given)
+        model.set_params(**parameters)
+        assert vars(model).keys() == before.keys()
+        assert model.classes_ is before["classes_"] and model.net_ is before["net_"]
+        assert same(model.predict(X), found)
+    with pytest.raises(ValueError, match="training loss became"):
+        model.set_params(lr=1e30).partial_fit(X, y)
+    assert same(model.predict(X), found) and model.n_iter_ == 1
+
+
+def test_ctrl_c_keeps_what_was_learnt(scenes):
+    class CtrlC(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            if len(net.history) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    model = make(max_epochs=3, callbacks=[CtrlC()])
+    with pytest.raises(KeyboardInterrupt, match="interrupted after 1 epochs, whose detector is k"):
+        model.fit(*scenes)
+    assert model.n_iter_ == 1 and len(model.predict(scenes[0])) == 12
+
+
+def test_a_step_that_does_not_fit_into_the_memory_says_what_to_do(scenes):
+    def exhaust(module, args):
+        if module.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network = small_detector(FCOS)
+    network.head.register_forward_pre_hook(exhaust)
+    with pytest.raises(MemoryError, match="A step of 8 images .* a smaller batch_size"):
+        make(network).fit(*scenes)
+
+
+def test_parameters_that_change_after_a_fit(scenes):
+    X, y = scenes
+    model = make().fit(X, y)
+    found = model.predict(X)
+    with pytest.raises(ValueError, match="device='cuda:7' can't be used here"):
+        model.set_params(device="cuda:7").predict(X)
+    assert same(model.set_params(device="cpu").predict(X), found)  # loaded anew
+    assert not hasattr(model, "net_")
+    model.partial_fit(X, y)
+    for changes in ({"image_size": 96}, {"unfreeze": 1}, {"detector": "retinanet"}):
+        parameters = {name: model.get_params()[name] for name in changes}
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} has changed from"):
+            model.set_params(**changes).predict(X)
+        model.set_params(**parameters)
+    with pytest.raises(ValueError, match="not those on which this estimator was fitted"):
+        model.set_params(backbone=small(1)).predict(X)
+
+
+def test_another_runtime_holds_from_the_next_prediction_on(scenes, run_log):
+    pytest.importorskip("openvino")
+    X, y = scenes
+    model = make().fit(X, y)
+    found, n_runs = model.predict(X), len(run_log())
+    again = model.set_params(runtime="openvino").predict(X)
+    n_compiled = len(run_log()) - n_runs
+    assert n_compiled < len(X)  # torch's network ran to be converted alone
+    for one, other in zip(again, found, strict=True):
+        np.testing.assert_allclose(one["scores"], other["scores"], atol=0.01)
+
+
+def test_batch_size(scenes):
+    X, y = scenes
+    model = make().fit(X, y)
+    assert model.batch_size == "auto" and len(model.net_.history[0]["batches"]) == 2  # 8 and 4
+    assert same(make(batch_size=8).fit(X, y).predict(X), model.predict(X))
+
+
+def test_dask(scenes):
+    bag = pytest.importorskip("dask.bag")
+    array = pytest.importorskip("dask.array")
+    X, y = scenes
+    model = make().fit(X, y)
+    found = model.predict(X)
+    images = array.from_array(X, chunks=(5, -1, -1, -1))
+    lazy = model.predict(images)
+    assert lazy.shape == (12,) and lazy.chunks == ((5, 5, 2),) and lazy.dtype == object
+    assert same(lazy.compute(scheduler="threads"), found)
+    pictures = bag.from_sequence([*map(Image.fromarray, X)], npartitions=2)
+    assert same(model.predict(pictures).compute(scheduler="sync"), found)
+    with pytest.raises(TypeError, match="got a dask collection"):
+        model.fit(images, y)
+
+
+# ------------------------------------------------------------------------------ threads
+
+
+class Held(io.BytesIO):
+    """A file whose pixels are read only after another thread has come as far as is told."""
+
+    def __init__(self, pixels, arrived, until):
+        super().__init__()
+        Image.fromarray(pixels).save(self, "BMP")
+        self.seek(0)
+        self.arrived, self.until, self.is_armed = arrived, until, False
+
+    def read(self, *args):
+        if self.is_armed:
+            self.arrived.set()
+            assert self.until.wait(20)
+        return super().read(*args)
+
+
+def held(*args):
+    file = Held(*args)
+    image = Image.open(file)
+    file.is_armed = True
+    return image
+
+
+def test_a_prediction_that_ends_leaves_another_alone(fitted, scenes):
+    X, _ = scenes
+    expected = [fitted.predict(X[i : i + 1])[0] for i in (0, 1)]
+    begun, first_begun, ended = (threading.Event() for _ in range(3))
+    found = []
+
+    def last():
+        # Within its own bar, and all that belongs to it, until the other one has ended.
+        found.extend(fitted.predict([held(X[1], begun, ended)]))
+
+    thread = threading.Thread(target=last)
+    thread.start()
+    first = fitted.predict([held(X[0], first_begun, begun)])
+    ended.set()
+    thread.join()
+    assert same([*first, *found], expected)
+
+
+@pytest.mark.parametrize("unfreeze", [0, 1, "all"])
+def test_maps_are_handed_on_as_values(unfreeze, scenes):
+    X, y = scenes
+    part = make(unfreeze=unfreeze).fit(X[:2], y[:2]).net_.module_
+    shown = [Views(check_images(X[i : i + 2]), part.preprocessing, PLAIN) for i in (0, 2)]
+    stored = [part.source.empty(2) for _ in shown]
+    for views, outs in zip(shown, stored, strict=True):
+        part.source.fill(views, outs, memory=None, n_jobs=1, progress=Progress())
+    batches = [part.source.unpack([torch.from_numpy(x) for x in outs]) for outs in stored]
+    with torch.no_grad():
+        expected = [part.detector(batch) for batch in batches]
+        barrier, found = threading.Barrier(2), {}
+
+        def wait(*_):  # both are behind the backbone, and have not looked at its maps yet
+            barrier.wait(20)
+
+        part.detector.head.register_forward_pre_hook(wait)
+
+        def run(i):
+            with torch.no_grad():
+                found[i] = part.detector(batches[i])
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for i in (0, 1):
+        for one, other in zip(found[i], expected[i], strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_two_fits_at_once_are_what_they_are_alone(scenes):
+    X, y = scenes
+    X, y = X[:6], y[:6]
+    model = make("faster_rcnn", batch_size=3).fit(X, y)  # it draws samples of boxes
+    again = [clone(model), clone(model)]
+    threads = [threading.Thread(target=one.fit, args=(X, y)) for one in again]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in again:
+        assert same(one.predict(X), model.predict(X))
+
+
 def test_progress(scenes, capsys):
     make(verbose=2).fit(*scenes)
     captured = capsys.readouterr()
@@ -469,9 +820,17 @@ def test_a_pixel_outside_is_clipped(scenes):
 
 
 def test_bad_depth_and_backbone(scenes):
-    for unfreeze, reason in [(9, "uses 3 blocks"), ("layer9", "Blocks: stem, body.0, body.1")]:
+    for unfreeze, reason in [
+        (9, "uses 3 blocks"),
+        (-1, "Pass 0 to 3"),
+        ("layer9", "Blocks: stem, body.0, body.1"),
+        (["body.0", "layer9"], "'layer9' is no block"),
+        ("auto", "'auto' is no block"),
+    ]:
         with pytest.raises(ValueError, match=reason):
             make(unfreeze=unfreeze).fit(*scenes)
+    with pytest.raises(TypeError, match="a list holds names of blocks"):
+        make(unfreeze=[1]).fit(*scenes)
     with pytest.raises(ValueError, match="no block whose result is a map"):
         make(backbone=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())).fit(*scenes)
     with pytest.raises(ValueError, match="width=65: it must be a multiple of 32"):

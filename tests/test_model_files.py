@@ -40,7 +40,7 @@ from sktransfer import (
 )
 from sktransfer._cli import main
 from sktransfer._estimators.model_audit import OURS, Audit
-from sktransfer._training.detectors import load_detector
+from sktransfer._training.detector_networks import load_detector
 from sktransfer.models._registry import Backbone, _builders
 from sktransfer.transforms import Preprocessing
 

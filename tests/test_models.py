@@ -34,7 +34,7 @@ from sktransfer import (
 )
 from sktransfer._engine.runner import get_runner
 from sktransfer._engine.text_model import load_text_model
-from sktransfer._training.detectors import load_detector
+from sktransfer._training.detector_networks import load_detector
 from sktransfer.models import _registry
 from sktransfer.models._builders import published_weights
 from sktransfer.models._hub import check_connection

@@ -1,10 +1,11 @@
-"""Detectors: torchvision's with a new predictor, or a new one on the blocks of a backbone."""
+"""Networks that detect objects: torchvision's with a new predictor, or new ones on a backbone."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from sktransfer._engine.frozen import FrozenBlocks
@@ -36,6 +37,15 @@ _MIN_STRIDE = 6  # of a map on which objects are looked for
 _LEVELS = 3  # maps of the backbone that are taken
 _GROUPS = 32  # of the group norms in torchvision's FCOS
 _N_CONVS = 2  # of the towers of a new FCOS
+# Those of torchvision's detectors whose published weights belong to batch-norms that are constants,
+# with their epsilon. Its builders make these only if they read the file themselves, as a pickle.
+_FROZEN_NORMS = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": 1e-5,
+    "fasterrcnn_mobilenet_v3_large_fpn": 1e-5,
+    "fasterrcnn_resnet50_fpn": 0.0,
+    "fcos_resnet50_fpn": 1e-5,
+    "retinanet_resnet50_fpn": 0.0,
+}
 
 
 # ------------------------------------------------------------------------------ published ones
@@ -65,10 +75,10 @@ def load_detector(name: str, weights: Any, seed: int = 0) -> nn.Module:
     builder, path = get_model_builder(name), weights_path(weights)
 
     def create(**options: Any) -> nn.Module:
-        return call_seeded(seed, lambda: builder(weights_backbone=None, **options))
+        return call_seeded(seed, lambda: builder(weights=None, weights_backbone=None, **options))
 
     if path is not None:
-        return _from_file(create, name, path)
+        return _with_state(create, name, read_state_dict(path), path)
     if weights is None:
         return create()
     published = get_model_weights(name)
@@ -82,23 +92,37 @@ def load_detector(name: str, weights: Any, seed: int = 0) -> nn.Module:
     chosen = published[weights] if isinstance(weights, str) else weights
     remedy = f"detector={NEW[0]!r} is built on a backbone, and the default one needs no download."
     with downloading(name, chosen.url, remedy):
-        # The builder reads the downloaded file as a pickle: look first that it holds tensors alone.
-        chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        return create(weights=chosen)
+        state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    return with_published_norms(name, _with_state(create, name, state, chosen))
 
 
-def _from_file(create: Callable[..., nn.Module], name: str, path: Any) -> nn.Module:
-    """Load a state dict, of whatever number of categories."""
-    state, network = read_state_dict(path), create()
-    own = network.state_dict()
+def _with_state(
+    create: Callable[..., nn.Module], name: str, state: Mapping[str, torch.Tensor], source: Any
+) -> nn.Module:
+    """Load a state dict, of whatever number of categories, into a new detector."""
+    network = create()
+    expected = network.state_dict()
     # Published files were saved from batch-norms that do not count their batches.
-    counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
+    counters = {k: v for k, v in expected.items() if k.endswith(".num_batches_tracked")}
     state = {**counters, **state}
-    other = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if other and own[other[0]].ndim and len(state[other[0]]):
-        n_classes = _N_COCO * len(state[other[0]]) // len(own[other[0]])
+    other = [k for k, v in expected.items() if k in state and v.shape != state[k].shape]
+    if other and expected[other[0]].ndim and len(state[other[0]]):
+        n_classes = _N_COCO * len(state[other[0]]) // len(expected[other[0]])
         network = create(num_classes=max(2, n_classes))
-    return load_state(create, network, state, name, path)
+    return load_state(create, network, state, name, source)
+
+
+def with_published_norms(name: str, network: nn.Module) -> nn.Module:
+    """Make batch-norms constants where torchvision's published detector of this name has them."""
+    if (eps := _FROZEN_NORMS.get(name)) is None:
+        return network
+    for parent in list(network.modules()):
+        for key, norm in parent.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm2d(norm.num_features, eps)
+                frozen.load_state_dict(norm.state_dict())
+                setattr(parent, key, frozen)
+    return network
 
 
 def check_family(detector: nn.Module) -> nn.Module:
@@ -155,17 +179,17 @@ def detector_blocks(detector: nn.Module) -> dict[str, nn.Module]:
     backbone: Any = detector.backbone
     inner = next((name for name in ("body", "features") if hasattr(backbone, name)), "")
     children = (getattr(backbone, inner) if inner else backbone).named_children()
-    found = {f"{inner}.{name}".strip("."): part for name, part in children}
-    return {name: part for name, part in found.items() if any(True for _ in part.parameters())}
+    named = {f"{inner}.{name}".strip("."): part for name, part in children}
+    return {name: part for name, part in named.items() if any(True for _ in part.parameters())}
 
 
 def detector_preprocessing(detector: nn.Module, image_size: Any) -> Preprocessing:
     """Return what a detector wants images to be: a square, the image in its middle."""
-    own: Any = detector.transform
-    side = tuple(own.fixed_size[::-1]) if own.fixed_size else (own.min_size[-1],) * 2
+    given: Any = detector.transform
+    side = tuple(given.fixed_size[::-1]) if given.fixed_size else (given.min_size[-1],) * 2
     size = side if image_size is None else image_size
     return boxed(
-        Preprocessing(mean=tuple(own.image_mean), std=tuple(own.image_std)).with_size(size)
+        Preprocessing(mean=tuple(given.image_mean), std=tuple(given.image_std)).with_size(size)
     )
 
 
@@ -224,14 +248,38 @@ def _map_at(x: torch.Tensor, frozen: FrozenBlocks, position: int) -> torch.Tenso
     return as_map(x, layout, frozen.runner.n_prefix(position), frozen.size)
 
 
+@dataclass(frozen=True)
+class MapBatch:
+    """Images of which the maps of a backbone are known: what its detector takes in their place.
+
+    Parameters
+    ----------
+    maps : list of tensors (n, c, h, w)
+    size : tuple of (int, int)
+        Height and width of the images.
+    """
+
+    maps: list[torch.Tensor]
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.maps[0]), 3, *self.size
+
+    def __len__(self) -> int:
+        return len(self.maps[0])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield a tensor of the size of each image; it has no pixels."""
+        yield from torch.empty(self.shape, device="meta")
+
+
 class Given(nn.Module):
     """Stands for a backbone whose maps are there already."""
 
-    given: list[torch.Tensor]
-
-    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """Return the maps, whatever the images."""
-        return OrderedDict((str(i), x) for i, x in enumerate(self.given))
+    def forward(self, batch: MapBatch) -> OrderedDict[str, torch.Tensor]:
+        """Return the maps that came instead of images."""
+        return OrderedDict((str(i), x) for i, x in enumerate(batch.maps))
 
 
 class Pyramid(nn.Module):
@@ -252,12 +300,8 @@ class Pyramid(nn.Module):
     Attributes
     ----------
     positions : list of int
-        Where `given` comes from.
-    given : list of tensors
-        To be set before a call: what the frozen blocks have at the positions, float32.
+        Where the maps come from that it takes: the cut, and those in front of it.
     """
-
-    given: list[torch.Tensor]
 
     def __init__(
         self, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, extra_blocks: Any
@@ -274,10 +318,11 @@ class Pyramid(nn.Module):
             channels.append(_map_at(blank, frozen, position).shape[1])
         self.pyramid = FeaturePyramidNetwork(channels, width, extra_blocks)
 
-    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """Return the levels of the pyramid, whatever the images."""
-        known = dict(zip(self.positions, self.given, strict=True))
-        x = known.get(self.cut)
+    def forward(self, batch: MapBatch | torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        """Return the levels of the pyramid, of maps at the positions or, with cut 0, of images."""
+        given = batch.maps if isinstance(batch, MapBatch) else [batch]
+        known = dict(zip(self.positions, given, strict=True))
+        x = known[self.cut]
         for position, block in enumerate(self.blocks, self.cut + 1):
             x = known[position] = block(x)
         frozen = self.__dict__["frozen"]
@@ -324,13 +369,13 @@ def new_detector(
 
 
 class AsGiven(nn.Module):
-    """Stands for a detector's resizing: images come at its size, boxes are mapped elsewhere."""
+    """Stands for a detector's resizing: a batch comes at its size, boxes are mapped elsewhere."""
 
-    def forward(self, images: Sequence[torch.Tensor], targets: Any = None) -> tuple[ImageList, Any]:
-        """Put images of one size into a batch."""
-        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
-        return ImageList(torch.stack(list(images)), sizes), targets
+    def forward(self, batch: MapBatch | torch.Tensor, targets: Any = None) -> tuple[ImageList, Any]:
+        """Return the batch, as a detector hands it on to its backbone."""
+        size = (int(batch.shape[-2]), int(batch.shape[-1]))
+        return ImageList(batch, [size] * len(batch)), targets
 
-    def postprocess(self, found: Any, *sizes: Any) -> Any:
+    def postprocess(self, detections: Any, *sizes: Any) -> Any:
         """Return the boxes as they are."""
-        return found
+        return detections
