@@ -21,7 +21,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import as_map, layout_of
+from sktransfer._engine.pooling import as_map, layout_of
 from sktransfer.models._hub import downloading
 from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import load_state, read_state_dict, weights_path
