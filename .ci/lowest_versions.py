@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 LEFT_OUT = ("torch", "torchvision")
 
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-for dependency in project["dependencies"]:
+# pyarrow, which pandas imports where it is installed, has to fit to NumPy.
+for dependency in [*project["dependencies"], *project["optional-dependencies"]["demo"]]:
     name, _, version = dependency.partition(">=")
     if version and name not in LEFT_OUT:
         print(f"{name}=={version}")

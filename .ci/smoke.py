@@ -71,7 +71,7 @@ def fine_tune(data, folder: Path) -> None:
 def use_command_line(data, folder: Path) -> None:
     command = [sys.executable, "-m", "sktransfer", "predict", "--csv"]
     command += [str(folder / "model.skops"), *data.data]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert len(ran.stdout.splitlines()) == len(data.data) + 1
 
 
