@@ -1,0 +1,17 @@
+"""Print the lowest versions that pyproject.toml allows of what sktransfer needs, as pip takes them.
+
+torch and torchvision are left out: they take gigabytes, and come with the newest ones.
+"""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = ("torch", "torchvision")
+
+project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# pyarrow, which pandas imports where it is installed, has to fit to NumPy.
+for dependency in [*project["dependencies"], *project["optional-dependencies"]["demo"]]:
+    name, _, version = dependency.partition(">=")
+    if version and name not in LEFT_OUT:
+        print(f"{name}=={version}")
