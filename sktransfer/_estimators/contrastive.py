@@ -14,10 +14,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sktransfer._engine.tiles import TILES
-from sktransfer._estimators.base import Interval, StrOptions, _fit_context, takes_dask
+from sktransfer._estimators.base import Interval, StrOptions, _fit_context, atomic, takes_dask
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._estimators.trained import TrainedEstimator
 from sktransfer._threads import n_threads
 from sktransfer._training.pairs import PairSettings, PairTrainer, why_collapsed
+from sktransfer._training.trainer import Trainer
 from sktransfer.io import ImageSequence
 from sktransfer.io._clips import Frames, check_clips, is_clips
 
@@ -53,7 +55,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         Each shows every picture once, in two tiles.
     batch_size : int or "auto", default=64
         Pictures of a step, at least 2: each tile is compared with two tiles of all of them, so
-        larger is better, and takes more memory. `"auto"`: 32. Batches are of about one size.
+        larger is better, and takes more memory. `"auto"`: 64. Batches are of about one size.
     lr : float, default=1e-3
         Learning rate of the last unfrozen block, for AdamW. It rises over the first tenth of the
         steps and falls to zero by a cosine.
@@ -200,6 +202,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     _settings_class = PairSettings
     _prefix = "contrastive"
     _kind = "pair"
+    stop_reason_: str | None
 
     def __init__(
         self,
@@ -261,6 +264,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     # ------------------------------------------------------------------------ fitting
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train the unfrozen blocks on unlabelled images or clips.
 
@@ -278,6 +282,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         return self._fit(X, in_parts=False)
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def partial_fit(self, X: Any, y: Any = None) -> Self:
         """Train for one epoch on some of the images, at a constant learning rate.
 
@@ -302,7 +307,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         self._check_crop_scale()
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         if goes_on:
-            trainer = self._resume()
+            trainer = self._resume(in_parts=in_parts)
         else:
             self._keep_shape()
             trainer = self._new_trainer(n_outputs=0)
@@ -313,11 +318,17 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
             trainer.settings.max_epochs = min(1, self.max_epochs)
         numbers = np.arange(n_items)
         self._train(trainer, images, numbers, None, seed, in_parts=in_parts, goes_on=goes_on)
-        same = "All images are the same, so that none can be told from another: look at them."
-        self.stop_reason_ = same if are_same else why_collapsed(self.history_)
+        if are_same:
+            self.stop_reason_ = (
+                "All images are the same, so that none can be told from another: look at them."
+            )
         if self.stop_reason_ is not None:
-            warnings.warn(self.stop_reason_, ConvergenceWarning, stacklevel=4)
+            warnings.warn(self.stop_reason_, ConvergenceWarning, stacklevel=5)
         return self
+
+    def _take(self, trainer: Trainer) -> None:
+        super()._take(trainer)
+        self.stop_reason_ = why_collapsed(self.history_)
 
     def _check_images(self, X: Any, *, reset: bool) -> ImageSequence:
         if self.image_shape is None and is_clips(X):
@@ -386,12 +397,12 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         check_is_fitted(self, "plan_")
         self._validate_params()
         images = self._check_images(X, reset=False)
-        rows = self.to_feature_extractor()._embedding()(images)
+        rows = embedding_of(self.to_feature_extractor())(images)
         return images.means(rows) if isinstance(images, Frames) else rows
 
     @property
     def _n_features_out(self) -> int:
-        return self._trained.frozen.width
+        return self.trainer().frozen.width
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -69,6 +69,7 @@ def search_depth(
     targets: np.ndarray,
     weights: np.ndarray | None,
     seed: int,
+    kind: str,
 ) -> dict[str, Any]:
     """Choose how many blocks `model` is to train, on its training images.
 
@@ -92,6 +93,8 @@ def search_depth(
     weights : ndarray of shape (n,) or None
         Of the images, those of the classes included; they weigh the score as well.
     seed : int
+    kind : {"class", "label", "value"}
+        What the targets are.
 
     Returns
     -------
@@ -105,14 +108,14 @@ def search_depth(
     "Classification and regression trees" (1984), for the rule of one standard error.
     """
     depths, shares = _candidates(model)
-    n_folds = _n_folds(model._kind, targets)
+    n_folds = _n_folds(kind, targets)
     if n_folds == 0:
         warnings.warn(
             f"unfreeze='auto' can't compare depths on {len(targets)} images"
-            f"{_rare_class(model, targets)}: the head alone is trained. Pass more images, or a "
-            "number of blocks.",
+            f"{_rare_class(kind, model, targets)}: the head alone is trained. Pass more images, or "
+            "a number of blocks.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
         nothing = {"unfreeze": 0, "best": 0, "threshold": np.nan, "cv_results_": {}}
         return {**nothing, "depths": depths, "shares": shares}
@@ -136,7 +139,7 @@ def search_depth(
             max_resources=model.max_epochs,
             min_resources="exhaust" if has_rounds else model.max_epochs,
             factor=_FACTOR,
-            cv=_splitter(model._kind, n_folds, seed),
+            cv=_splitter(kind, n_folds, seed),
             refit=False,
             error_score="raise",
             return_train_score=False,
@@ -157,7 +160,7 @@ def search_depth(
 
 def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the depths to compare, and the shares of the network's operations behind them."""
-    if model.weights is None:
+    if model.weights is None and isinstance(model.backbone, str):
         raise ValueError(
             "unfreeze='auto' searches for how much of the pretrained weights to keep, and "
             "weights=None has none: pass unfreeze='all'."
@@ -167,7 +170,7 @@ def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
             "unfreeze='auto' compares what training makes of each depth, and max_epochs=0 trains "
             "nothing: pass more epochs, or unfreeze=0."
         )
-    runner, preprocessing = model._load()
+    runner, preprocessing = model.load_network()
     n_blocks = len(runner.block_names)
     if n_blocks == 0:
         reason = "" if runner.can_be_cut else ", as it can't be traced"
@@ -190,8 +193,8 @@ def _n_folds(kind: str, targets: np.ndarray) -> int:
     return min(_FOLDS, int(n)) if n >= 2 else 0
 
 
-def _rare_class(model: Any, targets: np.ndarray) -> str:
-    if model._kind != "class":
+def _rare_class(kind: str, model: Any, targets: np.ndarray) -> str:
+    if kind != "class":
         return ""
     numbers, counts = np.unique(targets, return_counts=True)
     name = model.classes_[numbers[counts.argmin()]]

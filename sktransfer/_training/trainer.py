@@ -463,7 +463,7 @@ class Trainer:
         self, state: dict[str, np.ndarray], history: list[dict], plan: Plan, n_left: int
     ) -> None:
         """Take back a state."""
-        self.plan, self.n_left = plan, n_left
+        self.plan, self.n_left, self._schedule = plan, n_left, None
         with network_lock, seeded_to_train(0):
             self.module = self._new_module(self._new_head())
             self.module.load_trained_state(state)
