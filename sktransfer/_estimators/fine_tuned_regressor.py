@@ -24,32 +24,91 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
 
     Parameters
     ----------
-    backbone, weights, unfreeze : default="efficientnet_lite0", "default", 1
-        The network, its weights, and what of it is trained; see :class:`FineTunedClassifier`.
-    head, pooling, dropout : default="linear", "avg", 0.0
-        What turns activations into numbers.
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        The network; see :class:`PretrainedFeatureExtractor`.
+    weights : str, path or None, default="default"
+        The weights of a network that is given by its name; None for random ones.
+    unfreeze : int, str or list of str, default=1
+        What is trained besides the head; see :class:`FineTunedClassifier`.
+    head : "linear", tuple of int, or torch.nn.Module, default="linear"
+        What turns an embedding into numbers.
+    pooling : {"avg", "max", "token", "flatten"}, default="avg"
+        How the last activations become an embedding, where the network has not pooled them.
+    dropout : float in [0, 1), default=0.0
+        Share of an embedding's features, and of the hidden layers', that training leaves out.
     head_epochs : int or "auto", default="auto"
-        As for the classifier, with a ridge regression, the same alone and as a start.
-    max_epochs, batch_size, lr, head_lr, lr_decay, weight_decay : \
-            default=10, 32, 5e-4, None, 0.85, 0.01
-        The second phase.
-    augment, n_views, predict_views : default=None, None, 1
-        Other views of the images.
-    early_stopping, validation_fraction, n_iter_no_change : default=False, 0.1, 5
-        When to stop.
-    callbacks, warm_start : default=None, False
-        For skorch; and whether `fit` goes on.
-    image_shape, image_size, memory, device, precision, runtime, n_jobs, random_state, verbose : \
-            default=None, None, None, "auto", "float32", "auto", None, None, 0
-        The input, and how to compute.
+        Epochs that train the head alone. `"auto"` sets a linear head to the optimum of a ridge
+        regression on the embeddings, which is the same alone and as a start.
+    max_epochs : int, default=10
+        Epochs that train the unfrozen blocks and the head.
+    batch_size : int or "auto", default=32
+        Images of a training step, and those that frozen blocks take at once. `"auto"`: 32 of a
+        step, and as many as suit the device.
+    lr : float, default=5e-4
+        Learning rate of the pretrained layers: that of the last unfrozen block.
+    head_lr : float, default=None
+        Learning rate of the new layers, which are the head; None for `lr`.
+    lr_decay : float in (0, 1], default=0.85
+        Factor of the learning rate from each unfrozen block to the one in front of it.
+    weight_decay : float, default=0.01
+        AdamW's; of matrices and kernels, not of biases and norms.
+    augment : {"flip", "dihedral", "auto"}, callable or None, default=None
+        Other views of the images; see :class:`FineTunedClassifier`.
+    n_views : int, default=None
+        Fixed views of each image, itself included.
+    predict_views : int, default=1
+        Views over which a prediction averages.
+    early_stopping : bool, default=False
+        Whether to hold out a part of the images, and stop when the loss on it no longer falls.
+    validation_fraction : float in (0, 1), default=0.1
+        The share of the images that is held out.
+    n_iter_no_change : int, default=5
+        Epochs without a lower loss after which training stops.
+    callbacks : list of skorch.callbacks.Callback, default=None
+        For the training of the unfrozen blocks.
+    warm_start : bool, default=False
+        Whether another call of `fit` goes on with what the last one trained.
+    image_shape : tuple of (height, width) or (height, width, channels), default=None
+        Shape of an image if `X` has flat rows; None if `X` holds images.
+    image_size : int or tuple of (height, width), default=None
+        Size in pixels at which images enter the network; None for the size of its weights.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep the results of frozen blocks on disk.
+    device : str or torch.device, default="auto"
+        `"auto"` takes a CUDA device if there is one, else the CPU.
+    precision : {"float32", "bfloat16"}, default="float32"
+        What the network computes in.
+    runtime : {"auto", "torch", "openvino"}, default="auto"
+        What the frozen blocks run on; see :class:`PretrainedFeatureExtractor`.
+    n_jobs : int, default=None
+        Threads that read and decode images. None or -1: one a core.
+    random_state : int, RandomState instance or None, default=None
+        Seed of all that is random.
+    verbose : int, default=0
+        1 shows one progress bar, 2 the plan and skorch's table of epochs as well.
 
     Attributes
     ----------
-    net_, history_, n_iter_, block_names_, unfrozen_block_names_, n_trainable_parameters_, \
-            plan_, depth_search_
-        As of :class:`FineTunedClassifier`.
-    n_features_in_, feature_names_in_
-        Of `X`, if it has columns.
+    net_ : skorch.NeuralNet
+        Its `module_` is what lies behind the cut.
+    history_ : list of dict
+        What skorch recorded of each epoch that trained the blocks.
+    n_iter_ : int
+        Number of these epochs.
+    block_names_ : list of str
+        All blocks of the network, in order.
+    unfrozen_block_names_ : list of str
+        The blocks that were trained.
+    n_trainable_parameters_ : int
+        Number of parameters that were trained, those of the head included.
+    plan_ : Plan
+        What is kept and what recomputed; its text is one line.
+    depth_search_ : dict
+        Of ``unfreeze="auto"``; see :class:`FineTunedClassifier`.
+    n_features_in_ : int
+        Number of columns of `X`, if it has any.
+    feature_names_in_ : ndarray of str
+        Name of the column, if `X` is a data frame.
 
     See Also
     --------
@@ -145,7 +204,9 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         y : array-like of shape (n,) or (n, n_outputs)
             Numbers, in any unit: they are standardised for the training.
         sample_weight : array-like of shape (n,), default=None
-            Weights of the images; one of weight 2 counts as two of them.
+            Weights of the images. One of weight 2 counts as two of them; two that are equal, with
+            equal values, count as one of weight 2. An epoch shows each image once, whatever its
+            weight.
 
         Returns
         -------

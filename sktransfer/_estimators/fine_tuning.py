@@ -37,7 +37,8 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     weights : str, path or None, default="default"
         `"default"` for the best published weights, another published name, a path to a state dict,
         or None: random weights, to train from scratch. Only then do the statistics of
-        batch-norms move, and is the first phase left out.
+        batch-norms move, and is the first phase left out. What is no name has weights of its own,
+        which `"default"` and None leave as they are.
     unfreeze : int, str or list of str, default=1
         What is trained besides the head. A number of blocks from the end, 0 for the head alone;
         the name of a block in `block_names_`, or a prefix of several (`"layer4"`): from there to
@@ -58,12 +59,13 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     max_epochs : int, default=10
         Epochs of the second phase.
     batch_size : int or "auto", default=32
-        Images of a step. `"auto"`: 32, and frozen blocks take as many as suit the device. Where a
-        step does not fit into the memory, it is taken in parts, with a warning.
+        Images of a training step, and those that frozen blocks take at once. `"auto"`: 32 of a
+        step, and as many as suit the device. Where a step does not fit into the memory, it is
+        taken in parts, with a warning.
     lr : float, default=5e-4
-        Learning rate of the last unfrozen block, for AdamW.
+        Learning rate of the pretrained layers, for AdamW: that of the last unfrozen block.
     head_lr : float, default=None
-        Learning rate of the head; None for that of the last block.
+        Learning rate of the new layers, which are the head; None for `lr`.
     lr_decay : float in (0, 1], default=0.85
         Factor of the learning rate from each unfrozen block to the one in front of it.
     weight_decay : float, default=0.01
@@ -152,8 +154,9 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         In `fit`: for an image that can't be read, naming its row, file and reason; for a depth
         that the network does not have, naming its blocks; and for a loss that is not finite.
     KeyboardInterrupt
-        In `fit`, on Ctrl-C. It says how far training came; the estimator is fitted so far, and
-        goes on with ``warm_start=True``.
+        In `fit`, on Ctrl-C. A first fit, `partial_fit`, and one with ``warm_start=True`` keep what
+        they learnt until then, and go on with ``warm_start=True``; the message says how far they
+        came. Another fit leaves the estimator as it was, as an error does.
 
     See Also
     --------
@@ -288,7 +291,9 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
             Strings, numbers, booleans or NumPy dates, of one type and none of them missing; or an
             indicator matrix of zeros and ones, not sparse, if an image may have several.
         sample_weight : array-like of shape (n,), default=None
-            Weights of the images; one of weight 2 counts as two of them.
+            Weights of the images. One of weight 2 counts as two of them; two that are equal, with
+            equal labels, count as one of weight 2. An epoch shows each image once, whatever its
+            weight.
 
         Returns
         -------

@@ -18,7 +18,8 @@ from sktransfer._training.trainer import Trainer
 from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone
 
-_SHAPE = ("unfreeze", "head", "pooling", "image_size")  # of what a fit trains
+# What a fit trains: a later change counts for one that starts anew.
+_SHAPE = ("unfreeze", "head", "pooling", "dropout", "head_epochs", "image_size")
 
 
 class TrainedEstimator(ImageEstimator):
@@ -54,7 +55,8 @@ class TrainedEstimator(ImageEstimator):
 
     def _keep_shape(self) -> None:
         """Remember what a new fit trains, whatever is set later."""
-        self._shape = {name: getattr(self, name) for name in _SHAPE}
+        parameters = self.get_params(deep=False)
+        self._shape = {name: parameters[name] for name in _SHAPE if name in parameters}
         self._shape["is_from_scratch"] = self._is_from_scratch
 
     def _settings(self, n_outputs: int) -> Settings:
@@ -83,14 +85,17 @@ class TrainedEstimator(ImageEstimator):
         # These two go on with the net that is there, the others make a new one.
         if (in_parts or trainer.n_left) and settings.needs_new_net(trainer.settings):
             trainer = self._rebuilt()
-        trainer = copy.copy(trainer)
-        trainer.settings = settings
-        return trainer
+        resumed = copy.copy(trainer)
+        if settings.max_epochs != trainer.settings.max_epochs:
+            resumed.n_left = 0  # not what is left of the old number
+        resumed.settings = settings
+        return resumed
 
     def _check_shape(self) -> None:
         """Raise an error if the parameters name something else than what is fitted."""
-        for name in _SHAPE:
-            if not _is_same(value := getattr(self, name), fitted := self._shape[name]):
+        for name, value in self.get_params(deep=False).items():
+            fitted = self._shape.get(name, value)
+            if not _is_same(value, fitted):
                 raise ValueError(_cannot_go_on(name, fitted, value))
         if self._named is None:  # unpickled: the weights are compared where they are loaded
             return

@@ -15,7 +15,7 @@ from sktransfer.io import ImageSequence
 # Of the settings, those that a net which is there need not know: `Trainer` reads them anew.
 _READ_ANEW = {
     *("augment", "n_views", "predict_views", "crop_scale", "memory", "n_jobs"),
-    *("head_epochs", "max_epochs", "early_stopping", "validation_fraction", "n_iter_no_change"),
+    *("head_epochs", "max_epochs"),
 }
 
 
