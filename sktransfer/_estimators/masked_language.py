@@ -13,7 +13,6 @@ import torch
 import xxhash
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, check_random_state
-from torch.nn import functional as F
 
 from sktransfer._engine.device import resolve_device
 from sktransfer._engine.runner import network_lock
@@ -34,21 +33,19 @@ from sktransfer._estimators.base import (
     interrupted_refit,
 )
 from sktransfer._memory.memory import check_memory
-from sktransfer._torch_state import float32_by_default, seeded_to_train, trained_tensors
+from sktransfer._torch_state import seeded_to_train, trained_tensors
 from sktransfer._training.masked_words import (
     MaskedData,
     MaskedNet,
     WordGuesser,
     accuracy_scoring,
-    hidden_logits,
+    score_guesses,
 )
 from sktransfer._training.net import Interrupted, Schedule, make_net, train
 from sktransfer._training.progress import Progress
 from sktransfer.models._modules import copy_of
 
 __all__ = ["MaskedLanguagePretrainer"]
-
-_SCORED = 16  # sentences of a batch that is scored
 
 
 class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -387,19 +384,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         model = self._fitted_model()
         sentences = self._tokens(check_sentences(X), model)
         data = MaskedData(model, sentences, self.mask_probability, 0, hides_all=True)
-        device = resolve_device(self.device)
-        network = self._fitted_network(model).to(device)
-        n_right, loss, n = 0, 0.0, 0
-        for start in range(0, len(data), _SCORED):
-            batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))
-            targets = y[batch["is_hidden"]]
-            with network_lock, float32_by_default(), torch.inference_mode():
-                moved = {name: value.to(device) for name, value in batch.items()}
-                logits = hidden_logits(network, **moved).cpu()
-                n_right += int((logits.argmax(1) == targets).sum())
-                loss += F.cross_entropy(logits, targets, reduction="sum").item()
-                n += len(targets)
-        return n_right / n, loss / n
+        return score_guesses(self._fitted_network(model), data, resolve_device(self.device))
 
     # ------------------------------------------------------------------------ parts
 
