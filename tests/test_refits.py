@@ -209,6 +209,38 @@ def test_a_fit_is_not_seen_until_it_ends():
     assert model.classes_.tolist() == [5, 6] and model.n_iter_ == 1
 
 
+class Late(Image.Image):
+    """A picture that does something when it is read, for the first time."""
+
+    @staticmethod
+    def of(image, work):
+        late = Image.fromarray(image)
+        late.__class__, late.work = Late, work
+        return late
+
+    def load(self):
+        work, self.work = self.__dict__.get("work"), None
+        if work is not None:
+            work()
+        return super().load()
+
+
+@pytest.mark.parametrize("kind", ["classifier", "regressor", "contrastive"])
+def test_a_prediction_is_that_of_one_fit_whatever_ends_meanwhile(kind):
+    model, data, show = make(kind, None)
+    model.fit(*data)
+    old = getattr(model, show)(list(IMAGES))
+    predict = getattr(model, "predict", model.transform if kind == "contrastive" else None)
+    expected = predict(list(IMAGES))
+    other = IMAGES[:4], *([np.array(["a", "b", "c", "a"])] if kind == "classifier" else data[1:])
+    if kind == "regressor":
+        other = IMAGES[:4], np.arange(8.0).reshape(4, 2)
+    late = Late.of(IMAGES[0], lambda: model.set_params(unfreeze=2).fit(*other))
+    found = predict([late, *map(Image.fromarray, IMAGES[1:])])
+    assert late.work is None and np.array_equal(found, expected)
+    assert not np.array_equal(getattr(model, show)(list(IMAGES)), old)
+
+
 # ------------------------------------------------------------------------------ parameters
 
 

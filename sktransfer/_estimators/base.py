@@ -67,7 +67,7 @@ def takes_dask(empty: Callable[[Any], np.ndarray]) -> Callable[[Callable], Calla
         @functools.wraps(method)
         def call(self: Any, X: Any) -> Any:
             if not is_dask(X):
-                return method(self, X)
+                return method(self._snapshot(), X)
             from sktransfer._estimators.dask_collections import on_partitions
 
             name = method.__name__
@@ -94,8 +94,7 @@ def atomic(fit: Callable) -> Callable:
 
     @functools.wraps(fit)
     def fit_twin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        twin = object.__new__(type(self))
-        vars(twin).update(vars(self))
+        twin = twin_of(self)
         try:
             fit(twin, *args, **kwargs)
         except Interrupted as stopped:
@@ -105,6 +104,13 @@ def atomic(fit: Callable) -> Callable:
         return self
 
     return fit_twin
+
+
+def twin_of(estimator: Any) -> Any:
+    """Return another estimator with the same attributes, which can get others."""
+    twin = object.__new__(type(estimator))
+    vars(twin).update(vars(estimator))
+    return twin
 
 
 def interrupted_refit() -> KeyboardInterrupt:
@@ -227,6 +233,10 @@ class ImageEstimator(BaseEstimator):
     def check_images(self, X: Any) -> ImageSequence:
         """Return `X` as images, as a prediction takes them; for other parts of this library."""
         return self._check_images(X, reset=False)
+
+    def _snapshot(self) -> Self:
+        """Return what a prediction uses to its end; a fit in another thread may end meanwhile."""
+        return self
 
     def prepare(self) -> None:
         """Load all that a prediction needs, before several threads ask for it at once."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._engine.device import resolve_device
-from sktransfer._estimators.base import ImageEstimator, Interval, StrOptions, interrupted_refit
+from sktransfer._estimators.base import (
+    ImageEstimator,
+    Interval,
+    StrOptions,
+    interrupted_refit,
+    twin_of,
+)
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._training.net import Interrupted
 from sktransfer._training.settings import Settings
@@ -161,12 +167,21 @@ class TrainedEstimator(ImageEstimator):
         It is rebuilt after unpickling, and where `device`, `precision` or `runtime` has changed.
         """
         check_is_fitted(self, "plan_")
+        fitted: dict[str, Any] = (
+            self.__dict__
+        )  # of one fit: that of another thread may end meanwhile
         place = self._wanted_place()
-        if self._trainer is None or self._place != place:
+        if fitted["_trainer"] is None or fitted["_place"] != place:
             self._validate_params()
-            self._trainer = self._rebuilt()
-            self._place = place
-        return self._trainer
+            twin = twin_of(self)
+            trainer = twin._rebuilt()
+            fitted |= {"_trainer": trainer, "_place": place}
+            fitted |= {"_network": twin._network, "_named": twin._named}
+        return fitted["_trainer"]
+
+    def _snapshot(self) -> Self:
+        self.trainer()  # rebuilt here if it must be, so that the next call finds it
+        return twin_of(self)
 
     def _wanted_place(self) -> tuple[Any, ...]:
         return resolve_device(self.device), self.precision, self.runtime

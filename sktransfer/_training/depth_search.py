@@ -149,8 +149,8 @@ def search_depth(
         except KeyboardInterrupt:
             kept = "lies in the memory" if model.memory is not None else "is lost without a memory"
             raise KeyboardInterrupt(
-                "fit was interrupted while it searched for the depth: nothing is fitted yet, and "
-                f"what the frozen blocks computed {kept}."
+                "fit was interrupted while it searched for the depth: the estimator is as it was, "
+                f"and what the frozen blocks computed {kept}."
             ) from None
     results = {name: _plain(values) for name, values in search.cv_results_.items()}
     takes_epochs = not (isinstance(model.head, str) and model.head_epochs == "auto")
