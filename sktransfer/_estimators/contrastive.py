@@ -338,8 +338,8 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
             warnings.warn(self.stop_reason_, ConvergenceWarning, stacklevel=5)
         return self
 
-    def _take(self, trainer: Trainer) -> None:
-        super()._take(trainer)
+    def _set_fitted(self, trainer: Trainer) -> None:
+        super()._set_fitted(trainer)
         self.stop_reason_ = why_collapsed(self.history_)
 
     def _check_images(self, X: Any, *, reset: bool) -> ImageSequence:

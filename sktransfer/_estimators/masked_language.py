@@ -276,7 +276,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
                 is_stopped = True
         if is_stopped and is_refit:
             raise interrupted_refit()
-        self._take(model, network.eval().requires_grad_(False), net.history)
+        self._set_fitted(model, network.eval().requires_grad_(False), net.history)
         if is_stopped:
             raise Interrupted(
                 f"fit was interrupted after {self.n_iter_ - len(history)} of {n_epochs} epochs. "
@@ -284,7 +284,9 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
             )
         return self
 
-    def _take(self, model: TextModel, network: Any, history: Sequence[dict[str, Any]]) -> None:
+    def _set_fitted(
+        self, model: TextModel, network: Any, history: Sequence[dict[str, Any]]
+    ) -> None:
         """Set the fitted attributes."""
         if getattr(self, "_text_model", None) is not model:
             self._vocabulary = _digest_of_words(model)
@@ -423,12 +425,12 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
     def _tokens(self, sentences: Sentences, model: TextModel) -> list[np.ndarray]:
         """Return the tokens of sentences in an order of their own; errors name their rows."""
         texts = list(sentences.texts)
-        found = [
+        tokens = [
             model.tokens(text, f"row {row}", self.max_length, self.truncation)
             for row, text in enumerate(texts)
         ]
         order = sorted(range(len(texts)), key=texts.__getitem__)
-        return [found[i] for i in order]
+        return [tokens[i] for i in order]
 
     def _fitted_network(self, model: TextModel) -> Any:
         """Return the trained network, or the pretrained one."""

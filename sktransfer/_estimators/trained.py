@@ -139,16 +139,16 @@ class TrainedEstimator(ImageEstimator):
         except Interrupted:
             if is_refit:
                 raise interrupted_refit() from None
-            self._take(trainer)
+            self._set_fitted(trainer)
             raise
         except BaseException:
             if goes_on and _differ(trainer.state(), before):
                 assert self._trainer is not None
                 self._trainer.restore(before, self.history_, self.plan_, self._trainer.n_left)
             raise
-        self._take(trainer)
+        self._set_fitted(trainer)
 
-    def _take(self, trainer: Trainer) -> None:
+    def _set_fitted(self, trainer: Trainer) -> None:
         """Set the fitted attributes."""
         self._trainer = trainer
         self._fingerprint = trainer.frozen.runner.fingerprint
