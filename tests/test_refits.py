@@ -502,3 +502,10 @@ def test_a_score_takes_labels_as_they_come():
 def test_a_depth_can_not_be_searched_for_without_labels():
     with pytest.raises(ValueError, match="unfreeze='auto'.*no labels"):
         ContrastivePretrainer("first", unfreeze="auto").fit(IMAGES)
+
+
+def test_an_automatic_batch_has_the_size_that_is_the_default():
+    for kind, n in (("classifier", 32), ("contrastive", 64)):
+        model, data, _ = make(kind, None)
+        assert type(model)().batch_size == n
+        assert model.set_params(batch_size="auto").fit(*data).net_.batch_size == n

@@ -77,6 +77,11 @@ class FineTuned(TrainedEstimator):
         self.__dict__.pop("depth_search_", None)  # of an earlier fit
         if self.unfreeze != "auto":
             return
+        if self._is_from_scratch:
+            raise ValueError(
+                "unfreeze='auto' searches for how much of the pretrained weights to keep, and "
+                "weights=None has none: pass unfreeze='all'."
+            )
         self.depth_search_ = search_depth(self, images, targets, weights, seed, self._kind)
         if self.verbose:
             depths = ", ".join(map(str, self.depth_search_["depths"]))

@@ -160,11 +160,6 @@ def search_depth(
 
 def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the depths to compare, and the shares of the network's operations behind them."""
-    if model.weights is None and isinstance(model.backbone, str):
-        raise ValueError(
-            "unfreeze='auto' searches for how much of the pretrained weights to keep, and "
-            "weights=None has none: pass unfreeze='all'."
-        )
     if model.max_epochs == 0:
         raise ValueError(
             "unfreeze='auto' compares what training makes of each depth, and max_epochs=0 trains "
