@@ -387,4 +387,4 @@ def test_a_folder_is_pickled_by_its_full_path(tmp_path, monkeypatch):
     model = MaskedLanguagePretrainer("bert", tokenizer="a/name")
     copy = pickle.loads(pickle.dumps(model))
     assert (copy.backbone, copy.tokenizer) == (str(tmp_path / "bert"), "a/name")
-    assert model.model == "bert"
+    assert model.backbone == "bert"

@@ -3,6 +3,7 @@
 import io
 import pickle
 import re
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -409,6 +410,20 @@ def test_a_renamed_network_is_no_change(tmp_path):
     assert model.set_params(backbone=network).partial_fit(X, y).n_iter_ == 3
     with pytest.raises(ValueError, match="backbone has changed"):
         model.set_params(backbone="second").partial_fit(X, y)
+
+
+def test_an_unpickled_language_model_finds_its_words_where_it_is_told(tiny, tmp_path):
+    model, data, _ = make("masked language", tiny)
+    expected = model.fit(*data).transform(SENTENCES)
+    copied = pickle.loads(pickle.dumps(model)).set_params(backbone=tiny[1])  # of the same words
+    assert np.array_equal(copied.transform(SENTENCES), expected)
+    folder = shutil.copytree(tiny[0], tmp_path / "other")
+    words = (folder / "tokenizer.json").read_text().replace('"weather"', '"wether"')
+    (folder / "tokenizer.json").write_text(words)
+    copied = pickle.loads(pickle.dumps(model)).set_params(backbone=folder)
+    for use in (copied.transform, copied.score, copied.partial_fit):
+        with pytest.raises(ValueError, match="has other words"):
+            use(SENTENCES)
 
 
 # ------------------------------------------------------------------------------ weights
