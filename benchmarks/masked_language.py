@@ -80,7 +80,7 @@ def parts(seed: int, most: int) -> tuple[list[str], np.ndarray, list[str], np.nd
 
 def most_frequent(model: MaskedLanguagePretrainer, train: list[str], test: list[str]) -> float:
     """Return the share of tokens that always guessing the most frequent one gets right."""
-    text_model = model._load()
+    text_model = model._named_model()
     tokens = [
         [t for s in part for t in text_model.tokens(s, "", None, True) if t not in special]
         for part in (train, test)

@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from sktransfer._config import config_context, get_config, set_config
     from sktransfer._estimators.contrastive import ContrastivePretrainer
     from sktransfer._estimators.detection import FineTunedDetector
-    from sktransfer._estimators.fine_tuning import FineTunedClassifier, FineTunedRegressor
+    from sktransfer._estimators.fine_tuned_regressor import FineTunedRegressor
+    from sktransfer._estimators.fine_tuning import FineTunedClassifier
     from sktransfer._estimators.masked_language import MaskedLanguagePretrainer
     from sktransfer._estimators.model_file import load_model
     from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
@@ -43,7 +44,7 @@ _HOMES = {
     "ContrastivePretrainer": "_estimators.contrastive",
     "FineTunedClassifier": "_estimators.fine_tuning",
     "FineTunedDetector": "_estimators.detection",
-    "FineTunedRegressor": "_estimators.fine_tuning",
+    "FineTunedRegressor": "_estimators.fine_tuned_regressor",
     "MaskedLanguagePretrainer": "_estimators.masked_language",
     "PretrainedClassifier": "_estimators.pretrained_classifier",
     "PretrainedFeatureExtractor": "_estimators.pretrained",

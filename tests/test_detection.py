@@ -150,6 +150,18 @@ def test_it_learns_to_find_objects(fitted, scenes):
     assert fitted.n_iter_ == len(fitted.history_) == 30
 
 
+def test_pretrained_layers_have_a_learning_rate_of_their_own(scenes):
+    X, y = scenes
+    model = make(unfreeze=1, lr=0.003, backbone_lr=0.0007).partial_fit(X[:2], y[:2])
+    detector = model.net_.module_.detector
+    pretrained = {id(p) for p in detector.backbone.blocks.parameters()}
+    rates = {True: set(), False: set()}
+    for group in model.net_.optimizer_.param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter) in pretrained].add(group["lr"])
+    assert rates == {True: {0.0007}, False: {0.003}}
+
+
 def test_only_new_layers_are_trained(fitted):
     reference = small()
     detector = fitted.net_.module_.detector

@@ -19,6 +19,7 @@ from torchvision.models import ResNet18_Weights
 
 from sktransfer import PretrainedFeatureExtractor, get_model
 from sktransfer._engine.runner import get_runner
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._memory.memory import check_memory
 from sktransfer.models import Backbone
 from sktransfer.models._weights import fingerprint
@@ -204,8 +205,8 @@ def test_equal_images_that_another_thread_computes_fill_their_own_rows(tmp_path)
     X = [a, known, b, known, known, a]  # rows 0, 5 and 2 look like three rows in sequence
     expected = PretrainedFeatureExtractor(small(), image_size=32).transform(X)
     model.transform([known])
-    key, memory = model._embedding().keys[0], check_memory(tmp_path)
-    images = model._check_images(X, reset=False)
+    key, memory = embedding_of(model).keys[0], check_memory(tmp_path)
+    images = model.check_images(X)
     digests = [images.digest(0), images.digest(2)]
     assert all(memory.claim(key, digests, "me"))
     with ThreadPoolExecutor(1) as thread:

@@ -20,6 +20,7 @@ from sklearn.utils import shuffle
 from sktransfer import PretrainedFeatureExtractor
 from sktransfer._engine import runner as _inference
 from sktransfer._engine.pooling import layout_of
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.io import check_images
 from sktransfer.models import Backbone
 
@@ -134,7 +135,7 @@ def test_a_file_that_changes_between_look_up_and_decoding_is_no_wrong_row(tiles,
     _, paths, _ = tiles
     copy = tmp_path / "copy.jpg"
     copy.write_bytes(Path(paths[0]).read_bytes())
-    embedding = extractor(tmp_path / "m")._embedding()
+    embedding = embedding_of(extractor(tmp_path / "m"))
     images = check_images([copy])
     digest = images.digest(0)
     copy.write_bytes(Path(paths[1]).read_bytes())

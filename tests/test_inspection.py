@@ -312,7 +312,7 @@ def test_prototypes_without_labels_or_predictions(tiles):
 def test_the_whole_network_says_what_the_estimator_says(tiles, unfreeze):
     _, paths, labels = tiles
     model = classifier(unfreeze=unfreeze, max_epochs=2).fit(paths, labels)
-    whole = whole_of_trainer(model._trained)
+    whole = whole_of_trainer(model.trainer())
     batch = torch.stack([SIZE.fit_size(load_image(path)) for path in paths])
     with torch.inference_mode():
         outputs = whole(SIZE.normalize(batch))
@@ -322,7 +322,7 @@ def test_the_whole_network_says_what_the_estimator_says(tiles, unfreeze):
 def test_saliency_is_grad_cam(tiles, fitted):
     _, paths, _ = tiles
     display = SaliencyDisplay.from_estimator(fitted, paths[:3], layer="body.1")
-    whole = whole_of_trainer(fitted._trained)
+    whole = whole_of_trainer(fitted.trainer())
     batch = torch.stack([SIZE.fit_size(load_image(path)) for path in paths[:3]])
     x = SIZE.normalize(batch).requires_grad_()
     for block in whole.blocks[:3]:
@@ -374,7 +374,7 @@ def test_activations_as_maps():
 def test_saliency_leaves_the_estimator_as_it_was(tiles, fitted):
     _, paths, _ = tiles
     before = fitted.predict_proba(paths[:4])
-    module = fitted._trained.net.module_
+    module = fitted.trainer().net.module_
     modes = [m.training for m in module.modules()]
     SaliencyDisplay.from_estimator(fitted, paths[:2])
     assert all(not m._forward_hooks for m in module.modules())

@@ -386,5 +386,5 @@ def test_a_folder_is_pickled_by_its_full_path(tmp_path, monkeypatch):
     (tmp_path / "bert").mkdir()
     model = MaskedLanguagePretrainer("bert", tokenizer="a/name")
     copy = pickle.loads(pickle.dumps(model))
-    assert (copy.model, copy.tokenizer) == (str(tmp_path / "bert"), "a/name")
-    assert model.model == "bert"
+    assert (copy.backbone, copy.tokenizer) == (str(tmp_path / "bert"), "a/name")
+    assert model.backbone == "bert"

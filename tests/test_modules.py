@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from sktransfer import FineTunedClassifier, PretrainedClassifier, PretrainedFeatureExtractor
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.inspection import SaliencyDisplay, model_summary
 from sktransfer.models import Backbone, get_model
 from sktransfer.models._weights import fingerprint
@@ -112,7 +113,7 @@ def test_copies_and_pickles_of_parametrised_networks(parametrised):
     expected = extractor.transform(X)
     again = pickle.loads(pickle.dumps(extractor))
     np.testing.assert_array_equal(again.transform(X), expected)
-    assert again._embedding().keys == extractor._embedding().keys
+    assert embedding_of(again).keys == embedding_of(extractor).keys
     backbone = pickle.loads(pickle.dumps(Backbone(parametrised)))
     assert backbone.fingerprint == fingerprint(parametrised)
     if "weight" not in vars(parametrised[0]):  # what torch itself can't copy, it can't clone

@@ -13,6 +13,7 @@ from sktransfer import (
     PretrainedClassifier,
     PretrainedFeatureExtractor,
 )
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 
@@ -63,14 +64,14 @@ def test_embeddings(files, tmp_path, value, runtime, with_memory):
     rows = model.transform(np.delete(files, WHITE))
     assert np.isfinite(rows).all()
     if with_memory:  # the first two batches but for the white one, then the last two
-        assert model._embedding().memory.info()["n_entries"] == 2 * (N - 1)
+        assert embedding_of(model).memory.info()["n_entries"] == 2 * (N - 1)
 
 
 def test_what_was_computed_before_stays(files, tmp_path):
     model = extractor(torch.nan, memory=tmp_path, batch_size=4)
     with pytest.raises(ValueError, match="row 6"):
         model.transform(files)
-    assert model._embedding().memory.info()["n_entries"] == 7  # of rows 0 to 7, but for 6
+    assert embedding_of(model).memory.info()["n_entries"] == 7  # of rows 0 to 7, but for 6
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

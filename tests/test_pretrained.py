@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from sktransfer import PretrainedFeatureExtractor, get_model, register_model
 from sktransfer._engine.runtime import has_bfloat16
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 
@@ -262,7 +263,7 @@ def test_clone_and_pickle(tiles):
 
 def test_clones_share_one_copy():
     first, second = PretrainedFeatureExtractor(), clone(PretrainedFeatureExtractor())
-    assert first._embedding().runner is second._embedding().runner
+    assert embedding_of(first).runner is embedding_of(second).runner
 
 
 def test_html_repr():

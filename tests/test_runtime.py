@@ -18,6 +18,7 @@ from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import get_runner
 from sktransfer._engine.runtime import OpenVinoProgram, fold_batch_norms, has_bfloat16
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.io import check_images
 
 SIZE = 64  # pixels: the smallest that keeps positions until the last blocks
@@ -59,7 +60,7 @@ def test_rows_of_both_agree(photos):
         rows = extractor(**options).transform(X)
         assert rows.dtype == np.float32
         assert difference(rows, extractor("torch", **options).transform(X)) < 1e-3
-    runner, _ = extractor("auto")._load()
+    runner, _ = extractor("auto").load_network()
     assert runner.runtime == "openvino"
 
 
@@ -78,7 +79,7 @@ def test_a_row_does_not_depend_on_the_others(photos):
 
 def test_a_single_image_takes_all_cores(photos):
     model = extractor(backbone=Wide())
-    runner, _ = model._load()
+    runner, _ = model.load_network()
     runner._n_cores = 2
     rows = model.transform(photos)
     row = model.transform(photos[:1])
@@ -151,7 +152,7 @@ def test_what_was_computed_before_a_bad_image_is_kept(tiles, tmp_path):
     model = extractor(backbone=Wide(), memory=tmp_path / "memory", n_jobs=1)
     with pytest.raises(ValueError, match=r"row 10 .*bad\.jpg"):  # all in one batch
         model.transform([*paths[:10], str(bad), *paths[10:]])
-    embedding = model._embedding()
+    embedding = embedding_of(model)
     rows = embedding(check_images(paths))
     assert embedding.n_computed <= 2
     assert (rows == extractor(backbone=model.backbone).transform(paths)).all()

@@ -18,6 +18,7 @@ from sktransfer import (
     PretrainedFeatureExtractor,
 )
 from sktransfer._engine.augmentation import Augmentation
+from sktransfer._engine.text_model import load_text_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
@@ -167,7 +168,7 @@ def test_random_weights_follow_random_state():
     first, same, other = start(0), start(0), start(1)
     prints = [model.to_backbone().fingerprint for model in (first, same, other)]
     assert prints[0] == prints[1] != prints[2]
-    assert first._trained.frozen.runner is same._trained.frozen.runner
+    assert first.trainer().frozen.runner is same.trainer().frozen.runner
     proba = other.predict_proba(X)
     other.random_state = None  # it is not asked again
     copied = pickle.loads(pickle.dumps(other))
@@ -181,7 +182,7 @@ def test_random_weights_of_a_detector_follow_random_state():
     def prints(seed):
         options = {"weights": None, "image_size": 64, "width": 64, "max_epochs": 0}
         model = FineTunedDetector(backbone="squeezenet1_1", random_state=seed, **options)
-        return pickle.loads(pickle.dumps(model.fit(X, BOXES)))._trained.fingerprint
+        return pickle.loads(pickle.dumps(model.fit(X, BOXES)))._trained.part.fingerprint
 
     assert prints(0) == prints(0) != prints(1)
 
@@ -197,7 +198,7 @@ def test_a_tokenizer_keeps_nothing_from_one_estimator_for_another():
     whole = MaskedLanguagePretrainer(minilm(), **{**options, "max_length": 200})
     models = [cuts, whole] * 2
     expected = [model.transform(texts[:2]) for model in (cuts, whole)] * 2
-    model = cuts._load()
+    model = load_text_model(minilm(), None)
     n_tokens = {True: 16, False: len(model.tokens(texts[0], "", 200, False))}
 
     def count(truncation):

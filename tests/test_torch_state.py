@@ -18,6 +18,7 @@ from sktransfer import (
     PretrainedClassifier,
     PretrainedFeatureExtractor,
 )
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.inspection import SaliencyDisplay
 from sktransfer.models import _registry
@@ -50,7 +51,7 @@ def forget():
 def extracted():
     extractor = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32)
     both = PretrainedFeatureExtractor(NETWORK, layer=["stem", "auto"], image_size=32)
-    keys = np.array([*extractor._embedding().keys, *both._embedding().keys])
+    keys = np.array([*embedding_of(extractor).keys, *embedding_of(both).keys])
     proba = PretrainedClassifier(NETWORK, image_size=32).predict_proba(X)
     return [extractor.transform(X), both.transform(X), keys, proba]
 

@@ -250,7 +250,7 @@ def _results(
     options: dict[str, Any],
 ) -> tuple[list[Result], list[Cost]]:
     for name in backbones if depths else ():
-        runner, _ = PretrainedFeatureExtractor(name, **options)._load()
+        runner, _ = PretrainedFeatureExtractor(name, **options).load_network()
         for depth in depths:
             find_cut(runner, depth)  # a wrong one is an error now, not after an hour
     costs, candidates = [], _baselines(task, with_pixels=not depths)

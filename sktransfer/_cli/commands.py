@@ -29,6 +29,7 @@ from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import report as _report
 from sktransfer._escaping import csv_cell, escape, map_text
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
+from sktransfer._estimators.labels import labels_of
 from sktransfer._estimators.model_file import load_model
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
@@ -126,7 +127,8 @@ def _predict(model: Any, files: list[str]) -> tuple[np.ndarray, Any]:
         X, model = model[:-1].transform(files), model[-1]
     if isinstance(model, FineTunedClassifier):
         probabilities = model.predict_proba(X)
-        return model._labels(probabilities), probabilities
+        labels = labels_of(probabilities, model.classes_, model.multilabel_)
+        return labels, probabilities
     probabilities = model.predict_proba(X) if hasattr(model, "predict_proba") else None
     predicted = model.predict(X)
     return predicted.toarray() if issparse(predicted) else np.asarray(predicted), probabilities

@@ -183,7 +183,7 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
             )
     except Exception as error:  # it has a dozen ways to say what is missing
         raise OSError(
-            f"model={model!r}, tokenizer={tokenizer!r} could not be loaded "
+            f"backbone={model!r}, tokenizer={tokenizer!r} could not be loaded "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Pass a folder with "
             "the model's config.json, its weights and its tokenizer, or a name of the hub on a "
             "connected machine."

@@ -29,6 +29,7 @@ from sktransfer._engine.device import PRECISIONS
 from sktransfer._engine.pooling import POOLINGS
 from sktransfer._engine.runner import Runner, get_runner
 from sktransfer._engine.runtime import RUNTIMES
+from sktransfer._training.net import Interrupted
 from sktransfer._training.summary import blocks_html
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models._modules import portable
@@ -42,6 +43,7 @@ __all__ = [
     "Interval",
     "StrOptions",
     "_fit_context",
+    "atomic",
     "check_sample_weight",
     "check_y",
     "takes_dask",
@@ -65,7 +67,7 @@ def takes_dask(empty: Callable[[Any], np.ndarray]) -> Callable[[Callable], Calla
         @functools.wraps(method)
         def call(self: Any, X: Any) -> Any:
             if not is_dask(X):
-                return method(self, X)
+                return method(self._snapshot(), X)
             from sktransfer._estimators.dask_collections import on_partitions
 
             name = method.__name__
@@ -80,6 +82,50 @@ def takes_dask(empty: Callable[[Any], np.ndarray]) -> Callable[[Callable], Calla
         return call
 
     return decorate
+
+
+def atomic(fit: Callable) -> Callable:
+    """Let a `fit` or `partial_fit` change its estimator only at its end.
+
+    It learns into a twin of the estimator, whose attributes are taken over in one step. If it
+    fails, the estimator is what it was. If it raises `Interrupted`, what it learnt until then is
+    taken over, and the caller gets a plain KeyboardInterrupt with the same message.
+    """
+
+    @functools.wraps(fit)
+    def fit_twin(self: Any, *args: Any, **kwargs: Any) -> Any:
+        twin = twin_of(self)
+        try:
+            fit(twin, *args, **kwargs)
+        except Interrupted as stopped:
+            _take_over(self, twin)
+            raise KeyboardInterrupt(str(stopped)) from None
+        _take_over(self, twin)
+        return self
+
+    return fit_twin
+
+
+def twin_of(estimator: Any) -> Any:
+    """Return another estimator with the same attributes, which can get others."""
+    twin = object.__new__(type(estimator))
+    vars(twin).update(vars(estimator))
+    return twin
+
+
+def interrupted_refit() -> KeyboardInterrupt:
+    """Return what Ctrl-C raises in a fit that leaves its estimator as an earlier one did."""
+    return KeyboardInterrupt(
+        "fit was interrupted. This estimator had been fitted before, and it is as that fit left it."
+    )
+
+
+def _take_over(estimator: Any, twin: Any) -> None:
+    """Give an estimator all attributes of its twin but the parameters, in one assignment."""
+    parameters = estimator.get_params(deep=False)
+    given = {name: value for name, value in vars(estimator).items() if name in parameters}
+    learnt = {name: value for name, value in vars(twin).items() if name not in parameters}
+    estimator.__dict__ = {**given, **learnt}
 
 
 _only_looks: ContextVar[bool] = ContextVar("_only_looks", default=False)
@@ -185,9 +231,20 @@ class ImageEstimator(BaseEstimator):
             cloned.backbone = self.backbone
         return cloned
 
-    def _prepare(self) -> None:
+    def check_images(self, X: Any) -> ImageSequence:
+        """Return `X` as images, as a prediction takes them; for other parts of this library."""
+        return self._check_images(X, reset=False)
+
+    def _snapshot(self) -> Self:
+        """Return what a prediction uses to its end; a fit in another thread may end meanwhile."""
+        return self
+
+    def prepare(self) -> None:
         """Load all that a prediction needs, before several threads ask for it at once."""
-        self._load()[0].can_be_cut  # noqa: B018 traces the network
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.load_network()[0].can_be_cut  # noqa: B018 traces the network
 
     # scikit-learn calls the next two for notebooks, if it is recent enough to show attributes.
 
@@ -209,14 +266,21 @@ class ImageEstimator(BaseEstimator):
             raise _NotLoadedError(f"{self.backbone!r} is not loaded.")
         return loaded
 
-    def _load(self, **fitted: Any) -> tuple[Runner, Preprocessing]:
+    @property
+    def _is_from_scratch(self) -> bool:
+        """Whether the parameters name random weights; what is no name has weights of its own."""
+        return self.weights is None and isinstance(self.backbone, str)
+
+    def load_network(self) -> tuple[Runner, Preprocessing]:
         """Return the network that the parameters name, and what it wants images to be.
 
-        `fitted` holds values of `precision` and `image_size` that go before the parameters.
+        For estimators that are written on this class, and for other parts of this library.
         """
-        backbone = self._backbone()
-        precision = fitted.get("precision", self.precision)
-        preprocessing = backbone.preprocessing.with_size(fitted.get("image_size", self.image_size))
+        return self._placed(self._backbone(), self.image_size)
+
+    def _placed(self, backbone: Backbone, image_size: Any) -> tuple[Runner, Preprocessing]:
+        """Return a network on the device and the runtime that the parameters name."""
+        preprocessing = backbone.preprocessing.with_size(image_size)
         options = {"image_size": preprocessing.size}
-        runner = get_runner(backbone, self.device, precision, self.runtime, **options)
+        runner = get_runner(backbone, self.device, self.precision, self.runtime, **options)
         return runner, preprocessing

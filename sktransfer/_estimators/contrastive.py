@@ -14,10 +14,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sktransfer._engine.tiles import TILES
-from sktransfer._estimators.base import Interval, StrOptions, _fit_context, takes_dask
+from sktransfer._estimators.base import Interval, StrOptions, _fit_context, atomic, takes_dask
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._estimators.trained import TrainedEstimator
 from sktransfer._threads import n_threads
 from sktransfer._training.pairs import PairSettings, PairTrainer, why_collapsed
+from sktransfer._training.trainer import Trainer
 from sktransfer.io import ImageSequence
 from sktransfer.io._clips import Frames, check_clips, is_clips
 
@@ -38,10 +40,12 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         The network to start from; see :class:`PretrainedFeatureExtractor`.
     weights : str, path or None, default="default"
         `"default"` for the best published weights, another published name, a path to a state dict,
-        or None: random weights. Only then do the statistics of batch-norms move.
+        or None: random weights. Only then do the statistics of batch-norms move. What is no name
+        has weights of its own, which `"default"` and None leave as they are.
     unfreeze : int, str or list of str, default="all"
         What is trained: `"all"`; a number of blocks from the end, at least 1; a block's name or
-        prefix; or a list of them. See :class:`FineTunedClassifier`.
+        prefix; or a list of them. See :class:`FineTunedClassifier`; its `"auto"` compares scores on
+        labels, and there are none here.
     head : tuple of int or torch.nn.Module, default=(512, 128)
         The projection head: sizes of its linear layers, with batch-norm and ReLU between them; or a
         module. It is thrown away afterwards.
@@ -52,13 +56,15 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     max_epochs : int, default=20
         Each shows every picture once, in two tiles.
     batch_size : int or "auto", default=64
-        Pictures of a step, at least 2: each tile is compared with two tiles of all of them, so
-        larger is better, and takes more memory. `"auto"`: 32. Batches are of about one size.
+        Pictures of a training step, at least 2, and images that frozen blocks take at once. Each
+        tile is compared with two tiles of all pictures of its step, so larger is better, and takes
+        more memory. `"auto"`: 64 of a step, and as many as suit the device. Batches are of about
+        one size.
     lr : float, default=1e-3
-        Learning rate of the last unfrozen block, for AdamW. It rises over the first tenth of the
-        steps and falls to zero by a cosine.
+        Learning rate of the pretrained layers, for AdamW: that of the last unfrozen block. It rises
+        over the first tenth of the steps and falls to zero by a cosine.
     head_lr : float, default=None
-        Learning rate of the projection head; None for that of the last block.
+        Learning rate of the new layers, which are the projection head; None for `lr`.
     lr_decay : float in (0, 1], default=1.0
         Factor of the learning rate from each unfrozen block to the one in front of it.
     weight_decay : float, default=0.01
@@ -115,8 +121,10 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         Why the training stopped early, or should not be used: the representation collapsed.
     net_ : skorch.NeuralNet
         Its `module_` is what lies behind the cut.
-    block_names_, unfrozen_block_names_ : list of str
-        All blocks of the network, and those that were trained.
+    block_names_ : list of str
+        All blocks of the network, in order.
+    unfrozen_block_names_ : list of str
+        The blocks that were trained.
     n_trainable_parameters_ : int
         Number of parameters that were trained, those of the projection head included.
     plan_ : Plan
@@ -134,7 +142,8 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     MemoryError
         In `fit`, for a batch that does not fit into the memory.
     KeyboardInterrupt
-        In `fit`, on Ctrl-C. The estimator is fitted so far, and goes on with ``warm_start=True``.
+        In `fit`, on Ctrl-C. A first fit, `partial_fit`, and one with ``warm_start=True`` keep what
+        they learnt until then; another fit leaves the estimator as it was, as an error does.
 
     Warns
     -----
@@ -201,6 +210,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     _settings_class = PairSettings
     _prefix = "contrastive"
     _kind = "pair"
+    stop_reason_: str | None
 
     def __init__(
         self,
@@ -262,6 +272,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     # ------------------------------------------------------------------------ fitting
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train the unfrozen blocks on unlabelled images or clips.
 
@@ -279,6 +290,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         return self._fit(X, in_parts=False)
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def partial_fit(self, X: Any, y: Any = None) -> Self:
         """Train for one epoch on some of the images, at a constant learning rate.
 
@@ -301,9 +313,14 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
             images, n_frames = images.halves()
         images, n_items = self._distinct(images, n_frames)
         self._check_crop_scale()
+        if self.unfreeze == "auto":
+            raise ValueError(
+                "unfreeze='auto' compares depths by scores on labels, and "
+                f"{type(self).__name__} has no labels: pass a number of blocks, a name or 'all'."
+            )
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         if goes_on:
-            trainer = self._resume()
+            trainer = self._resume(in_parts=in_parts)
         else:
             self._keep_shape(seed)
             trainer = self._new_trainer(n_outputs=0)
@@ -314,11 +331,17 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
             trainer.settings.max_epochs = min(1, self.max_epochs)
         numbers = np.arange(n_items)
         self._train(trainer, images, numbers, None, seed, in_parts=in_parts, goes_on=goes_on)
-        same = "All images are the same, so that none can be told from another: look at them."
-        self.stop_reason_ = same if are_same else why_collapsed(self.history_)
+        if are_same:
+            self.stop_reason_ = (
+                "All images are the same, so that none can be told from another: look at them."
+            )
         if self.stop_reason_ is not None:
-            warnings.warn(self.stop_reason_, ConvergenceWarning, stacklevel=4)
+            warnings.warn(self.stop_reason_, ConvergenceWarning, stacklevel=5)
         return self
+
+    def _set_fitted(self, trainer: Trainer) -> None:
+        super()._set_fitted(trainer)
+        self.stop_reason_ = why_collapsed(self.history_)
 
     def _check_images(self, X: Any, *, reset: bool) -> ImageSequence:
         if self.image_shape is None and is_clips(X):
@@ -387,12 +410,12 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         check_is_fitted(self, "plan_")
         self._validate_params()
         images = self._check_images(X, reset=False)
-        rows = self.to_feature_extractor()._embedding()(images)
+        rows = embedding_of(self.to_feature_extractor())(images)
         return images.means(rows) if isinstance(images, Frames) else rows
 
     @property
     def _n_features_out(self) -> int:
-        return self._trained.frozen.width
+        return self.trainer().frozen.width
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -101,14 +101,14 @@ def _checked(estimator: Any, X: Any) -> Any:
             raise ValueError("X is a dask array without axes; pass one of images or of paths.")
         if X.dtype.kind in "biufc" and not np.isnan(X.shape[1:]).any():
             blank = np.broadcast_to(np.zeros((), X.dtype), (1, *X.shape[1:]))
-            estimator._check_images(blank, reset=False)
+            estimator.check_images(blank)
         return X.rechunk(dict.fromkeys(range(1, X.ndim), -1))
     if isinstance(X, Bag):
         return X
     if is_dataframe_like(X) or is_series_like(X):
         from dask.dataframe.utils import meta_nonempty
 
-        estimator._check_images(meta_nonempty(X._meta).iloc[:1], reset=False)
+        estimator.check_images(meta_nonempty(X._meta).iloc[:1])
         return X.optimize()
     raise TypeError(
         f"Expected a dask array, bag, Series or data frame of images, got {type(X).__name__}: "
@@ -128,7 +128,7 @@ class _Shipped:
         with _lock:
             if self.token not in _ready:
                 estimator = pickle.loads(self.data)
-                estimator._prepare()
+                estimator.prepare()
                 if estimator.n_jobs is None or estimator.n_jobs < 0:
                     estimator.n_jobs = 1  # as many partitions run at once as there are cores
                 _ready[self.token] = estimator

@@ -320,7 +320,7 @@ class FineTunedDetector(TrainedDetector):
         self._validate_params()
         images = self._check_images(X, reset=False)
         array = np.empty(len(images), object)
-        for i, objects in enumerate(self._trained.find(images)):
+        for i, objects in enumerate(self.trainer().find(images)):
             array[i] = {**objects, "labels": self.classes_[objects["labels"]]}
         return array
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import issparse
 from sklearn.utils._missing import is_pandas_na
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
 _SHOWN = 5  # rows that an error names
 _ROWS = (list, tuple, np.ndarray)
@@ -146,3 +147,49 @@ def _few(rows: Iterable[int]) -> str:
     """Return the first few rows as text."""
     shown = [str(row) for row in rows]
     return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+
+
+# ------------------------------------------------------------------------------ classes
+
+
+def is_indicator(y: np.ndarray) -> bool:
+    """Tell an indicator matrix of several labels an image from one label each; refuse others."""
+    kind = type_of_target(y)
+    if kind == "continuous-multioutput":
+        raise ValueError(
+            f"Unknown label type: y has {y.shape[1]} columns of fractions. Soft labels are not "
+            "taken: pass the most probable one, y.argmax(1), or every image once for each of "
+            "its labels, with the shares as sample_weight."
+        )
+    check_classification_targets(y)
+    if y.ndim == 2 and kind != "multilabel-indicator":
+        raise ValueError(
+            f"y has {y.shape[1]} columns that are not zeros and ones. Several labels an "
+            "image come as an indicator matrix: see sklearn's MultiLabelBinarizer."
+        )
+    return kind == "multilabel-indicator"
+
+
+def check_known(
+    y: np.ndarray, is_multilabel: bool, classes: np.ndarray, was_multilabel: bool
+) -> None:
+    """Raise an error if labels are not of the classes, or of the form, of earlier ones."""
+    if is_multilabel != was_multilabel or (is_multilabel and y.shape[1] != len(classes)):
+        known = "an indicator matrix of" if was_multilabel else "one label an image, of"
+        raise ValueError(
+            f"y has shape {y.shape}, but the estimator goes on with {known} {len(classes)} classes."
+        )
+    unknown = [] if is_multilabel else np.setdiff1d(y, classes).tolist()
+    if unknown:
+        raise ValueError(
+            f"y holds the classes {unknown}, which were not announced: the estimator goes on with "
+            f"{classes.tolist()}. Name all in the first call to partial_fit, classes=[...], or fit "
+            "a new estimator."
+        )
+
+
+def labels_of(probabilities: np.ndarray, classes: np.ndarray, is_multilabel: bool) -> np.ndarray:
+    """Return the most probable class of each row; of several labels, those above one half."""
+    if is_multilabel:
+        return (probabilities > 0.5).astype(int)
+    return classes[probabilities.argmax(1)]

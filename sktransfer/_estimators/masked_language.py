@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import xxhash
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, check_random_state
-from torch.nn import functional as F
 
 from sktransfer._engine.device import resolve_device
-from sktransfer._engine.runner import network_lock
 from sktransfer._engine.text_model import (
     Sentences,
     TextEmbedding,
@@ -24,20 +24,22 @@ from sktransfer._engine.text_model import (
     check_sentences,
     load_text_model,
 )
-from sktransfer._estimators.base import HasMethods, Interval, StrOptions, _fit_context
-from sktransfer._memory.memory import check_memory
-from sktransfer._torch_state import (
-    Chance,
-    float32_by_default,
-    ready_to_train,
-    trained_tensors,
+from sktransfer._estimators.base import (
+    HasMethods,
+    Interval,
+    StrOptions,
+    _fit_context,
+    atomic,
+    interrupted_refit,
 )
+from sktransfer._memory.memory import check_memory
+from sktransfer._torch_state import Chance, ready_to_train, trained_tensors
 from sktransfer._training.masked_words import (
     MaskedData,
     MaskedNet,
     WordGuesser,
     accuracy_scoring,
-    hidden_logits,
+    score_guesses,
 )
 from sktransfer._training.net import (
     Interrupted,
@@ -52,8 +54,6 @@ from sktransfer.models._modules import copy_of
 
 __all__ = ["MaskedLanguagePretrainer"]
 
-_SCORED = 16  # sentences of a batch that is scored
-
 
 class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Train a masked language model on sentences without labels; embed sentences with it.
@@ -64,11 +64,11 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
     Parameters
     ----------
-    model : str or path, default="distilbert/distilbert-base-uncased"
+    backbone : str or path, default="distilbert/distilbert-base-uncased"
         A masked language model: a folder with its configuration, weights and tokenizer, as
         transformers saves them; or a name on the hub, which is downloaded once.
     tokenizer : str, path or None, default=None
-        A tokenizer of its own, by name or folder; None for that of the model.
+        A tokenizer of its own, by name or folder; None for that of the backbone.
     mask_probability : float in (0, 1), default=0.15
         Of each token that it is hidden; at least one of a sentence is.
     pooling : {"avg", "max", "token"}, default="avg"
@@ -81,10 +81,11 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
     max_epochs : int, default=3
         Each shows every sentence once, other words hidden.
     batch_size : int or "auto", default=16
-        Sentences of a step. `"auto"`: 16; and of embeddings 32 in flight.
+        Sentences of a step, and of embeddings those in flight. `"auto"`: 16 of a step, 32 in
+        flight.
     lr : float, default=5e-5
-        Learning rate of AdamW. It rises over the first tenth of the steps and falls to zero by a
-        cosine.
+        Learning rate of the pretrained layers, for AdamW. It rises over the first tenth of the
+        steps and falls to zero by a cosine.
     weight_decay : float, default=0.01
         AdamW's; of matrices, not of biases and norms.
     callbacks : list of skorch.callbacks.Callback, default=None
@@ -113,6 +114,9 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
     Raises
     ------
+    KeyboardInterrupt
+        In `fit`, on Ctrl-C. A first fit, `partial_fit`, and one with ``warm_start=True`` keep what
+        they learnt until then; another fit leaves the estimator as it was.
     ImportError
         If transformers is not installed; it names the extra.
     OSError
@@ -151,11 +155,15 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
     """
 
     history_: list[dict[str, Any]]
-    _network: Any
+    # A fit sets the following. A pickle leaves out those that can be None.
+    _network: Any  # None if unpickled; its weights are `_state`
     _state: dict[str, np.ndarray]
+    _text_model: TextModel | None  # on which it was fitted
+    _named: tuple[str, str | None] | None  # the parameters that named it
+    _vocabulary: str  # its digest
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "model": [str, os.PathLike],
+        "backbone": [str, os.PathLike],
         "tokenizer": [str, os.PathLike, None],
         "mask_probability": [Interval(Real, 0, 1, closed="neither")],
         "pooling": [StrOptions({"avg", "max", "token"})],
@@ -176,7 +184,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
     def __init__(
         self,
-        model: Any = "distilbert/distilbert-base-uncased",
+        backbone: Any = "distilbert/distilbert-base-uncased",
         *,
         tokenizer: Any = None,
         mask_probability: float = 0.15,
@@ -195,7 +203,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         random_state: Any = None,
         verbose: int = 0,
     ) -> None:
-        self.model = model
+        self.backbone = backbone
         self.tokenizer = tokenizer
         self.mask_probability = mask_probability
         self.pooling = pooling
@@ -216,6 +224,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
     # ------------------------------------------------------------------------ fitting
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train the model on sentences.
 
@@ -232,6 +241,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         return self._fit(X, goes_on=self.warm_start and hasattr(self, "history_"))
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def partial_fit(self, X: Any, y: Any = None) -> Self:
         """Train for one epoch on some of the sentences, at a constant learning rate.
 
@@ -247,10 +257,14 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         return self._fit(X, goes_on=hasattr(self, "history_"), in_parts=True)
 
     def _fit(self, X: Any, *, goes_on: bool, in_parts: bool = False) -> Self:
-        model = self._load()
+        is_refit = hasattr(self, "history_") and not goes_on
+        if goes_on:
+            self._check_names()
+        model = self._fitted_model() if goes_on else self._named_model()
         sentences = self._tokens(check_sentences(X), model)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
-        network = self._trained_network(model) if goes_on else copy_of(model.network)
+        # A copy, so that what is fitted stays as it is until the end.
+        network = copy_of(self._fitted_network(model) if goes_on else model.network)
         history = self.history_ if goes_on else []
         n_epochs = 1 if in_parts else self.max_epochs
         module = WordGuesser(network.to(resolve_device(self.device)))
@@ -259,23 +273,33 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         progress = Progress()
         net = self._new_net(module, schedule, seed, progress)
         net.history.extend(history)
-        stopped: Interrupted | None = None
+        is_stopped = False
         bar = progress.shown(n_epochs * len(data), self.verbose, unit="sentence")
         fitting = threading.Lock()
         with bar, fitting, ready_to_train(fitting):
             try:
                 train(net, data, n_epochs, Chance(seed), progress=progress)
-            except Interrupted as error:
-                stopped = error
-        self._network = network.eval().requires_grad_(False)
-        self.history_ = recorded(net)
-        self.n_iter_ = len(self.history_)
-        if stopped is not None:
-            raise KeyboardInterrupt(
-                f"fit was interrupted after {stopped.n_done} of {n_epochs} epochs. "
+            except Interrupted:
+                is_stopped = True
+        if is_stopped and is_refit:
+            raise interrupted_refit()
+        self._set_fitted(model, network.eval().requires_grad_(False), recorded(net))
+        if is_stopped:
+            raise Interrupted(
+                f"fit was interrupted after {self.n_iter_ - len(history)} of {n_epochs} epochs. "
                 "What was learnt until then is kept; with warm_start=True, fit goes on from there."
             )
         return self
+
+    def _set_fitted(
+        self, model: TextModel, network: Any, history: Sequence[dict[str, Any]]
+    ) -> None:
+        """Set the fitted attributes."""
+        if getattr(self, "_text_model", None) is not model:
+            self._vocabulary = _digest_of_words(model)
+        self._text_model, self._named, self._network = model, self._names(), network
+        self.history_ = list(history)
+        self.n_iter_ = len(self.history_)
 
     def _new_net(
         self, module: WordGuesser, schedule: Schedule | None, seed: int, progress: Progress
@@ -313,8 +337,8 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
             A row does not depend on the other sentences.
         """
         self._validate_params()
-        sentences, model = check_sentences(X), self._load()
-        runner = TextRunner(model, self._trained_network(model), resolve_device(self.device))
+        sentences, model = check_sentences(X), self._fitted_model()
+        runner = TextRunner(model, self._fitted_network(model), resolve_device(self.device))
         embedding = TextEmbedding(
             runner,
             self.pooling,
@@ -362,40 +386,56 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
     def _guess(self, X: Any) -> tuple[float, float]:
         """Return accuracy and mean cross-entropy of the hidden words."""
         self._validate_params()
-        model = self._load()
+        model = self._fitted_model()
         sentences = self._tokens(check_sentences(X), model)
         data = MaskedData(model, sentences, self.mask_probability, 0, hides_all=True)
-        device = resolve_device(self.device)
-        network = self._trained_network(model).to(device)
-        n_right, loss, n = 0, 0.0, 0
-        for start in range(0, len(data), _SCORED):
-            batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))
-            targets = y[batch["is_hidden"]]
-            with network_lock.shared(), float32_by_default(), torch.inference_mode():
-                moved = {name: value.to(device) for name, value in batch.items()}
-                logits = hidden_logits(network, **moved).cpu()
-                n_right += int((logits.argmax(1) == targets).sum())
-                loss += F.cross_entropy(logits, targets, reduction="sum").item()
-                n += len(targets)
-        return n_right / n, loss / n
+        return score_guesses(self._fitted_network(model), data, resolve_device(self.device))
 
     # ------------------------------------------------------------------------ parts
 
-    def _load(self) -> TextModel:
+    def _names(self) -> tuple[str, str | None]:
         tokenizer = None if self.tokenizer is None else os.fspath(self.tokenizer)
-        return load_text_model(os.fspath(self.model), tokenizer)
+        return os.fspath(self.backbone), tokenizer
+
+    def _named_model(self) -> TextModel:
+        """Return the model that the parameters name."""
+        return load_text_model(*self._names())
+
+    def _fitted_model(self) -> TextModel:
+        """Return the model of the fit; the one that the parameters name if nothing is fitted."""
+        if not hasattr(self, "history_"):
+            return self._named_model()
+        if self._text_model is None:  # unpickled
+            model = self._named_model()
+            if _digest_of_words(model) != self._vocabulary:
+                raise ValueError(
+                    f"The tokenizer that backbone={self.backbone!r}, tokenizer={self.tokenizer!r} "
+                    "name has other words than that on which this estimator was fitted. Pass the "
+                    "old one by set_params(backbone=..., tokenizer=...), or fit it again."
+                )
+            self._text_model, self._named = model, self._names()
+        return self._text_model
+
+    def _check_names(self) -> None:
+        """Raise an error if the parameters name another model than that which is fitted."""
+        if self._named is not None and self._named != self._names():
+            raise ValueError(
+                f"(backbone, tokenizer) has changed from {self._named} to {self._names()} since "
+                "the first fit, with which warm_start and partial_fit go on. Set it back, or fit a "
+                "new estimator, as sklearn.base.clone makes it."
+            )
 
     def _tokens(self, sentences: Sentences, model: TextModel) -> list[np.ndarray]:
         """Return the tokens of sentences in an order of their own; errors name their rows."""
         texts = list(sentences.texts)
-        found = [
+        tokens = [
             model.tokens(text, f"row {row}", self.max_length, self.truncation)
             for row, text in enumerate(texts)
         ]
         order = sorted(range(len(texts)), key=texts.__getitem__)
-        return [found[i] for i in order]
+        return [tokens[i] for i in order]
 
-    def _trained_network(self, model: TextModel) -> Any:
+    def _fitted_network(self, model: TextModel) -> Any:
         """Return the trained network, or the pretrained one."""
         if not hasattr(self, "history_"):
             return model.network
@@ -407,18 +447,20 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
     @property
     def _n_features_out(self) -> int:
-        return self._load().width
+        return self._fitted_model().width
 
     def __getstate__(self) -> dict[str, Any]:
         # The weights as NumPy arrays; the model's code and the tokenizer are loaded again, from
         # wherever the copy is opened.
         state = super().__getstate__()
-        for name in ("model", "tokenizer"):
+        for name in ("backbone", "tokenizer"):
             if isinstance(state[name], str) and os.path.isdir(state[name]):
                 state = {**state, name: os.path.abspath(state[name])}
         if state.get("_network") is not None:
             weights = {k: v.cpu().numpy() for k, v in state["_network"].state_dict().items()}
             state = {**state, "_network": None, "_state": weights}
+        if "_network" in state:
+            state = {**state, "_text_model": None, "_named": None}
         return state
 
     def __sklearn_tags__(self) -> Tags:
@@ -428,3 +470,8 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         tags.input_tags.two_d_array = False
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+def _digest_of_words(model: TextModel) -> str:
+    words = sorted(model.tokenizer.get_vocab().items())  # it comes in any order
+    return xxhash.xxh3_128_hexdigest(repr(words).encode("utf-8", "surrogatepass"))

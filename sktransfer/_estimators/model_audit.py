@@ -13,7 +13,7 @@ OURS = {
     "sktransfer._estimators.contrastive.ContrastivePretrainer": "ObjectNode",
     "sktransfer._estimators.detection.FineTunedDetector": "ObjectNode",
     "sktransfer._estimators.fine_tuning.FineTunedClassifier": "ObjectNode",
-    "sktransfer._estimators.fine_tuning.FineTunedRegressor": "ObjectNode",
+    "sktransfer._estimators.fine_tuned_regressor.FineTunedRegressor": "ObjectNode",
     "sktransfer._estimators.masked_language.MaskedLanguagePretrainer": "ObjectNode",
     "sktransfer._training.plan.Plan": "ObjectNode",
     "sktransfer._estimators.pretrained.PretrainedFeatureExtractor": "ObjectNode",

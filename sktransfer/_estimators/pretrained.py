@@ -10,7 +10,7 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit
 from sklearn.utils import Tags
 
 from sktransfer._engine.embedding import Embedding
-from sktransfer._estimators.base import ImageEstimator, takes_dask
+from sktransfer._estimators.base import ImageEstimator, atomic, takes_dask
 from sktransfer._memory.memory import check_memory
 
 __all__ = ["PretrainedFeatureExtractor"]
@@ -154,6 +154,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         self.verbose = verbose
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def fit(self, X: Any, y: Any = None) -> Self:
         """Check the parameters and the form of `X`; nothing is learnt.
 
@@ -170,7 +171,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         self
         """
         self._check_images(X, reset=True)
-        self.block_names_ = self._embedding().runner.block_names
+        self.block_names_ = embedding_of(self).runner.block_names
         return self
 
     @takes_dask(lambda self: np.empty((0, self._n_features_out), np.float32))
@@ -189,30 +190,36 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         """
         self._validate_params()
         images = self._check_images(X, reset=False)
-        return self._embedding()(images)
-
-    def _embedding(self) -> Embedding:
-        runner, preprocessing = self._load()
-        layers = self.layer if isinstance(self.layer, (list, tuple)) else [self.layer]
-        if not layers:
-            raise ValueError("layer=[] names no block; pass at least one, or 'auto'.")
-        return Embedding(
-            runner,
-            [runner.position(layer) for layer in layers],
-            self.pooling,
-            preprocessing,
-            memory=check_memory(self.memory),
-            batch_size=self.batch_size,
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-        )
+        return embedding_of(self)(images)
 
     @property
     def _n_features_out(self) -> int:
-        return self._embedding().columns[-1].stop
+        return embedding_of(self).columns[-1].stop
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.requires_fit = False
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+def embedding_of(estimator: Any) -> Embedding:
+    """Return a pass over images to the rows of an extractor, or to a classifier's logits.
+
+    What has no parameter `layer` takes the whole network.
+    """
+    runner, preprocessing = estimator.load_network()
+    layer = getattr(estimator, "layer", "output")
+    layers = layer if isinstance(layer, (list, tuple)) else [layer]
+    if not layers:
+        raise ValueError("layer=[] names no block; pass at least one, or 'auto'.")
+    return Embedding(
+        runner,
+        [runner.position(layer) for layer in layers],
+        getattr(estimator, "pooling", "avg"),
+        preprocessing,
+        memory=check_memory(estimator.memory),
+        batch_size=estimator.batch_size,
+        n_jobs=estimator.n_jobs,
+        verbose=estimator.verbose,
+    )

@@ -6,13 +6,16 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from sklearn.metrics import accuracy_score
 from sklearn.utils import Tags
 
 from sktransfer._engine.embedding import Embedding
-from sktransfer._estimators.base import ImageEstimator, _fit_context, takes_dask
-from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer._estimators.base import ImageEstimator, _fit_context, atomic, takes_dask
+from sktransfer._estimators.labels import plain_labels
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence
+from sktransfer.models import get_model
 
 __all__ = ["PretrainedClassifier"]
 
@@ -78,8 +81,8 @@ class PretrainedClassifier(ImageEstimator):
     -----
     What scikit-learn calls a classifier predicts the labels with which it was fitted. This one
     does not, so :func:`sklearn.base.is_classifier` returns False, and meta-estimators that ask for
-    a classifier (such as `VotingClassifier`) refuse it. Compare it with labels of yours by
-    ``accuracy_score(y, model.predict(X))``, or by ``scoring="accuracy"`` where one is asked for.
+    a classifier (such as `VotingClassifier`) refuse it. `score` compares it with labels of yours,
+    if they are its `classes_`.
 
     Examples
     --------
@@ -131,6 +134,7 @@ class PretrainedClassifier(ImageEstimator):
         self.verbose = verbose
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def fit(self, X: Any, y: Any = None) -> Self:
         """Check the parameters, the network and the form of `X`; nothing is learnt.
 
@@ -145,7 +149,7 @@ class PretrainedClassifier(ImageEstimator):
         self
         """
         self._check_images(X, reset=True)
-        self._embedding()
+        logits_of(self)
         return self
 
     @property
@@ -153,7 +157,7 @@ class PretrainedClassifier(ImageEstimator):
         """Names of the network's classes, or their numbers."""
         categories = self._backbone().categories
         if categories is None:
-            return np.arange(self._embedding().columns[-1].stop)
+            return np.arange(logits_of(self).columns[-1].stop)
         return np.array(categories)
 
     @takes_dask(lambda self: self.classes_[:0])
@@ -186,7 +190,7 @@ class PretrainedClassifier(ImageEstimator):
         """
         return _softmax(self._logits(self._images(X)))
 
-    @takes_dask(lambda self: _led(np.empty((0, len(self.classes_)), np.float32)))
+    @takes_dask(lambda self: _decision(np.empty((0, len(self.classes_)), np.float32)))
     def decision_function(self, X: Any) -> np.ndarray:
         """Return the logits: what the network says before the softmax.
 
@@ -199,7 +203,24 @@ class PretrainedClassifier(ImageEstimator):
         ndarray of shape (n, n_classes) or (n,), float32
             Of two classes, by how much the second leads.
         """
-        return _led(self._logits(self._images(X)))
+        return _decision(self._logits(self._images(X)))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy on images that are labelled with the network's own classes.
+
+        Parameters
+        ----------
+        X : sequence of images
+        y : array-like of shape (n,)
+            Entries of `classes_`.
+        sample_weight : array-like of shape (n,), default=None
+
+        Returns
+        -------
+        float
+        """
+        y = plain_labels(y)  # an error that names its rows comes before the images run
+        return float(accuracy_score(y, self.predict(X), sample_weight=sample_weight))
 
     def top_k(self, X: Any, k: int = 5) -> Any:
         """Return the most probable classes of images as a table.
@@ -247,27 +268,7 @@ class PretrainedClassifier(ImageEstimator):
         return self._check_images(X, reset=False)
 
     def _logits(self, images: ImageSequence) -> np.ndarray:
-        return self._embedding()(images)  # (n, n_classes) float32
-
-    def _embedding(self) -> Embedding:
-        parameters = self.get_params(deep=False)
-        embedding = PretrainedFeatureExtractor(layer="output", **parameters)._embedding()
-        runner, categories = embedding.runner, self._backbone().categories
-        shape = runner.shape(None, embedding.preprocessing.size)
-        is_headless = getattr(runner.network, "num_classes", None) == 0  # so timm's say it
-        if len(shape) != 1 or shape[0] < 2 or is_headless:
-            what = "an embedding, as it has no head" if is_headless else f"shape {shape} an image"
-            raise ValueError(
-                f"Backbone {runner.name!r} returns {what}: no logits of classes. "
-                "PretrainedFeatureExtractor embeds images with it; FineTunedClassifier gives it a "
-                "head."
-            )
-        if categories is not None and len(categories) != shape[0]:
-            raise ValueError(
-                f"Backbone {runner.name!r} names {len(categories)} categories, but its output has "
-                f"{shape[0]} columns."
-            )
-        return embedding
+        return logits_of(self)(images)  # (n, n_classes) float32
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -275,7 +276,29 @@ class PretrainedClassifier(ImageEstimator):
         return tags
 
 
-def _led(logits: np.ndarray) -> np.ndarray:
+def logits_of(classifier: PretrainedClassifier) -> Embedding:
+    """Return a pass over images to their logits; an error if the network has none."""
+    embedding = embedding_of(classifier)
+    runner = embedding.runner
+    categories = get_model(classifier.backbone, classifier.weights).categories
+    shape = runner.shape(None, embedding.preprocessing.size)
+    is_headless = getattr(runner.network, "num_classes", None) == 0  # so timm's say it
+    if len(shape) != 1 or shape[0] < 2 or is_headless:
+        what = "an embedding, as it has no head" if is_headless else f"shape {shape} an image"
+        raise ValueError(
+            f"Backbone {runner.name!r} returns {what}: no logits of classes. "
+            "PretrainedFeatureExtractor embeds images with it; FineTunedClassifier gives it a "
+            "head."
+        )
+    if categories is not None and len(categories) != shape[0]:
+        raise ValueError(
+            f"Backbone {runner.name!r} names {len(categories)} categories, but its output has "
+            f"{shape[0]} columns."
+        )
+    return embedding
+
+
+def _decision(logits: np.ndarray) -> np.ndarray:
     """Return logits or, of two classes, by how much the second leads."""
     return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer._estimators.base import ImageEstimator, Interval, StrOptions
+from sktransfer._engine.device import resolve_device
+from sktransfer._estimators.base import (
+    ImageEstimator,
+    Interval,
+    StrOptions,
+    interrupted_refit,
+    twin_of,
+)
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._training.net import Interrupted
 from sktransfer._training.settings import Settings
@@ -16,7 +24,8 @@ from sktransfer._training.trainer import Trainer
 from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone
 
-_SHAPE = ("unfreeze", "head", "pooling", "image_size", "precision")  # of what a fit trains
+# What a fit trains: a later change counts for one that starts anew.
+_SHAPE = ("unfreeze", "head", "pooling", "dropout", "head_epochs", "image_size")
 
 
 class TrainedEstimator(ImageEstimator):
@@ -40,38 +49,71 @@ class TrainedEstimator(ImageEstimator):
     _settings_class: ClassVar[type[Settings]] = Settings
     _prefix = "fine-tuned"  # of the resulting network's name
     _kind: str
-    _trainer: Trainer | None
+    # A fit sets the following. A pickle leaves out those that can be None.
     _shape: dict[str, Any]
+    _fingerprint: str
+    _trainer: Trainer | None
+    _place: tuple[Any, ...] | None  # where the trainer computes
+    _network: Backbone | None  # on which it was fitted
+    _named: tuple[Any, Any] | None  # the parameters that are known to name this network
 
     # ------------------------------------------------------------------------ fitting
 
     def _keep_shape(self, seed: int) -> None:
         """Remember what a new fit trains, whatever is set later, and the seed of random weights."""
-        self._shape = {name: getattr(self, name) for name in _SHAPE}
+        parameters = self.get_params(deep=False)
+        self._shape = {name: parameters[name] for name in _SHAPE if name in parameters}
+        self._shape["is_from_scratch"] = self._is_from_scratch
         self._weights_seed = seed
 
     def _settings(self, n_outputs: int) -> Settings:
-        parameters = self.get_params(deep=False)
-        names = [n for n in self._settings_class.taken_from_parameters() if n in parameters]
-        values = {name: self._shape.get(name, parameters[name]) for name in names}
+        """Return the parameters as they are, but for the shape, which is that of the fit."""
+        parameters = self.get_params(deep=False) | self._shape
+        names = self._settings_class.taken_from_parameters()
+        values = {name: parameters[name] for name in names if name in parameters}
         return self._settings_class(kind=self._kind, n_outputs=n_outputs, **values)
 
     def _new_trainer(self, n_outputs: int) -> Trainer:
-        runner, preprocessing = self._load()
-        return self._trainer_class(runner, preprocessing, self._settings(n_outputs))
+        self._network = self._backbone()
+        self._named = self.backbone, self.weights
+        self._place = self._wanted_place()
+        placed = self._placed(self._network, self.image_size)
+        return self._trainer_class(*placed, self._settings(n_outputs))
 
-    def _resume(self) -> Trainer:
-        """Return the trainer as it stands, with the parameters as they now are."""
-        for name, fitted in self._shape.items():
-            if (value := getattr(self, name)) is not fitted and value != fitted:
-                raise ValueError(
-                    f"{name} has changed from {fitted!r} to {value!r} since the first fit, with "
-                    "which warm_start and partial_fit go on. Set it back, or fit a new estimator, "
-                    "as sklearn.base.clone makes it."
-                )
-        trainer = self._trained
-        trainer.settings = self._settings(trainer.settings.n_outputs)
-        return trainer
+    def _resume(self, *, in_parts: bool) -> Trainer:
+        """Return the trainer as it stands, with the parameters as they now are.
+
+        It is a shallow copy: what a training replaces is replaced there, and only the weights
+        change in place.
+        """
+        self._check_shape()
+        trainer = self.trainer()
+        settings = self._settings(trainer.settings.n_outputs)
+        # These two go on with the net that is there, the others make a new one.
+        if (in_parts or trainer.n_left) and settings.needs_new_net(trainer.settings):
+            trainer = self._rebuilt()
+        resumed = copy.copy(trainer)
+        if settings.max_epochs != trainer.settings.max_epochs:
+            resumed.n_left = 0  # not what is left of the old number
+        resumed.settings = settings
+        return resumed
+
+    def _check_shape(self) -> None:
+        """Raise an error if the parameters name something else than what is fitted."""
+        for name, value in self.get_params(deep=False).items():
+            fitted = self._shape.get(name, value)
+            if not _is_same(value, fitted):
+                raise ValueError(_cannot_go_on(name, fitted, value))
+        if self._named is None:  # unpickled: the weights are compared where they are loaded
+            return
+        pairs = zip(("backbone", "weights"), self._named, strict=True)
+        changed = [
+            (name, fitted, value)
+            for name, fitted in pairs
+            if not _is_same(value := getattr(self, name), fitted)
+        ]
+        if changed and self._backbone().fingerprint != self._fingerprint:
+            raise ValueError(_cannot_go_on(*changed[0]))
 
     def _train(
         self,
@@ -84,20 +126,30 @@ class TrainedEstimator(ImageEstimator):
         in_parts: bool,
         goes_on: bool,
     ) -> None:
-        """Train, and take what was learnt until Ctrl-C, if it comes."""
-        stopped: Interrupted | None = None
+        """Train, and set the fitted attributes; on Ctrl-C, of what was learnt until then.
+
+        What a fit that goes on has changed in place is undone if it fails.
+        """
+        is_refit = hasattr(self, "_trainer") and not goes_on
+        before = trainer.state() if goes_on else {}
         try:
             if in_parts:
                 trainer.train_part(images, targets, weights, seed)
             else:
                 trainer.train(images, targets, weights, seed, goes_on=goes_on)
-        except Interrupted as error:
-            stopped = error
-        self._take(trainer)
-        if stopped is not None:
-            raise KeyboardInterrupt(str(stopped)) from None
+        except Interrupted:
+            if is_refit:
+                raise interrupted_refit() from None
+            self._set_fitted(trainer)
+            raise
+        except BaseException:
+            if goes_on and _differ(trainer.state(), before):
+                assert self._trainer is not None
+                self._trainer.restore(before, self.history_, self.plan_, self._trainer.n_left)
+            raise
+        self._set_fitted(trainer)
 
-    def _take(self, trainer: Trainer) -> None:
+    def _set_fitted(self, trainer: Trainer) -> None:
         """Set the fitted attributes."""
         self._trainer = trainer
         self._fingerprint = trainer.frozen.runner.fingerprint
@@ -110,49 +162,81 @@ class TrainedEstimator(ImageEstimator):
 
     # ------------------------------------------------------------------------ what is fitted
 
-    @property
-    def _trained(self) -> Trainer:
-        """The trainer; rebuilt after unpickling."""
+    def trainer(self) -> Trainer:
+        """Return what was trained, where the parameters want it; for other parts of this library.
+
+        It is rebuilt after unpickling, and where `device`, `precision` or `runtime` has changed.
+        """
         check_is_fitted(self, "plan_")
-        if self._trainer is None:
-            shape = {name: self._shape[name] for name in ("precision", "image_size")}
-            runner, preprocessing = self._load(**shape)
-            if runner.fingerprint != self._fingerprint:
+        fitted: dict[str, Any] = (
+            self.__dict__
+        )  # of one fit: that of another thread may end meanwhile
+        place = self._wanted_place()
+        if fitted["_trainer"] is None or fitted["_place"] != place:
+            self._validate_params()
+            twin = twin_of(self)
+            trainer = twin._rebuilt()
+            fitted |= {"_trainer": trainer, "_place": place}
+            fitted |= {"_network": twin._network, "_named": twin._named}
+        return fitted["_trainer"]
+
+    def _snapshot(self) -> Self:
+        self.trainer()  # rebuilt here if it must be, so that the next call finds it
+        return twin_of(self)
+
+    def _wanted_place(self) -> tuple[Any, ...]:
+        return resolve_device(self.device), self.precision, self.runtime
+
+    def _rebuilt(self) -> Trainer:
+        """Return a new trainer with the trained values."""
+        state = self.__dict__ if self._trainer is None else _kept(self._trainer)
+        placed = self._placed(self._fitted_network(), self._shape["image_size"])
+        trainer = self._trainer_class(*placed, self._settings(state["_n_outputs"]))
+        trainer.restore(state["_state"], self.history_, self.plan_, state["_n_left"])
+        return trainer
+
+    def _fitted_network(self) -> Backbone:
+        """Return the network of the fit; after unpickling, the one that the parameters name."""
+        if self._network is None:
+            network = self._backbone()
+            if network.fingerprint != self._fingerprint:
                 raise ValueError(
                     f"The weights that backbone={self.backbone!r}, weights={self.weights!r} name "
                     "are not those on which this estimator was fitted (fingerprint "
-                    f"{runner.fingerprint[:8]}, then {self._fingerprint[:8]}), and its trained "
+                    f"{network.fingerprint[:8]}, then {self._fingerprint[:8]}), and its trained "
                     "blocks do not fit to others. Pass the old weights by "
                     "set_params(weights='path/to/file.pth'), or fit it again."
                 )
-            settings = self._settings(self._n_outputs)
-            trainer = self._trainer_class(runner, preprocessing, settings)
-            trainer.restore(self._state, self.history_, self.plan_, self._n_left)
-            self._trainer = trainer
-        return self._trainer
+            self._network = network
+            self._named = self.backbone, self.weights
+        return self._network
+
+    def _predictor(self) -> Trainer:
+        """Return the trainer with the parameters as they now are, to predict with.
+
+        It is a copy, so that several threads can predict, and a training goes on as it was.
+        """
+        trainer = copy.copy(self.trainer())
+        trainer.settings = self._settings(trainer.settings.n_outputs)
+        return trainer
 
     @property
     def net_(self) -> Any:
         """The skorch net, whose module is what follows the cut."""
-        return self._trained.net
+        return self.trainer().net
 
     def __getstate__(self) -> dict[str, Any]:
         # Kept is what cannot be rebuilt: the trained blocks and the head, as NumPy arrays. The
         # frozen rest is loaded again, and checked, when it is needed.
         state = super().__getstate__()
         if state.get("_trainer") is not None:
-            trainer = state["_trainer"]
-            state = {
-                **state,
-                "_trainer": None,
-                "_state": trainer.state(),
-                "_n_outputs": trainer.settings.n_outputs,
-                "_n_left": trainer.n_left,
-            }
+            state = {**state, **_kept(state["_trainer"]), "_trainer": None}
+        if "_trainer" in state:
+            state = {**state, "_network": None, "_named": None, "_place": None}
         return state
 
     def _prepare(self) -> None:
-        self._trained  # noqa: B018 restores it
+        self.trainer()
 
     def to_backbone(self) -> Backbone:
         """Return the trained network, without the new head, as other estimators take it.
@@ -164,7 +248,7 @@ class TrainedEstimator(ImageEstimator):
         Backbone
             A copy, with the preprocessing of the training: its image size included.
         """
-        return self._trained.backbone(self._prefix)
+        return self.trainer().backbone(self._prefix)
 
     def to_feature_extractor(self) -> PretrainedFeatureExtractor:
         """Return a transformer whose embeddings are those of the trained network.
@@ -179,6 +263,31 @@ class TrainedEstimator(ImageEstimator):
         parameters = {name: getattr(self, name) for name in shared - {"weights"}}
         parameters |= {name: self._shape[name] for name in shared & self._shape.keys()}
         parameters["backbone"] = backbone
-        if not self._trained.frozen.runner.can_be_cut:  # all of it is its embedding
+        if not self.trainer().frozen.runner.can_be_cut:  # all of it is its embedding
             parameters["layer"] = "output"
         return PretrainedFeatureExtractor(**parameters)
+
+
+def _kept(trainer: Trainer) -> dict[str, Any]:
+    """Return what a trainer can be rebuilt from, by the names that an estimator gives it."""
+    return {
+        "_state": trainer.state(),
+        "_n_outputs": trainer.settings.n_outputs,
+        "_n_left": trainer.n_left,
+    }
+
+
+def _is_same(value: Any, fitted: Any) -> bool:
+    return value is fitted or bool(value == fitted)
+
+
+def _cannot_go_on(name: str, fitted: Any, value: Any) -> str:
+    return (
+        f"{name} has changed from {fitted!r} to {value!r} since the first fit, with which "
+        "warm_start and partial_fit go on. Set it back, or fit a new estimator, as "
+        "sklearn.base.clone makes it."
+    )
+
+
+def _differ(state: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> bool:
+    return any(value.tobytes() != before[name].tobytes() for name, value in state.items())

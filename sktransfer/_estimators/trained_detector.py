@@ -53,7 +53,7 @@ class TrainedDetector(ImageEstimator):
             sizes = image_sizes(images, n_threads(self.n_jobs))
             objects = check_inside(objects, sizes)
             seed = check_random_state(self.random_state).randint(2**31 - 1)
-            trainer = self._trained if goes_on else self._new_trainer(classes, seed)
+            trainer = self.trainer() if goes_on else self._new_trainer(classes, seed)
             learn = trainer.train_part if in_parts else trainer.train
             try:
                 learn(images, objects, numbers, sizes, seed)
@@ -106,9 +106,8 @@ class TrainedDetector(ImageEstimator):
             **place,
         )
 
-    @property
-    def _trained(self) -> DetectorTrainer:
-        """What is fitted, with the parameters as they now are; rebuilt after unpickling."""
+    def trainer(self) -> DetectorTrainer:
+        """Return what is fitted, with the parameters as they now are; rebuilt after unpickling."""
         check_is_fitted(self, "_trainer")
         for name, fitted in self._shape.items():
             if _differs(value := getattr(self, name), fitted):
@@ -152,7 +151,7 @@ class TrainedDetector(ImageEstimator):
         return state
 
     def _prepare(self) -> None:
-        self._trained  # noqa: B018 restores it
+        self.trainer()
 
 
 def _differs(value: Any, fitted: Any) -> bool:

@@ -91,6 +91,7 @@ def search_depth(
     targets: np.ndarray,
     weights: np.ndarray | None,
     seed: int,
+    kind: str,
 ) -> dict[str, Any]:
     """Choose how many blocks `model` is to train, on its training images.
 
@@ -114,6 +115,8 @@ def search_depth(
     weights : ndarray of shape (n,) or None
         Of the images, those of the classes included; they weigh the score as well.
     seed : int
+    kind : {"class", "label", "value"}
+        What the targets are.
 
     Returns
     -------
@@ -127,18 +130,19 @@ def search_depth(
     "Classification and regression trees" (1984), for the rule of one standard error.
     """
     depths, shares = _candidates(model)
-    n_folds = _n_folds(model._kind, targets)
+    n_folds = _n_folds(kind, targets)
     if n_folds == 0:
         warnings.warn(
             f"unfreeze='auto' can't compare depths on {len(targets)} images"
-            f"{_rare_class(model, targets)}: the head alone is trained. Pass more images, or a "
-            "number of blocks.",
+            f"{_rare_class(kind, model, targets)}: the head alone is trained. Pass more images, or "
+            "a number of blocks.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
         nothing = {"unfreeze": 0, "best": 0, "threshold": np.nan, "cv_results_": {}}
         return {**nothing, "depths": depths, "shares": shares}
-    results = _halve(model, images, targets, weights, seed, depths, n_folds)
+    splitter = _splitter(kind, n_folds, seed)
+    results = _halve(model, images, targets, weights, seed, depths, splitter)
     takes_epochs = not (isinstance(model.head, str) and model.head_epochs == "auto")
     choice = _choose(results, takes_epochs)
     return {**choice, "depths": depths, "shares": shares, "cv_results_": results}
@@ -151,7 +155,7 @@ def _halve(
     weights: np.ndarray | None,
     seed: int,
     depths: np.ndarray,
-    n_folds: int,
+    splitter: Any,
 ) -> dict[str, Any]:
     """Compare depths by successive halving; return what `cv_results_` of the search holds."""
     # Few candidates are compared at once: a second round would have one of them only.
@@ -165,7 +169,7 @@ def _halve(
             max_resources=model.max_epochs,
             min_resources="exhaust" if has_rounds else model.max_epochs,
             factor=_FACTOR,
-            cv=_splitter(model._kind, n_folds, seed),
+            cv=splitter,
             refit=False,
             error_score="raise",
             return_train_score=False,
@@ -175,8 +179,8 @@ def _halve(
         except KeyboardInterrupt:
             kept = "lies in the memory" if model.memory is not None else "is lost without a memory"
             raise KeyboardInterrupt(
-                "fit was interrupted while it searched for the depth: nothing is fitted yet, and "
-                f"what the frozen blocks computed {kept}."
+                "fit was interrupted while it searched for the depth: the estimator is as it was, "
+                f"and what the frozen blocks computed {kept}."
             ) from None
     return {name: _plain(values) for name, values in search.cv_results_.items()}
 
@@ -198,17 +202,12 @@ def _candidate_of(model: Any, folder: str, seed: int) -> Any:
 
 def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the depths to compare, and the shares of the network's operations behind them."""
-    if model.weights is None:
-        raise ValueError(
-            "unfreeze='auto' searches for how much of the pretrained weights to keep, and "
-            "weights=None has none: pass unfreeze='all'."
-        )
     if model.max_epochs == 0:
         raise ValueError(
             "unfreeze='auto' compares what training makes of each depth, and max_epochs=0 trains "
             "nothing: pass more epochs, or unfreeze=0."
         )
-    runner, preprocessing = model._load()
+    runner, preprocessing = model.load_network()
     n_blocks = len(runner.block_names)
     if n_blocks == 0:
         reason = "" if runner.can_be_cut else ", as it can't be traced"
@@ -231,8 +230,8 @@ def _n_folds(kind: str, targets: np.ndarray) -> int:
     return min(_FOLDS, int(n)) if n >= 2 else 0
 
 
-def _rare_class(model: Any, targets: np.ndarray) -> str:
-    if model._kind != "class":
+def _rare_class(kind: str, model: Any, targets: np.ndarray) -> str:
+    if kind != "class":
         return ""
     numbers, counts = np.unique(targets, return_counts=True)
     name = model.classes_[numbers[counts.argmin()]]

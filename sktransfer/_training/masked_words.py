@@ -21,6 +21,7 @@ from sktransfer._torch_state import float32_by_default
 from sktransfer._training.net import DrawingSteps
 
 _HIDDEN = 0.8  # of the chosen tokens; a half of the others is replaced, the other half left
+_SCORED = 16  # sentences of a batch that is scored
 _IGNORED = -100  # torch's number for a target that does not count
 
 
@@ -189,3 +190,19 @@ def accuracy_scoring() -> tuple[str, PassthroughScoring]:
     """Return the callback that brings the accuracy of batches into the history of epochs."""
     scoring = PassthroughScoring("masked_accuracy", lower_is_better=False, on_train=True)
     return "masked_accuracy", scoring
+
+
+def score_guesses(network: Any, data: MaskedData, device: torch.device) -> tuple[float, float]:
+    """Return the share of hidden words that are guessed, and their mean cross-entropy."""
+    network = network.to(device)
+    n_right, loss, n = 0, 0.0, 0
+    for start in range(0, len(data), _SCORED):
+        batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))
+        targets = y[batch["is_hidden"]]
+        with network_lock.shared(), float32_by_default(), torch.inference_mode():
+            moved = {name: value.to(device) for name, value in batch.items()}
+            logits = hidden_logits(network, **moved).cpu()
+            n_right += int((logits.argmax(1) == targets).sum())
+            loss += F.cross_entropy(logits, targets, reduction="sum").item()
+            n += len(targets)
+    return n_right / n, loss / n

@@ -34,6 +34,8 @@ _PATIENCE = 3  # epochs in a row that have collapsed, before the training stops
 class PairSettings(Settings):
     """The parameters of an estimator that learns from pairs."""
 
+    auto_batch = 64
+
     temperature: float
     crop_scale: tuple[float, float]
 

@@ -216,5 +216,5 @@ def train_head(
     except Interrupted:
         raise KeyboardInterrupt(
             f"fit was interrupted in epoch {len(net.history) + 1} of {n_epochs} that train the "
-            "head alone: nothing is fitted yet."
+            "head alone: the estimator is as it was."
         ) from None

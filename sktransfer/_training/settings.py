@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from sktransfer._threads import n_threads
 from sktransfer.io import ImageSequence
 
-_BATCH = 32  # images of a training step
-_REPEATED = 4  # times the images, of which some count more than once
+# Of the settings, those that a net which is there need not know: `Trainer` reads them anew.
+_READ_ANEW = {
+    *("augment", "n_views", "predict_views", "crop_scale", "memory", "n_jobs"),
+    *("head_epochs", "max_epochs"),
+}
 
 
 @dataclass(kw_only=True)
@@ -22,9 +25,11 @@ class Settings:
     Those with a default are not parameters of every estimator.
     """
 
+    auto_batch: ClassVar[int] = 32  # images of a step where `batch_size` is "auto"
+
     kind: str  # "class", "label" or "value"; "pair" without `y`
     n_outputs: int
-    weights: Any
+    is_from_scratch: bool  # on random weights
     unfreeze: Any
     head: Any
     pooling: str
@@ -47,19 +52,23 @@ class Settings:
     n_jobs: int | None
     verbose: int
 
+    def __post_init__(self) -> None:
+        self.callbacks = list(self.callbacks or [])  # the user's list may change
+
     @classmethod
     def taken_from_parameters(cls) -> list[str]:
-        """Return the names that are parameters of the estimators, too."""
+        """Return the names of what the parameters say, not `y`."""
         return [field.name for field in fields(cls) if field.name not in ("kind", "n_outputs")]
 
-    @property
-    def is_from_scratch(self) -> bool:
-        return self.weights is None
+    def needs_new_net(self, other: Settings) -> bool:
+        """Tell whether a net that was made for other settings is none for these."""
+        names = {field.name for field in fields(self)} - _READ_ANEW
+        return any(getattr(self, name) != getattr(other, name) for name in names)
 
     @property
     def images_a_step(self) -> int:
         """Return the images of a training step."""
-        return _BATCH if isinstance(self.batch_size, str) else self.batch_size
+        return self.auto_batch if isinstance(self.batch_size, str) else self.batch_size
 
     @property
     def solves_head(self) -> bool:
@@ -68,33 +77,32 @@ class Settings:
         return is_linear and self.head_epochs == "auto" and not self.is_from_scratch
 
 
-def unordered(
-    images: ImageSequence,
-    targets: np.ndarray,
-    weights: np.ndarray | None,
-    n_jobs: int | None,
-    repeats: bool,
+def distinct(
+    images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, n_jobs: int | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Bring images into an order of their own: a fit then does not depend on that of the rows.
+    """Find the different images, in an order of their own.
 
-    Images of weight 0 are left out; those of weight 2, with `repeats` and if all weights are such
-    small integers, come twice.
+    Equal images with equal targets are one, with the sum of their weights, and those of weight 0
+    are left out. A fit then depends neither on the order of the rows, nor on whether an image comes
+    twice or counts twice.
 
     Returns
     -------
     rows : ndarray of int
+        The first row of each.
     weights : ndarray or None
-        Of these rows.
+        Theirs; None if none were given, and no image comes twice.
     """
     digests = images.digests(n_threads(n_jobs))
     columns = targets.reshape(len(targets), -1).tolist()
     each = np.ones(len(targets)) if weights is None else weights
-    keys = [(d, *row, weight) for d, row, weight in zip(digests, columns, each, strict=True)]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
-    if weights is None:
-        return order, None
-    weights = weights[order]
-    are_counts = (weights == weights.astype(int)).all()
-    if repeats and are_counts and weights.sum() <= _REPEATED * len(order):
-        return np.repeat(order, weights.astype(int)), None
-    return order[weights > 0], weights[weights > 0]
+    groups: dict[tuple, list[int]] = {}
+    for row, (digest, target) in enumerate(zip(digests, columns, strict=True)):
+        if each[row] > 0:
+            groups.setdefault((digest, *target), []).append(row)
+    ordered = [groups[key] for key in sorted(groups)]
+    rows = np.array([group[0] for group in ordered])
+    if weights is None and len(rows) == len(targets):
+        return rows, None
+    # Sorted, as a sum depends on its order in the last bit.
+    return rows, np.array([np.sort(each[group]).sum() for group in ordered])

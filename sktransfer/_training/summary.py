@@ -162,7 +162,7 @@ def model_summary(model: Any, image_size: Any = None) -> ModelSummary:
 def summary_of(model: Any, parameters: dict[str, Any], image_size: Any = None) -> ModelSummary:
     """Return the summary of an estimator."""
     if "plan_" in vars(model) and image_size is None:
-        return _of_trained(model._trained)
+        return _of_trained(model.trainer())
     backbone = get_architecture(parameters["backbone"], parameters["weights"])
     frozen = _frozen_blocks(backbone, parameters, image_size)
     if "unfreeze" in parameters:
@@ -188,7 +188,7 @@ def blocks_html(model: Any) -> str:
         return ""
     trained = set(vars(model).get("unfrozen_block_names_", ()))
     try:
-        rows = _of_trained(model._trained).rows if "plan_" in vars(model) else _of_loaded(model)
+        rows = _of_trained(model.trainer()).rows if "plan_" in vars(model) else _of_loaded(model)
     except (AttributeError, OSError, ValueError):  # not there, or not what it was
         rows = [BlockRow(name, state="trained" if name in trained else "frozen") for name in names]
     count = f"{len(names) - len(trained)} frozen" + (f", {len(trained)} trained" if trained else "")
@@ -204,7 +204,7 @@ def _of_trained(trainer: Any) -> ModelSummary:
 
 
 def _of_loaded(model: Any) -> list[BlockRow]:
-    runner, preprocessing = model._load()
+    runner, preprocessing = model.load_network()
     frozen = FrozenBlocks(runner, preprocessing, model.pooling)
     # Counting takes a run of the network: too long to wait for it when something is printed.
     flops = runner.flops.get(frozen.size, [None] * frozen.embedding)

@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from sktransfer._engine.pooling import as_map, layout_of
 from sktransfer._engine.runner import Runner, network_lock
-from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
+from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, logits_of
 from sktransfer._optional import load_optional
 from sktransfer._torch_state import ready_to_train
 from sktransfer._training.whole import WholeNetwork, whole_of_runner, whole_of_trainer
@@ -59,7 +59,7 @@ class SaliencyDisplay:
     Examples
     --------
     >>> from sklearn.datasets import load_sample_images
-    >>> from sktransfer import PretrainedClassifier
+    >>> from sktransfer import PretrainedClassifier, logits_of
     >>> from sktransfer.inspection import SaliencyDisplay
     >>> images = load_sample_images().images                     # two arrays (427, 640, 3)
     >>> display = SaliencyDisplay.from_estimator(PretrainedClassifier(), images)
@@ -117,7 +117,7 @@ class SaliencyDisplay:
             "pytorch_grad_cam", f"{cls.__name__}.from_estimator", "'sktransfer[inspection]'"
         )
         source = _source(estimator)
-        images = estimator._check_images(X, reset=False)
+        images = estimator.check_images(X)
         columns = _columns(estimator, targets, len(images))
         position = _position(source.runner, layer, source.preprocessing.size)
         fitted = _fitted(images, source.preprocessing)  # (n, 3, h, w) uint8
@@ -175,7 +175,7 @@ class _Source(NamedTuple):
 def _source(estimator: Any) -> _Source:
     """Return the network on which an estimator decides, in blocks."""
     if isinstance(estimator, PretrainedClassifier):
-        embedding = estimator._embedding()
+        embedding = logits_of(estimator)
         runner, preprocessing = embedding.runner, embedding.preprocessing
         return _Source(whole_of_runner(runner, preprocessing.size), runner, preprocessing)
     if not hasattr(estimator, "to_feature_extractor"):
@@ -185,7 +185,7 @@ def _source(estimator: Any) -> _Source:
             f"{type(estimator).__name__}."
         )
     check_is_fitted(estimator)
-    trainer = estimator._trained
+    trainer = estimator.trainer()
     runner, preprocessing = trainer.frozen.runner, trainer.frozen.preprocessing
     return _Source(whole_of_trainer(trainer), runner, preprocessing)
 
@@ -260,7 +260,7 @@ def _columns(estimator: Any, targets: Any, n: int) -> np.ndarray | None:
     if hasattr(estimator, "classes_"):
         classes = estimator.classes_.tolist()
     else:
-        classes = list(range(estimator._trained.settings.n_outputs))
+        classes = list(range(estimator.trainer().settings.n_outputs))
     if unknown := sorted({text_of(t) for t in targets.tolist() if t not in classes}):
         raise ValueError(f"targets holds {', '.join(unknown)}, which the estimator does not know.")
     return np.array([classes.index(target) for target in targets.tolist()])
@@ -271,7 +271,7 @@ def _titles(estimator: Any, outputs: np.ndarray, columns: np.ndarray, X: Any) ->
         values = np.asarray(estimator.predict(X), float).reshape(len(columns), -1)
         return [f"{values[i, column]:.3g}" for i, column in enumerate(columns)]
     logits = torch.from_numpy(outputs)
-    is_multilabel = getattr(estimator, "_kind", "class") == "label"
+    is_multilabel = getattr(estimator, "multilabel_", False)
     proba = (logits.sigmoid() if is_multilabel else logits.softmax(1)).numpy()
     return [
         f"{text_of(estimator.classes_[column])} ({proba[i, column]:.2f})"

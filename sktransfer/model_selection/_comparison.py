@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_consistent_length
 
 from sktransfer._estimators.base import check_y
 from sktransfer._estimators.labels import plain_labels
-from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._training.depth_search import OnRows
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
@@ -37,7 +37,7 @@ def embed(
 
     What is done once for a network, loading and tracing it, is not counted.
     """
-    embedding = extractor._embedding()
+    embedding = embedding_of(extractor)
     start = time.perf_counter()
     X = embedding(images)
     return X, embedding.n_computed, time.perf_counter() - start

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sktransfer._estimators.base import StrOptions, validate_params
-from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.metrics import h_score, leep_score, log_me_score
@@ -286,7 +286,7 @@ def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
     kinds = (ImportError, OSError, TypeError, ValueError)
     try:
         name = get_model(backbone, weights).name
-        extractor._embedding()
+        embedding_of(extractor)
     except kinds as error:
         kind = next(kind for kind in kinds if isinstance(error, kind))
         which = item if isinstance(item, (str, tuple, list)) else type(item).__name__
@@ -309,7 +309,7 @@ def _row(
     with_head = "leep" in scores and backbone.categories is not None
     extractor.set_params(layer=["auto", "output"] if with_head else "auto")
     X, n_computed, seconds = embed(extractor, images)
-    width = extractor._embedding().columns[0].stop
+    width = embedding_of(extractor).columns[0].stop
     X, logits = X[:, :width], X[:, width:]
     row: dict[str, Any] = {"backbone": candidate.name, "weights": candidate.weights}
     for score in scores:
