@@ -182,7 +182,7 @@ def test_random_weights_of_a_detector_follow_random_state():
     def prints(seed):
         options = {"weights": None, "image_size": 64, "width": 64, "max_epochs": 0}
         model = FineTunedDetector(backbone="squeezenet1_1", random_state=seed, **options)
-        return pickle.loads(pickle.dumps(model.fit(X, BOXES)))._trained.part.fingerprint
+        return pickle.loads(pickle.dumps(model.fit(X, BOXES))).trainer().part.fingerprint
 
     assert prints(0) == prints(0) != prints(1)
 
