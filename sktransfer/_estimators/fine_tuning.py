@@ -29,9 +29,9 @@ from sktransfer._estimators.base import (
 from sktransfer._estimators.labels import plain_labels, refuse_missing
 from sktransfer._estimators.trained import TrainedEstimator
 from sktransfer._training.depth_search import search_depth
-from sktransfer._training.export import Affine, export_onnx
 from sktransfer._training.settings import Settings, unordered
 from sktransfer._training.trainer import Trainer
+from sktransfer._training.whole import Affine, export_onnx
 from sktransfer.io import ImageSequence
 
 __all__ = ["FineTunedClassifier", "FineTunedRegressor"]

@@ -20,8 +20,8 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from sktransfer._engine.cut_network import layout_of
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import layout_of
 from sktransfer.models._hub import downloading
 from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import load_state, read_state_dict, weights_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class TrainedPart(nn.Module):
     ) -> None:
         super().__init__()
         self.start, self.cut, self.step = start, cut, step
+        self.largest_piece = sys.maxsize  # fewer images once the memory did not suffice
         self.moves_statistics = moves_statistics
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, frozen.embedding)]
@@ -94,8 +96,8 @@ class TrainedPart(nn.Module):
         """
         frozen, start = self.frozen, (self.start if start is None else start)
         with network_lock, float32_by_default(), frozen.runner.autocast(), FastDepthwise():
-            if start < self.cut:
-                x = frozen.advance_in_steps(stored, start, self.cut, self.step)
+            if start < self.cut:  # at the images
+                x = frozen.activations(stored, self.cut, self.step)
             else:
                 x = frozen.unpack(stored, start)
             for block in self.blocks:
@@ -107,14 +109,13 @@ class TrainedPart(nn.Module):
     def piece(self, batch_size: int) -> int:
         """Return how many images of a batch are trained on at once."""
         runner, size = self.frozen.runner, self.frozen.size
-        if (
-            self.moves_statistics
-            or self.cut == self.frozen.embedding
-            or runner.device.type != "cpu"
-        ):
-            return min(batch_size, batch_size if self.moves_statistics else runner.most)
+        if self.moves_statistics:  # a part of a batch has others
+            return batch_size
+        if self.cut == self.frozen.embedding or runner.device.type != "cpu":
+            return min(batch_size, self.largest_piece)
         n_pieces = math.ceil(batch_size / max(1, runner.fitting(self.cut, size, _PIECE)))
-        return min(math.ceil(batch_size / n_pieces), runner.most)  # pieces of about one size
+        # Pieces of about one size.
+        return min(math.ceil(batch_size / n_pieces), self.largest_piece)
 
     def train(self, mode: bool = True) -> TrainedPart:
         """Set the mode; frozen blocks stay in eval mode, so their statistics never move."""
@@ -213,15 +214,17 @@ class _InPieces:
         self._set_training(True)
         if len(y) == 1:
             self.module_.hold_statistics()
+        planned = self.module_.piece(len(y))
 
         def run(piece: int) -> dict[str, Any]:
             self.module_.zero_grad()  # of an attempt that did not fit
+            if piece < planned:
+                self.module_.largest_piece = piece
             return self._train_in_pieces(X, y, piece, **fit_params)
 
-        piece = self.module_.piece(len(y))
-        if self.module_.moves_statistics:  # a part of a batch has others
-            return run(piece)
-        return self.module_.frozen.runner.in_smaller_steps(run, piece)
+        if self.module_.moves_statistics:
+            return run(planned)
+        return self.module_.frozen.runner.in_smaller_steps(run, planned)
 
     def _train_in_pieces(self: Any, X: Any, y: Any, piece: int, **fit_params: Any) -> Any:
         loss, outputs = 0.0, []

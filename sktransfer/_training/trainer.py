@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._engine.device import fetch
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import Runner, network_lock
 from sktransfer._memory.memory import check_memory
@@ -417,33 +418,42 @@ class Trainer:
         views = Views(images, self.frozen.preprocessing, augmentation, n_views)
         results = np.empty((len(views), settings.n_outputs), np.float32)
         progress = Progress()  # two threads may predict at once
+        stream = self._stream([self.cut or self.frozen.embedding], progress)
         with progress.shown(len(views), settings.verbose):
             progress.stage(self.frozen.runner.name)
             for first in range(0, len(images), _CHUNK):
                 chunk = views[first : first + _CHUNK]
                 chunk.images.digests(n_threads(settings.n_jobs))
                 place = slice(first * n_views, first * n_views + len(chunk))
-                results[place] = self._chunk_outputs(chunk, progress)
+                results[place] = self._chunk_outputs(chunk, stream, progress)
         return results.reshape(len(images), n_views, settings.n_outputs)
 
-    def _chunk_outputs(self, views: Views, progress: Progress) -> np.ndarray:
-        stream = self._stream([self.cut or self.frozen.embedding], progress)
+    def _chunk_outputs(self, views: Views, stream: Activations, progress: Progress) -> np.ndarray:
         if self.cut:
-            (rows,) = stream(views)
-            batches = torch.from_numpy(rows)
+            batches = torch.from_numpy(stream(views)[0])
         else:
             with ThreadPoolExecutor(n_threads(self.settings.n_jobs)) as threads:
                 batches = torch.stack(list(threads.map(views.load, range(len(views)))))
+
+        def run(step: int) -> np.ndarray:
+            stream.step = step  # of the chunks to come, too
+            return self._run_trained(batches, step)
+
+        outputs = self.frozen.runner.in_smaller_steps(run, stream.step)
+        if not self.cut:  # else the stream moved the bar
+            progress.update(len(views))
+        return outputs
+
+    def _run_trained(self, stored: torch.Tensor, step: int) -> np.ndarray:
+        """Return the outputs for what is stored at the cut."""
         module = self.net.module_.eval()
         outputs = []
         with torch.inference_mode():
             # Batches of one size: a prediction then does not depend on the others.
-            for batch in batches.split(stream.step):
-                padding = batch[:1].expand(stream.step - len(batch), *batch.shape[1:])
+            for batch in stored.split(step):
+                padding = batch[:1].expand(step - len(batch), *batch.shape[1:])
                 found = module(torch.cat([batch, padding]), self.cut)
-                outputs.append(found[: len(batch)].cpu().numpy())
-                if not self.cut:  # else the stream moved the bar
-                    progress.update(len(batch))
+                outputs.append(fetch(found[: len(batch)]))
         return np.concatenate(outputs)
 
     # ------------------------------------------------------------------------ states

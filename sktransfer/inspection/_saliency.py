@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from sktransfer._engine.pooling import layout_of
+from sktransfer._engine.cut_network import layout_of
 from sktransfer._engine.runner import Runner, network_lock
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
 from sktransfer._optional import load_optional
