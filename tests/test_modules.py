@@ -112,7 +112,7 @@ def test_copies_and_pickles_of_parametrised_networks(parametrised):
     expected = extractor.transform(X)
     again = pickle.loads(pickle.dumps(extractor))
     np.testing.assert_array_equal(again.transform(X), expected)
-    assert again._embedding().keys == extractor._embedding().keys
+    assert again._embedding().names() == extractor._embedding().names()
     backbone = pickle.loads(pickle.dumps(Backbone(parametrised)))
     assert backbone.fingerprint == fingerprint(parametrised)
     if "weight" not in vars(parametrised[0]):  # what torch itself can't copy, it can't clone

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ class Bessel(nn.Module):
     """An operation that OpenVINO does not know."""
 
     def forward(self, x):
-        return torch.special.bessel_j0(x)
+        return torch.special.bessel_j0(x.float())
 
 
 def test_rows_of_both_agree(photos):
@@ -280,6 +281,27 @@ def test_what_openvino_does_not_know_runs_on_torch(photos):
     assert difference(rows, extractor("torch", backbone=network).transform(photos)) < 1e-6
     again = extractor("auto", backbone=network).transform(photos)  # without another warning
     assert difference(again, rows) < 1e-6
+
+
+def test_rows_are_kept_under_the_name_of_what_computed_them(photos, tmp_path):
+    """In bfloat16 rows of OpenVINO differ: what falls back on torch must not be named after it."""
+    network = Wide(Bessel())
+    options = {"backbone": network, "precision": "bfloat16", "memory": tmp_path}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = extractor("openvino", **options).transform(photos)
+    assert any("runs on torch, not on OpenVINO" in str(w.message) for w in caught)
+    on_torch = extractor("torch", **options)._embedding()
+    found = on_torch(check_images(photos))
+    assert on_torch.n_computed == 0 and (found == rows).all()
+    options["backbone"] = get_model(Wide(Bessel()))
+    model = FineTunedClassifier(unfreeze=0, image_size=SIZE, runtime="openvino", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(photos, [0, 1])
+    on_torch = extractor("torch", **options)._embedding()
+    on_torch(check_images(photos))
+    assert on_torch.n_computed == 0
 
 
 def test_a_network_that_cannot_be_traced_runs_on_torch(photos):

@@ -51,7 +51,7 @@ def forget():
 def extracted():
     extractor = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32)
     both = PretrainedFeatureExtractor(NETWORK, layer=["stem", "auto"], image_size=32)
-    keys = np.array([*extractor._embedding().keys, *both._embedding().keys])
+    keys = np.array([*extractor._embedding().names().wanted, *both._embedding().names().wanted])
     proba = PretrainedClassifier(NETWORK, image_size=32).predict_proba(X)
     return [extractor.transform(X), both.transform(X), keys, proba]
 
