@@ -52,7 +52,7 @@ from torchvision.transforms import v2
 
 from sktransfer import FineTunedClassifier, get_model, register_model
 from sktransfer._cli.benchmark import load_elpv
-from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._engine.program import Program
 from sktransfer._engine.runner import Runner, get_runner
 from sktransfer.io import load_image
 from sktransfer.models import Backbone
@@ -450,16 +450,15 @@ def head_only(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Count the images that run through frozen blocks, padding of the last batch included."""
+    """Count the images that run through frozen blocks."""
     images: Counter[str] = Counter()
-    advance = FrozenBlocks.advance
+    results = Program.results
 
-    def count(frozen: FrozenBlocks, x: torch.Tensor, start: int, stop: int, *rest: Any) -> Any:
-        if start < stop:
-            images["from a kept activation" if start else "from the image"] += len(x)
-        return advance(frozen, x, start, stop, *rest)
+    def count(program: Program, batch: torch.Tensor, n: int) -> list[torch.Tensor]:
+        images["from the image"] += n
+        return results(program, batch, n)
 
-    with mock.patch.object(FrozenBlocks, "advance", count):
+    with mock.patch.object(Program, "results", count):
         yield images
 
 

@@ -1,9 +1,9 @@
 """Keeping activations in half precision is harmless: measured against float32 activations.
 
 The same head and blocks are trained on the same ELPV cells (defective: p > 0.5, the first 75/25
-split) twice: from activations rounded to half precision at every cut, as the library keeps them,
-and from float32 ones. What the probabilities of the test cells differ by is set against what they
-differ by when the seed changes.
+split) twice: from activations rounded to half precision at the cut, as the library keeps them, and
+from float32 ones. What the probabilities of the test cells differ by is set against what they
+differ by when the seed changes. The embedding, with `unfreeze=0`, is float32 in any case.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier
 from sktransfer._cli.benchmark import load_elpv
+from sktransfer._engine import program
 from sktransfer._engine.frozen import FrozenBlocks
 
 
@@ -29,7 +30,7 @@ def float32_activations() -> Iterator[None]:
     """Keep activations as they are; only without a memory, as their keys are the same."""
     dtype = FrozenBlocks.dtype
     with (
-        mock.patch.object(FrozenBlocks, "_round", lambda _, x: x),
+        mock.patch.object(program, "round_to_half", lambda x, _: x),
         mock.patch.object(
             FrozenBlocks, "dtype", lambda self, p: np.float32 if p else dtype(self, p)
         ),

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sktransfer import FineTunedClassifier, get_model
-from sktransfer._engine.pooling import layout_of
+from sktransfer._engine.cut_network import layout_of
 from sktransfer.models._blocks import TracedNetwork
 
 N_CLASSES = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -173,9 +174,24 @@ class Preprocessing:
 
     def normalize(self, batch: torch.Tensor) -> torch.Tensor:
         """Turn a uint8 batch (n, 3, height, width) into the float32 input of the network."""
-        mean = torch.tensor(self.mean, device=batch.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=batch.device).view(1, -1, 1, 1)
+        if batch.device.type == "cuda" and type(batch) is torch.Tensor:  # a copy there waits
+            mean, std = _constants_on(batch.device, self.mean, self.std)
+        else:
+            mean, std = _constants(batch.device, self.mean, self.std)
         return batch.to(torch.float32).div_(255).sub_(mean).div_(std)  # (n, 3, h, w)
+
+
+def _constants(device: torch.device, *values: tuple[float, ...]) -> list[torch.Tensor]:
+    """Return numbers per channel as float32 tensors (1, 3, 1, 1)."""
+    tensors = (torch.tensor(each, dtype=torch.float32, device=device) for each in values)
+    return [tensor.view(1, -1, 1, 1) for tensor in tensors]
+
+
+@functools.lru_cache(maxsize=64)
+def _constants_on(device: torch.device, *values: tuple[float, ...]) -> list[torch.Tensor]:
+    """Return the same tensors at every call, for use in and out of inference mode."""
+    with torch.inference_mode(False):
+        return _constants(device, *values)
 
 
 def _scale_center(

@@ -1,16 +1,21 @@
-from collections import namedtuple
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from networks import small
+from networks import count, small
+from sklearn.model_selection import GridSearchCV
 from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
-from sktransfer import FineTunedClassifier, get_model
+from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
 from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._engine.embedding import Embedding
 from sktransfer._engine.frozen import Activations, FrozenBlocks
-from sktransfer._engine.runner import get_runner
-from sktransfer._memory.memory import check_memory
+from sktransfer._engine.program import stored_form
+from sktransfer._engine.runner import Runner, get_runner
+from sktransfer._memory.memory import ImageMemory, check_memory
 from sktransfer._training import plan as plans
 from sktransfer._training.plan import make_plan
 from sktransfer.io import check_images
@@ -42,43 +47,44 @@ def pixels(X):
 # ------------------------------------------------------------------------------ numbers
 
 
-def test_an_activation_is_that_of_the_network_rounded_at_every_cut():
+def run(frozen, outputs, X, step=4):
+    """Return the stored results of images."""
+    found = frozen.runner.program(outputs, frozen.preprocessing)(list(pixels(X)), step)
+    return [np.asarray(x) for x in found]
+
+
+def test_an_activation_is_that_of_the_network_rounded_once():
     X, frozen, network = pictures(4), frozen_blocks(), small().eval()
+    positions = [STEM, BODY_0, BODY_1, EMBEDDING]
+    found = run(frozen, [frozen.output(p) for p in positions], X)
     with torch.no_grad():
         x = frozen.unpack(pixels(X), 0)
-        results = frozen.advance(x, 0, EMBEDDING, wanted={STEM, BODY_0, BODY_1})
-        stem = network.stem(x).half()
-        first = network.body[0](stem.float()).half()
-        second = network.body[1](first.float()).half()
-        embedding = network.pool(second.float()).flatten(1)
-    for position, expected in enumerate([stem, first, second, embedding], start=1):
-        # Batch-norms are folded into the convolutions, which may round to the next number.
-        assert torch.allclose(results[position].float(), expected.float(), rtol=2e-3, atol=1e-6)
-        assert results[position].dtype == expected.dtype
-        assert results[position].dtype == expected.dtype
-
-
-def test_only_what_is_wanted_is_returned():
-    frozen = frozen_blocks()
-    with torch.no_grad():
-        x = frozen.unpack(pixels(pictures(2)), 0)
-        assert set(frozen.advance(x, 0, BODY_1)) == {BODY_1}
-        assert set(frozen.advance(x, 0, BODY_1, {STEM})) == {STEM, BODY_1}
-        assert frozen.advance(x, 0, 0) == {0: x}
+        stem = network.stem(x)
+        first = network.body[0](stem)
+        second = network.body[1](first)
+        embedding = network.pool(second).flatten(1)
+    for position, mine, expected in zip(positions, found, [stem, first, second], strict=False):
+        assert mine.dtype == np.float16 and mine.shape[1:] == frozen.shape(position)
+        exact = expected.permute(0, 2, 3, 1).numpy()
+        # Half a step of half precision; batch-norms are folded into the convolutions.
+        np.testing.assert_allclose(mine.astype(np.float32), exact, rtol=2**-11, atol=1e-6)
+    np.testing.assert_allclose(found[3], embedding, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_packing_loses_nothing(precision):
-    frozen = frozen_blocks(precision)
-    with torch.no_grad(), frozen.runner.autocast():
-        x = frozen.unpack(pixels(pictures(3)), 0)
-        results = frozen.advance(x, 0, EMBEDDING, {STEM, BODY_0, BODY_1})
-    for position, x in results.items():
-        stored = frozen.pack(x, position)
+    X, frozen = pictures(3), frozen_blocks(precision)
+    for position in (STEM, BODY_0, BODY_1, EMBEDDING):
+        (stored,) = run(frozen, [frozen.output(position)], X, 3)
         assert stored.shape[1:] == frozen.shape(position)
         assert stored.dtype == frozen.dtype(position)
         assert stored[0].nbytes == frozen.n_bytes(position)
-        assert torch.equal(frozen.unpack(torch.from_numpy(stored), position), x.float())
+        x = frozen.unpack(torch.from_numpy(stored), position)
+        assert x.dtype == torch.float32 and x.shape[1:] == frozen.runner.shape(position, (32, 32))
+        if position < EMBEDDING:
+            again = stored_form(x, frozen.output(position), frozen.half, "map")
+            assert np.array_equal(again.numpy(), stored)
+            assert torch.equal(frozen.activations(pixels(X), position, 3), x)
 
 
 class Loud(nn.Module):
@@ -97,17 +103,19 @@ class Loud(nn.Module):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_large_activations_stay_finite(precision):
     frozen = frozen_blocks(precision, Backbone(Loud(), SIZE))
-    with torch.no_grad(), frozen.runner.autocast():
-        x = frozen.unpack(pixels(pictures(2)), 0)
-        results = frozen.advance(x, 0, frozen.embedding, {1})
-    assert results[1].float().abs().max() > 60_000
-    assert all(x.isfinite().all() for x in results.values())
+    positions = [1, frozen.embedding]
+    found = run(frozen, [frozen.output(position) for position in positions], pictures(2))
+    for x, position in zip(found, positions, strict=True):
+        x = frozen.unpack(torch.from_numpy(x), position)
+        assert x.isfinite().all() and (position > 1 or x.abs().max() > 60_000)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kept", [STEM, BODY_0, BODY_1])
 @pytest.mark.parametrize("position", [BODY_0, BODY_1, EMBEDDING])
-def test_from_a_kept_activation_and_from_the_image(tmp_path, run_log, precision, kept, position):
+def test_nothing_is_computed_from_what_the_memory_keeps(
+    tmp_path, run_log, precision, kept, position
+):
     X, frozen = pictures(), frozen_blocks(precision)
     (expected,) = Activations(frozen, [position])(views(X))
     memory = check_memory(tmp_path)
@@ -115,7 +123,7 @@ def test_from_a_kept_activation_and_from_the_image(tmp_path, run_log, precision,
     n_before = len(run_log())
     (found,) = Activations(frozen, [position], [position], memory=memory)(views(X))
     n_run = len(set(run_log()[n_before:]))
-    assert n_run == (3 if kept <= position else 10)  # of the others, the stem was not run
+    assert n_run == (3 if kept == position else 10)
     assert found.tobytes() == expected.tobytes()
 
 
@@ -124,17 +132,17 @@ def test_from_a_kept_activation_and_from_the_image(tmp_path, run_log, precision,
 def test_a_result_does_not_depend_on_the_others(precision, batch_size):
     X, frozen = pictures(), frozen_blocks(precision)
 
-    def run(some):
+    def activations(some):
         return Activations(frozen, [BODY_0, EMBEDDING], batch_size=batch_size)(views(some))
 
     order = np.random.default_rng(0).permutation(len(X))
-    whole, shuffled, single = run(X), run(X[order]), run(X[5:6])
+    whole, shuffled, single = activations(X), activations(X[order]), activations(X[5:6])
     for a, b, c in zip(whole, shuffled, single, strict=True):
         assert a[order].tobytes() == b.tobytes()
         assert a[5:6].tobytes() == c.tobytes()
 
 
-def test_results_on_the_way_are_kept(tmp_path, run_log):
+def test_results_on_the_way_are_kept_with_their_rows(tmp_path, run_log):
     X, frozen, memory = pictures(), frozen_blocks(), check_memory(tmp_path)
     Activations(frozen, [EMBEDDING], [STEM, EMBEDDING], memory=memory)(views(X))
     n_before = len(run_log())
@@ -142,11 +150,27 @@ def test_results_on_the_way_are_kept(tmp_path, run_log):
         stream = Activations(frozen, [position], [STEM, EMBEDDING], memory=memory)
         (found,) = stream(views(X))
         assert found.tobytes() == Activations(frozen, [position])(views(X))[0].tobytes()
-        assert stream.n_computed == (10 if position == BODY_1 else 0)  # from the stem
-    assert len(set(run_log()[n_before:])) == 10  # all of them without a memory
-    again = Activations(frozen, [BODY_1], [STEM, EMBEDDING], memory=memory)
-    again(views(X))
-    assert again.n_computed == 10  # it was not to be kept
+        assert stream.n_computed == (10 if position == BODY_1 else 0)
+    assert len(set(run_log()[n_before:])) == 10
+    for position, pooling, n in [(STEM, "avg", 0), (EMBEDDING, "avg", 0), (STEM, "max", 10)]:
+        options = (frozen.runner, [position], pooling, frozen.preprocessing)
+        rows = Embedding(*options, memory=memory)
+        found = rows(check_images(X))
+        assert rows.n_computed == n
+        assert found.tobytes() == Embedding(*options)(check_images(X)).tobytes()
+
+
+def test_a_pass_goes_on_to_the_embedding_where_that_is_cheap(tmp_path):
+    frozen, memory = frozen_blocks(), check_memory(tmp_path)
+    assert frozen.is_worth_going_on(BODY_0) and not frozen.is_worth_going_on(STEM)
+    for n, (cut, goes_on) in enumerate([(BODY_0, True), (STEM, False)]):
+        stream = Activations(frozen, [cut], [cut, EMBEDDING], memory=memory)
+        assert (frozen.output(EMBEDDING) in stream.outputs) == goes_on
+        assert frozen.output(EMBEDDING) not in Activations(frozen, [cut], [EMBEDDING]).outputs
+        stream(views(pictures(seed=n)))
+        last = Activations(frozen, [EMBEDDING], [EMBEDDING], memory=memory)
+        last(views(pictures(seed=n)))
+        assert last.n_computed == (0 if goes_on else 10)
 
 
 def test_views_are_results_of_their_own(tmp_path):
@@ -178,10 +202,11 @@ def test_keys_name_all_that_shapes_a_result():
     keys = [
         *(frozen.key(p) for p in range(1, 5)),
         *(f.key(p) for p in (1, 4) for f in (other_weights, other_precision, other_size)),
-        other_pooling.key(4),
     ]
     assert len(set(keys)) == len(keys)
     assert other_pooling.key(1) == frozen.key(1)  # it comes later
+    row = frozen.runner.key(EMBEDDING, "avg", frozen.preprocessing)
+    assert frozen.key(EMBEDDING) == row  # an extractor's
     assert frozen_blocks().key(1) == frozen.key(1)
 
 
@@ -254,7 +279,7 @@ def test_a_plan_starts_from_images_where_activations_take_too_much_room(
     disk(0)
     found = plan(STEM)
     assert (found.cut, found.start) == (STEM, 0)
-    assert "the images" in str(found) and "stem" in str(found)
+    assert "from the images" in str(found) and "stem" in str(found)
     assert plan(STEM, n_images=99).start == STEM
     assert plan(BODY_1).start == BODY_1  # smaller ones fit
     disk(200 * frozen.n_bytes(STEM))  # half of it holds them
@@ -285,6 +310,122 @@ def test_flops_are_those_of_the_blocks():
     stem = 16 * 16 * 8 * 27 * 2
     body = 8 * 8 * 12 * 8 * 9 * 2, 4 * 4 * 16 * 12 * 9 * 2
     assert frozen_blocks().flops() == [stem, *body, 0]
+
+
+# ------------------------------------------------------------------------------ sharing
+
+
+torch.fx.wrap("count")
+
+
+class Counted(ResNet):
+    """A ResNet18 of which every image is counted."""
+
+    def __init__(self):
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=3)
+
+    def forward(self, x):
+        return super().forward(count(x))
+
+
+@pytest.fixture(scope="module")
+def counted():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = get_model(Backbone(Counted(), SIZE))
+    # Operations are counted on a blank image, before any image is.
+    FrozenBlocks(get_runner(backbone, "cpu", "float32", "torch"), SIZE, "avg").flops()
+    return backbone
+
+
+def images_that_ran(run_log, call):
+    n_before = len(run_log())
+    call()
+    return len(run_log()) - n_before
+
+
+def test_an_extractor_and_fine_tuners_share_a_memory(tmp_path, run_log, counted):
+    X, y = pictures(64), np.arange(64) % 2
+    options = {"runtime": "torch", "memory": tmp_path / "one"}
+    tuned = {"max_epochs": 1, "random_state": 0, **options}
+    assert (
+        images_that_ran(
+            run_log, lambda: FineTunedClassifier(counted, unfreeze=1, **tuned).fit(X, y)
+        )
+        == 64
+    )
+    found = {}
+
+    def extract(layer="auto"):
+        extractor = PretrainedFeatureExtractor(counted, layer=layer, **options)
+        found[layer] = extractor.transform(X)
+
+    for call in (
+        lambda: FineTunedClassifier(counted, unfreeze=0, **tuned).fit(X, y).predict(X),
+        extract,
+        lambda: extract("layer4"),
+        lambda: FineTunedClassifier(counted, unfreeze=1, **tuned).fit(X, y).predict(X),
+    ):
+        assert images_that_ran(run_log, call) == 0
+    for layer, rows in found.items():
+        plain = PretrainedFeatureExtractor(counted, layer=layer, runtime="torch")
+        assert rows.tobytes() == plain.transform(X).tobytes()
+    options["memory"] = tuned["memory"] = tmp_path / "other"
+    assert images_that_ran(run_log, extract) == 64
+    fit = FineTunedClassifier(counted, unfreeze=0, **tuned).fit
+    assert images_that_ran(run_log, lambda: fit(X, y)) == 0
+
+
+def test_a_pass_reads_and_names_once(tmp_path, monkeypatch, counted):
+    X, y = pictures(64), np.arange(64) % 2
+    counts = Counter()
+
+    def counting(cls, name):
+        function = getattr(cls, name)
+
+        def counted_function(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(cls, name, counted_function)
+
+    counting(ImageMemory, "read")
+    counting(Runner, "key")
+    options = {"runtime": "torch", "max_epochs": 1, "memory": tmp_path, "random_state": 0}
+    model = FineTunedClassifier(counted, unfreeze=1, **options).fit(X, y)
+    # Two results for all images at once: looked up, and once more when they are claimed.
+    assert counts["read"] == 4
+    # The activation and the row of each cut, the embedding, and no more for each image.
+    assert counts["key"] <= 2 * len(model.plan_.keep)
+    counts.clear()
+    model.predict(X)
+    assert counts["read"] == 1
+
+
+def test_a_search_over_depths_runs_every_image_once(tmp_path, run_log, counted):
+    X, y = pictures(24), np.arange(24) % 2
+    options = {"runtime": "torch", "max_epochs": 1, "random_state": 0, "memory": tmp_path / "m"}
+    model = FineTunedClassifier(counted, **options)
+    grid = {"unfreeze": [0, 1, 2, "layer4"], "lr": [1e-4, 1e-3]}
+    GridSearchCV(model, grid, cv=3, error_score="raise").fit(X, y)
+    runs = Counter(run_log())
+    assert len(runs) == 24 and set(runs.values()) == {1}
+
+
+def test_an_extractor_waits_for_what_a_fit_computes(tmp_path, run_log, counted):
+    X, y = pictures(16), np.arange(16) % 2
+    options = {"runtime": "torch", "memory": tmp_path / "m", "batch_size": 4}
+    model = FineTunedClassifier(counted, unfreeze=1, max_epochs=1, random_state=0, **options)
+    with ThreadPoolExecutor(2) as threads:
+        fit = threads.submit(model.fit, X, y)
+        transform = threads.submit(PretrainedFeatureExtractor(counted, **options).transform, X)
+        fit.result(), transform.result()
+    # The fit may need the cut of images that the extractor claimed: no image runs three times.
+    runs = Counter(run_log())
+    assert len(runs) == 16 and max(runs.values()) <= 2
+    assert PretrainedFeatureExtractor(counted, **options)._embedding().names().claim == (
+        model._trained._stream([model._trained.cut], None).names().claim
+    )
 
 
 # ------------------------------------------------------------------------------ architectures

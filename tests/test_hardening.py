@@ -205,15 +205,15 @@ def test_equal_images_that_another_thread_computes_fill_their_own_rows(tmp_path)
     X = [a, known, b, known, known, a]  # rows 0, 5 and 2 look like three rows in sequence
     expected = PretrainedFeatureExtractor(small(), image_size=32).transform(X)
     model.transform([known])
-    key, memory = embedding_of(model).keys[0], check_memory(tmp_path)
+    names, memory = embedding_of(model).names(), check_memory(tmp_path)
     images = model.check_images(X)
     digests = [images.digest(0), images.digest(2)]
-    assert all(memory.claim(key, digests, "me"))
+    assert all(memory.claim(names.claim, digests, "me"))
     with ThreadPoolExecutor(1) as thread:
         result = thread.submit(model.transform, X)
         threading.Event().wait(0.5)  # it looks up, claims in vain, and waits
-        memory.write(key, digests, expected[[0, 2]])
-        memory.release(key, digests, "me")
+        memory.write(names.wanted[0], digests, expected[[0, 2]])
+        memory.release(names.claim, digests, "me")
         np.testing.assert_array_equal(result.result(), expected)
 
 

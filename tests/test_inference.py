@@ -18,8 +18,9 @@ from sklearn.svm import SVC
 from sklearn.utils import shuffle
 
 from sktransfer import PretrainedFeatureExtractor
+from sktransfer._engine import cut_network
 from sktransfer._engine import runner as _inference
-from sktransfer._engine.pooling import layout_of
+from sktransfer._engine.cut_network import layout_of
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.io import check_images
 from sktransfer.models import Backbone
@@ -62,12 +63,12 @@ def test_two_threads_share_the_work(tiles, tmp_path, run_log):
 def test_two_threads_trace_once(monkeypatch):
     traced = []
 
-    class Counted(_inference.TracedNetwork):
+    class Counted(cut_network.TracedNetwork):
         def __init__(self, *args):
             traced.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr(_inference, "TracedNetwork", Counted)
+    monkeypatch.setattr(cut_network, "TracedNetwork", Counted)
     runner = _inference.get_runner(Backbone(small()), "cpu", "float32", "torch", (32, 32))
     with ThreadPoolExecutor(2) as threads:
         with _inference.network_lock.shared():  # both have looked, and wait

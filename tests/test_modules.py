@@ -113,7 +113,7 @@ def test_copies_and_pickles_of_parametrised_networks(parametrised):
     expected = extractor.transform(X)
     again = pickle.loads(pickle.dumps(extractor))
     np.testing.assert_array_equal(again.transform(X), expected)
-    assert embedding_of(again).keys == embedding_of(extractor).keys
+    assert embedding_of(again).names() == embedding_of(extractor).names()
     backbone = pickle.loads(pickle.dumps(Backbone(parametrised)))
     assert backbone.fingerprint == fingerprint(parametrised)
     if "weight" not in vars(parametrised[0]):  # what torch itself can't copy, it can't clone

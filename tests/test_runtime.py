@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.frozen import Activations, FrozenBlocks
+from sktransfer._engine.program import Output
 from sktransfer._engine.runner import get_runner
 from sktransfer._engine.runtime import OpenVinoProgram, fold_batch_norms, has_bfloat16
 from sktransfer._estimators.pretrained import embedding_of
@@ -51,7 +53,7 @@ class Bessel(nn.Module):
     """An operation that OpenVINO does not know."""
 
     def forward(self, x):
-        return torch.special.bessel_j0(x)
+        return torch.special.bessel_j0(x.float())
 
 
 def test_rows_of_both_agree(photos):
@@ -83,7 +85,7 @@ def test_a_single_image_takes_all_cores(photos):
     runner._n_cores = 2
     rows = model.transform(photos)
     row = model.transform(photos[:1])
-    assert {streams for _, streams in runner._programs} == {1, 2}
+    assert {streams for *_, streams in runner._programs} == {1, 2}
     assert difference(row, rows[:1]) < 1e-5
 
 
@@ -250,13 +252,22 @@ def test_last_slices_that_compute_nothing(name):
     backbone = get_model("squeezenet1_1", None)
     if name == "resnet10t":
         backbone = get_model(timm.create_model(name, num_classes=0, global_pool=""))
+    preprocessing = backbone.preprocessing.with_size(SIZE)
+    image = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8)
     found = []
     for runtime in ("openvino", "torch"):
         runner = get_runner(backbone, "cpu", "float32", runtime)
-        last = runner.embedding - 1
-        x = torch.rand(1, *runner.shape(last, (SIZE, SIZE)), generator=torch.Generator())
-        found += runner.block(last, (SIZE, SIZE))(x)  # a warning of falling back is an error
-    assert torch.equal(*found)
+        last = runner.embedding
+        outputs = [Output(p, "flatten") for p in (last - 1, last)] + [
+            Output(last - 1, "activation")
+        ]
+        found.append(runner.program(outputs, preprocessing)([image], 1))
+        assert runner.runtime == runtime  # it did not fall back
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert difference(mine.astype(np.float32), theirs.astype(np.float32)) < 2e-3
+    before, behind, _ = found[0]
+    assert np.array_equal(before, behind)
 
 
 # ------------------------------------------------------------------------------ falling back
@@ -273,13 +284,33 @@ def test_what_openvino_does_not_know_runs_on_torch(photos):
     assert difference(again, rows) < 1e-6
 
 
+def test_rows_are_kept_under_the_name_of_what_computed_them(photos, tmp_path):
+    """In bfloat16 rows of OpenVINO differ: what falls back on torch must not be named after it."""
+    network = Wide(Bessel())
+    options = {"backbone": network, "precision": "bfloat16", "memory": tmp_path}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = extractor("openvino", **options).transform(photos)
+    assert any("runs on torch, not on OpenVINO" in str(w.message) for w in caught)
+    on_torch = extractor("torch", **options)._embedding()
+    found = on_torch(check_images(photos))
+    assert on_torch.n_computed == 0 and (found == rows).all()
+    options["backbone"] = get_model(Wide(Bessel()))
+    model = FineTunedClassifier(unfreeze=0, image_size=SIZE, runtime="openvino", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(photos, [0, 1])
+    on_torch = extractor("torch", **options)._embedding()
+    on_torch(check_images(photos))
+    assert on_torch.n_computed == 0
+
+
 def test_a_network_that_cannot_be_traced_runs_on_torch(photos):
     network = nn.Sequential(Untraceable(), nn.Linear(4, 30_000))
     with pytest.warns(UserWarning, match="can't be traced"):
         rows = extractor("auto", backbone=network, layer="output").transform(photos)
-    model = extractor("torch", backbone=network, layer="output")
-    expected = np.concatenate([model.transform([photo]) for photo in photos])
-    assert difference(rows, expected) < 1e-5
+    expected = extractor("torch", backbone=network, layer="output").transform(photos)
+    assert difference(rows, expected) < 1e-5  # in the same batches: it is known beforehand
 
 
 def test_float16_runs_on_torch():

@@ -51,7 +51,8 @@ def forget():
 def extracted():
     extractor = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32)
     both = PretrainedFeatureExtractor(NETWORK, layer=["stem", "auto"], image_size=32)
-    keys = np.array([*embedding_of(extractor).keys, *embedding_of(both).keys])
+    names = [*embedding_of(extractor).names().wanted, *embedding_of(both).names().wanted]
+    keys = np.array(names)
     proba = PretrainedClassifier(NETWORK, image_size=32).predict_proba(X)
     return [extractor.transform(X), both.transform(X), keys, proba]
 

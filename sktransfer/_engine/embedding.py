@@ -1,21 +1,79 @@
-"""Images to rows of pooled activations, exactly as the network computes them."""
+"""Passes over images to what a network has at its cuts, through the memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from sktransfer._engine.program import Output, Program
 from sktransfer._engine.runner import Runner
-from sktransfer._engine.stream import Stream, Write
+from sktransfer._engine.stream import Names, Stream
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
 
-class Embedding(Stream):
-    """One pass over images to the rows of a feature extractor.
+class OutputsPass(Stream):
+    """One pass over images to outputs of a network.
+
+    Parameters
+    ----------
+    runner : Runner
+    preprocessing : Preprocessing
+    wanted : sequence of Output
+        What is asked for.
+    kept : collection of Output
+        What the memory is to keep, also of what is only passed on the way to what is asked for.
+    **options
+        See `Stream`.
+    """
+
+    runner: Runner
+
+    def __init__(
+        self,
+        runner: Runner,
+        preprocessing: Preprocessing,
+        wanted: Sequence[Output],
+        kept: Collection[Output],
+        **options: Any,
+    ) -> None:
+        super().__init__(runner, preprocessing.size, **options)
+        self.preprocessing, self.wanted = preprocessing, list(wanted)
+        self.kept = set() if self.memory is None else set(kept)
+        by_products = sorted(self.kept - set(wanted), key=str)
+        self.outputs = [*self.wanted, *by_products]
+        self._program: Program | None = None
+
+    def names(self) -> Names:
+        """Name the outputs in the memory, once it is settled what computes them."""
+        if self.runner.names_its_runtime:
+            self._get_ready()
+        keys = {output: self.runner.key(*output, self.preprocessing) for output in self.outputs}
+        return Names(
+            [keys[output] for output in self.wanted],
+            [keys[output] for output in self.outputs[len(self.wanted) :]],
+            {keys[output] for output in self.kept},
+            self.runner.claim_key(self.preprocessing),
+        )
+
+    def _get_ready(self) -> None:
+        self._program = self.runner.program(self.outputs, self.preprocessing, self._is_alone())
+        super()._get_ready()
+
+    def _is_alone(self) -> bool:
+        """Tell whether all cores are to run one image."""
+        return False
+
+    def _run(self, loaded: list[torch.Tensor]) -> list[Any]:
+        assert self._program is not None
+        return self._program(loaded, self.step)
+
+
+class Embedding(OutputsPass):
+    """One pass over images to the rows of a feature extractor, exactly as the network has them.
 
     Parameters
     ----------
@@ -38,9 +96,8 @@ class Embedding(Stream):
         preprocessing: Preprocessing,
         **options: Any,
     ) -> None:
-        keys = [runner.key(p, pooling, preprocessing) for p in positions]
-        super().__init__(runner, preprocessing.size, keys, **options)
-        self.positions, self.pooling, self.preprocessing = positions, pooling, preprocessing
+        rows = [Output(position, pooling) for position in positions]
+        super().__init__(runner, preprocessing, rows, rows, **options)
         ends = np.cumsum([0, *(runner.width(p, pooling, preprocessing.size) for p in positions)])
         self.columns = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
@@ -50,12 +107,9 @@ class Embedding(Stream):
         self._fill_outs(images, [rows[:, columns] for columns in self.columns])
         return rows
 
+    def _is_alone(self) -> bool:
+        return len(self._images) == 1
+
     def _load(self, row: int, digest: bytes | None) -> torch.Tensor:
         # The file is read again: those that wait to be decoded would fill the memory.
         return self._images.load(row, digest, self.preprocessing.fit_size)  # (3, *size)
-
-    def _run(
-        self, loaded: list[torch.Tensor], digests: list[bytes]
-    ) -> tuple[list[Any], list[Write]]:
-        where = (self.positions, self.pooling, self.preprocessing)
-        return self.runner.rows(loaded, *where, self.step, is_alone=len(self._images) == 1), []

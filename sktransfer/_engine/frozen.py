@@ -1,30 +1,27 @@
-"""The frozen blocks of a network: activations at its cuts, through the memory.
+"""The frozen blocks of a network: activations at its cuts in half precision, and its embedding.
 
-An activation is rounded to half precision at every cut on its way. It is then the same whether it
-comes from the image, from another activation or from the disk.
+All of them are computed from the image; an activation is rounded once, and is read at its own cut
+alone. So a result does not depend on what the memory holds, nor on where a fit starts its epochs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer._engine.augmentation import Views
-from sktransfer._engine.pooling import layout_of, pool
-from sktransfer._engine.runner import Runner, network_lock
-from sktransfer._engine.stream import Stream, Write
+from sktransfer._engine.cut_network import layout_of, pool
+from sktransfer._engine.embedding import OutputsPass
+from sktransfer._engine.program import ACTIVATION, LARGEST, Output, to_device
+from sktransfer._engine.runner import Runner
 from sktransfer._threads import one_core_threads
-from sktransfer._torch_state import float32_by_default
+from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.transforms import Preprocessing
-
-_LARGEST = 65504  # of what half precision holds
-_VERSION = "blockwise 2"  # of the computation; a change that alters results needs another
 
 
 class FrozenBlocks:
@@ -46,7 +43,24 @@ class FrozenBlocks:
         self.embedding = runner.embedding
         self._whole = runner.embedding_or_output
         self.width = runner.width(self._whole, pooling, self.size)
-        self.half = torch.bfloat16 if runner.precision == "bfloat16" else torch.float16
+        self.half = runner.half
+
+    # ------------------------------------------------------------------------ outputs
+
+    def output(self, position: int) -> Output:
+        """Return what is asked for at a position: an activation or, at the last, the embedding."""
+        if position == self.embedding:
+            return Output(self._whole, self.pooling)
+        return Output(position, ACTIVATION)
+
+    def outputs_at(self, positions: Collection[int]) -> list[Output]:
+        """Return what is kept at some positions: at each the pooled row, too, for extractors."""
+        rows = [
+            Output(position, self.pooling)
+            for position in positions
+            if position < self.embedding and self.runner.can_pool(position, self.pooling, self.size)
+        ]
+        return [*map(self.output, positions), *rows]
 
     def shape(self, position: int) -> tuple[int, ...]:
         """Return the shape of one image's result, as it is stored: maps have channels last."""
@@ -69,27 +83,18 @@ class FrozenBlocks:
         """Return the size of one image's stored result."""
         return int(np.prod(self.shape(position))) * np.dtype(self.dtype(position)).itemsize
 
-    def key(self, position: int | str) -> str:
-        """Name a position in the memory."""
-        pooling = self.pooling if position == self.embedding else None
-        exact = self.runner.key(self._whole, self.pooling, self.preprocessing)
-        readable = exact.rpartition("-")[0]
-        parts = (_VERSION, position, pooling, self._exact_key)
-        return f"{readable}-{xxhash.xxh3_128_hexdigest(repr(parts).encode())}"
-
-    @property
-    def _exact_key(self) -> str:
-        # One for all poolings: "flatten" is defined everywhere.
-        return self.runner.key(self._whole, "flatten", self.preprocessing)
+    def key(self, position: int) -> str:
+        """Name what is kept at a position; at the last one, an extractor's row has the name."""
+        return self.runner.key(*self.output(position), self.preprocessing)
 
     def _is_map(self, position: int) -> bool:
-        return layout_of(self.runner.shape(position, self.size), self.size) == "map"
+        return self.runner.layout(position, self.size) == "map"
 
     # ------------------------------------------------------------------------ tensors
 
     def unpack(self, stored: torch.Tensor, position: int) -> torch.Tensor:
         """Turn a stored batch into what the network takes at this position, float32."""
-        x = stored.to(self.runner.device, non_blocking=True)
+        x = to_device(stored, self.runner.device)
         if position == 0:
             x = self.preprocessing.normalize(x)
             return x.contiguous(memory_format=torch.channels_last)
@@ -100,70 +105,47 @@ class FrozenBlocks:
         x = x.float()
         return x.permute(0, 3, 1, 2) if self._is_map(position) else x
 
-    def pack(self, x: torch.Tensor, position: int) -> np.ndarray:
-        """Turn the result at a position into what is stored."""
-        if position == self.embedding:
-            return x.cpu().numpy()
-        x = x.permute(0, 2, 3, 1) if self._is_map(position) else x
-        x = x.contiguous().cpu()
-        return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    def activations(self, images: torch.Tensor, position: int, step: int) -> torch.Tensor:
+        """Run uint8 images (n, 3, h, w) to a cut, by the batches in which `Activations` does.
 
-    def advance(
-        self, x: torch.Tensor, start: int, stop: int, wanted: Collection[int] = ()
-    ) -> dict[int, torch.Tensor]:
-        """Run a batch from `start` to `stop`; return the results there and where `wanted`.
-
-        Call it inside `Runner.running()`, with its lock held.
+        The result is float32, ready for what is trained behind the cut.
         """
-        results = {start: x} if start == stop else {}
-        for position in range(start + 1, stop + 1):
-            (x,) = self.runner.block(position - 1, self.size)(x.float())
-            x = self.pool(x) if position == self.embedding else self._round_finite(x)
-            if position == stop or position in wanted:
-                results[position] = x
-        return results
+        program = self.runner.program([self.output(position)], self.preprocessing)
 
-    def advance_in_steps(
-        self, stored: torch.Tensor, start: int, stop: int, step: int
-    ) -> torch.Tensor:
-        """Run a stored batch to `stop`, float32, by the batches in which `Activations` runs it."""
+        def run(batch: torch.Tensor) -> torch.Tensor:
+            padding = batch[:1].expand(step - len(batch), *batch.shape[1:])
+            (stored,) = program.results(torch.cat([batch, padding]), len(batch))
+            return stored
 
-        def run(part: torch.Tensor) -> torch.Tensor:
-            with torch.inference_mode():
-                padding = part[:1].expand(step - len(part), *part.shape[1:])
-                x = self.unpack(torch.cat([part, padding]), start)
-                return self.advance(x, start, stop)[stop][: len(part)].float()
-
-        first, *others = stored.split(step)
-        parts = [run(first)]  # here, as it may compile, for which the caller holds the lock
+        batches = images.split(step)
         if self.runner.runs_in_threads:
             with one_core_threads(torch.get_num_threads()) as threads:
-                parts += threads.map(run, others)
+                parts = list(threads.map(run, batches))
         else:
-            parts += map(run, others)
+            parts = [run(batch) for batch in batches]
         with torch.no_grad():
-            return torch.cat(parts)  # out of inference mode: training goes on from it
+            return self.unpack(torch.cat(parts), position)  # out of inference mode
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Reduce the network's last activations to one float32 row an image."""
         layout = layout_of(x.shape[1:], self.size)
         return pool(x.float(), layout, self.pooling, self.runner.n_prefix(self._whole))
 
-    def _round_finite(self, x: torch.Tensor) -> torch.Tensor:
-        """Round, but leave infinity as it is: it is an error, which the stream reports."""
-        if x.dtype != torch.float32 or self.half != torch.float16:
-            return x.to(self.half)
-        if x.device.type == "cpu" and x.amax() <= _LARGEST and x.amin() >= -_LARGEST:
-            return x.to(self.half)  # twice as fast; a GPU would have to be waited for
-        return torch.where(x.isinf(), x, x.clamp(-_LARGEST, _LARGEST)).to(self.half)
-
     def round(self, x: torch.Tensor) -> torch.Tensor:
-        """Bring an activation to half precision."""
-        if self.half == torch.float16 and x.dtype != torch.float16:
-            x = x.clamp(-_LARGEST, _LARGEST)  # else infinity
-        return x.to(self.half)
+        """Round what the network has at a cut as kept activations are rounded, to float32."""
+        if self.half == torch.float16:
+            x = x.clamp(-LARGEST, LARGEST)  # nothing that depends on values: it is exported
+        return x.to(self.half).float()
 
     # ------------------------------------------------------------------------ costs
+
+    def is_worth_going_on(self, position: int) -> bool:
+        """Tell whether a pass to a cut goes on to the embedding, for those who ask for it later.
+
+        That costs the blocks behind the cut, and saves those before it, which would run again.
+        """
+        flops = self.flops()
+        return sum(flops[position:]) <= sum(flops[:position])
 
     def flops(self) -> list[int]:
         """Return the floating-point operations from each position to the next, for one image."""
@@ -186,7 +168,7 @@ class FrozenBlocks:
         return counts
 
 
-class Activations(Stream):
+class Activations(OutputsPass):
     """One pass over views of images to their results at some cuts.
 
     Parameters
@@ -207,12 +189,14 @@ class Activations(Stream):
         keep: Collection[int] = (),
         **options: Any,
     ) -> None:
-        keys = [frozen.key(p) for p in positions]
-        super().__init__(frozen.runner, frozen.size, keys, **options)
         self.frozen, self.positions = frozen, list(positions)
-        self.keep = [] if self.memory is None else sorted(keep)
-        self.claim_key = frozen.key("any")  # whoever runs an image keeps what others start from
-        self.kept_keys = {frozen.key(p) for p in self.keep}
+        last = self.positions[-1]
+        is_kept = frozen.embedding in keep and options.get("memory") is not None
+        if is_kept and last < frozen.embedding and frozen.is_worth_going_on(last):
+            last = frozen.embedding
+        kept = frozen.outputs_at([position for position in keep if position <= last])
+        wanted = [frozen.output(position) for position in self.positions]
+        super().__init__(frozen.runner, frozen.preprocessing, wanted, kept, **options)
 
     def __call__(self, views: Views, outs: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
         """Return for each position an array with a row for each view, or fill those given."""
@@ -225,46 +209,5 @@ class Activations(Stream):
         """Return an array for `n` results."""
         return np.empty((n, *self.frozen.shape(position)), self.frozen.dtype(position))
 
-    def _load(self, row: int, digest: bytes | None) -> tuple[int, torch.Tensor]:
-        """Fetch the nearest kept activation in front of what is asked for, else the image."""
-        if self.memory is not None and digest is not None:
-            for position in range(self.positions[0], 0, -1):
-                found = self.empty(position, 1)
-                if self.memory.read(self.frozen.key(position), [digest], found)[0]:
-                    return position, torch.from_numpy(found[0])
-        return 0, self._images.load(row, digest)
-
-    def _run(
-        self, loaded: list[tuple[int, torch.Tensor]], digests: list[bytes]
-    ) -> tuple[list[np.ndarray], list[Write]]:
-        values = [self.empty(position, len(loaded)) for position in self.positions]
-        extras: list[Write] = []
-        for start in {start for start, _ in loaded}:
-            numbers = [i for i, (first, _) in enumerate(loaded) if first == start]
-            for some in _pieces(numbers, self.step):
-                results = self._step(start, [loaded[i][1] for i in some])
-                for value, position in zip(values, self.positions, strict=True):
-                    value[some] = results[position]
-                extras += [
-                    Write(self.frozen.key(position), [digests[i] for i in some], rows)
-                    for position, rows in results.items()
-                    if position in self.keep and position not in self.positions
-                ]
-        return values, extras
-
-    def _step(self, start: int, stored: list[torch.Tensor]) -> dict[int, np.ndarray]:
-        """Run a batch, padded: a result then does not depend on the others that came with it."""
-        batch = torch.stack(stored + stored[:1] * (self.step - len(stored)))
-        stop = self.positions[-1]
-        wanted = {p for p in {*self.keep, *self.positions} if start < p <= stop}
-        with self.frozen.runner.lock, self.frozen.runner.running():
-            x = self.frozen.unpack(batch, start)
-            results = self.frozen.advance(x, start, stop, wanted)
-            packed = {p: self.frozen.pack(x, p)[: len(stored)] for p, x in results.items()}
-        if start in self.positions:
-            packed[start] = torch.stack(stored).numpy()
-        return packed
-
-
-def _pieces(items: Sequence[int], size: int) -> Iterable[list[int]]:
-    return (list(items[start : start + size]) for start in range(0, len(items), size))
+    def _load(self, row: int, digest: bytes | None) -> torch.Tensor:
+        return self._images.load(row, digest)

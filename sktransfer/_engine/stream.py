@@ -43,6 +43,27 @@ class Images(Protocol):
         """Return the row of image `i` and, if there is one, its file: for messages."""
 
 
+class Names(NamedTuple):
+    """Names, in the memory, of what a pass computes.
+
+    Attributes
+    ----------
+    wanted : list of str
+        Of the results that are asked for; an image is computed if one of them is missing.
+    by_products : list of str
+        Of the results that the computation of an image has besides.
+    kept : set of str
+        Those of both that the memory keeps.
+    claim : str
+        Passes that share work claim images under one name.
+    """
+
+    wanted: list[str]
+    by_products: list[str]
+    kept: set[str]
+    claim: str
+
+
 class Write(NamedTuple):
     """Results to keep: their name in the memory, digests of the images, a row for each."""
 
@@ -81,8 +102,6 @@ class Stream(ABC):
     ----------
     runner : Runner
     image_size : tuple of (int, int)
-    keys : sequence of str
-        Names, in the memory, of the results of an image; it is looked up if one is missing.
     memory : ImageMemory or None
     batch_size : int or "auto"
         Images in flight at once, and on a GPU in a batch.
@@ -106,7 +125,6 @@ class Stream(ABC):
         self,
         runner: Runner,
         image_size: tuple[int, int],
-        keys: Sequence[str],
         *,
         memory: ImageMemory | None = None,
         batch_size: int | str = "auto",
@@ -114,30 +132,41 @@ class Stream(ABC):
         verbose: bool | int = False,
         progress: Any = None,
     ) -> None:
-        self.runner, self.keys, self.memory = runner, list(keys), memory
-        self.claim_key = self.keys[0]  # streams that share work claim it under one name
-        self.kept_keys = set(self.keys)
+        self.runner, self.memory = runner, memory
         self.batch_size, self.verbose = runner.batch_size(batch_size, image_size), verbose
         self._shared_bar = progress
-        self.step = runner.step(batch_size, image_size)
+        self._find_step = lambda: runner.step(batch_size, image_size)
+        self.step = self._find_step()  # fewer once the memory did not suffice
         self.in_threads = runner.runs_in_threads
         self.n_threads = n_threads(n_jobs)
         self.n_computed = 0
+
+    @abstractmethod
+    def names(self) -> Names:
+        """Name the results; called once for a pass, before anything is looked up."""
+
+    def _get_ready(self) -> None:
+        """Make what runs the network; called before the first image is computed."""
+        if self.in_threads != self.runner.runs_in_threads:  # it falls back on what can run it
+            self.in_threads = self.runner.runs_in_threads
+            self.step = self._find_step()
 
     @abstractmethod
     def _load(self, row: int, digest: bytes | None) -> Any:
         """Fetch what the computation of a row takes; called in threads."""
 
     @abstractmethod
-    def _run(self, loaded: list[Any], digests: list[bytes]) -> tuple[list[Any], list[Write]]:
-        """Compute an array-like of results for each key, and by-products worth keeping.
+    def _run(self, loaded: list[Any]) -> list[Any]:
+        """Compute an array-like for each result that is wanted, then for each by-product.
 
         Of single images, and in threads, if that is how the network runs.
         """
 
     def _fill_outs(self, images: Images, outs: Sequence[np.ndarray]) -> None:
-        """Fill `outs`, for each key an array with a row for each image."""
+        """Fill `outs`, for each wanted result an array with a row for each image."""
         self._images, self._outs = images, outs
+        self._names = Names([], [], set(), "") if self.memory is None else self.names()
+        self._is_ready = False
         self._owner = object()  # of claims: what is ours to compute, and not yet in the memory
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
         self._threads = one_core_threads(self.n_threads)
@@ -182,11 +211,11 @@ class Stream(ABC):
         writes: deque[Future[None]] = deque()
         # Decoding runs two batches ahead of the network, writing two behind it.
         groups = _groups(_ahead(misses, 2 * self.batch_size), self.batch_size)
-        started = ((group, *self._start(group)) for group in groups)
+        started = ((group, self._compute(group)) for group in groups)
         # A GPU works on a batch while the results of the one before are taken.
         n_running = 1 if self.runner.device.type == "cuda" else 0
-        for group, values, extras in _ahead(started, n_running):
-            good, results = _finite(group, [*extras, *self._take(group, values)])
+        for group, values in _ahead(started, n_running):
+            good, results = _finite(group, self._deliver(group, values))
             if self.memory is not None:
                 writes.append(self._writer.submit(self._store, good, results))
                 if len(writes) > 2:
@@ -198,7 +227,7 @@ class Stream(ABC):
         for write in writes:
             write.result()
         if others and self.memory is not None:
-            self.memory.wait(self.claim_key, next(iter(others.values())), self._owner)
+            self.memory.wait(self._names.claim, next(iter(others.values())), self._owner)
         return list(others)
 
     def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
@@ -226,7 +255,7 @@ class Stream(ABC):
         """Take what nobody computes; another may have finished it since it was looked up."""
         assert self.memory is not None
         digests = list(lacking)
-        are_free = self.memory.claim(self.claim_key, digests, self._owner)
+        are_free = self.memory.claim(self._names.claim, digests, self._owner)
         mine = []
         for digest, is_free in zip(digests, are_free, strict=True):
             if is_free:
@@ -247,7 +276,7 @@ class Stream(ABC):
         hits = np.ones(len(rows), bool)
         # Rows that show the same image come together, so they need not be in order.
         consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
-        for key, out in zip(self.keys, self._outs, strict=True):
+        for key, out in zip(self._names.wanted, self._outs, strict=True):
             found = out[rows[0] : rows[-1] + 1] if consecutive else out[rows]
             hits &= self.memory.read(key, list(digests.values()), found)
             if not consecutive:
@@ -269,26 +298,26 @@ class Stream(ABC):
 
     def _submit(self, row: int, digest: bytes | None = None) -> Future[Any]:
         """Load a row in a thread and, if images run by themselves, compute it there."""
+        if not self._is_ready:
+            self._get_ready()
+            self._is_ready = True
         if not self.in_threads:
             return self._threads.submit(self._load, row, digest)
-        return self._threads.submit(
-            lambda: self._run([self._load(row, digest)], [] if digest is None else [digest])
-        )
+        return self._threads.submit(lambda: self._run([self._load(row, digest)]))
 
-    def _start(self, group: Sequence[_Miss]) -> tuple[list[Any], list[Write]]:
-        """Compute what becomes the results of a group: an array-like for each key."""
+    def _compute(self, group: Sequence[_Miss]) -> list[Any]:
+        """Compute an array-like for each result of a group; see `_run`."""
         try:
             loaded = [miss.loaded.result() for miss in group]
         except BaseException:
             self._save_finished(group)
             raise
         if self.in_threads:
-            values = [np.concatenate(part) for part in zip(*(v for v, _ in loaded), strict=True)]
-            return values, [extra for _, extras in loaded for extra in extras]
+            return [np.concatenate(part) for part in zip(*loaded, strict=True)]
 
-        def run(step: int) -> tuple[list[Any], list[Write]]:
+        def run(step: int) -> list[Any]:
             self.step = step
-            return self._run(loaded, [miss.digest for miss in group])
+            return self._run(loaded)
 
         return self.runner.in_smaller_steps(run, self.step)
 
@@ -297,27 +326,29 @@ class Stream(ABC):
         futures = [(miss, miss.loaded) for miss in group if miss.loaded.done()]
         finished = [m for m, f in futures if not f.cancelled() and f.exception() is None]
         if finished and self.in_threads and self.memory is not None:
-            values, extras = self._start(finished)
-            results = [*extras, *self._take(finished, values)]
+            results = self._deliver(finished, self._compute(finished))
             self._writer.submit(self._store, *_finite(finished, results))
 
-    def _take(self, group: Sequence[_Miss], values: Sequence[Any]) -> list[Write]:
-        """Fill the rows of a group."""
+    def _deliver(self, group: Sequence[_Miss], values: Sequence[Any]) -> list[Write]:
+        """Fill the rows of a group; return all results of it, for the memory."""
         arrays = [np.asarray(value) for value in values]
         self.n_computed += len(group)
         for i, miss in enumerate(group):
-            for out, array in zip(self._outs, arrays, strict=True):
+            for out, array in zip(self._outs, arrays, strict=False):  # by-products have no out
                 out[miss.rows] = array[i]
             miss.done = True
             self._progress.update(len(miss.rows))
         digests = [miss.digest for miss in group]
-        return [Write(key, digests, rows) for key, rows in zip(self.keys, arrays, strict=True)]
+        names = [*self._names.wanted, *self._names.by_products]
+        if self.memory is None:
+            names = [""] * len(arrays)
+        return [Write(name, digests, rows) for name, rows in zip(names, arrays, strict=True)]
 
     def _store(self, group: Sequence[_Miss], results: list[Write]) -> None:
         """Write results; runs in a thread of its own."""
         assert self.memory is not None
         for result in results:
-            if result.key in self.kept_keys:
+            if result.key in self._names.kept:
                 self.memory.write(result.key, result.digests, result.rows)
         digests = [miss.digest for miss in group]
         self._release(digests)
@@ -326,7 +357,7 @@ class Stream(ABC):
 
     def _release(self, digests: Sequence[bytes]) -> None:
         if self.memory is not None:
-            self.memory.release(self.claim_key, digests, self._owner)
+            self.memory.release(self._names.claim, digests, self._owner)
 
 
 def _finite(group: Sequence[_Miss], results: list[Write]) -> tuple[list[_Miss], list[Write]]:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import xxhash
 
-from sktransfer._engine.runner import Runner, network_lock
-from sktransfer._engine.stream import Stream, Write
+from sktransfer._engine.runner import Runner
+from sktransfer._engine.stream import Names, Stream
 from sktransfer._optional import load_optional
 from sktransfer._threads import renewed_in_forks
-from sktransfer._torch_state import call_seeded, float32_by_default
+from sktransfer._torch_state import call_seeded, float32_by_default, network_lock
 from sktransfer.models._hub import check_hub
 from sktransfer.models._weights import Describer
 
@@ -227,7 +227,6 @@ class TextRunner:
     def __init__(self, model: TextModel, network: Any, device: torch.device) -> None:
         self.model, self.name, self.device = model, model.name, device
         self.network: Any = network.to(device)
-        self.most = 2**31
 
     def batch_size(self, given: int | str, _: Any) -> int:
         """Return the sentences in flight."""
@@ -235,8 +234,7 @@ class TextRunner:
 
     def step(self, given: int | str, _: Any) -> int:
         """Return how many sentences run at once."""
-        most = _CPU_STEP if self.device.type == "cpu" else self.batch_size(given, None)
-        return min(most, self.most)
+        return _CPU_STEP if self.device.type == "cpu" else self.batch_size(given, None)
 
     def key(self, *settings: Any) -> str:
         """Name all that shapes a row but the sentence."""
@@ -287,6 +285,7 @@ class TextEmbedding(Stream):
     """
 
     unit = "sentence"
+    runner: Any
 
     def __init__(
         self,
@@ -296,8 +295,7 @@ class TextEmbedding(Stream):
         truncation: bool,
         **options: Any,
     ) -> None:
-        key = runner.key(pooling, max_length, truncation)
-        super().__init__(runner, (0, 0), [key], **options)
+        super().__init__(runner, (0, 0), **options)
         self.pool, self.model = runner.rows, runner.model
         self.pooling, self.max_length, self.truncation = pooling, max_length, truncation
 
@@ -309,9 +307,14 @@ class TextEmbedding(Stream):
         self._fill_outs(images, [rows])
         return rows
 
+    def names(self) -> Names:
+        """Name the rows."""
+        key = self.runner.key(self.pooling, self.max_length, self.truncation)
+        return Names([key], [], {key}, key)
+
     def _load(self, row: int, digest: bytes | None) -> np.ndarray:
         text = self._texts[row]
         return self.model.tokens(text, f"row {row}", self.max_length, self.truncation)
 
-    def _run(self, loaded: list[Any], digests: list[bytes]) -> tuple[list[Any], list[Write]]:
-        return [self.pool(loaded, self.step, self.pooling)], []
+    def _run(self, loaded: list[Any]) -> list[Any]:
+        return [self.pool(loaded, self.step, self.pooling)]

@@ -25,8 +25,8 @@ from torch import nn
 from torch.export import ExportedProgram
 from torchvision.models import WeightsEnum
 
+from sktransfer._engine.cut_network import POOLINGS
 from sktransfer._engine.device import PRECISIONS
-from sktransfer._engine.pooling import POOLINGS
 from sktransfer._engine.runner import Runner, get_runner
 from sktransfer._engine.runtime import RUNTIMES
 from sktransfer._training.net import Interrupted

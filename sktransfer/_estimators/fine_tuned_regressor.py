@@ -11,7 +11,7 @@ from torch import nn
 from sktransfer._estimators.base import _fit_context, atomic, check_y, takes_dask
 from sktransfer._estimators.labels import refuse_missing
 from sktransfer._estimators.supervised import FineTuned
-from sktransfer._training.export import Affine
+from sktransfer._training.whole import Affine
 
 __all__ = ["FineTunedRegressor"]
 

@@ -17,8 +17,8 @@ from sktransfer._estimators.base import Interval, StrOptions, check_sample_weigh
 from sktransfer._estimators.labels import refuse_missing
 from sktransfer._estimators.trained import TrainedEstimator
 from sktransfer._training.depth_search import search_depth
-from sktransfer._training.export import export_onnx
 from sktransfer._training.settings import Settings, distinct
+from sktransfer._training.whole import export_onnx
 from sktransfer.io import ImageSequence
 
 

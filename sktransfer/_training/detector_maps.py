@@ -17,6 +17,7 @@ from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import Runner
 from sktransfer._engine.stream import Stream
 from sktransfer._threads import n_threads
+from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.data import allocate
 from sktransfer._training.detector_networks import MapBatch
 from sktransfer.transforms import Preprocessing
@@ -106,7 +107,7 @@ class DetectorMaps:
     def __init__(self, runner: Runner, preprocessing: Preprocessing) -> None:
         self.runner, self.preprocessing = runner, preprocessing
         network: Any = runner.network
-        with runner.lock, runner.running():
+        with network_lock.shared(), torch.inference_mode(), float32_by_default():
             blank = torch.zeros(1, 3, *preprocessing.size, device=runner.device)
             self.shapes = [x.shape[1:] for x in network.backbone(blank).values()]
 

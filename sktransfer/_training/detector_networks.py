@@ -21,8 +21,8 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from sktransfer._engine.cut_network import as_map, layout_of
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.pooling import as_map, layout_of
 from sktransfer._torch_state import call_seeded
 from sktransfer.models._hub import downloading
 from sktransfer.models._modules import copy_of

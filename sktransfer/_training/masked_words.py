@@ -15,9 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from sktransfer._engine.runner import network_lock
 from sktransfer._engine.text_model import TextModel
-from sktransfer._torch_state import float32_by_default
+from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.net import DrawingSteps
 
 _HIDDEN = 0.8  # of the chosen tokens; a half of the others is replaced, the other half left

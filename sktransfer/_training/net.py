@@ -65,14 +65,17 @@ class _InPieces:
         if len(y) == 1:
             self.module_.hold_statistics()
 
+        planned = self.module_.piece(len(y))
+
         def run(piece: int) -> dict[str, Any]:
             self.module_.zero_grad()  # of an attempt that did not fit
+            if piece < planned:
+                self.module_.largest_piece = piece
             return self._train_in_pieces(X, y, piece, **fit_params)
 
-        piece = self.module_.piece(len(y))
-        if self.module_.moves_statistics:  # a part of a batch has others
-            return run(piece)
-        return self.module_.frozen.runner.in_smaller_steps(run, piece)
+        if self.module_.moves_statistics:
+            return run(planned)
+        return self.module_.frozen.runner.in_smaller_steps(run, planned)
 
     def _train_in_pieces(self: Any, X: Any, y: Any, piece: int, **fit_params: Any) -> Any:
         loss, outputs = 0.0, []

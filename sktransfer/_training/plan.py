@@ -29,7 +29,8 @@ class Plan:
     cut : int
         Where the trained part of the network begins.
     start : int
-        Where an epoch begins: at activations kept for the whole fit, or, if 0, at the images.
+        Where an epoch begins: at the activations of the cut, kept for the whole fit, or, if 0, at
+        the images.
     keep : tuple of int
         The positions that the memory keeps.
     text : str
@@ -91,16 +92,10 @@ def make_plan(
             _steps(frozen, compute), lambda p: frozen.n_bytes(p) * n_rows, free * _STEPS_SHARE
         )
         keep = sorted({*keep, *steps} - set(dropped))
-    start = _cheapest_start(
-        frozen,
-        compute,
-        cut,
-        n_images,
-        n_views,
-        n_epochs,
-        with_embeddings or cut in keep,
-        temporary_folder,
-    )
+    is_computed = with_embeddings or cut in keep
+    counts = n_images, n_views, n_epochs
+    keeps_cut = _keeps_cut(frozen, compute, cut, *counts, is_computed, temporary_folder)
+    start = cut if keeps_cut else 0
     text = _describe(frozen, cut, start, keep, dropped, n_images, n_views)
     return Plan(cut, start, tuple(keep), text)
 
@@ -114,7 +109,7 @@ def _is_worth_keeping(frozen: FrozenBlocks, compute: list[float], position: int)
 
 
 def _steps(frozen: FrozenBlocks, compute: list[float]) -> list[int]:
-    """Return the positions from which fits that cut elsewhere can start: all that are small."""
+    """Return the positions at which other fits may cut: all whose activations are small."""
     return [
         position
         for position in range(1, frozen.embedding)
@@ -133,7 +128,7 @@ def _split(
     raise AssertionError("nothing takes no room")
 
 
-def _cheapest_start(
+def _keeps_cut(
     frozen: FrozenBlocks,
     compute: list[float],
     cut: int,
@@ -142,28 +137,24 @@ def _cheapest_start(
     n_epochs: int,
     is_computed: bool,
     folder: str,
-) -> int:
-    """Return where epochs begin: one that trains from `cut` reads there, or runs up to there.
+) -> bool:
+    """Tell whether epochs begin at kept activations: else they run the images up to the cut.
 
     `is_computed` says that the activations at the cut are computed, or kept, in any case.
     """
-
-    def n_bytes(start: int) -> int:
-        return frozen.n_bytes(start) * n_images * (n_views if start else 1)
-
-    def seconds(start: int) -> float:
-        rate = _RAM if in_ram(n_bytes(start)) else _DISK
-        each = frozen.n_bytes(start) / rate + sum(compute[start:cut])
-        if start == 0 and not in_ram(n_bytes(0)):
-            each += _DECODING
-        once = 0.0 if is_computed else _DECODING + n_views * sum(compute[:start])
-        return once + n_epochs * each
-
-    if cut == frozen.embedding:
-        return cut
-    room = max(_IN_RAM, _free(folder) / 2)
-    starts = [start for start in range(cut + 1) if start == 0 or n_bytes(start) <= room]
-    return min(reversed(starts), key=seconds)
+    if cut in (0, frozen.embedding):
+        return True
+    of_images = frozen.n_bytes(0) * n_images
+    of_cut = frozen.n_bytes(cut) * n_images * n_views
+    if of_cut > max(_IN_RAM, _free(folder) / 2):
+        return False
+    frozen_part = sum(compute[:cut])
+    from_cut = frozen.n_bytes(cut) / (_RAM if in_ram(of_cut) else _DISK)
+    from_images = frozen.n_bytes(0) / (_RAM if in_ram(of_images) else _DISK) + frozen_part
+    if not in_ram(of_images):
+        from_images += _DECODING
+    once = 0.0 if is_computed else n_views * frozen_part
+    return once + n_epochs * from_cut <= n_epochs * from_images
 
 
 def _free(folder: str) -> int:
@@ -190,7 +181,7 @@ def _describe(
         size = frozen.n_bytes(cut) * n_rows
         parts = [f"every epoch starts from {names[cut]}, {_amount(size)} for {rows}"]
     elif cut:
-        parts = [f"every epoch starts from {names[start]} and recomputes up to {names[cut]}"]
+        parts = [f"every epoch starts from the images and recomputes up to {names[cut]}"]
     else:
         parts = ["every epoch starts from the images: nothing is frozen"]
     if keep:

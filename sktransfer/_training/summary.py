@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import Runner, get_runner, network_lock
+from sktransfer._engine.runner import Runner, get_runner
 from sktransfer._optional import load_optional
-from sktransfer._torch_state import float32_by_default
+from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.cut import Unfrozen, find_cut
 from sktransfer.models._registry import Backbone, get_architecture
 

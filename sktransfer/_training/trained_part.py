@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class TrainedPart(nn.Module):
     ) -> None:
         super().__init__()
         self.start, self.cut, self.step = start, unfrozen.cut, step
+        self.largest_piece = sys.maxsize  # fewer images once the memory did not suffice
         self.moves_statistics = moves_statistics
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         numbers = range(unfrozen.cut, frozen.embedding)
@@ -78,8 +80,8 @@ class TrainedPart(nn.Module):
             frozen.runner.autocast(),
             FastDepthwise(),
         ):
-            if start < self.cut:
-                x = frozen.advance_in_steps(stored, start, self.cut, self.step)
+            if start < self.cut:  # at the images
+                x = frozen.activations(stored, self.cut, self.step)
             else:
                 x = frozen.unpack(stored, start)
             for block in self.blocks:
@@ -91,14 +93,13 @@ class TrainedPart(nn.Module):
     def piece(self, batch_size: int) -> int:
         """Return how many images of a batch are trained on at once."""
         runner, size = self.frozen.runner, self.frozen.size
-        if (
-            self.moves_statistics
-            or self.cut == self.frozen.embedding
-            or runner.device.type != "cpu"
-        ):
-            return min(batch_size, batch_size if self.moves_statistics else runner.most)
+        if self.moves_statistics:  # a part of a batch has others
+            return batch_size
+        if self.cut == self.frozen.embedding or runner.device.type != "cpu":
+            return min(batch_size, self.largest_piece)
         n_pieces = math.ceil(batch_size / max(1, runner.fitting(self.cut, size, _PIECE)))
-        return min(math.ceil(batch_size / n_pieces), runner.most)  # pieces of about one size
+        # Pieces of about one size.
+        return min(math.ceil(batch_size / n_pieces), self.largest_piece)
 
     def train(self, mode: bool = True) -> TrainedPart:
         """Set the mode; frozen blocks stay in eval mode, so their statistics never move."""

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from sktransfer._engine.augmentation import Views
-from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._engine.device import fetch
+from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import Runner
 from sktransfer._threads import n_threads
 from sktransfer._torch_state import Chance, chance_lock, ready_to_train
@@ -235,35 +236,45 @@ class Trainer:
         views = Views(images, self.frozen.preprocessing, augmentation, n_views)
         results = np.empty((len(views), settings.n_outputs), np.float32)
         progress = Progress()  # two threads may predict at once
+        position = self.unfrozen.cut or self.frozen.embedding
+        stream = FrozenPhase(self._task, self.plan, progress).stream([position])
         with progress.shown(len(views), settings.verbose):
             progress.stage(self.frozen.runner.name)
             for first in range(0, len(images), _CHUNK):
                 chunk = views[first : first + _CHUNK]
                 chunk.images.digests(n_threads(settings.n_jobs))
                 place = slice(first * n_views, first * n_views + len(chunk))
-                results[place] = self._chunk_outputs(chunk, progress)
+                results[place] = self._chunk_outputs(chunk, stream, progress)
         return results.reshape(len(images), n_views, settings.n_outputs)
 
-    def _chunk_outputs(self, views: Views, progress: Progress) -> np.ndarray:
+    def _chunk_outputs(self, views: Views, stream: Activations, progress: Progress) -> np.ndarray:
         """Return what the network says of views (n, n_outputs), all held in memory at once."""
         cut = self.unfrozen.cut
-        stream = FrozenPhase(self._task, self.plan, progress).stream([cut or self.frozen.embedding])
         if cut:
-            (rows,) = stream(views)
-            batches = torch.from_numpy(rows)
+            batches = torch.from_numpy(stream(views)[0])
         else:
             with ThreadPoolExecutor(n_threads(self.settings.n_jobs)) as threads:
                 batches = torch.stack(list(threads.map(views.load, range(len(views)))))
+
+        def run(step: int) -> np.ndarray:
+            stream.step = step  # of the chunks to come, too
+            return self._run_trained(batches, step)
+
+        outputs = self.frozen.runner.in_smaller_steps(run, stream.step)
+        if not cut:  # else the stream moved the bar
+            progress.update(len(views))
+        return outputs
+
+    def _run_trained(self, stored: torch.Tensor, step: int) -> np.ndarray:
+        """Return the outputs for what is stored at the cut."""
         module = self.net.module_.eval()
         outputs = []
         with torch.inference_mode():
             # Batches of one size: a prediction then does not depend on the others.
-            for batch in batches.split(stream.step):
-                padding = batch[:1].expand(stream.step - len(batch), *batch.shape[1:])
-                padded = module(torch.cat([batch, padding]), cut)
-                outputs.append(padded[: len(batch)].cpu().numpy())
-                if not cut:  # else the stream moved the bar
-                    progress.update(len(batch))
+            for batch in stored.split(step):
+                padding = batch[:1].expand(step - len(batch), *batch.shape[1:])
+                padded = module(torch.cat([batch, padding]), self.unfrozen.cut)
+                outputs.append(fetch(padded[: len(batch)]))
         return np.concatenate(outputs)
 
     # ------------------------------------------------------------------------ states

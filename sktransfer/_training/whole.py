@@ -1,30 +1,46 @@
-"""A fine-tuned network in one piece: what training and prediction run in two."""
+"""A network in one piece: for gradients through all of it, and as an ONNX file."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import warnings
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import Runner
+from sktransfer._optional import load_optional
+from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.trainer import Trainer
 from sktransfer.models._modules import copy_of
+from sktransfer.transforms import Preprocessing
+
+_LARGE = 2**31 - 2**27  # bytes of weights; protobuf, in which the file is written, ends at 2 GiB
+OUTPUTS = {"class": "probabilities", "label": "probabilities", "value": "values"}
+
+
+# ------------------------------------------------------------------------------ in one piece
 
 
 class WholeNetwork(nn.Module):
     """Blocks one after the other, the pooling, and a head.
 
-    Activations are rounded at the frozen cuts as `FrozenBlocks` rounds them, so that it says what
-    the estimator says. All in float32; nothing in it is shared with the estimator.
+    What lies at the cut in front of the trained blocks is rounded as it is kept, so that this says
+    what the estimator says. All in float32; nothing in it is shared with the estimator.
 
     Parameters
     ----------
     blocks : list of nn.Module
         From the normalised image to the embedding; number i leads to position i + 1.
-    n_rounded : int
-        Of so many of them, the results are rounded.
+    cut : int
+        The position of the cut; 0 if nothing is rounded.
     frozen : FrozenBlocks or None
         Pools and rounds; None for a network that is used as it is.
     head : nn.Module
@@ -35,23 +51,23 @@ class WholeNetwork(nn.Module):
     def __init__(
         self,
         blocks: list[nn.Module],
-        n_rounded: int,
+        cut: int,
         frozen: FrozenBlocks | None,
         head: nn.Module,
     ) -> None:
         super().__init__()
         self.blocks = copy_of(nn.ModuleList(blocks))
         self.head = copy_of(head)
-        self.n_rounded = n_rounded
+        self.cut = cut
         self.__dict__["frozen"] = frozen  # not a part of this module
         self.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Turn normalised images (n, 3, height, width) into outputs (n, n_outputs)."""
-        for i, block in enumerate(self.blocks):
+        for position, block in enumerate(self.blocks, start=1):
             x = block(x)
-            if i < self.n_rounded and self.frozen is not None:
-                x = self.frozen.round(x).float()
+            if position == self.cut and self.frozen is not None:
+                x = self.frozen.round(x)
         if self.frozen is not None:
             x = self.frozen.pool(x)
         return self.head(x)
@@ -61,8 +77,8 @@ def whole_of_trainer(trainer: Trainer) -> WholeNetwork:
     """Return frozen and trained blocks with the new head, on the trainer's device."""
     frozen, part = trainer.frozen, trainer.net.module_
     before = [frozen.runner.segment(i, frozen.size) for i in range(part.cut)]
-    n_rounded = min(part.cut, frozen.embedding - 1)
-    return WholeNetwork([*before, *part.blocks], n_rounded, frozen, part.head)
+    rounded = part.cut if part.cut < frozen.embedding else 0  # the embedding is exact
+    return WholeNetwork([*before, *part.blocks], rounded, frozen, part.head)
 
 
 def whole_of_runner(runner: Runner, image_size: tuple[int, int]) -> WholeNetwork:
@@ -72,3 +88,117 @@ def whole_of_runner(runner: Runner, image_size: tuple[int, int]) -> WholeNetwork
     if runner.can_be_cut:
         head = runner.trace.slice(runner.embedding, runner.trace.output, image_size)
     return WholeNetwork(blocks, 0, None, head)
+
+
+# ------------------------------------------------------------------------------ as a file
+
+
+class _Exported(nn.Module):
+    """From uint8 images of the network's size to what the estimator predicts."""
+
+    def __init__(self, preprocessing: Preprocessing, whole: WholeNetwork, last: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["preprocessing"] = preprocessing  # not a module
+        self.whole, self.last = whole, last
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.whole(self.__dict__["preprocessing"].normalize(images)))
+
+
+class Affine(nn.Module):
+    """Brings standardised values back to their unit."""
+
+    scale: torch.Tensor
+    mean: torch.Tensor
+
+    def __init__(self, scale: np.ndarray, mean: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.from_numpy(scale).float())
+        self.register_buffer("mean", torch.from_numpy(mean).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale + self.mean
+
+
+def export_onnx(
+    trainer: Trainer, path: str | os.PathLike, last: nn.Module, labels: list[Any] | None
+) -> Path:
+    """Write the network to a file; see `to_onnx` of the estimators.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    path : path
+    last : nn.Module
+        What follows the head.
+    labels : list or None
+        Of the columns of the output.
+
+    Returns
+    -------
+    Path
+    """
+    for module in ("onnx", "onnxscript"):
+        load_optional(module, "to_onnx", "'sktransfer[onnx]'")
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}.")
+    preprocessing = trainer.frozen.preprocessing
+    network = _Exported(preprocessing, whole_of_trainer(trainer).cpu(), last).eval()
+    program = _program(network, preprocessing.size, OUTPUTS[trainer.settings.kind])
+    for name, value in _metadata(trainer, labels).items():
+        program.model.metadata_props[name] = _text(value)
+    n_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
+    program.save(target, external_data=n_bytes > _LARGE)
+    return target
+
+
+def _program(network: nn.Module, size: tuple[int, int], output: str) -> Any:
+    blank = torch.zeros(2, 3, *size, dtype=torch.uint8)
+    logger = logging.getLogger("torch.onnx")  # it counts operators that nobody asked for
+    level = logger.level
+
+    def export() -> Any:
+        with float32_by_default(), torch.inference_mode(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the exporter itself will change one day
+            return torch.onnx.export(
+                network,
+                (blank,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=[output],
+                dynamic_shapes=({0: torch.export.Dim("n")},),
+                verbose=False,
+            )
+
+    logger.setLevel(logging.ERROR)
+    try:
+        return network_lock.alone(export)
+    except Exception as error:
+        raise ValueError(
+            f"{type(error).__name__}: torch can't write this network as ONNX: {error}"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _metadata(trainer: Trainer, labels: list[Any] | None) -> dict[str, Any]:
+    """Return what the file says of itself, above all how images must be made ready."""
+    preprocessing = trainer.frozen.preprocessing
+    return {
+        "producer": f"sktransfer {version('sktransfer')}",
+        "backbone": trainer.frozen.runner.name,
+        "input": "RGB, uint8, resized and cropped as 'preprocessing' says; the graph does the rest",
+        "preprocessing": {
+            "resize": list(preprocessing.resize),
+            "mode": preprocessing.mode,
+            "interpolation": preprocessing.interpolation,
+            "antialias": True,
+            "center_crop": list(preprocessing.size),
+        },
+        "labels": labels,
+    }

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from sktransfer._engine.pooling import as_map, layout_of
-from sktransfer._engine.runner import Runner, network_lock
+from sktransfer._engine.cut_network import as_map, layout_of
+from sktransfer._engine.runner import Runner
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, logits_of
 from sktransfer._optional import load_optional
-from sktransfer._torch_state import ready_to_train
+from sktransfer._torch_state import network_lock, ready_to_train
 from sktransfer._training.whole import WholeNetwork, whole_of_runner, whole_of_trainer
 from sktransfer.inspection._plotting import grid_axes, n_rows_and_cols, put_image, pyplot, text_of
 from sktransfer.io import ImageSequence

@@ -1,0 +1,162 @@
+"""The one executor: from the images to what a network has at some of its cuts, as one program.
+
+What is asked for at a cut is an activation or a pooled row. A row is exact. An activation is
+rounded to half precision, once, behind all that was computed from the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from sktransfer._engine.cut_network import layout_of, pool
+from sktransfer._engine.device import fetch
+from sktransfer.transforms import Preprocessing
+
+if TYPE_CHECKING:
+    from sktransfer._engine.runner import Runner
+
+ACTIVATION = "activation"
+LARGEST = 65504  # of what half precision holds
+
+
+class Output(NamedTuple):
+    """What is asked for at a cut.
+
+    Attributes
+    ----------
+    position : int or None
+        See `CutNetwork`.
+    form : str
+        `"activation"`, or the pooling of a row.
+    """
+
+    position: int | None
+    form: str
+
+    @property
+    def is_row(self) -> bool:
+        return self.form != ACTIVATION
+
+
+# ------------------------------------------------------------------------------ stored forms
+
+
+def half_of(precision: str) -> torch.dtype:
+    """Return the half precision in which activations are kept."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float16
+
+
+def round_to_half(x: torch.Tensor, half: torch.dtype) -> torch.Tensor:
+    """Round to the nearest that half precision holds.
+
+    Infinity is left as it is: it is an error, which the stream reports.
+    """
+    if x.dtype != torch.float32 or half != torch.float16:
+        return x.to(half)
+    if x.device.type == "cpu" and x.amax() <= LARGEST and x.amin() >= -LARGEST:
+        return x.to(half)  # twice as fast; a GPU would have to be waited for
+    return torch.where(x.isinf(), x, x.clamp(-LARGEST, LARGEST)).to(half)
+
+
+def stored_form(x: torch.Tensor, output: Output, half: torch.dtype, layout: str) -> torch.Tensor:
+    """Bring a result to the form in which it is kept: maps have their channels last."""
+    if output.is_row:
+        return x
+    x = round_to_half(x, half)
+    x = (x.permute(0, 2, 3, 1) if layout == "map" else x).contiguous()
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x  # NumPy has no bfloat16
+
+
+# ------------------------------------------------------------------------------ programs
+
+
+class Outputs(nn.Module):
+    """From uint8 images (n, 3, h, w) to a tensor for each output.
+
+    Parameters
+    ----------
+    runner : Runner
+    outputs : sequence of Output
+    preprocessing : Preprocessing
+    finish : callable or None
+        What becomes of each result, as soon as it is there: results of many cuts take room.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        outputs: Sequence[Output],
+        preprocessing: Preprocessing,
+        finish: Callable[[torch.Tensor, Output], torch.Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.outputs, self.preprocessing, self.finish = list(outputs), preprocessing, finish
+        positions = {output.position for output in outputs}
+        # Not registered: the slices are not this one's own.
+        self.slices = runner.slices(positions, preprocessing.size)
+        self.n_prefix = {position: runner.n_prefix(position) for position in positions}
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.preprocessing.normalize(images).contiguous(memory_format=torch.channels_last)
+        results: dict[Output, torch.Tensor] = {}
+        for position, part in self.slices:
+            x = part(x)
+            for output in {o: None for o in self.outputs if o.position == position}:
+                result = self._row(x, output) if output.is_row else x
+                results[output] = result if self.finish is None else self.finish(result, output)
+        return tuple(results[output] for output in self.outputs)
+
+    def _row(self, x: torch.Tensor, output: Output) -> torch.Tensor:
+        layout = layout_of(x.shape[1:], self.preprocessing.size)
+        return pool(x.float(), layout, output.form, self.n_prefix[output.position])
+
+
+class Program:
+    """Runs a network on batches of images, up to some of its cuts.
+
+    Parameters
+    ----------
+    run : callable
+        From a uint8 batch (n, 3, h, w) on the device to results in their stored forms.
+    device : torch.device
+    """
+
+    def __init__(
+        self, run: Callable[[torch.Tensor], list[torch.Tensor]], device: torch.device
+    ) -> None:
+        self._run, self.device = run, device
+
+    def __call__(self, images: Sequence[torch.Tensor], step: int) -> list[Any]:
+        """Return for each output an array-like with a row for each image, uint8 (3, h, w).
+
+        On a GPU they are copied while it goes on. Every batch has `step` images, the last is
+        padded: a row then does not depend on the others that came with it.
+        """
+        parts: list[list[Any]] = []
+        for start in range(0, len(images), step):
+            batch = list(images[start : start + step])
+            parts.append([fetch(x) for x in self.results(_stacked(batch, step), len(batch))])
+        columns = zip(*parts, strict=True)
+        return [part[0] if len(part) == 1 else np.concatenate(part) for part in columns]
+
+    def results(self, batch: torch.Tensor, n: int) -> list[torch.Tensor]:
+        """Return the first `n` results for each output, on the device."""
+        return [x[:n] for x in self._run(to_device(batch, self.device))]
+
+
+def to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Start to copy a batch to the device."""
+    if device.type == "cuda" and batch.device.type == "cpu":
+        batch = batch.pin_memory()  # from memory that stays in place, the copy does not wait
+    return batch.to(device, non_blocking=True)
+
+
+def _stacked(images: list[torch.Tensor], step: int) -> torch.Tensor:
+    """Return a batch (step, 3, h, w) that repeats its first image; channels last, as they lie."""
+    last = [image.permute(1, 2, 0) for image in images]
+    return torch.stack(last + last[:1] * (step - len(last))).permute(0, 3, 1, 2)
