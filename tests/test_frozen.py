@@ -144,6 +144,7 @@ def test_a_result_does_not_depend_on_the_others(precision, batch_size):
 
 def test_results_on_the_way_are_kept_with_their_rows(tmp_path, run_log):
     X, frozen, memory = pictures(), frozen_blocks(), check_memory(tmp_path)
+    frozen.flops()  # on a blank image
     Activations(frozen, [EMBEDDING], [STEM, EMBEDDING], memory=memory)(views(X))
     frozen.flops()  # counted on a blank image, once
     n_before = len(run_log())

@@ -45,6 +45,8 @@ class OutputsPass(Stream):
         self.kept = set() if self.memory is None else set(kept)
         by_products = sorted(self.kept - set(wanted), key=str)
         self.outputs = [*self.wanted, *by_products]
+        # In one order, whatever is wanted: a fit and a prediction then have one program.
+        self._in_order = sorted(set(self.outputs), key=str)
         self._program: Program | None = None
 
     def names(self) -> Names:
@@ -60,7 +62,7 @@ class OutputsPass(Stream):
         )
 
     def _get_ready(self) -> None:
-        self._program = self.runner.program(self.outputs, self.preprocessing, self._is_alone())
+        self._program = self.runner.program(self._in_order, self.preprocessing, self._is_alone())
         super()._get_ready()
 
     def _is_alone(self) -> bool:
@@ -69,7 +71,8 @@ class OutputsPass(Stream):
 
     def _run(self, loaded: list[torch.Tensor]) -> list[Any]:
         assert self._program is not None
-        return self._program(loaded, self.step)
+        results = dict(zip(self._in_order, self._program(loaded, self.step), strict=True))
+        return [results[output] for output in self.outputs]
 
 
 class Embedding(OutputsPass):
