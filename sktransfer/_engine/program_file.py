@@ -131,8 +131,17 @@ def _arrays(file: BytesIO) -> list[list[np.ndarray]]:
 def _surroundings() -> tuple[str, ...]:
     """Name what a compiled program depends on besides its network: versions, and the CPU."""
     torch_version = ".".join(torch.__version__.split(".")[:2])
-    versions = importlib.metadata.version("openvino"), torch_version
-    return (*versions, platform.system(), platform.machine(), platform.processor(), *_cpu())
+    machine = platform.system(), platform.machine(), platform.processor()
+    return (_openvino_version(), torch_version, *machine, *_cpu())
+
+
+def _openvino_version() -> str:
+    try:
+        return importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:  # not every packager installs that file
+        import openvino
+
+        return openvino.__version__
 
 
 def _cpu() -> list[str]:

@@ -295,8 +295,15 @@ class OpenVinoProgram:
         except WrongResult as error:
             self._compile_again(module, inputs, expected, error)
         if file is not None and self._pass_on is None:
-            arrays = [[y.float().numpy() for y in results] for results in expected]
-            file.write(KeptProgram(self._compiled.export_model().getvalue(), arrays))
+            self._write(file, expected)
+
+    def _write(self, file: ProgramFile, expected: list[list[torch.Tensor]]) -> None:
+        try:
+            blob = self._compiled.export_model().getvalue()
+        except Exception:  # OpenVINO's own, of what it can't export; it can be used all the same
+            return
+        arrays = [[y.float().numpy() for y in results] for results in expected]
+        file.write(KeptProgram(blob, arrays))
 
     def _compile(self, module: nn.Module, example: torch.Tensor) -> None:
         traced = _trace(_ChannelsLast(module), _channels_last(example))
