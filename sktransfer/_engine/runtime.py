@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import importlib.util
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sktransfer._engine.program_file import KeptProgram, ProgramFile
 
@@ -174,10 +175,26 @@ def fold_batch_norms(module: fx.GraphModule) -> fx.GraphModule:
         convolution, norm = _module_at(folded, before), _module_at(folded, node)
         # timm's norms have a dropout and an activation in them.
         rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
-        folded.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+        folded.set_submodule(str(before.target), _fuse(convolution, norm))
         folded.set_submodule(str(node.target), nn.Sequential(*rest).eval())
     folded.recompile()
     return folded
+
+
+def _fuse(convolution: nn.Conv2d, norm: Any) -> nn.Conv2d:
+    """Return one layer for two; torch's own function copies the convolution's weights first."""
+    fused = copy.copy(convolution)
+    fused._parameters = dict(convolution._parameters)
+    fused.weight, fused.bias = fuse_conv_bn_weights(
+        convolution.weight,
+        convolution.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    return fused
 
 
 def _module_at(module: nn.Module, node: fx.Node) -> Any:
