@@ -565,3 +565,15 @@ def test_traced_on_the_meta_device():
     traced = TracedNetwork(network)
     assert len(traced.names) == 13
     assert traced.shape(13) == (50, 768)
+
+
+def test_a_norm_still_refuses_sizes_that_are_not_its_own():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Flatten(), nn.BatchNorm1d(4 * 30 * 30), nn.ReLU6(inplace=True)
+    )
+    blocks = TracedNetwork(network, (32, 32))
+    assert blocks.shape(blocks.output, (32, 32)) == (3600,)
+    norm = next(node for node in blocks._nodes if node.target == "2")
+    assert norm in blocks._values[32, 32].overwritten  # by what follows
+    with pytest.raises(TracingError, match="running_mean should contain"):
+        TracedNetwork(network, (40, 40))

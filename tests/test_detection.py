@@ -465,7 +465,7 @@ def test_boxes_of_wide_images_come_back(fitted, scenes):
     wide[4:26, 70:92] = 0
     found = fitted.predict([wide])[0]
     expected = np.array([70, 4, 92, 26])
-    assert np.abs(found["boxes"] - expected).max(1).min() < 8
+    assert np.abs(found["boxes"] - expected).max(1).min() < 12  # six pixels of the input
 
 
 def test_labels_of_any_type(scenes):

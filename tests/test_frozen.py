@@ -15,6 +15,7 @@ from sktransfer._engine.embedding import Embedding
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.program import stored_form
 from sktransfer._engine.runner import Runner, get_runner
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._memory.memory import ImageMemory, check_memory
 from sktransfer._training import plan as plans
 from sktransfer._training.plan import make_plan
@@ -425,9 +426,9 @@ def test_an_extractor_waits_for_what_a_fit_computes(tmp_path, run_log, counted):
     # The fit may need the cut of images that the extractor claimed: no image runs three times.
     runs = Counter(run_log())
     assert len(runs) == 16 and max(runs.values()) <= 2
-    assert PretrainedFeatureExtractor(counted, **options)._embedding().names().claim == (
-        model._trained._stream([model._trained.cut], None).names().claim
-    )
+    frozen = model.trainer().frozen
+    claimed = embedding_of(PretrainedFeatureExtractor(counted, **options)).names().claim
+    assert claimed == frozen.runner.claim_key(frozen.preprocessing)
 
 
 # ------------------------------------------------------------------------------ architectures

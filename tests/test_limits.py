@@ -15,6 +15,7 @@ from torch import nn
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
 from sktransfer._engine.device import warn_of_copies
 from sktransfer._engine.runner import get_runner
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._training import data
 
 SHARE = 0.4  # of the machine's memory that an image asks for: one or two can be had, more not
@@ -90,7 +91,7 @@ def test_other_estimators_run_as_many_images_as_before(pictures, monkeypatch):
     with pytest.warns(UserWarning, match="goes on with 2 images at once"):
         PretrainedFeatureExtractor(backbone, image_size=32).transform(pictures)
     monkeypatch.setattr(Forgetful, "has_little", False)
-    stream = PretrainedFeatureExtractor(backbone, image_size=32)._embedding()
+    stream = embedding_of(PretrainedFeatureExtractor(backbone, image_size=32))
     assert stream.step == 4
     assert (fit().predict_proba(pictures) == expected).all()  # bit by bit: in the same batches
 

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,14 @@ from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_mode
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.program import Output
+from sktransfer._engine.program_file import KeptProgram, ProgramFile
 from sktransfer._engine.runner import get_runner
-from sktransfer._engine.runtime import OpenVinoProgram, fold_batch_norms, has_bfloat16
+from sktransfer._engine.runtime import (
+    OpenVinoProgram,
+    fold_batch_norms,
+    has_bfloat16,
+    is_worth_compiling,
+)
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.io import check_images
 
@@ -230,7 +237,19 @@ def test_every_stream_is_compared_with_torch():
 
 
 class Fickle(nn.Module):
-    """Computes something else once it is traced: after its first calls."""
+    """Computes something else of small values, which a traced graph does not look at."""
+
+    def forward(self, x):
+        return x * 3 if x.max() < 0.5 else x * 2
+
+
+def test_a_fault_that_the_first_input_does_not_show_is_found():
+    with pytest.raises(ValueError, match="differs by .*: input 1, stream"):
+        program(Fickle(), 4)
+
+
+class OnceWrong(nn.Module):
+    """Computes something else in its third call, by which it is traced."""
 
     def __init__(self):
         super().__init__()
@@ -238,12 +257,14 @@ class Fickle(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        return x * 2 if self.calls < 3 else x * 2 + (x < 0.5)
+        return x * 3 if self.calls == 3 else x * 2
 
 
-def test_a_fault_that_the_first_input_does_not_show_is_found():
-    with pytest.raises(ValueError, match="differs by"):
-        program(Fickle(), 4)
+def test_what_was_compiled_wrongly_is_compiled_once_more():
+    with pytest.warns(UserWarning, match="differs by .*Compiled once more, it is right"):
+        run = program(OnceWrong(), 4)
+    x = torch.rand(1, 4)
+    assert torch.equal(run(x)[0], x * 2)
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "resnet10t"])
@@ -270,6 +291,109 @@ def test_last_slices_that_compute_nothing(name):
     assert np.array_equal(before, behind)
 
 
+# ------------------------------------------------------------------------------ kept on disk
+
+
+class Refuses(nn.Module):
+    """What must not be run, as there is a file."""
+
+    def forward(self, x):
+        raise AssertionError("it is run")
+
+
+def kept_program(path, module=None, n_streams=2):
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    file = ProgramFile(path, "name", n_streams)
+    module = Refuses() if module is None else module.eval()
+    return OpenVinoProgram(module, x, "float32", 2, n_streams, file)
+
+
+def test_a_program_is_read_from_its_file(tmp_path):
+    x = torch.rand(1, 3, 32, 32)
+    for n_streams in (1, 2):
+        expected = kept_program(tmp_path / "programs", Wide(), n_streams)(x)
+        run = kept_program(tmp_path / "programs", n_streams=n_streams)
+        assert torch.equal(run(x)[0], expected[0])
+        assert len(run._idle) == n_streams
+    assert len(os.listdir(tmp_path / "programs")) == 2  # and nothing unfinished
+
+
+def damages(whole):
+    yield b""
+    yield b"anything"
+    yield whole[:20]
+    yield whole[:-1]
+    yield whole + b"0"
+    for place in (0, 10, 24, 40, 200, len(whole) // 2, len(whole) - 1):
+        yield whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
+def test_a_damaged_file_is_compiled_anew(tmp_path):
+    x, network = torch.rand(1, 3, 32, 32), Wide()
+    expected = kept_program(tmp_path, network)(x)[0]
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for damaged in damages(whole):
+        path.write_bytes(damaged)
+        assert ProgramFile(tmp_path, "name", 2).read() is None
+    assert torch.equal(kept_program(tmp_path, network)(x)[0], expected)
+    kept_program(tmp_path)  # which was written anew
+    path.unlink()
+    os.mkfifo(path)
+    assert torch.equal(kept_program(tmp_path, network)(x)[0], expected)
+
+
+def test_a_file_of_another_program_is_not_used(tmp_path):
+    x, network = torch.rand(1, 3, 32, 32), Wide()
+    expected = kept_program(tmp_path / "own", network)(x)[0]
+    (path,) = (tmp_path / "own").iterdir()
+    own = ProgramFile(tmp_path / "own", "name", 2)
+    kept = own.read()
+    kept_program(tmp_path / "other", Wide())
+    other = ProgramFile(tmp_path / "other", "name", 2).read()
+    small_one = [[y[:, :1] for y in results] for results in kept.expected]
+    for blob, results in (
+        (other.blob, kept.expected),
+        (b"no model", kept.expected),
+        (kept.blob, small_one),
+        (kept.blob, []),
+    ):
+        own.write(KeptProgram(blob, results))
+        assert torch.equal(kept_program(tmp_path / "own", network)(x)[0], expected)
+        assert own.read().blob != blob or results is not kept.expected
+        kept_program(tmp_path / "own")  # which was written anew
+
+
+def test_a_disk_that_takes_no_file_is_no_trouble(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    kept_program(tmp_path / "file" / "folder", Wide())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    kept_program(tmp_path, Wide())
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_name_of_a_file_tells_what_it_is_of(tmp_path):
+    names = {ProgramFile(tmp_path, *parts).path for parts in ((), ("a", 1), ("a", 2), ("a1",))}
+    assert len(names) == 4
+    assert ProgramFile(tmp_path, "a", 1).path in names
+
+
+def test_compiling_must_pay_off(tmp_path):
+    lite0 = 0.77e9  # operations an image
+    assert not is_worth_compiling(lite0, 1, 2)
+    assert is_worth_compiling(lite0, 1_000, 2)
+    least = [
+        next(n for n in range(10**6) if is_worth_compiling(flops, n, 2))
+        for flops in (0, lite0 / 10, lite0, 10 * lite0)
+    ]
+    assert least == sorted(least, reverse=True)
+    file = ProgramFile(tmp_path, "name")
+    n = least[2] // 2
+    assert not is_worth_compiling(lite0, n, 2, file)
+    file.write(KeptProgram(b"", []))
+    assert is_worth_compiling(lite0, n, 2, file)
+
+
 # ------------------------------------------------------------------------------ falling back
 
 
@@ -292,7 +416,7 @@ def test_rows_are_kept_under_the_name_of_what_computed_them(photos, tmp_path):
         warnings.simplefilter("always")
         rows = extractor("openvino", **options).transform(photos)
     assert any("runs on torch, not on OpenVINO" in str(w.message) for w in caught)
-    on_torch = extractor("torch", **options)._embedding()
+    on_torch = embedding_of(extractor("torch", **options))
     found = on_torch(check_images(photos))
     assert on_torch.n_computed == 0 and (found == rows).all()
     options["backbone"] = get_model(Wide(Bessel()))
@@ -300,7 +424,7 @@ def test_rows_are_kept_under_the_name_of_what_computed_them(photos, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(photos, [0, 1])
-    on_torch = extractor("torch", **options)._embedding()
+    on_torch = embedding_of(extractor("torch", **options))
     on_torch(check_images(photos))
     assert on_torch.n_computed == 0
 

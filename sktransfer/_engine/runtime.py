@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import importlib.util
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from sktransfer._engine.program_file import KeptProgram, ProgramFile
 
 RUNTIMES = ("auto", "torch", "openvino")
 Program = Callable[[torch.Tensor], list[torch.Tensor]]  # takes a batch; safe to call in threads
@@ -23,6 +26,10 @@ Program = Callable[[torch.Tensor], list[torch.Tensor]]  # takes a batch; safe to
 _SMALL = 100_000  # parameters; a smaller network takes less time than reading its images
 # Largest difference to torch, as a share of the largest value; more means that it is not the same.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+# Images for each core until a compiled program has paid off: some for any network, and more the
+# smaller it is, as compiling a small one takes as long. Measured by `benchmarks/cold_start.py`.
+_IMAGES_TO_PAY_OFF, _GFLOP_TO_PAY_OFF = 25, 60
+_SHARE_IF_KEPT = 0.4  # of them, for a program that is only read from a file
 _KNOWN = ("torch.nn.", "timm.layers.")  # convolutions and norms whose maths is known
 _EXTRA = "pip install 'sktransfer[openvino]'"
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")  # OpenVINO's names of what only passes on
@@ -46,6 +53,27 @@ def resolve_runtime(
     if runtime == "openvino":
         warn_fallback(name, reason)
     return "torch"
+
+
+def is_worth_compiling(
+    flops: float, n_images: int, n_cores: int, file: ProgramFile | None = None
+) -> bool:
+    """Tell whether OpenVINO, compiling included, takes less time than torch.
+
+    Parameters
+    ----------
+    flops : float
+        Floating point operations of the program for one image, as torch counts them.
+    n_images : int
+        That the program has run, or will.
+    n_cores : int
+        They share the images, but not the compiling.
+    file : ProgramFile, optional
+        Where the program is, if it was compiled before.
+    """
+    worth = _IMAGES_TO_PAY_OFF + _GFLOP_TO_PAY_OFF / max(flops / 1e9, 1e-3)
+    share = _SHARE_IF_KEPT if file is not None and file.exists() else 1
+    return n_images >= n_cores * worth * share
 
 
 def reason_of(error: Exception) -> str:
@@ -147,10 +175,26 @@ def fold_batch_norms(module: fx.GraphModule) -> fx.GraphModule:
         convolution, norm = _module_at(folded, before), _module_at(folded, node)
         # timm's norms have a dropout and an activation in them.
         rest = [getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)]
-        folded.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+        folded.set_submodule(str(before.target), _fuse(convolution, norm))
         folded.set_submodule(str(node.target), nn.Sequential(*rest).eval())
     folded.recompile()
     return folded
+
+
+def _fuse(convolution: nn.Conv2d, norm: Any) -> nn.Conv2d:
+    """Return one layer for two; torch's own function copies the convolution's weights first."""
+    fused = copy.copy(convolution)
+    fused._parameters = dict(convolution._parameters)
+    fused.weight, fused.bias = fuse_conv_bn_weights(
+        convolution.weight,
+        convolution.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    return fused
 
 
 def _module_at(module: nn.Module, node: fx.Node) -> Any:
@@ -206,6 +250,9 @@ class OpenVinoProgram:
         To be used in all.
     n_streams : int
         That many calls run at once, on ``n_cores / n_streams`` cores each.
+    file : ProgramFile, optional
+        Read instead of compiling, or written once the program is compiled. Its name must tell
+        `module` and all of the other parameters.
 
     Raises
     ------
@@ -227,17 +274,79 @@ class OpenVinoProgram:
         precision: str,
         n_cores: int,
         n_streams: int,
+        file: ProgramFile | None = None,
     ) -> None:
+        self._settings = _settings(precision, n_cores, n_streams)
+        self._tolerance, self._n_streams = _TOLERANCE[precision], n_streams
+        # What computes nothing is not worth a call of OpenVINO, whose result would be its input.
+        self._pass_on: Callable[[torch.Tensor], Any] | None = None
+        self._idle: list[Any] = []  # requests, each with buffers of its own
+        inputs = [example, (example / 2).to(example.dtype)]
+        if file is None or not self._read(file, inputs):
+            self._make(module, inputs, file)
+
+    def _read(self, file: ProgramFile, inputs: list[torch.Tensor]) -> bool:
+        """Take the program of a file, if there is one that works and computes what torch did."""
+        if (kept := file.read()) is None:
+            return False
+        expected = [[torch.from_numpy(y) for y in results] for results in kept.expected]
+        try:
+            self._compiled = _core().import_model(kept.blob, "CPU", self._settings)
+            # It was compared whole before it was written.
+            self._check(inputs, expected, n_inputs=1)
+        except Exception:  # OpenVINO's own, of what it can't import
+            file.remove()
+            self._idle = []
+            return False
+        return True
+
+    def _make(
+        self, module: nn.Module, inputs: list[torch.Tensor], file: ProgramFile | None
+    ) -> None:
+        with torch.inference_mode():
+            results = [module(x) for x in inputs]
+        expected = [list(y) if isinstance(y, tuple) else [y] for y in results]
+        try:
+            self._compile(module, inputs[0])
+            self._check(inputs, expected)
+        except WrongResult as error:
+            self._compile_again(module, inputs, expected, error)
+        if file is not None and self._pass_on is None:
+            self._write(file, expected)
+
+    def _write(self, file: ProgramFile, expected: list[list[torch.Tensor]]) -> None:
+        try:
+            blob = self._compiled.export_model().getvalue()
+        except Exception:  # OpenVINO's own, of what it can't export; it can be used all the same
+            return
+        arrays = [[y.float().numpy() for y in results] for results in expected]
+        file.write(KeptProgram(blob, arrays))
+
+    def _compile(self, module: nn.Module, example: torch.Tensor) -> None:
         traced = _trace(_ChannelsLast(module), _channels_last(example))
         model = _convert(traced, _channels_last(example))
-        # What computes nothing is not worth a call of OpenVINO, whose result would be its input.
         # A call of the traced graph does not meet torch.fx, which may trace in another thread.
         self._pass_on = traced.forward if _only_moves(model) else None
+        self._idle = []
         if self._pass_on is None:
-            settings = _settings(precision, n_cores, n_streams)
-            self._compiled = _core().compile_model(model, "CPU", settings)
-        self._idle: list[Any] = []  # requests, each with buffers of its own
-        self._check(module, example, _TOLERANCE[precision], n_streams)
+            self._compiled = _core().compile_model(model, "CPU", self._settings)
+
+    def _compile_again(
+        self,
+        module: nn.Module,
+        inputs: list[torch.Tensor],
+        expected: list[list[torch.Tensor]],
+        error: WrongResult,
+    ) -> None:
+        """Give OpenVINO a second chance: very seldom, a network is compiled wrongly."""
+        self._compile(module, inputs[0])
+        self._check(inputs, expected)
+        warnings.warn(
+            f"OpenVINO compiled a network wrongly ({error}), which was found before it was used. "
+            "Compiled once more, it is right.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         x = _channels_last(x)
@@ -266,40 +375,44 @@ class OpenVinoProgram:
             return self._compiled.create_infer_request()
 
     def _check(
-        self, module: nn.Module, example: torch.Tensor, tolerance: float, n_streams: int
+        self,
+        inputs: list[torch.Tensor],
+        expected: list[list[torch.Tensor]],
+        n_inputs: int | None = None,
     ) -> None:
         """Compare with torch: what traced or compiled wrongly must not be used.
 
         Every stream has a graph of its own, and a graph may be right only for the first input
-        that it is given. So each stream runs two.
+        that it is given. So each stream runs all inputs, or `n_inputs` of them in turns.
         """
-        inputs = [example, (example / 2).to(example.dtype)]
-        with torch.inference_mode():
-            expected = [module(x) for x in inputs]
         # Threads that run at the same time take a stream each.
-        all_started = threading.Barrier(n_streams, timeout=60)
+        all_started = threading.Barrier(self._n_streams, timeout=60)
 
-        def run(_: int) -> list[list[torch.Tensor]]:
+        def run(stream: int) -> None:
             all_started.wait()
-            return [self(x) for x in inputs]
+            for k in range(n_inputs or len(inputs)):
+                i = (stream + k) % len(inputs)
+                what = f"input {i}, stream {stream} of {self._n_streams}"
+                _compare(self(inputs[i]), expected[i], self._tolerance, what)
 
-        with ThreadPoolExecutor(n_streams) as threads:
-            for found in threads.map(run, range(n_streams)):
-                for mine, theirs in zip(found, expected, strict=True):
-                    theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-                    _compare(mine, theirs, tolerance)
+        with ThreadPoolExecutor(self._n_streams) as threads:
+            list(threads.map(run, range(self._n_streams)))
+
+
+class WrongResult(ValueError):
+    """OpenVINO computes something else than torch."""
 
 
 def _compare(
-    mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], tolerance: float
+    mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], tolerance: float, what: str
 ) -> None:
-    """Raise a ValueError if OpenVINO's results are not those of torch."""
+    """Raise a WrongResult if OpenVINO's results are not those of torch."""
     for a, b in zip(mine, theirs, strict=True):
         if a.shape != b.shape:
-            raise ValueError(f"its result has shape {tuple(a.shape)}, not {tuple(b.shape)}")
+            raise WrongResult(f"its result has shape {tuple(a.shape)}, not {tuple(b.shape)}")
         error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
         if not error <= tolerance:
-            raise ValueError(f"its result differs by {error:.2g} of the largest value")
+            raise WrongResult(f"its result differs by {error:.2g} of the largest value: {what}")
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:

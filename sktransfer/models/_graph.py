@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import fx, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
 
 from sktransfer.models._modules import copy_of, one_tensor, set_eval
 
@@ -136,13 +138,38 @@ class _Recorder(fx.Interpreter):
         )
 
 
+class _ShapesOnly(TorchFunctionMode):
+    """Skips functions whose result has the shape of their input.
+
+    On the meta device, torch takes them apart in Python, which made up most of the propagation.
+    """
+
+    _SKIPPED = (F.hardtanh, F.relu6, F.hardswish, F.silu, F.gelu)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._SKIPPED and args[0].is_floating_point():
+            # A tensor counts how often it is changed in place.
+            return args[0].zero_() if kwargs.get("inplace") else torch.empty_like(args[0])
+        if func is F.batch_norm and not kwargs["training"] and _fits(*args):
+            return torch.empty_like(args[0])
+        return func(*args, **kwargs)
+
+
+def _fits(x: Any, mean: Any = None, *_: Any) -> bool:
+    """Tell whether a batch-norm takes `x`; the channels may depend on the size of images."""
+    return torch.is_tensor(mean) and x.ndim > 1 and x.shape[1] == len(mean)
+
+
 def propagate(graph: fx.Graph, lookup: Callable[[str], Any], image_size: tuple[int, int]) -> Values:
     """Run the graph without computing anything, on the meta device."""
     twin = _on_meta(as_module(graph, lookup))
     runs = []
     for batch in _BATCHES:
         recorder = _Recorder(twin)
-        with torch.inference_mode(False), torch.no_grad(), torch.device("meta"):
+        with torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _ShapesOnly():
             recorder.run(torch.empty(batch, 3, *image_size, dtype=torch.float32))
         runs.append(recorder.records)
     result = Values(set(), {}, {}, set())
