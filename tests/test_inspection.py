@@ -23,6 +23,7 @@ from sktransfer import (
     PretrainedClassifier,
     PretrainedFeatureExtractor,
 )
+from sktransfer._engine.cut_network import as_map
 from sktransfer._training.whole import whole_of_trainer
 from sktransfer.inspection import (
     DepthCurveDisplay,
@@ -33,7 +34,6 @@ from sktransfer.inspection import (
     TopLossesDisplay,
     TransferGainDisplay,
 )
-from sktransfer.inspection._saliency import _as_map
 from sktransfer.io import load_image
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -365,10 +365,10 @@ def test_saliency_of_tokens(photos):
 
 def test_activations_as_maps():
     x = torch.arange(2 * 5 * 4 * 6.0).reshape(2, 5, 4, 6)  # (n, c, h, w)
-    assert torch.equal(_as_map(x, "map", 0, (64, 96)), x)
-    assert torch.equal(_as_map(x.permute(0, 2, 3, 1), "map_last", 0, (64, 96)), x)
+    assert torch.equal(as_map(x, "map", 0, (64, 96)), x)
+    assert torch.equal(as_map(x.permute(0, 2, 3, 1), "map_last", 0, (64, 96)), x)
     tokens = torch.cat([torch.full((2, 3, 5), -1.0), x.flatten(2).transpose(1, 2)], 1)
-    assert torch.equal(_as_map(tokens, "tokens", 3, (64, 96)), x)
+    assert torch.equal(as_map(tokens, "tokens", 3, (64, 96)), x)
 
 
 def test_saliency_leaves_the_estimator_as_it_was(tiles, fitted):
