@@ -11,6 +11,9 @@ from networks import LOG
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+# Layers as small as those of most tests take several times as long on several threads.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _close_figures():
@@ -27,13 +30,8 @@ def _with_threads(n):
 
 
 @pytest.fixture
-def one_thread():
-    """Layers as small as those of most tests take longer on several threads."""
-    yield from _with_threads(1)
-
-
-@pytest.fixture
 def two_threads():
+    """As many threads as a user's machine has at least; OpenVINO then has two streams."""
     yield from _with_threads(2)
 
 

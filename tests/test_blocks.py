@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 from sktransfer.models._blocks import TracedNetwork, TracingError
 
 # Number of blocks -> the classification networks of torchvision that have it.
-pytestmark = pytest.mark.usefixtures("one_thread")
 COUNTS = {
     7: "alexnet",
     8: "densenet121 densenet161 densenet169 densenet201",

@@ -49,15 +49,6 @@ from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Maps are small; and the fixture `one_thread` would come after those of the module."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_scenes(n=12, size=64, seed=0):
     """Grey images with one bright or dark square each; the last has none."""
     rng = np.random.RandomState(seed)

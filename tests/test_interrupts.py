@@ -32,7 +32,6 @@ from sktransfer._torch_state import (
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-    pytest.mark.usefixtures("one_thread"),
 ]
 MODULES = (_claims, _memory, _store, _store_backend, _stream, _torch_state)
 FILES = {module.__file__ for module in MODULES}

@@ -22,7 +22,6 @@ from sktransfer.models import Backbone, get_model
 from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 32
 X = np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3)).astype(np.uint8)
 Y = np.arange(6) % 2

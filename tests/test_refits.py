@@ -36,8 +36,6 @@ LABELS = np.arange(N) % 2
 SENTENCES = [f"sentence number {i} is about the weather" for i in range(N)]
 BLOCKS = 3  # of the small network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _models():

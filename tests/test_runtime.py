@@ -30,6 +30,8 @@ from sktransfer._engine.runtime import (
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.io import check_images
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # and streams
+
 SIZE = 64  # pixels: the smallest that keeps positions until the last blocks
 
 

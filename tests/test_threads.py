@@ -20,7 +20,6 @@ from sktransfer import (
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.text_model import load_text_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
 Y = np.arange(8) % 2
 NETWORK, OTHER = small(), small(1)

@@ -23,7 +23,6 @@ from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.inspection import SaliencyDisplay
 from sktransfer.models import _registry
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
 Y = np.arange(8) % 2
 BOXES = [{"boxes": [[4, 4, 28, 28]], "labels": ["cell"]}] * 8
