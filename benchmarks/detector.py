@@ -117,7 +117,7 @@ def replaced(folder: str, **parameters: Any) -> FineTunedDetector:
     path = Path(folder) / "detector.pth"
     network = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
     torch.save(network.state_dict(), path)
-    return FineTunedDetector(_REPLACED, weights=path, **parameters)
+    return FineTunedDetector(detector=_REPLACED, weights=path, **parameters)
 
 
 def main() -> None:

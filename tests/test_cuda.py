@@ -209,7 +209,7 @@ def test_detection():
     X = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3)).astype(np.uint8)
     y = [{"boxes": [[8, 8, 40, 40]], "labels": ["square"]}] * 8
     options = {"image_size": 64, "max_epochs": 2, "random_state": 0}
-    model = FineTunedDetector("fcos", backbone=small(), device=GPU, **options).fit(X, y)
+    model = FineTunedDetector(small(), device=GPU, **options).fit(X, y)
     found = model.predict(X)
     assert len(found) == 8 and set(found[0]) == {"boxes", "labels", "scores"}
     again = pickle.loads(pickle.dumps(model)).set_params(device="cpu").predict(X)

@@ -66,7 +66,7 @@ def make_scenes(n=12, size=64, seed=0):
 def make(detector="fcos", **parameters):
     given = {"backbone": small(), "image_size": 64, "width": 64, "runtime": "torch"}
     given |= {"max_epochs": 1, "random_state": 0, **parameters}
-    return FineTunedDetector(detector, **given)
+    return FineTunedDetector(detector=detector, **given)
 
 
 class Maps(nn.Module):
@@ -112,7 +112,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def fitted(scenes):
-    return make(max_epochs=30, lr=3e-3, batch_size=4).fit(*scenes)
+    return make(max_epochs=30, head_lr=3e-3, batch_size=4).fit(*scenes)
 
 
 def same(a, b):
@@ -141,16 +141,17 @@ def test_it_learns_to_find_objects(fitted, scenes):
     assert fitted.n_iter_ == len(fitted.history_) == 30
 
 
-def test_pretrained_layers_have_a_learning_rate_of_their_own(scenes):
+@pytest.mark.parametrize("head_lr, rate", [(0.003, 0.003), (None, 0.0007)])
+def test_pretrained_layers_have_a_learning_rate_of_their_own(head_lr, rate, scenes):
     X, y = scenes
-    model = make(unfreeze=1, lr=0.003, backbone_lr=0.0007).partial_fit(X[:2], y[:2])
+    model = make(unfreeze=1, lr=0.0007, head_lr=head_lr).partial_fit(X[:2], y[:2])
     detector = model.net_.module_.detector
     pretrained = {id(p) for p in detector.backbone.blocks.parameters()}
     rates = {True: set(), False: set()}
     for group in model.net_.optimizer_.param_groups:
         for parameter in group["params"]:
             rates[id(parameter) in pretrained].add(group["lr"])
-    assert rates == {True: {0.0007}, False: {0.003}}
+    assert rates == {True: {0.0007}, False: {rate}}
 
 
 def test_only_new_layers_are_trained(fitted):
@@ -200,6 +201,19 @@ def test_a_list_unfreezes_its_blocks_alone(network, scenes):
     blocks = backbone if network else backbone.blocks
     trained = [key for key, value in blocks.named_parameters() if value.requires_grad]
     assert trained and all(key.startswith(name) for key in trained)
+
+
+class OneLayer(nn.Conv2d):
+    def forward(self, x):
+        return {"0": super().forward(x)}
+
+
+def test_a_backbone_of_one_layer_is_one_block(scenes):
+    square = AnchorGenerator(((24,),), ((1.0,),))
+    network = FCOS(OneLayer(3, 32, 8, 8), 5, anchor_generator=square, min_size=64, max_size=64)
+    model = make(network, unfreeze="all").fit(scenes[0][:2], scenes[1][:2])
+    assert model.unfrozen_block_names_ == ["backbone"]
+    assert not torch.equal(model.net_.module_.detector.backbone.weight, network.backbone.weight)
 
 
 def test_weights_none_beside_a_network_says_nothing(scenes):
@@ -367,7 +381,7 @@ def test_each_image_runs_once(tmp_path, scenes, run_log):
     n = len(run_log())
     assert n > 0
     model.predict(X)
-    clone(model).set_params(lr=1e-2).fit(X[::-1], y[::-1])
+    clone(model).set_params(head_lr=1e-2).fit(X[::-1], y[::-1])
     assert len(run_log()) == n
 
 
@@ -383,7 +397,7 @@ def test_each_view_runs_once(tmp_path, scenes, run_log):
     model = make(memory=tmp_path, max_epochs=3, augment="dihedral").fit(X, y)
     views = 8 * len(X)
     assert len(run_log()) == len(set(run_log())) == views
-    clone(model).set_params(lr=1e-2, augment="flip").fit(X, y)
+    clone(model).set_params(head_lr=1e-2, augment="flip").fit(X, y)
     model.predict(X)
     assert len(run_log()) == views
     random = clone(model).set_params(augment="auto", n_views=2).fit(X, y)
@@ -406,7 +420,7 @@ def test_each_view_runs_once(tmp_path, scenes, run_log):
 def test_views_are_learnt(augment, unfreeze, family, scenes):
     X, y = scenes[0][:6], scenes[1][:6]
     network = "fcos" if family is None else small_detector(family)
-    options = {"augment": augment, "max_epochs": 2, "lr": 3e-3, "score_threshold": 0.0}
+    options = {"augment": augment, "max_epochs": 2, "head_lr": 3e-3, "score_threshold": 0.0}
     model = make(network, unfreeze=unfreeze, **options)
     found = model.fit(X, y).predict(X)
     assert same(clone(model).fit(X, y).predict(X), found)  # by the seed
@@ -539,12 +553,12 @@ def test_partial_fit_takes_the_parameters_as_they_are(scenes):
     model = make(batch_size=12).partial_fit(X, y)
     assert all(len(epoch["batches"]) == 1 for epoch in model.net_.history)
     before = trained(model)
-    model.set_params(lr=0.0, batch_size=6).partial_fit(X, y)
+    model.set_params(head_lr=0.0, batch_size=6).partial_fit(X, y)
     assert all(torch.equal(before[key], value) for key, value in trained(model).items())
     assert len(model.net_.history[-1]["batches"]) == 2
     moments = next(iter(model.net_.optimizer_.state.values()))
     assert moments["step"] == 3  # those of the first call went on
-    model.set_params(lr=1e-3).partial_fit(X, y)
+    model.set_params(head_lr=1e-3).partial_fit(X, y)
     assert not all(torch.equal(before[key], value) for key, value in trained(model).items())
     assert model.n_iter_ == 3
 
@@ -564,7 +578,7 @@ def test_a_fit_that_fails_leaves_the_detector_as_it_was(scenes, tmp_path):
     for changes, given in [
         ({}, (frame, renamed[:1])),
         ({"unfreeze": 99}, (X, renamed)),
-        ({"lr": 1e30}, (X, renamed)),
+        ({"head_lr": 1e30}, (X, renamed)),
         ({}, (bad, [*renamed[:2], {"boxes": [[0, 0, 9, 99]], "labels": ["other"]}])),
     ]:
         parameters = {name: model.get_params()[name] for name in changes}
@@ -575,7 +589,7 @@ def test_a_fit_that_fails_leaves_the_detector_as_it_was(scenes, tmp_path):
         assert model.classes_ is before["classes_"] and model.net_ is before["net_"]
         assert same(model.predict(X), found)
     with pytest.raises(ValueError, match="training loss became"):
-        model.set_params(lr=1e30).partial_fit(X, y)
+        model.set_params(head_lr=1e30).partial_fit(X, y)
     assert same(model.predict(X), found) and model.n_iter_ == 1
 
 
@@ -586,9 +600,27 @@ def test_ctrl_c_keeps_what_was_learnt(scenes):
                 os.kill(os.getpid(), signal.SIGINT)
 
     model = make(max_epochs=3, callbacks=[CtrlC()])
-    with pytest.raises(KeyboardInterrupt, match="interrupted after 1 epochs, whose detector is k"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted after 1 of 3 epochs. What was le"):
         model.fit(*scenes)
     assert model.n_iter_ == 1 and len(model.predict(scenes[0])) == 12
+    found = model.predict(scenes[0])
+    with pytest.raises(KeyboardInterrupt, match="had been fitted before"):
+        model.fit(*scenes)
+    assert model.n_iter_ == 1 and same(model.predict(scenes[0]), found)
+
+
+def test_a_part_that_fails_leaves_the_moments_as_they_were(scenes):
+    X, y = scenes
+    model, plain = (make(batch_size=4).partial_fit(X, y) for _ in range(2))
+
+    class Fail(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        model.set_params(callbacks=[Fail()]).partial_fit(X, y)
+    model.set_params(callbacks=None).partial_fit(X, y)
+    assert same(model.predict(X), plain.partial_fit(X, y).predict(X))
 
 
 def test_a_step_that_does_not_fit_into_the_memory_says_what_to_do(scenes):
@@ -608,16 +640,30 @@ def test_parameters_that_change_after_a_fit(scenes):
     found = model.predict(X)
     with pytest.raises(ValueError, match="device='cuda:7' can't be used here"):
         model.set_params(device="cuda:7").predict(X)
-    assert same(model.set_params(device="cpu").predict(X), found)  # loaded anew
+    assert same(model.set_params(device="cpu").predict(X), found)
+    model.set_params(runtime="auto").predict(X)  # loaded anew
     assert not hasattr(model, "net_")
-    model.partial_fit(X, y)
-    for changes in ({"image_size": 96}, {"unfreeze": 1}, {"detector": "retinanet"}):
-        parameters = {name: model.get_params()[name] for name in changes}
-        with pytest.raises(ValueError, match=f"{next(iter(changes))} has changed from"):
-            model.set_params(**changes).predict(X)
-        model.set_params(**parameters)
+    assert same(model.set_params(runtime="torch", backbone=small(1)).predict(X), found)
+    copied = pickle.loads(pickle.dumps(model))  # which knows the parameters alone
     with pytest.raises(ValueError, match="not those on which this estimator was fitted"):
-        model.set_params(backbone=small(1)).predict(X)
+        copied.predict(X)
+    assert same(copied.set_params(backbone=small()).predict(X), found)
+    assert copied.partial_fit(X, y).n_iter_ == 2
+
+
+def test_a_detector_of_torchvision_goes_on_with_its_weights(scenes, tmp_path):
+    X, y = scenes[0][:4], scenes[1][:4]
+    network = small_detector(FCOS)
+    path, other = tmp_path / "detector.pth", tmp_path / "other.pth"
+    torch.save(network.state_dict(), path)
+    torch.save({k: v + 1 for k, v in network.state_dict().items()}, other)
+    model = make(network).fit(X, y)
+    assert model.set_params(backbone="no such network").partial_fit(X, y).n_iter_ == 2
+    assert model.set_params(weights=path).partial_fit(X, y).n_iter_ == 3  # the same ones
+    found = model.predict(X)
+    assert same(model.set_params(weights=other).predict(X), found)
+    with pytest.raises(ValueError, match="weights has changed"):
+        model.partial_fit(X, y)
 
 
 def test_another_runtime_holds_from_the_next_prediction_on(scenes, run_log):
@@ -827,8 +873,8 @@ def test_bad_depth_and_backbone(scenes):
         (9, "uses 3 blocks"),
         (-1, "Pass 0 to 3"),
         ("layer9", "Blocks: stem, body.0, body.1"),
-        (["body.0", "layer9"], "'layer9' is no block"),
-        ("auto", "'auto' is no block"),
+        (["body.0", "layer9"], "No block is called 'layer9'"),
+        ("auto", "unfreeze='auto' compares depths by scores on labels .*FineTunedDetector learns"),
     ]:
         with pytest.raises(ValueError, match=reason):
             make(unfreeze=unfreeze).fit(*scenes)

@@ -105,7 +105,7 @@ def test_genuine_models_predict_the_same(kind, tmp_path):
 def test_genuine_detectors_and_language_models(tmp_path):
     objects = [{"boxes": np.array([[2, 2, 20, 20.0]]), "labels": np.array(["a"])}]
     detector = FineTunedDetector(
-        "retinanet", backbone="small", width=64, image_size=64, max_epochs=1, runtime="torch"
+        "small", detector="retinanet", width=64, image_size=64, max_epochs=1, runtime="torch"
     )
     for i, model in enumerate([detector.fit(X[:1], objects), MaskedLanguagePretrainer("nowhere")]):
         skops.io.dump(model, tmp_path / f"{i}.skops", compression=zipfile.ZIP_DEFLATED)
@@ -141,7 +141,7 @@ def changed(path, name, new):
 def test_files_without_trained_values_do_not_predict(tmp_path):
     objects = [{"boxes": np.array([[2, 2, 20, 20.0]]), "labels": np.array(["a"])}]
     detector = FineTunedDetector(
-        "retinanet", backbone="small", width=64, image_size=64, max_epochs=1, runtime="torch"
+        "small", detector="retinanet", width=64, image_size=64, max_epochs=1, runtime="torch"
     )
     path = tmp_path / "model.skops"
     for model in (classifier(unfreeze=0).fit(X, Y), detector.fit(X[:1], objects)):

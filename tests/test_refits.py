@@ -20,6 +20,7 @@ from torch import nn
 from sktransfer import (
     ContrastivePretrainer,
     FineTunedClassifier,
+    FineTunedDetector,
     FineTunedRegressor,
     MaskedLanguagePretrainer,
     PretrainedClassifier,
@@ -33,6 +34,7 @@ SIZE = Preprocessing(size=(32, 32), resize=(32, 32))
 N = 8
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 32, 32, 3)).astype(np.uint8)
 LABELS = np.arange(N) % 2
+BOXES = [{"boxes": [[4, 4, 20, 24]], "labels": [label]} for label in LABELS]
 SENTENCES = [f"sentence number {i} is about the weather" for i in range(N)]
 BLOCKS = 3  # of the small network
 
@@ -71,6 +73,15 @@ def images_as_bytes():
     return files
 
 
+class Detector(FineTunedDetector):
+    def rows(self, X):
+        """Return all that is found as one array."""
+        found = self.predict(X)
+        return np.concatenate(
+            [np.column_stack([f["boxes"], f["scores"], f["labels"]]) for f in found]
+        )
+
+
 def make(kind, tiny):
     """Return an estimator, what it is fitted on, and the method that shows what it has learnt."""
     trains = {"max_epochs": 2, "batch_size": 4, "random_state": 0, "lr": 0.01}
@@ -85,10 +96,13 @@ def make(kind, tiny):
         return FineTunedRegressor("first", **trains), (X, 1.0 + LABELS), "predict"
     if kind == "contrastive":
         return ContrastivePretrainer("first", head=(8, 4), **trains), (X,), "transform"
+    if kind == "detector":
+        options = {"image_size": 32, "width": 64, "score_threshold": 0.0}
+        return Detector("first", **options, **trains), (X, BOXES), "rows"
     return MaskedLanguagePretrainer(tiny[0], **trains), (SENTENCES,), "transform"
 
 
-TRAINED = ["classifier", "regressor", "contrastive", "masked language"]
+TRAINED = ["classifier", "regressor", "contrastive", "masked language", "detector"]
 KINDS = ["extractor", "as it is", *TRAINED]
 
 
@@ -116,7 +130,7 @@ def failures(kind, data):
     if kind in TRAINED:  # the others read no image
         yield {}, with_bad_row(data), (ValueError, OSError)
     yield {"device": "cuda:7"}, data, ValueError
-    if kind in ("extractor", "classifier", "regressor", "contrastive"):
+    if kind in ("extractor", "classifier", "regressor", "contrastive", "detector"):
         name = "layer" if kind == "extractor" else "unfreeze"
         yield {name: 99}, data, ValueError
     if kind != "masked language":
@@ -224,14 +238,17 @@ class Late(Image.Image):
         return super().load()
 
 
-@pytest.mark.parametrize("kind", ["classifier", "regressor", "contrastive"])
+@pytest.mark.parametrize("kind", ["classifier", "regressor", "contrastive", "detector"])
 def test_a_prediction_is_that_of_one_fit_whatever_ends_meanwhile(kind):
     model, data, show = make(kind, None)
     model.fit(*data)
     old = getattr(model, show)(list(IMAGES))
-    predict = getattr(model, "predict", model.transform if kind == "contrastive" else None)
+    name = show if kind in ("contrastive", "detector") else "predict"
+    predict = getattr(model, name)
     expected = predict(list(IMAGES))
     other = IMAGES[:4], *([np.array(["a", "b", "c", "a"])] if kind == "classifier" else data[1:])
+    if kind == "detector":
+        other = IMAGES[:4], [{**boxes, "labels": [9]} for boxes in BOXES[:4]]
     if kind == "regressor":
         other = IMAGES[:4], np.arange(8.0).reshape(4, 2)
     late = Late.of(IMAGES[0], lambda: model.set_params(unfreeze=2).fit(*other))
@@ -257,7 +274,7 @@ def table():
     return found
 
 
-COLUMNS = ["as it is", "fine-tuned", "contrastive", "masked language"]
+COLUMNS = ["as it is", "fine-tuned", "contrastive", "detector", "masked language"]
 COLUMN_OF = {"extractor": "as it is", "classifier": "fine-tuned", "regressor": "fine-tuned"}
 
 
@@ -282,6 +299,8 @@ def others(tiny, tmp_path):
         "weights": None,
         "tokenizer": tiny[1],
         "layer": "stem",
+        "detector": "retinanet",
+        "width": 96,
         "unfreeze": 2,
         "head": (4,),
         "pooling": "max",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral
@@ -118,6 +118,51 @@ def interrupted_refit() -> KeyboardInterrupt:
     return KeyboardInterrupt(
         "fit was interrupted. This estimator had been fitted before, and it is as that fit left it."
     )
+
+
+def interrupted_fit(n_done: int, n_epochs: int) -> Interrupted:
+    """Return what Ctrl-C raises in a fit that keeps what it learnt until then."""
+    return Interrupted(
+        f"fit was interrupted after {n_done} of {n_epochs} epochs. What was learnt until then is "
+        "kept; with warm_start=True, fit goes on from there."
+    )
+
+
+def change_since_fit(fitted: Mapping[str, Any], values: Mapping[str, Any]) -> ValueError | None:
+    """Return the error of the first value that is another than in the first fit, None if none is.
+
+    Names that only one of both has are no change.
+    """
+    for name, value in values.items():
+        before = fitted.get(name, value)
+        if value is not before and bool(value != before):
+            return ValueError(
+                f"{name} has changed from {before!r} to {value!r} since the first fit, with which "
+                "warm_start and partial_fit go on. Set it back, or fit a new estimator, as "
+                "sklearn.base.clone makes it."
+            )
+    return None
+
+
+def check_fingerprint(found: str, fitted: str, named: Mapping[str, Any]) -> None:
+    """Raise an error if the weights that parameters name are not those of the fit."""
+    if found == fitted:
+        return
+    parameters = ", ".join(f"{name}={value!r}" for name, value in named.items())
+    raise ValueError(
+        f"The weights that {parameters} name are not those on which this estimator was fitted "
+        f"(fingerprint {found[:8]}, then {fitted[:8]}), and its trained layers do not fit to "
+        "others. Pass the old weights by set_params(weights='path/to/file.pth'), or fit it again."
+    )
+
+
+def refuse_auto_depth(unfreeze: Any, reason: str) -> None:
+    """Raise an error for a depth that can't be searched for."""
+    if unfreeze == "auto":
+        raise ValueError(
+            f"unfreeze='auto' compares depths by scores on labels of images, and {reason}: pass a "
+            "number of blocks, a name or 'all'."
+        )
 
 
 def _take_over(estimator: Any, twin: Any) -> None:

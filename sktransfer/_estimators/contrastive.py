@@ -14,7 +14,14 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sktransfer._engine.tiles import TILES
-from sktransfer._estimators.base import Interval, StrOptions, _fit_context, atomic, takes_dask
+from sktransfer._estimators.base import (
+    Interval,
+    StrOptions,
+    _fit_context,
+    atomic,
+    refuse_auto_depth,
+    takes_dask,
+)
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._estimators.trained import TrainedEstimator
 from sktransfer._threads import n_threads
@@ -313,11 +320,7 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
             images, n_frames = images.halves()
         images, n_items = self._distinct(images, n_frames)
         self._check_crop_scale()
-        if self.unfreeze == "auto":
-            raise ValueError(
-                "unfreeze='auto' compares depths by scores on labels, and "
-                f"{type(self).__name__} has no labels: pass a number of blocks, a name or 'all'."
-            )
+        refuse_auto_depth(self.unfreeze, f"{type(self).__name__} has no labels")
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         if goes_on:
             trainer = self._resume(in_parts=in_parts)

@@ -11,7 +11,14 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sktransfer._engine.augmentation import AUGMENTATIONS
-from sktransfer._estimators.base import Interval, StrOptions, _fit_context, is_dask, takes_dask
+from sktransfer._estimators.base import (
+    Interval,
+    StrOptions,
+    _fit_context,
+    atomic,
+    is_dask,
+    takes_dask,
+)
 from sktransfer._estimators.trained_detector import TrainedDetector
 from sktransfer._threads import n_threads
 from sktransfer.io._boxes import check_inside, check_objects, encode, image_sizes
@@ -30,13 +37,12 @@ class FineTunedDetector(TrainedDetector):
 
     Parameters
     ----------
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        The network that a new detector stands on; see :class:`PretrainedFeatureExtractor`.
     detector : str or torch.nn.Module, default="fcos"
         `"fcos"`, `"retinanet"` or `"faster_rcnn"`: a new one on `backbone`. Or a detector of
         torchvision by its name (`"fasterrcnn_mobilenet_v3_large_320_fpn"`, `"retinanet_*"`,
         `"fcos_*"`, `"ssd*"`), or such a module, that is copied; `backbone` then counts for nothing.
-    backbone : str, torch.nn.Module or Backbone, default="efficientnet_lite0"
-        A name of :func:`sktransfer.list_models`, or a network; see
-        :class:`PretrainedFeatureExtractor`.
     weights : str, path or None, default="default"
         Of the detector, if it is one of torchvision's, else of the backbone: `"default"` for the
         best published, another published name, a path to a state dict (of any number of
@@ -47,7 +53,8 @@ class FineTunedDetector(TrainedDetector):
         predictor alone, and of a new one the feature pyramid and the head. A number `k`: the last k
         blocks of the backbone as well, and all that follows them; the name of a block in
         `block_names_`, or a prefix of several (`"layer4"`): from there to the end; `"all"`; or a
-        list of names or prefixes: these blocks and no others.
+        list of names or prefixes: these blocks and no others. `"auto"` of
+        :class:`FineTunedClassifier` compares scores on labels of images, so it is refused.
     width : int, default=128
         Channels of the feature pyramid of a new detector, a multiple of 32, at least 64.
     max_epochs : int, default=20
@@ -56,11 +63,11 @@ class FineTunedDetector(TrainedDetector):
         Images of a step. `"auto"`: 8, and frozen blocks take as many as suit the device. A step
         that does not fit into the memory is an error: the loss counts all boxes of a step, so it
         can't be taken in parts.
-    lr : float, default=1e-3
-        Learning rate of the new layers, by AdamW; it rises over a tenth of the steps and falls to
-        zero by a cosine.
-    backbone_lr : float, default=1e-4
-        The same of all other layers that are trained.
+    lr : float, default=1e-4
+        Learning rate of the pretrained layers that are trained, for AdamW. It rises over a tenth of
+        the steps and falls to zero by a cosine.
+    head_lr : float or None, default=1e-3
+        Learning rate of the new layers; None for `lr`.
     weight_decay : float, default=1e-4
         AdamW's; of all trained layers.
     augment : {"flip", "dihedral", "auto"}, callable or None, default=None
@@ -139,9 +146,10 @@ class FineTunedDetector(TrainedDetector):
     its own: pass an image twice that counts as two.
 
     After a fit, another `device`, `runtime`, `memory` or threshold holds from the next prediction
-    on. What the trained layers depend on (`detector`, `unfreeze`, `width`, `image_size`) can't
-    change any more. A fit that fails leaves the detector as it was; one that is ended by Ctrl-C
-    leaves it as it then is.
+    on. Another value of what the trained layers depend on (`backbone`, `weights`, `detector`,
+    `unfreeze`, `width`, `image_size`) holds for a fit that starts anew. A fit that fails leaves the
+    detector as it was. Ctrl-C keeps what was learnt until then, in a first fit and in one that goes
+    on; a fit that starts anew then leaves the detector as the earlier fit left it.
 
     References
     ----------
@@ -174,7 +182,7 @@ class FineTunedDetector(TrainedDetector):
         "width": [Interval(Integral, 64, None, closed="left")],
         "max_epochs": [Interval(Integral, 0, None, closed="left")],
         "lr": [Interval(Real, 0, None, closed="left")],
-        "backbone_lr": [Interval(Real, 0, None, closed="left")],
+        "head_lr": [Interval(Real, 0, None, closed="left"), None],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "augment": [StrOptions(set(AUGMENTATIONS)), callable, None],
         "n_views": [Interval(Integral, 1, None, closed="left"), None],
@@ -188,16 +196,16 @@ class FineTunedDetector(TrainedDetector):
 
     def __init__(
         self,
-        detector: Any = "fcos",
         backbone: Any = "efficientnet_lite0",
         *,
+        detector: Any = "fcos",
         weights: Any = "default",
         unfreeze: Any = 0,
         width: int = 128,
         max_epochs: int = 20,
         batch_size: int | str = "auto",
-        lr: float = 1e-3,
-        backbone_lr: float = 1e-4,
+        lr: float = 1e-4,
+        head_lr: float | None = 1e-3,
         weight_decay: float = 1e-4,
         augment: Any = None,
         n_views: int | None = None,
@@ -215,15 +223,15 @@ class FineTunedDetector(TrainedDetector):
         random_state: Any = None,
         verbose: int = 0,
     ) -> None:
-        self.detector = detector
         self.backbone = backbone
+        self.detector = detector
         self.weights = weights
         self.unfreeze = unfreeze
         self.width = width
         self.max_epochs = max_epochs
         self.batch_size = batch_size
         self.lr = lr
-        self.backbone_lr = backbone_lr
+        self.head_lr = head_lr
         self.weight_decay = weight_decay
         self.augment = augment
         self.n_views = n_views
@@ -250,6 +258,7 @@ class FineTunedDetector(TrainedDetector):
     # ------------------------------------------------------------------------ fitting
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def fit(self, X: Any, y: Any) -> Self:
         """Train the new layers and, as `unfreeze` says, some that come before them.
 
@@ -275,6 +284,7 @@ class FineTunedDetector(TrainedDetector):
         return self._fit(X, y, in_parts=False)
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
     def partial_fit(self, X: Any, y: Any) -> Self:
         """Train for one epoch, at a constant learning rate.
 
@@ -320,7 +330,7 @@ class FineTunedDetector(TrainedDetector):
         self._validate_params()
         images = self._check_images(X, reset=False)
         array = np.empty(len(images), object)
-        for i, objects in enumerate(self.trainer().find(images)):
+        for i, objects in enumerate(self._predictor().find(images)):
             array[i] = {**objects, "labels": self.classes_[objects["labels"]]}
         return array
 

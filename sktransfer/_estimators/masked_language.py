@@ -30,6 +30,8 @@ from sktransfer._estimators.base import (
     StrOptions,
     _fit_context,
     atomic,
+    change_since_fit,
+    interrupted_fit,
     interrupted_refit,
 )
 from sktransfer._memory.memory import check_memory
@@ -285,10 +287,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
             raise interrupted_refit()
         self._set_fitted(model, network.eval().requires_grad_(False), recorded(net))
         if is_stopped:
-            raise Interrupted(
-                f"fit was interrupted after {self.n_iter_ - len(history)} of {n_epochs} epochs. "
-                "What was learnt until then is kept; with warm_start=True, fit goes on from there."
-            )
+            raise interrupted_fit(self.n_iter_ - len(history), n_epochs)
         return self
 
     def _set_fitted(
@@ -418,12 +417,10 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
     def _check_names(self) -> None:
         """Raise an error if the parameters name another model than that which is fitted."""
-        if self._named is not None and self._named != self._names():
-            raise ValueError(
-                f"(backbone, tokenizer) has changed from {self._named} to {self._names()} since "
-                "the first fit, with which warm_start and partial_fit go on. Set it back, or fit a "
-                "new estimator, as sklearn.base.clone makes it."
-            )
+        together = "(backbone, tokenizer)"
+        named = {} if self._named is None else {together: self._named}
+        if error := change_since_fit(named, {together: self._names()}):
+            raise error
 
     def _tokens(self, sentences: Sentences, model: TextModel) -> list[np.ndarray]:
         """Return the tokens of sentences in an order of their own; errors name their rows."""

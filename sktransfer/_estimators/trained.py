@@ -14,6 +14,8 @@ from sktransfer._estimators.base import (
     ImageEstimator,
     Interval,
     StrOptions,
+    change_since_fit,
+    check_fingerprint,
     interrupted_refit,
     twin_of,
 )
@@ -55,7 +57,7 @@ class TrainedEstimator(ImageEstimator):
     _trainer: Trainer | None
     _place: tuple[Any, ...] | None  # where the trainer computes
     _network: Backbone | None  # on which it was fitted
-    _named: tuple[Any, Any] | None  # the parameters that are known to name this network
+    _named: dict[str, Any] | None  # the parameters that are known to name this network
 
     # ------------------------------------------------------------------------ fitting
 
@@ -75,7 +77,7 @@ class TrainedEstimator(ImageEstimator):
 
     def _new_trainer(self, n_outputs: int) -> Trainer:
         self._network = self._backbone()
-        self._named = self.backbone, self.weights
+        self._named = {"backbone": self.backbone, "weights": self.weights}
         self._place = self._wanted_place()
         placed = self._placed(self._network, self.image_size)
         return self._trainer_class(*placed, self._settings(n_outputs))
@@ -100,20 +102,13 @@ class TrainedEstimator(ImageEstimator):
 
     def _check_shape(self) -> None:
         """Raise an error if the parameters name something else than what is fitted."""
-        for name, value in self.get_params(deep=False).items():
-            fitted = self._shape.get(name, value)
-            if not _is_same(value, fitted):
-                raise ValueError(_cannot_go_on(name, fitted, value))
-        if self._named is None:  # unpickled: the weights are compared where they are loaded
-            return
-        pairs = zip(("backbone", "weights"), self._named, strict=True)
-        changed = [
-            (name, fitted, value)
-            for name, fitted in pairs
-            if not _is_same(value := getattr(self, name), fitted)
-        ]
-        if changed and self._backbone().fingerprint != self._fingerprint:
-            raise ValueError(_cannot_go_on(*changed[0]))
+        parameters = self.get_params(deep=False)
+        if error := change_since_fit(self._shape, parameters):
+            raise error
+        named = self._named or {}  # unpickled: the weights are compared where they are loaded
+        error = change_since_fit(named, parameters)
+        if error and self._backbone().fingerprint != self._fingerprint:
+            raise error
 
     def _train(
         self,
@@ -199,16 +194,9 @@ class TrainedEstimator(ImageEstimator):
         """Return the network of the fit; after unpickling, the one that the parameters name."""
         if self._network is None:
             network = self._backbone()
-            if network.fingerprint != self._fingerprint:
-                raise ValueError(
-                    f"The weights that backbone={self.backbone!r}, weights={self.weights!r} name "
-                    "are not those on which this estimator was fitted (fingerprint "
-                    f"{network.fingerprint[:8]}, then {self._fingerprint[:8]}), and its trained "
-                    "blocks do not fit to others. Pass the old weights by "
-                    "set_params(weights='path/to/file.pth'), or fit it again."
-                )
-            self._network = network
-            self._named = self.backbone, self.weights
+            named = {"backbone": self.backbone, "weights": self.weights}
+            check_fingerprint(network.fingerprint, self._fingerprint, named)
+            self._network, self._named = network, named
         return self._network
 
     def _predictor(self) -> Trainer:
@@ -275,18 +263,6 @@ def _kept(trainer: Trainer) -> dict[str, Any]:
         "_n_outputs": trainer.settings.n_outputs,
         "_n_left": trainer.n_left,
     }
-
-
-def _is_same(value: Any, fitted: Any) -> bool:
-    return value is fitted or bool(value == fitted)
-
-
-def _cannot_go_on(name: str, fitted: Any, value: Any) -> str:
-    return (
-        f"{name} has changed from {fitted!r} to {value!r} since the first fit, with which "
-        "warm_start and partial_fit go on. Set it back, or fit a new estimator, as "
-        "sklearn.base.clone makes it."
-    )
 
 
 def _differ(state: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from dataclasses import fields
 from typing import Any, Self
 
@@ -11,72 +10,109 @@ import numpy as np
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer._estimators.base import ImageEstimator
+from sktransfer._engine.device import resolve_device
+from sktransfer._estimators.base import (
+    ImageEstimator,
+    change_since_fit,
+    check_fingerprint,
+    interrupted_fit,
+    interrupted_refit,
+    refuse_auto_depth,
+    twin_of,
+)
 from sktransfer._threads import n_threads
 from sktransfer._training.detector_networks import NEW
 from sktransfer._training.detector_part import DetectorPart, part_of_detector, part_on_backbone
 from sktransfer._training.detector_trainer import DetectorSettings, DetectorTrainer
 from sktransfer._training.net import Interrupted
 from sktransfer.io._boxes import check_inside, check_objects, encode, find_classes, image_sizes
+from sktransfer.models import Backbone
 
-_SHAPE = ("detector", "unfreeze", "width", "image_size")  # of what a fit trains
-_PLACE = ("backbone", "weights", "device", "runtime")  # of what is frozen, and where it runs
+# What a fit trains: a later change counts for one that starts anew.
+_SHAPE = ("detector", "unfreeze", "width", "image_size")
 
 
 class TrainedDetector(ImageEstimator):
     """Base of the detector: all but its parameters, and what its methods mean."""
 
+    detector: Any
+    unfreeze: Any
     classes_: np.ndarray
     warm_start: bool
+    max_epochs: int
     n_jobs: int | None
     random_state: Any
-    _trainer: DetectorTrainer | None
+    # A fit sets the following. A pickle leaves out those that can be None.
     _shape: dict[str, Any]
-    _place: dict[str, Any]
+    _fingerprint: str
+    _trainer: DetectorTrainer | None
+    _place: tuple[Any, ...] | None  # where the trainer computes
+    _network: Backbone | None  # on which it was fitted, if it is no detector of torchvision
+    _named: dict[str, Any] | None  # the parameters that are known to name the pretrained weights
     _state: dict[str, np.ndarray]
 
     # ------------------------------------------------------------------------ fitting
 
     def _fit(self, X: Any, y: Any, *, in_parts: bool) -> Self:
+        """Fit or, with `in_parts` or `warm_start`, go on with what is fitted."""
         if y is None:
             raise ValueError(
                 f"This {type(self).__name__} estimator requires y to be passed, but the target y "
                 "is None."
             )
-        stopped: Interrupted | None = None
-        with _unchanged_on_failure(self):
-            goes_on = (in_parts or self.warm_start) and hasattr(self, "_trainer")
-            images = self._check_images(X, reset=not goes_on)
-            objects = check_objects(y, len(images))
-            classes = self.classes_ if goes_on else find_classes(objects)
-            numbers = encode(objects, classes)
-            sizes = image_sizes(images, n_threads(self.n_jobs))
-            objects = check_inside(objects, sizes)
-            seed = check_random_state(self.random_state).randint(2**31 - 1)
-            trainer = self.trainer() if goes_on else self._new_trainer(classes, seed)
-            learn = trainer.train_part if in_parts else trainer.train
-            try:
-                learn(images, objects, numbers, sizes, seed)
-            except Interrupted as error:
-                stopped = error
-            self._keep(trainer)
-        if stopped is not None:
-            raise KeyboardInterrupt(
-                f"fit was interrupted after {self.n_iter_} epochs, whose detector is kept."
-            ) from None
+        refuse_auto_depth(self.unfreeze, f"{type(self).__name__} learns boxes")
+        goes_on = (in_parts or self.warm_start) and hasattr(self, "_trainer")
+        is_refit = hasattr(self, "_trainer") and not goes_on
+        images = self._check_images(X, reset=not goes_on)
+        objects = check_objects(y, len(images))
+        classes = self.classes_ if goes_on else find_classes(objects)
+        numbers = encode(objects, classes)
+        sizes = image_sizes(images, n_threads(self.n_jobs))
+        objects = check_inside(objects, sizes)
+        seed = check_random_state(self.random_state).randint(2**31 - 1)
+        trainer = self._resume() if goes_on else self._new_trainer(classes, seed)
+        learn = trainer.train_part if in_parts else trainer.train
+        try:
+            learn(images, objects, numbers, sizes, seed)
+        except Interrupted as stopped:
+            if is_refit:
+                raise interrupted_refit() from None
+            self._set_fitted(trainer)
+            n_epochs = 1 if in_parts else self.max_epochs
+            raise interrupted_fit(stopped.n_done, n_epochs) from None
+        self._set_fitted(trainer)
         return self
 
     def _new_trainer(self, classes: np.ndarray, seed: int) -> DetectorTrainer:
         """Return the trainer of a new fit."""
-        self.classes_, self._seed, self._weights_seed = classes, seed, seed
+        self.classes_, self._weights_seed = classes, seed
         self._shape = {name: getattr(self, name) for name in _SHAPE}
+        self._shape["is_from_scratch"] = self._is_from_scratch
+        self._load_named()
+        self._place = self._wanted_place()
         return DetectorTrainer(self._new_part(), self._settings())
 
-    def _keep(self, trainer: DetectorTrainer) -> None:
+    def _resume(self) -> DetectorTrainer:
+        """Return the trainer as it stands, with the parameters as they now are."""
+        self._check_shape()
+        return self._predictor()
+
+    def _check_shape(self) -> None:
+        """Raise an error if the parameters name something else than what is fitted."""
+        parameters = self.get_params(deep=False)
+        if error := change_since_fit(self._shape, parameters):
+            raise error
+        named = self._named or {}  # unpickled: the weights are compared where they are loaded
+        if error := change_since_fit(named, parameters):
+            twin = twin_of(self)
+            twin._load_named()
+            if twin._new_part().fingerprint != self._fingerprint:
+                raise error
+
+    def _set_fitted(self, trainer: DetectorTrainer) -> None:
         """Set the fitted attributes."""
         part = trainer.part
         self._trainer = trainer
-        self._place = {name: getattr(self, name) for name in _PLACE}
         self._fingerprint = part.fingerprint
         self.net_ = trainer.net
         self.history_ = trainer.history
@@ -90,55 +126,78 @@ class TrainedDetector(ImageEstimator):
 
     # ------------------------------------------------------------------------ what is fitted
 
+    @property
+    def _is_from_scratch(self) -> bool:
+        if _is_new(self.detector):
+            return super()._is_from_scratch
+        return self.weights is None and isinstance(self.detector, str)
+
+    def _load_named(self) -> None:
+        """Load the pretrained network that the parameters name, and remember their values."""
+        is_new = _is_new(self._shape["detector"])
+        names = ("backbone" if is_new else "detector", "weights")
+        self._named = {name: getattr(self, name) for name in names}
+        self._network = self._backbone() if is_new else None
+
     def _new_part(self) -> DetectorPart:
-        """Return the detector that the parameters name, its new layers not trained."""
-        n_classes, place = len(self.classes_), {"device": self.device, "seed": self._seed}
-        detector = self._shape["detector"]
-        if not (isinstance(detector, str) and detector in NEW):
-            return part_of_detector(self._shape, self.weights, n_classes, **place)
-        return part_on_backbone(
-            self._shape,
-            self._backbone(),
-            n_classes,
-            runtime=self.runtime,
-            # A network of the user's own has its weights, and weights=None then says nothing.
-            moves_statistics=isinstance(self.backbone, str) and self.weights is None,
-            **place,
-        )
+        """Return the detector of the fit, its new layers not trained."""
+        assert self._named is not None
+        options = {
+            "device": self.device,
+            "moves_statistics": self._shape["is_from_scratch"],
+            "seed": self._weights_seed,
+        }
+        n_classes = len(self.classes_)
+        if self._network is None:
+            return part_of_detector(self._shape, self._named["weights"], n_classes, **options)
+        runtime = self.runtime
+        return part_on_backbone(self._shape, self._network, n_classes, runtime=runtime, **options)
 
     def trainer(self) -> DetectorTrainer:
-        """Return what is fitted, with the parameters as they now are; rebuilt after unpickling."""
-        check_is_fitted(self, "_trainer")
-        for name, fitted in self._shape.items():
-            if _differs(value := getattr(self, name), fitted):
-                raise ValueError(
-                    f"{name} has changed from {fitted!r} to {value!r} since the first fit, whose "
-                    "layers depend on it. Set it back, or fit a new estimator, as "
-                    "sklearn.base.clone makes it."
-                )
-        trainer = self._trainer
-        place = {name: getattr(self, name) for name in _PLACE}
-        if trainer is None or any(_differs(place[name], self._place[name]) for name in _PLACE):
-            state = self._state if trainer is None else trainer.part.trained_state()
-            trainer = self._rebuilt(state)
-            self._trainer, self._place = trainer, place
-            self.__dict__.pop("net_", None)  # of layers that are no longer these
-        trainer.settings = self._settings()
-        return trainer
+        """Return what was trained, where the parameters want it; for other parts of this library.
 
-    def _rebuilt(self, state: dict[str, np.ndarray]) -> DetectorTrainer:
-        """Return a trainer, its frozen layers loaded anew, with trained values as they were."""
+        It is rebuilt after unpickling, and where `device` or `runtime` has changed.
+        """
+        check_is_fitted(self, "_trainer")
+        # Of one fit: that of another thread may end meanwhile.
+        fitted: dict[str, Any] = self.__dict__
+        place = self._wanted_place()
+        if fitted["_trainer"] is None or fitted["_place"] != place:
+            self._validate_params()
+            twin = twin_of(self)
+            trainer = twin._rebuilt()
+            fitted |= {"_trainer": trainer, "_place": place}
+            fitted |= {"_network": twin._network, "_named": twin._named}
+            fitted.pop("net_", None)  # of layers that are no longer these
+        return fitted["_trainer"]
+
+    def _snapshot(self) -> Self:
+        self.trainer()  # rebuilt here if it must be, so that the next call finds it
+        return twin_of(self)
+
+    def _wanted_place(self) -> tuple[Any, ...]:
+        return resolve_device(self.device), self.runtime
+
+    def _rebuilt(self) -> DetectorTrainer:
+        """Return a new trainer with the trained values."""
+        state = self._state if self._trainer is None else self._trainer.part.trained_state()
+        if self._named is None:  # unpickled
+            self._load_named()
         part = self._new_part()
-        if part.fingerprint != self._fingerprint:
-            raise ValueError(
-                f"The weights that detector={self.detector!r}, backbone={self.backbone!r} and "
-                f"weights={self.weights!r} name are not those on which this estimator was "
-                f"fitted (fingerprint {part.fingerprint[:8]}, then {self._fingerprint[:8]}). "
-                "Pass the old ones by set_params(weights='path/to/file.pth'), or fit it again."
-            )
+        check_fingerprint(part.fingerprint, self._fingerprint, self._named or {})
         part.load_trained_state(state)
         trainer = DetectorTrainer(part, self._settings())
         trainer.history = self.history_
+        return trainer
+
+    def _predictor(self) -> DetectorTrainer:
+        """Return the trainer with the parameters as they now are.
+
+        It is a copy: what a training replaces is replaced there, and only the weights change in
+        place.
+        """
+        trainer = copy.copy(self.trainer())
+        trainer.settings = self._settings()
         return trainer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,26 +205,15 @@ class TrainedDetector(ImageEstimator):
         state = super().__getstate__()
         if (trainer := state.get("_trainer")) is not None:
             state = {**state, "_trainer": None, "_state": trainer.part.trained_state()}
-        for name in ("net_", "_place"):
-            state.pop(name, None)
+        if "_trainer" in state:
+            state = {**state, "_network": None, "_named": None, "_place": None}
+        state.pop("net_", None)
         return state
 
     def _prepare(self) -> None:
         self.trainer()
 
 
-def _differs(value: Any, fitted: Any) -> bool:
-    """Tell whether a parameter is another one than it was."""
-    return value is not fitted and bool(value != fitted)
-
-
-@contextmanager
-def _unchanged_on_failure(estimator: Any) -> Iterator[None]:
-    """Give an estimator the attributes back that it had, if what is done in the block fails."""
-    before = dict(vars(estimator))
-    try:
-        yield
-    except BaseException:
-        vars(estimator).clear()
-        vars(estimator).update(before)
-        raise
+def _is_new(detector: Any) -> bool:
+    """Tell whether a detector is a new one on a backbone, and none of torchvision's."""
+    return isinstance(detector, str) and detector in NEW

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +14,11 @@ from sktransfer._engine.augmentation import Views
 from sktransfer._engine.embedding import Embedding
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import Runner
-from sktransfer._engine.stream import Stream
 from sktransfer._threads import n_threads
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.data import allocate
 from sktransfer._training.detector_networks import MapBatch
+from sktransfer._training.phases import saying_what_is_kept
 from sktransfer.transforms import Preprocessing
 
 
@@ -45,19 +44,6 @@ def _allocated(n: int, shape: Sequence[int], dtype: Any) -> np.ndarray:
     return array
 
 
-@contextmanager
-def _saying_what_is_kept(stream: Stream, n: int) -> Iterator[None]:
-    """Say on Ctrl-C what is left of a stream over `n` views."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = "lie in the memory" if stream.memory is not None else "are lost without a memory"
-        raise KeyboardInterrupt(
-            f"Interrupted while the frozen blocks ran: {stream.n_computed} of {n} images "
-            f"were computed and {kept}; call it again."
-        ) from None
-
-
 class BlockMaps:
     """Activations of a backbone at some of its cuts, in half precision."""
 
@@ -70,7 +56,7 @@ class BlockMaps:
 
     def fill(self, views: Views, outs: list[np.ndarray], **options: Any) -> None:
         stream = Activations(self.frozen, self.positions, self.positions, **options)
-        with _saying_what_is_kept(stream, len(views)):
+        with saying_what_is_kept(stream, len(views)):
             stream(views, outs)
 
     def unpack(self, stored: Sequence[torch.Tensor]) -> MapBatch:
@@ -116,7 +102,7 @@ class DetectorMaps:
 
     def fill(self, views: Views, outs: list[np.ndarray], **options: Any) -> None:
         stream = _MapRows(self.runner, [None], "flatten", self.preprocessing, **options)
-        with _saying_what_is_kept(stream, len(views)):
+        with saying_what_is_kept(stream, len(views)):
             stream.fill(views, outs)
 
     def unpack(self, stored: Sequence[torch.Tensor]) -> MapBatch:

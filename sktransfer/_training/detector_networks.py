@@ -175,12 +175,16 @@ def _resized(part: nn.Module, n_old: int, n_new: int) -> nn.Conv2d:
 
 
 def detector_blocks(detector: nn.Module) -> dict[str, nn.Module]:
-    """Return the units of a detector's backbone that hold weights, in order."""
+    """Return the units of a detector's backbone that hold weights, in order.
+
+    A backbone without any is a unit itself.
+    """
     backbone: Any = detector.backbone
     inner = next((name for name in ("body", "features") if hasattr(backbone, name)), "")
     children = (getattr(backbone, inner) if inner else backbone).named_children()
     named = {f"{inner}.{name}".strip("."): part for name, part in children}
-    return {name: part for name, part in named.items() if any(True for _ in part.parameters())}
+    units = {name: part for name, part in named.items() if any(True for _ in part.parameters())}
+    return units or {"backbone": backbone}
 
 
 def detector_preprocessing(detector: nn.Module, image_size: Any) -> Preprocessing:

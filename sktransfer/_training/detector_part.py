@@ -18,6 +18,7 @@ from sktransfer._torch_state import (
     network_lock,
     trained_tensors,
 )
+from sktransfer._training.cut import trained_blocks
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer._training.detector_maps import BlockMaps, DetectorMaps, FlatMaps, Pixels, Source
 from sktransfer._training.detector_networks import (
@@ -39,6 +40,7 @@ from sktransfer.models._weights import file_beside, fingerprint, load_state, rea
 from sktransfer.transforms import Preprocessing
 
 _SIDE = 320  # pixels of a new detector's input
+_OWNER = "the detector uses"  # in errors, in front of the number of blocks
 
 
 class DetectorPart(nn.Module):
@@ -52,7 +54,7 @@ class DetectorPart(nn.Module):
     preprocessing : Preprocessing
     block_names : list of str
         Of the backbone.
-    unfrozen : set of int
+    unfrozen : frozenset of int
         Numbers of these blocks that are trained.
     pretrained : list of nn.Module
         Where the layers are that are not new.
@@ -68,7 +70,7 @@ class DetectorPart(nn.Module):
         source: Source,
         preprocessing: Preprocessing,
         block_names: Sequence[str],
-        unfrozen: set[int],
+        unfrozen: frozenset[int],
         *,
         pretrained: Sequence[nn.Module],
         moves_statistics: bool,
@@ -78,7 +80,7 @@ class DetectorPart(nn.Module):
         detector.transform = AsGiven()
         self.detector, self.moves_statistics = detector, moves_statistics
         self.source, self.preprocessing = source, preprocessing
-        self.block_names, self.unfrozen = list(block_names), set(unfrozen)
+        self.block_names, self.unfrozen = list(block_names), unfrozen
         self.fingerprint = fingerprint
         self.first_label = first_label(detector)
         self._pretrained = {id(p) for part in pretrained for p in part.parameters()}
@@ -106,18 +108,11 @@ class DetectorPart(nn.Module):
     def n_trainable_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    def parameter_groups(
-        self, lr: float, backbone_lr: float, weight_decay: float
-    ) -> list[dict[str, Any]]:
-        """Return the trained parameters, new ones first, with their learning rates."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        new = [p for p in trained if id(p) not in self._pretrained]
-        old = [p for p in trained if id(p) in self._pretrained]
-        return [
-            {"params": parameters, "lr": rate, "weight_decay": weight_decay}
-            for parameters, rate in [(new, lr), (old, backbone_lr)]
-            if parameters
-        ]
+    def rated_parts(self, lr: float, head_lr: float) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the parameters, new ones first, with their learning rates."""
+        new = [p for p in self.parameters() if id(p) not in self._pretrained]
+        old = [p for p in self.parameters() if id(p) in self._pretrained]
+        return [(new, head_lr), (old, lr)]
 
     def limit(self, score: float, nms: float, most: int) -> None:
         """Say which objects are found: of what score and overlap, and how many."""
@@ -160,34 +155,6 @@ class DetectorPart(nn.Module):
         self.detector.load_state_dict(values)
 
 
-def unfrozen_blocks(unfreeze: Any, names: Sequence[str]) -> set[int]:
-    """Return the numbers of the blocks that `unfreeze` says are trained."""
-    if isinstance(unfreeze, (list, tuple)):
-        if not all(isinstance(item, str) for item in unfreeze):
-            raise TypeError(f"unfreeze={unfreeze!r}: a list holds names of blocks, of type str.")
-        return {i for item in unfreeze for i in _blocks_named(item, names)}
-    if isinstance(unfreeze, str):
-        first = 0 if unfreeze == "all" else _blocks_named(unfreeze, names)[0]
-        return set(range(first, len(names)))
-    if isinstance(unfreeze, bool) or not 0 <= unfreeze <= len(names):
-        raise ValueError(
-            f"unfreeze={unfreeze!r}, but the detector uses {len(names)} blocks of the backbone. "
-            f"Pass 0 to {len(names)}, the name of a block, a prefix of names, a list of names, or "
-            f"'all'. Blocks: {', '.join(names)}."
-        )
-    return set(range(len(names) - int(unfreeze), len(names)))
-
-
-def _blocks_named(name: str, names: Sequence[str]) -> list[int]:
-    numbers = [i for i, known in enumerate(names) if f"{known}.".startswith(f"{name}.")]
-    if not numbers:
-        raise ValueError(
-            f"unfreeze={name!r} is no block, no prefix of names, nor 'all' or a number. Blocks: "
-            f"{', '.join(names)}."
-        )
-    return numbers
-
-
 # ------------------------------------------------------------------------------ ways to make one
 
 
@@ -223,7 +190,7 @@ def part_on_backbone(
     frozen = FrozenBlocks(runner, preprocessing, "avg")
     taken = map_positions(frozen)
     names = runner.block_names[: taken[-1]]
-    unfrozen = unfrozen_blocks(shape["unfreeze"], names)
+    unfrozen = trained_blocks(shape["unfreeze"], names, _OWNER)
     cut = min(unfrozen, default=len(names))
     detector: Any = call_seeded(
         seed,
@@ -250,7 +217,13 @@ def part_on_backbone(
 
 
 def part_of_detector(
-    shape: Mapping[str, Any], weights: Any, n_classes: int, *, device: Any, seed: int
+    shape: Mapping[str, Any],
+    weights: Any,
+    n_classes: int,
+    *,
+    device: Any,
+    moves_statistics: bool,
+    seed: int,
 ) -> DetectorPart:
     """Replace the predictor of a detector of torchvision, or of the user's, by a new one.
 
@@ -261,7 +234,7 @@ def part_of_detector(
     digest = fingerprint(detector)
     preprocessing = detector_preprocessing(detector, shape["image_size"])
     blocks = detector_blocks(detector)
-    unfrozen = unfrozen_blocks(shape["unfreeze"], list(blocks))
+    unfrozen = trained_blocks(shape["unfreeze"], list(blocks), _OWNER)
     new = call_seeded(seed, lambda: replace_predictor(detector, n_classes))
     detector.requires_grad_(bool(unfrozen))
     for number, block in enumerate(blocks.values()):
@@ -284,7 +257,7 @@ def part_of_detector(
         list(blocks),
         unfrozen,
         pretrained=[others],
-        moves_statistics=isinstance(given, str) and weights is None,
+        moves_statistics=moves_statistics,
         fingerprint=digest,
     )
 

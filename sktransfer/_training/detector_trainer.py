@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from sktransfer._training.net import (
     Progress,
     Schedule,
     make_net,
+    parameter_groups,
     train,
 )
 from sktransfer.io import ImageSequence
@@ -48,7 +50,7 @@ class DetectorSettings:
     max_epochs: int
     batch_size: int | str
     lr: float
-    backbone_lr: float
+    head_lr: float | None
     weight_decay: float
     augment: Any
     n_views: int | None
@@ -156,9 +158,11 @@ class DetectorTrainer:
 
     def _new_net(self, schedule: Schedule | None, seed: int, progress: Progress) -> Any:
         settings = self.settings
+        head_lr = settings.lr if settings.head_lr is None else settings.head_lr
+        parts = self.part.rated_parts(settings.lr, head_lr)
         net = make_detector_net(
             self.part,
-            self.part.parameter_groups(settings.lr, settings.backbone_lr, settings.weight_decay),
+            parameter_groups(parts, settings.weight_decay, only_matrices_decay=False),
             max_epochs=settings.max_epochs,
             batch_size=settings.images_a_step,
             callbacks=settings.callbacks or [],
@@ -332,6 +336,7 @@ def make_detector_net(
 def _take_over(net: Any, before: Any) -> None:
     """Let a net go on where another one was: moments of its optimizer, the order of images."""
     fresh = net.optimizer_.state_dict()
-    net.optimizer_.load_state_dict({**fresh, "state": before.optimizer_.state_dict()["state"]})
+    moments = copy.deepcopy(before.optimizer_.state_dict()["state"])  # steps change them in place
+    net.optimizer_.load_state_dict({**fresh, "state": moments})
     order = before.iterator_train__generator.get_state()
     net.iterator_train__generator.set_state(order)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from sktransfer._engine.augmentation import Views
 from sktransfer._engine.frozen import Activations
+from sktransfer._engine.stream import Stream
 from sktransfer._memory.memory import check_memory
 from sktransfer._torch_state import Chance
 from sktransfer._training.cut import find_cut
@@ -83,6 +85,19 @@ def hold_out(settings: Settings, targets: np.ndarray, seed: int) -> tuple[np.nda
 # ------------------------------------------------------------------------------ frozen blocks
 
 
+@contextmanager
+def saying_what_is_kept(stream: Stream, n: int) -> Iterator[None]:
+    """Say on Ctrl-C what is left of a stream over `n` views."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "lie in the memory" if stream.memory is not None else "are lost without a memory"
+        raise KeyboardInterrupt(
+            f"Interrupted while the frozen blocks ran: {stream.n_computed} of {n} images "
+            f"were computed and {kept}; call it again."
+        ) from None
+
+
 class FrozenPhase:
     """One run of the frozen blocks over all views of the images.
 
@@ -130,14 +145,8 @@ class FrozenPhase:
             self.plan = self.plan.without_start()
             return self.run(views, with_embeddings=with_embeddings, with_start=with_start)
         stream = self.stream(positions)
-        try:
+        with saying_what_is_kept(stream, len(views)):
             stream(views, [out for out in outs.values() if out is not None])
-        except KeyboardInterrupt:
-            kept = "lie in the memory" if stream.memory is not None else "are lost without a memory"
-            raise KeyboardInterrupt(
-                f"fit was interrupted while the frozen blocks ran: {stream.n_computed} of "
-                f"{len(views)} images were computed and {kept}; call it again."
-            ) from None
         return outs.get(start), outs.get(frozen.embedding)
 
     def stream(self, positions: Sequence[int]) -> Activations:
