@@ -169,6 +169,13 @@ networks = [n for n in networks if type(n).__name__ != "Sequential"]  # random w
 print(*map(fingerprint, networks))
 print(fingerprint(timm.create_model("tf_efficientnet_lite0", num_classes=0).apply(
     lambda m: [p.data.zero_() for p in m.parameters()])))
+import logging, os, torch
+log, _ = logging.getLogger("network"), logging.getLogger(os.environ["PYTHONHASHSEED"])
+class Logs(torch.nn.Module):
+    def forward(self, x):
+        log.debug("runs")
+        return x
+print(fingerprint(Logs()))
 """
 
 

@@ -7,6 +7,7 @@ import dis
 import functools
 import hashlib
 import inspect
+import logging
 import os
 import pickle
 import re
@@ -257,6 +258,8 @@ class Describer:
         elif isinstance(value, types.ModuleType):
             yield value.__name__
             yield self._sources.digest(value.__name__) or ""
+        elif isinstance(value, logging.Logger):
+            yield value.name  # the rest of it is that of all loggers, and shapes no result
         elif isinstance(value, types.CodeType):
             yield value.co_code
             yield from map(self, (value.co_consts, value.co_names, value.co_varnames))
