@@ -405,13 +405,16 @@ def test_torch_computes_until_compiling_pays_off(photos):
     assert not few.runs_in_threads
     image = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8)
     (row,) = few([image] * 3, 4)
-    assert few.n_images == 3  # without what a batch is filled up with
+    assert few.n_images == 4  # what a batch is filled up with takes time as well
     few.n_images = 10**6
     many = runner.program(outputs, preprocessing, n_images=10)
     assert many.runs_in_threads
     assert difference(row, many([image] * 3, 4)[0]) < 1e-3
     # What was compiled is used for few images, too.
     assert runner.program(outputs, preprocessing, n_images=1) is many
+    for is_compiled in (False, True):  # the second single image shows that there will be more
+        alone = runner.program([Output(None, "avg")], preprocessing, True, 1)
+        assert alone.runs_in_threads == is_compiled
     asked = get_runner(backbone, "cpu", "float32", "openvino")
     assert asked.program(outputs, preprocessing, n_images=1).runs_in_threads
 

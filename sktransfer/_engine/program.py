@@ -130,7 +130,7 @@ class Program:
     Attributes
     ----------
     n_images : int
-        That ran.
+        That ran, those included that filled up a batch.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Program:
 
     def results(self, batch: torch.Tensor, n: int) -> list[torch.Tensor]:
         """Return the first `n` results for each output, on the device."""
-        self.n_images += n
+        self.n_images += len(batch)
         return [x[:n] for x in self._run(to_device(batch, self.device))]
 
 

@@ -282,7 +282,7 @@ class Runner(CutNetwork):
         if self.runtime == "torch":
             return self._made(*what)
         file = None if folder is None else self._file(folder, *what, n_streams)
-        if self._is_worth_compiling(*what, n_images, file):
+        if self._is_worth_compiling(*what, is_alone, n_images, file):
             return self._made(*what, n_streams, file)
         return self._made(*what)
 
@@ -300,12 +300,15 @@ class Runner(CutNetwork):
         self,
         outputs: tuple[Output, ...],
         preprocessing: Preprocessing,
+        is_alone: bool,
         n_images: float,
         file: ProgramFile | None,
     ) -> bool:
         if not self._waits_for_work or not self.can_be_cut:
             return True
         on_torch = self._programs.get((outputs, preprocessing, None))
+        if is_alone:  # who waits for one image, and then for another one, will for many
+            return on_torch is not None
         n_images += 0 if on_torch is None else on_torch.n_images
         counted = n_images, self._n_cores, file
         if not is_worth_compiling(math.inf, *counted):
