@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from _common import environment, median, say, table
-from PIL import Image
 
 from sktransfer import FineTunedClassifier, get_model
 from sktransfer._engine.program_file import ProgramFile
@@ -53,7 +53,7 @@ class Clock:
 
 def fit(runtime: str, folder: str) -> dict[str, tuple[float, float]]:
     files = sorted(map(str, Path(folder, "cells").glob("*.png")))
-    y = np.loadtxt(Path(folder, "y.txt"), dtype=int)
+    y = np.loadtxt(Path(folder, "y.txt"), dtype=str)
     clock = Clock()
     model = FineTunedClassifier(unfreeze=0, runtime=runtime, random_state=0).fit(files, y)
     found = {"fit": clock()}
@@ -142,11 +142,12 @@ def write_cells(folder: Path) -> None:
     from sktransfer._cli.benchmark import load_elpv
 
     task = load_elpv()
-    chosen = np.random.default_rng(0).permutation(len(task.X))[:N_CELLS]
+    chosen = np.random.default_rng(0).permutation(len(task.images))[:N_CELLS]
     (folder / "cells").mkdir()
     for number, i in enumerate(chosen):
-        Image.fromarray(np.asarray(task.X[i])).save(folder / "cells" / f"{number:03d}.png")
-    np.savetxt(folder / "y.txt", [task.y[i] for i in chosen], fmt="%d")
+        shutil.copy(task.images[i], folder / "cells" / f"{number:03d}.png")
+    targets = next(iter(task.targets.values()))
+    np.savetxt(folder / "y.txt", targets[chosen], fmt="%s")
 
 
 def part_fit(args: argparse.Namespace, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """OpenVINO or torch: the same rows, and what happens when OpenVINO can't do it."""
 
+import copy
 import gc
 import os
 import pickle
@@ -28,6 +29,7 @@ from sktransfer._engine.runtime import (
     is_worth_compiling,
 )
 from sktransfer._estimators.pretrained import embedding_of
+from sktransfer._memory.memory import check_memory
 from sktransfer.io import check_images
 
 pytestmark = pytest.mark.usefixtures("two_threads")  # and streams
@@ -396,6 +398,49 @@ def test_compiling_must_pay_off(tmp_path):
     assert is_worth_compiling(lite0, n, 2, file)
 
 
+def test_torch_computes_until_compiling_pays_off(photos):
+    backbone = get_model(Wide())
+    preprocessing = backbone.preprocessing.with_size(SIZE)
+    runner = get_runner(backbone, "cpu", "float32", "auto")
+    outputs = [Output(runner.embedding, "avg")]
+    few = runner.program(outputs, preprocessing, n_images=10)
+    assert not few.runs_in_threads
+    image = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8)
+    (row,) = few([image] * 3, 4)
+    assert few.n_images == 4  # what a batch is filled up with takes time as well
+    few.n_images = 10**6
+    many = runner.program(outputs, preprocessing, n_images=10)
+    assert many.runs_in_threads
+    assert difference(row, many([image] * 3, 4)[0]) < 1e-3
+    # What was compiled is used for few images, too.
+    assert runner.program(outputs, preprocessing, n_images=1) is many
+    for is_compiled in (False, True):  # the second single image shows that there will be more
+        alone = runner.program([Output(None, "avg")], preprocessing, True, 1)
+        assert alone.runs_in_threads == is_compiled
+    asked = get_runner(backbone, "cpu", "float32", "openvino")
+    assert asked.program(outputs, preprocessing, n_images=1).runs_in_threads
+
+
+def test_a_memory_keeps_what_was_compiled(photos, tmp_path):
+    network = Wide()
+    for precision, n_files in (("float32", 1), ("float32", 1), ("bfloat16", 2)):
+        options = {"precision": precision, "memory": tmp_path, "image_size": SIZE}
+        # Another copy, as another process has one.
+        backbone = get_model(copy.deepcopy(network))
+        before = {path: path.stat().st_ino for path in tmp_path.rglob("*.program")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no bfloat16 instructions
+            extractor("openvino", backbone=backbone, **options).transform([*photos, photos[0][:90]])
+        check_memory(tmp_path).memory.reduce_size(items_limit=0)  # of rows
+        found = {path: path.stat().st_ino for path in tmp_path.rglob("*.program")}
+        assert len(found) == n_files
+        assert before.items() <= found.items()  # read, not written anew
+    info = check_memory(tmp_path).info()
+    assert info["n_entries"] == 0 and info["n_bytes"] >= sum(p.stat().st_size for p in found)
+    check_memory(tmp_path).memory.clear(warn=False)
+    assert not list(tmp_path.rglob("*.program"))
+
+
 # ------------------------------------------------------------------------------ falling back
 
 
@@ -404,9 +449,9 @@ def test_what_openvino_does_not_know_runs_on_torch(photos):
     with pytest.warns(
         UserWarning, match=r"runs on torch, not on OpenVINO: it can't take.*No conv.*bessel"
     ):
-        rows = extractor("auto", backbone=network).transform(photos)
+        rows = extractor("openvino", backbone=network).transform(photos)
     assert difference(rows, extractor("torch", backbone=network).transform(photos)) < 1e-6
-    again = extractor("auto", backbone=network).transform(photos)  # without another warning
+    again = extractor("openvino", backbone=network).transform(photos)  # without another warning
     assert difference(again, rows) < 1e-6
 
 
@@ -460,7 +505,7 @@ def test_a_broken_openvino(tmp_path):
     code = (
         "from sklearn.datasets import load_sample_images\n"
         "from sktransfer import PretrainedFeatureExtractor\n"
-        "extractor = PretrainedFeatureExtractor(image_size=32)\n"
+        "extractor = PretrainedFeatureExtractor(image_size=32, runtime='openvino')\n"
         "print(extractor.transform(load_sample_images().images).shape)\n"
     )
     path = os.pathsep.join([str(tmp_path), os.getcwd(), *filter(None, [os.getenv("PYTHONPATH")])])

@@ -15,6 +15,7 @@ from sktransfer._engine.runtime import fold_batch_norms
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.models import Backbone
 from sktransfer.models._blocks import TracedNetwork, TracingError
+from sktransfer.models._graph import counted_flops
 from sktransfer.models._modules import OutputError, Whole, copy_of
 
 POOLINGS = ("avg", "max", "token", "flatten")
@@ -89,6 +90,7 @@ class CutNetwork:
         self._traced: TracedNetwork | None = None
         self._why_whole = ""  # why it can't be cut, at the last of the sizes
         self._shapes: dict[Any, tuple[int, ...]] = {}
+        self._flops: dict[tuple[int, int], list[int]] = {}
 
     def add_size(self, image_size: tuple[int, int]) -> None:
         """Look for blocks at this size, too, if the backbone's own size shows none.
@@ -244,6 +246,25 @@ class CutNetwork:
             )
         blank = torch.empty(1, *shape, device="meta")
         return pool(blank, layout, pooling, self.n_prefix(position)).shape[1]
+
+    def flops(self, image_size: tuple[int, int]) -> list[int]:
+        """Return the floating-point operations from each position to the next, for one image.
+
+        The last one is the embedding; of a network that can't be cut, it is the output.
+        """
+        if image_size not in self._flops:
+            is_cut = self.can_be_cut
+            # Counting adds hooks to the modules of all threads.
+            self._flops[image_size] = network_lock.alone(
+                lambda: self.trace.flops(image_size) if is_cut else [self._count_whole(image_size)]
+            )
+        return self._flops[image_size]
+
+    def _count_whole(self, image_size: tuple[int, int]) -> int:
+        blank = torch.zeros(1, 3, *image_size, device=self.device)
+        with float32_by_default(), torch.inference_mode(), counted_flops() as counter:
+            Whole(self.network)(blank)
+        return counter.get_total_flops()
 
     def _find_shape(self, position: int | None, image_size: tuple[int, int]) -> tuple[int, ...]:
         try:

@@ -48,6 +48,7 @@ class OutputsPass(Stream):
         # In one order, whatever is wanted: a fit and a prediction then have one program.
         self._in_order = sorted(set(self.outputs), key=str)
         self._program: Program | None = None
+        self.n_expected = 0  # images of several calls, if they are more than those of one
 
     def names(self) -> Names:
         """Name the outputs in the memory, once it is settled what computes them."""
@@ -62,8 +63,14 @@ class OutputsPass(Stream):
         )
 
     def _get_ready(self) -> None:
-        self._program = self.runner.program(self._in_order, self.preprocessing, self._is_alone())
-        super()._get_ready()
+        self._program = self.runner.program(
+            self._in_order,
+            self.preprocessing,
+            self._is_alone(),
+            max(self.n_expected, len(self._images)),
+            None if self.memory is None else self.memory.companions,
+        )
+        self.in_threads = self._program.runs_in_threads
 
     def _is_alone(self) -> bool:
         """Tell whether all cores are to run one image."""

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer._engine.augmentation import Views
 from sktransfer._engine.cut_network import layout_of, pool
@@ -20,7 +18,6 @@ from sktransfer._engine.embedding import OutputsPass
 from sktransfer._engine.program import ACTIVATION, LARGEST, Output, to_device
 from sktransfer._engine.runner import Runner
 from sktransfer._threads import one_core_threads
-from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.transforms import Preprocessing
 
 
@@ -111,6 +108,7 @@ class FrozenBlocks:
         The result is float32, ready for what is trained behind the cut.
         """
         program = self.runner.program([self.output(position)], self.preprocessing)
+        step = program.step(step)
 
         def run(batch: torch.Tensor) -> torch.Tensor:
             padding = batch[:1].expand(step - len(batch), *batch.shape[1:])
@@ -118,7 +116,7 @@ class FrozenBlocks:
             return stored
 
         batches = images.split(step)
-        if self.runner.runs_in_threads:
+        if program.runs_in_threads:
             with one_core_threads(torch.get_num_threads()) as threads:
                 parts = list(threads.map(run, batches))
         else:
@@ -149,23 +147,7 @@ class FrozenBlocks:
 
     def flops(self) -> list[int]:
         """Return the floating-point operations from each position to the next, for one image."""
-        if self.size not in self.runner.flops:
-            # Counting adds hooks to the modules of all threads.
-            self.runner.flops[self.size] = network_lock.alone(self._count_flops)
-        return self.runner.flops[self.size]
-
-    def _count_flops(self) -> list[int]:
-        blank = torch.zeros(1, 3, *self.size, dtype=torch.uint8, device="cpu")
-        counts = []
-        with float32_by_default(), torch.inference_mode(), self.runner.autocast():
-            x = self.unpack(blank, 0)
-            for position in range(self.embedding):
-                segment = self.runner.segment(position, self.size)
-                # The counter does not know fused attention on a CPU: it would count nothing.
-                with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                    x = segment(x.float())
-                counts.append(counter.get_total_flops())
-        return counts
+        return self.runner.flops(self.size)
 
 
 class Activations(OutputsPass):

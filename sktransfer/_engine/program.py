@@ -124,12 +124,23 @@ class Program:
     run : callable
         From a uint8 batch (n, 3, h, w) on the device to results in their stored forms.
     device : torch.device
+    runs_in_threads : bool, default=False
+        Whether each image runs by itself, on one core, in whatever thread asks for it.
+
+    Attributes
+    ----------
+    n_images : int
+        That ran, those included that filled up a batch.
     """
 
     def __init__(
-        self, run: Callable[[torch.Tensor], list[torch.Tensor]], device: torch.device
+        self,
+        run: Callable[[torch.Tensor], list[torch.Tensor]],
+        device: torch.device,
+        runs_in_threads: bool = False,
     ) -> None:
-        self._run, self.device = run, device
+        self._run, self.device, self.runs_in_threads = run, device, runs_in_threads
+        self.n_images = 0
 
     def __call__(self, images: Sequence[torch.Tensor], step: int) -> list[Any]:
         """Return for each output an array-like with a row for each image, uint8 (3, h, w).
@@ -137,6 +148,7 @@ class Program:
         On a GPU they are copied while it goes on. Every batch has `step` images, the last is
         padded: a row then does not depend on the others that came with it.
         """
+        step = self.step(step)
         parts: list[list[Any]] = []
         for start in range(0, len(images), step):
             batch = list(images[start : start + step])
@@ -144,8 +156,13 @@ class Program:
         columns = zip(*parts, strict=True)
         return [part[0] if len(part) == 1 else np.concatenate(part) for part in columns]
 
+    def step(self, step: int) -> int:
+        """Return how many images it takes at once, if torch takes `step`."""
+        return 1 if self.runs_in_threads else step
+
     def results(self, batch: torch.Tensor, n: int) -> list[torch.Tensor]:
         """Return the first `n` results for each output, on the device."""
+        self.n_images += len(batch)
         return [x[:n] for x in self._run(to_device(batch, self.device))]
 
 

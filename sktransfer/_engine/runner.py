@@ -34,13 +34,17 @@ from sktransfer._engine.program import (
     half_of,
     stored_form,
 )
+from sktransfer._engine.program_file import ProgramFile
 from sktransfer._engine.runtime import (
     OpenVinoProgram,
     forget_openvino,
+    is_worth_compiling,
     reason_of,
     resolve_runtime,
+    waits_for_work,
     warn_fallback,
     warn_without_instructions,
+    why_not_imported,
 )
 from sktransfer._threads import call_in_forks, renewed_in_forks
 from sktransfer._torch_state import float32_by_default, network_lock
@@ -92,8 +96,9 @@ def _new_runner(runners: dict[Any, Runner], backbone: Backbone, asked: Any) -> R
     warn_without_instructions(precision, resolved)
     warn_of_copies(resolved)
     chosen = resolve_runtime(runtime, resolved, precision, backbone.network, backbone.name)
-    key = (resolved, precision, chosen)
-    runners[key] = runners.get(key) or Runner(backbone, resolved, precision, chosen)
+    waits = chosen == "openvino" and waits_for_work(runtime, precision)
+    key = (resolved, precision, runtime if waits else chosen)
+    runners[key] = runners.get(key) or Runner(backbone, resolved, precision, chosen, waits)
     runners[asked] = runners[key]
     return runners[asked]
 
@@ -125,25 +130,27 @@ class Runner(CutNetwork):
         Below float32, the operations that lose nothing by it run in it (torch's autocast).
     runtime : {"torch", "openvino"}
         Where a program can't be made for OpenVINO, it becomes "torch".
+    waits_for_work : bool, default=False
+        Whether OpenVINO compiles a program only once there are enough images for it.
     """
 
     def __init__(
-        self, backbone: Backbone, device: torch.device, precision: str, runtime: str = "torch"
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        precision: str,
+        runtime: str = "torch",
+        waits_for_work: bool = False,
     ) -> None:
         super().__init__(backbone, device)
         self.precision, self.runtime, self.half = precision, runtime, half_of(precision)
+        self._waits_for_work = waits_for_work
         # As many cores as torch may use here, which joblib limits in its workers.
         self._n_cores = torch.get_num_threads()
         self._programs: dict[Any, Program] = {}
         _all_runners.add(self)
-        self.flops: dict[tuple[int, int], list[int]] = {}  # see FrozenBlocks.flops
 
     # ------------------------------------------------------------------------ how many at once
-
-    @property
-    def runs_in_threads(self) -> bool:
-        """Whether each image runs by itself, on one core, in whatever thread asks for it."""
-        return self.runtime == "openvino"
 
     def batch_size(self, given: int | str, image_size: tuple[int, int]) -> int:
         """Return the images in flight: those given or, if `"auto"`, what suits the device."""
@@ -155,9 +162,7 @@ class Runner(CutNetwork):
         return max(1, min(_GPU_BATCH, 2 ** int(math.log2(max(1, fitting)))))
 
     def step(self, batch_size: int | str, image_size: tuple[int, int]) -> int:
-        """Return how many of a batch's images to run at once: on a GPU all, on a CPU few."""
-        if self.runs_in_threads:
-            return 1
+        """Return how many of a batch's images torch runs at once: on a GPU all, on a CPU few."""
         batch_size = self.batch_size(batch_size, image_size)
         if self.device.type != "cpu":
             return batch_size
@@ -254,48 +259,114 @@ class Runner(CutNetwork):
         outputs: Sequence[Output],
         preprocessing: Preprocessing,
         is_alone: bool = False,
+        n_images: float = math.inf,
+        folder: str | None = None,
     ) -> Program:
-        """Return what runs images to `outputs`; it is made once.
+        """Return what runs images to `outputs`; each kind of it is made once.
 
-        OpenVINO's takes one core for each call or, for the single image of a whole pass, all.
+        Parameters
+        ----------
+        outputs : sequence of Output
+        preprocessing : Preprocessing
+        is_alone : bool, default=False
+            OpenVINO's program takes one core for each call or, for the single image of a whole
+            pass, all.
+        n_images : float, default=inf
+            That will run at most. Torch runs them if they are too few to compile a program.
+        folder : str or None, default=None
+            Where compiled programs are kept.
         """
-        n_streams = 1 if is_alone else self._n_cores
+        what, n_streams = (tuple(outputs), preprocessing), 1 if is_alone else self._n_cores
+        if (compiled := self._programs.get((*what, n_streams))) is not None:
+            return compiled
+        if self.runtime == "torch":
+            return self._made(*what)
+        file = None if folder is None else self._file(folder, *what, n_streams)
+        if self._is_worth_compiling(*what, is_alone, n_images, file):
+            return self._made(*what, n_streams, file)
+        return self._made(*what)
 
-        def known() -> Program | None:
-            asked = (tuple(outputs), preprocessing, n_streams if self.runs_in_threads else None)
-            return self._programs.get(asked)
+    def _file(
+        self,
+        folder: str,
+        outputs: Sequence[Output],
+        preprocessing: Preprocessing,
+        n_streams: int,
+    ) -> ProgramFile:
+        keys = [self.key(*output, preprocessing) for output in outputs]
+        return ProgramFile(folder, *keys, self.precision, self._n_cores, n_streams)
 
-        if (program := known()) is None:
-            self.can_be_cut  # noqa: B018 may trace, for which this thread must be alone
-            # Out of inference mode, in which sizes can't be found.
-            with (
-                network_lock.shared(),
-                _building,
-                float32_by_default(),
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):
-                if (program := known()) is None:
-                    program = self._make_program(outputs, preprocessing, n_streams)
-                    settled = n_streams if self.runs_in_threads else None
-                    self._programs[tuple(outputs), preprocessing, settled] = program
+    def _is_worth_compiling(
+        self,
+        outputs: tuple[Output, ...],
+        preprocessing: Preprocessing,
+        is_alone: bool,
+        n_images: float,
+        file: ProgramFile | None,
+    ) -> bool:
+        if not self._waits_for_work or not self.can_be_cut:
+            return True
+        on_torch = self._programs.get((outputs, preprocessing, None))
+        if is_alone:  # who waits for one image, and then for another one, will for many
+            return on_torch is not None
+        n_images += 0 if on_torch is None else on_torch.n_images
+        counted = n_images, self._n_cores, file
+        if not is_worth_compiling(math.inf, *counted):
+            return False  # of no network, so its operations need not be counted
+        positions = [output.position for output in outputs]
+        flops = self.flops(preprocessing.size)
+        last = len(flops) if None in positions else max(p for p in positions if p is not None)
+        return is_worth_compiling(sum(flops[:last]), *counted)
+
+    def _made(
+        self,
+        outputs: tuple[Output, ...],
+        preprocessing: Preprocessing,
+        n_streams: int | None = None,
+        file: ProgramFile | None = None,
+    ) -> Program:
+        """Return a program of OpenVINO for so many streams, or of torch; it is made once."""
+        what = outputs, preprocessing
+        if (program := self._programs.get((*what, n_streams))) is not None:
+            return program
+        self.can_be_cut  # noqa: B018 may trace, for which this thread must be alone
+        # Out of inference mode, in which sizes can't be found.
+        with (
+            network_lock.shared(),
+            _building,
+            float32_by_default(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            if self.runtime == "torch":  # by now another thread has found that OpenVINO can't
+                n_streams = None
+            if (program := self._programs.get((*what, n_streams))) is None:
+                program = self._make_program(*what, n_streams, file)
+                made_for = n_streams if program.runs_in_threads else None
+                self._programs[*what, made_for] = program
         return program
 
     def _make_program(
-        self, outputs: Sequence[Output], preprocessing: Preprocessing, n_streams: int
+        self,
+        outputs: Sequence[Output],
+        preprocessing: Preprocessing,
+        n_streams: int | None,
+        file: ProgramFile | None,
     ) -> Program:
         layouts = {o: self.layout(o.position, preprocessing.size) for o in outputs}
 
         def finish(x: torch.Tensor, output: Output) -> torch.Tensor:
             return stored_form(x, output, self.half, layouts[output])
 
-        if self.runs_in_threads:
+        if n_streams is not None:
             module = Outputs(self, outputs, preprocessing, None)
-            try:
-                return self._on_openvino(module, finish, n_streams)
-            except Exception as error:  # OpenVINO's own, of what it can't convert or compile
-                self.runtime = "torch"
-                warn_fallback(self.name, f"it can't take this network ({reason_of(error)})")
+            if (reason := why_not_imported()) is None:
+                try:
+                    return self._on_openvino(module, finish, n_streams, file)
+                except Exception as error:  # OpenVINO's own, of what it can't convert or compile
+                    reason = f"it can't take this network ({reason_of(error)})"
+            self.runtime = "torch"
+            warn_fallback(self.name, reason)
         module = Outputs(self, outputs, preprocessing, finish)
 
         def run(batch: torch.Tensor) -> list[torch.Tensor]:
@@ -304,17 +375,19 @@ class Runner(CutNetwork):
 
         return Program(run, self.device)
 
-    def _on_openvino(self, module: Outputs, finish: Any, n_streams: int) -> Program:
+    def _on_openvino(
+        self, module: Outputs, finish: Any, n_streams: int, file: ProgramFile | None
+    ) -> Program:
         """Compile a module whose results are finished behind: it is as fast, compiled earlier."""
         if not self.can_be_cut:
             raise ValueError("it can't be traced, so what it does may depend on the pixels")
         noise = np.random.default_rng(0).integers(256, size=(1, 3, *module.preprocessing.size))
         example = torch.from_numpy(noise.astype(np.uint8))
-        compiled = OpenVinoProgram(module, example, self.precision, self._n_cores, n_streams)
+        compiled = OpenVinoProgram(module, example, self.precision, self._n_cores, n_streams, file)
 
         def run(batch: torch.Tensor) -> list[torch.Tensor]:
             with torch.inference_mode():
                 pairs = zip(compiled(batch), module.outputs, strict=True)
                 return [finish(x, output) for x, output in pairs]
 
-        return Program(run, self.device)
+        return Program(run, self.device, runs_in_threads=True)

@@ -39,15 +39,18 @@ _lost_threads = False  # this process was forked from one in which OpenVINO runs
 def resolve_runtime(
     runtime: str, device: torch.device, precision: str, network: nn.Module, name: str
 ) -> str:
-    """Return `"torch"` or `"openvino"`; warn if what is asked for can't be had."""
+    """Return `"torch"` or `"openvino"`; warn if what is asked for can't be had.
+
+    Whether OpenVINO can be imported is not tried where it may never be used.
+    """
     if runtime == "torch":
         return runtime
     reason = _reason_against(device, precision)
     if reason is None and runtime == "auto" and _is_small(network):
         return "torch"
-    if reason is None and (error := _import_error()):
-        reason = f"OpenVINO can't be imported ({error}); reinstall it: {_EXTRA}"
-        runtime = "openvino"  # it is installed, so the user counts on it
+    if reason is None and not waits_for_work(runtime, precision):
+        if reason := why_not_imported():
+            runtime = "openvino"  # it is installed, so the user counts on it
     if reason is None:
         return "openvino"
     if runtime == "openvino":
@@ -55,8 +58,16 @@ def resolve_runtime(
     return "torch"
 
 
+def waits_for_work(runtime: str, precision: str) -> bool:
+    """Tell whether torch computes until compiling pays off.
+
+    Below float32 the rows of both differ, so one of them computes all.
+    """
+    return runtime == "auto" and precision == "float32"
+
+
 def is_worth_compiling(
-    flops: float, n_images: int, n_cores: int, file: ProgramFile | None = None
+    flops: float, n_images: float, n_cores: int, file: ProgramFile | None = None
 ) -> bool:
     """Tell whether OpenVINO, compiling included, takes less time than torch.
 
@@ -64,7 +75,7 @@ def is_worth_compiling(
     ----------
     flops : float
         Floating point operations of the program for one image, as torch counts them.
-    n_images : int
+    n_images : float
         That the program has run, or will.
     n_cores : int
         They share the images, but not the compiling.
@@ -114,6 +125,13 @@ def _reason_against(device: torch.device, precision: str) -> str | None:
         )
     if importlib.util.find_spec("openvino") is None:
         return f"it is not installed: {_EXTRA}"
+    return None
+
+
+def why_not_imported() -> str | None:
+    """Return why OpenVINO, which is installed, can't be imported."""
+    if error := _import_error():
+        return f"OpenVINO can't be imported ({error}); reinstall it: {_EXTRA}"
     return None
 
 

@@ -135,9 +135,8 @@ class Stream(ABC):
         self.runner, self.memory = runner, memory
         self.batch_size, self.verbose = runner.batch_size(batch_size, image_size), verbose
         self._shared_bar = progress
-        self._find_step = lambda: runner.step(batch_size, image_size)
-        self.step = self._find_step()  # fewer once the memory did not suffice
-        self.in_threads = runner.runs_in_threads
+        self.step = runner.step(batch_size, image_size)  # fewer once the memory did not suffice
+        self.in_threads = False  # whether images run by themselves, in the threads that load them
         self.n_threads = n_threads(n_jobs)
         self.n_computed = 0
 
@@ -147,9 +146,7 @@ class Stream(ABC):
 
     def _get_ready(self) -> None:
         """Make what runs the network; called before the first image is computed."""
-        if self.in_threads != self.runner.runs_in_threads:  # it falls back on what can run it
-            self.in_threads = self.runner.runs_in_threads
-            self.step = self._find_step()
+        self.in_threads = False
 
     @abstractmethod
     def _load(self, row: int, digest: bytes | None) -> Any:

@@ -221,7 +221,6 @@ class TextRunner:
     device : torch.device
     """
 
-    runs_in_threads = False
     in_smaller_steps = Runner.in_smaller_steps
 
     def __init__(self, model: TextModel, network: Any, device: torch.device) -> None:

@@ -66,9 +66,10 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         What the network computes in. Rows are float32 in any case.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What computes. `"auto"`: on a CPU OpenVINO, if it is installed (extra `openvino`), unless
-        the network is so small that its images take longer; else torch. Their float32 rows agree
-        within 0.001 of the largest value and share the memory's entries. A network that OpenVINO
-        can't take runs on torch, with a warning that says why.
+        the network is so small that its images take longer; else torch. In float32, torch also
+        computes until there are enough images for OpenVINO to pay off, whose start takes a second
+        or more. Their float32 rows agree within 0.001 of the largest value and share the memory's
+        entries. A network that OpenVINO can't take runs on torch, with a warning that says why.
     batch_size : int or "auto", default="auto"
         Images in flight at once and, on a GPU, in one batch; `"auto"`: 32, or as many as a GPU's
         memory takes, up to 256. Torch on a CPU takes 4 of them at a time, about its fastest

@@ -78,7 +78,9 @@ def make_plan(
     """
     n_rows = n_images * n_views
     rate = _FLOPS.get(frozen.runner.device.type, 5e11)
-    compute = [flops / rate for flops in frozen.flops()]  # seconds an image
+    is_weighed = memory_folder is not None or cut not in (0, frozen.embedding)
+    # Seconds an image. They are not counted for a plan that can only be one.
+    compute = [flops / rate for flops in frozen.flops()] if is_weighed else []
     keep: list[int] = []
     dropped: list[int] = []
     if memory_folder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,22 +205,19 @@ def _of_trained(trainer: Any) -> ModelSummary:
 def _of_loaded(model: Any) -> list[BlockRow]:
     runner, preprocessing = model.load_network()
     frozen = FrozenBlocks(runner, preprocessing, model.pooling)
-    # Counting takes a run of the network: too long to wait for it when something is printed.
-    flops = runner.flops.get(frozen.size, [None] * frozen.embedding)
-    return summarize(frozen, find_cut(runner, 0), flops=flops).rows
+    return summarize(frozen, find_cut(runner, 0)).rows
 
 
 def summarize(
     frozen: FrozenBlocks,
     unfrozen: Unfrozen | None = None,
     head: BlockRow | None = None,
-    flops: Sequence[int | None] | None = None,
 ) -> ModelSummary:
     """Put the table together; with `unfrozen=None`, nothing is said of what is trained."""
     runner, size = frozen.runner, frozen.size
     rows = [BlockRow("image", (3, *size), n_bytes=frozen.n_bytes(0))]
     seen: set[nn.Parameter] = set()  # that blocks may share
-    for position, count in enumerate(frozen.flops() if flops is None else flops, start=1):
+    for position, count in enumerate(frozen.flops(), start=1):
         new = set(runner.segment(position - 1, size).parameters()) - seen
         seen |= new
         is_last = position == frozen.embedding

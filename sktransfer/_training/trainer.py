@@ -238,6 +238,7 @@ class Trainer:
         progress = Progress()  # two threads may predict at once
         position = self.unfrozen.cut or self.frozen.embedding
         stream = FrozenPhase(self._task, self.plan, progress).stream([position])
+        stream.n_expected = len(views)
         with progress.shown(len(views), settings.verbose):
             progress.stage(self.frozen.runner.name)
             for first in range(0, len(images), _CHUNK):
@@ -256,11 +257,15 @@ class Trainer:
             with ThreadPoolExecutor(n_threads(self.settings.n_jobs)) as threads:
                 batches = torch.stack(list(threads.map(views.load, range(len(views)))))
 
+        # Whether OpenVINO is still to be compiled makes no difference to what is trained.
+        most = 1 if self.frozen.runner.runtime == "openvino" else stream.step
+
         def run(step: int) -> np.ndarray:
-            stream.step = step  # of the chunks to come, too
+            if step < most:
+                stream.step = step  # of the chunks to come, too
             return self._run_trained(batches, step)
 
-        outputs = self.frozen.runner.in_smaller_steps(run, stream.step)
+        outputs = self.frozen.runner.in_smaller_steps(run, most)
         if not cut:  # else the stream moved the bar
             progress.update(len(views))
         return outputs

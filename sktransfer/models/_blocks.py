@@ -20,6 +20,7 @@ from sktransfer.models._graph import (
     Values,
     as_module,
     choose_output,
+    count_flops,
     find_cuts,
     propagate,
     refresh,
@@ -153,6 +154,13 @@ class TracedNetwork:
         shapes = self._values_at(image_size).shapes
         nodes = self._nodes[self._cut(start).at : self._cut(stop).at + 1]
         return max(math.prod(shapes.get(node, ())) for node in nodes)
+
+    def flops(self, image_size: tuple[int, int] | None = None) -> list[int]:
+        """Floating-point operations from each position to the next, up to the embedding."""
+        return [
+            count_flops(self.slice(i, i + 1, image_size), self.shape(i, image_size))
+            for i in range(self.embedding)
+        ]
 
     def slice(
         self, start: int, stop: int, image_size: tuple[int, int] | None = None

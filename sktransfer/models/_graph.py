@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ import torch
 import torchvision
 from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer.models._modules import copy_of, one_tensor, set_eval
 
@@ -192,6 +195,28 @@ def propagate(graph: fx.Graph, lookup: Callable[[str], Any], image_size: tuple[i
             if values[0]._version != records[0][1]:
                 result.overwritten.add(node)
     return result
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Within this context, floating-point operations of all modules are counted."""
+    # The counter does not know fused attention on a CPU: it would count nothing.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def count_flops(module: fx.GraphModule, shape: tuple[int, ...]) -> int:
+    """Return the floating-point operations for one input, without computing anything."""
+    recorder = _Recorder(_on_meta(module))
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("meta"),
+        counted_flops() as counter,
+        _ShapesOnly(),
+    ):
+        recorder.run(torch.empty(1, *shape, dtype=torch.float32))
+    return counter.get_total_flops()
 
 
 def _on_meta(module: fx.GraphModule) -> fx.GraphModule:
