@@ -16,7 +16,7 @@ from sktransfer._engine.device import fetch
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import Runner
 from sktransfer._threads import n_threads
-from sktransfer._torch_state import Chance, chance_lock, ready_to_train
+from sktransfer._torch_state import Chance, chance_lock, network_lock, ready_to_train
 from sktransfer._training.cut import find_cut
 from sktransfer._training.data import TrainingData
 from sktransfer._training.net import (
@@ -212,7 +212,8 @@ class Trainer:
         self.net.train_split = None  # it would hold on to the activations
 
     def _drawn_head(self, task: Task) -> nn.Module:
-        with chance_lock, self._chance.in_torch():
+        # A head of the user's runs once: its modules must not meet a trace of another thread.
+        with chance_lock, self._chance.in_torch(), network_lock.shared():
             return task.new_head()
 
     def _new_module(self, head: nn.Module) -> TrainedPart:

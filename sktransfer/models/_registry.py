@@ -240,8 +240,9 @@ def seeded_model(backbone: Any, weights: Any, seed: int) -> Backbone:
 
 def loaded_model(backbone: Any, weights: Any, seed: int = _SEED) -> Backbone | None:
     """Return what `seeded_model` would, if it is loaded: for those that only want to look."""
+    key = _key(_unwrapped(backbone), weights, seed)  # it may restore an estimator, digest a network
     with _lock:
-        return _loaded.get(_key(_unwrapped(backbone), weights, seed))
+        return _loaded.get(key)
 
 
 def get_architecture(backbone: Any, weights: Any) -> Backbone:
