@@ -78,9 +78,9 @@ def get_runner(
     `image_size` is that of the images to come, if it is known.
     """
     resolved = resolve_device(device)
-    runners = backbone.runners
     asked = (resolved, precision, runtime)
     with _runners_lock, torch.inference_mode(False):
+        runners = backbone.runners
         runner = runners.get(asked) or _new_runner(runners, backbone, asked)
     if image_size is not None:
         runner.add_size(image_size)
@@ -258,6 +258,8 @@ class Runner(CutNetwork):
         """Return what runs images to `outputs`; it is made once.
 
         OpenVINO's takes one core for each call or, for the single image of a whole pass, all.
+        Nobody may ask for it who holds `network_lock`: it is taken here only where the network
+        runs, so that a compilation keeps nobody waiting.
         """
         n_streams = 1 if is_alone else self._n_cores
 
@@ -266,12 +268,13 @@ class Runner(CutNetwork):
             return self._programs.get(asked)
 
         if (program := known()) is None:
+            if network_lock.is_held():
+                raise RuntimeError("A thread that runs a network can't ask for another program.")
             self.can_be_cut  # noqa: B018 may trace, for which this thread must be alone
             # Out of inference mode, in which sizes can't be found.
             with (
-                network_lock.shared(),
                 _building,
-                float32_by_default(),
+                float32_by_default(_building),
                 torch.inference_mode(False),
                 torch.no_grad(),
             ):

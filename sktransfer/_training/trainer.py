@@ -197,6 +197,7 @@ class Trainer:
     def _run_epochs(self, data: TrainingData, n_epochs: int) -> None:
         """Train the blocks; if that is interrupted, remember how much is left."""
         self._backbone = self._before = None
+        self.module.get_ready()
         try:
             train(self.net, data, n_epochs, self._chance, progress=self._progress)
         except Interrupted as interrupted:
