@@ -56,10 +56,8 @@ _BATCH = 32  # of images in flight
 _GPU_BATCH = 256  # at most
 _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few are alive at once
 # Of the computation; a change that alters results makes old entries unreachable.
-_VERSION = (
-    3,
-    *(".".join(module.__version__.split(".")[:2]) for module in (torch, torchvision)),
-)
+_VERSION = 3
+TORCH_VERSIONS = [".".join(m.__version__.split(".")[:2]) for m in (torch, torchvision)]
 _T = TypeVar("_T")
 _runners_lock = renewed_in_forks(threading.Lock())
 _building = renewed_in_forks(threading.RLock())  # of programs, each of which is built once
@@ -216,6 +214,7 @@ class Runner(CutNetwork):
     def _name(self, preprocessing: Preprocessing, *what: Any) -> str:
         parts: tuple[Any, ...] = (
             _VERSION,
+            *TORCH_VERSIONS,
             self.fingerprint,
             preprocessing.fingerprint,
             *what,
