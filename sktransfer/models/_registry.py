@@ -282,8 +282,8 @@ def _key(backbone: Any, weights: Any, seed: int) -> Any:
             * ": pass its module(), or the network itself"
         )
     # The module is the user's and may change, so it is looked up by its content.
-    own = fingerprint(backbone.network), backbone.preprocessing, backbone.categories
-    return (*own, _stamp(weights, backbone))
+    content = fingerprint(backbone.network), backbone.preprocessing, backbone.categories
+    return (*content, _stamp(weights, backbone))
 
 
 def _stamp(weights: Any, backbone: Any) -> Any:
