@@ -42,10 +42,10 @@ def dask_worker() -> Any:
 
 def one_core_threads(n: int) -> ThreadPoolExecutor:
     """Return a pool of threads in which torch's operations take one core each."""
-    return ThreadPoolExecutor(n, initializer=_take_one_core)
+    return ThreadPoolExecutor(n, initializer=_limit_to_one_core)
 
 
-def _take_one_core() -> None:
+def _limit_to_one_core() -> None:
     import torch  # here, as dask's scheduler imports this module
 
     torch.get_num_threads()  # sets this thread's number, which is then replaced

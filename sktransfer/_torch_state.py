@@ -1,7 +1,7 @@
 """What torch keeps for the whole process: its defaults, its random numbers, what traces networks.
 
 A thread that takes several locks takes them in this order: that of the loaded networks,
-`chance_lock`, `network_lock`, that of the programs.
+that of the programs, `chance_lock`, `network_lock`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class NetworkLock:
 
     def shared(self) -> AbstractContextManager[Any]:
         """Return the lock of this thread: `with network_lock.shared():` runs a network."""
-        own = self._own()
-        if not own._is_owned():
+        lock = self._lock_of_thread()
+        if not lock._is_owned():
             with self._gate:
                 pass
-        return own
+        return lock
 
     def alone(self, function: Callable[[], _T]) -> _T:
         """Call a function while no other thread runs a network.
@@ -56,7 +56,7 @@ class NetworkLock:
         It is for what torch replaces for all threads: tracing by torch.fx replaces what calls
         modules, counting of operations adds hooks to all of them.
         """
-        if self._own()._is_owned() and not self._gate._is_owned():  # type: ignore[attr-defined]
+        if self.is_held() and not self._gate._is_owned():  # type: ignore[attr-defined]
             raise RuntimeError("A thread that runs a network can't ask to be alone meanwhile.")
         with self._gate:
             before = self._unpatched
@@ -67,14 +67,18 @@ class NetworkLock:
                 self._unpatched = before
         return result
 
-    def _own(self) -> Any:
-        own = getattr(self._thread, "lock", None)
-        if own is None:
-            own = threading.RLock()
+    def is_held(self) -> bool:
+        """Tell whether this thread runs a network, or is alone."""
+        return self._lock_of_thread()._is_owned()
+
+    def _lock_of_thread(self) -> Any:
+        lock = getattr(self._thread, "lock", None)
+        if lock is None:
+            lock = threading.RLock()
             with self._gate:
-                self._all.add(own)
-            self._thread.lock = own
-        return own
+                self._all.add(lock)
+            self._thread.lock = lock
+        return lock
 
     def _after_fork(self) -> None:
         """Begin with other locks: this thread may hold the old ones, and leaves them later."""
@@ -219,9 +223,9 @@ def trained_tensors(state: Any, expected: Mapping[str, torch.Tensor]) -> dict[st
     """Return what an estimator kept as arrays as tensors; it must be of all names and shapes."""
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
     kept = state if isinstance(state, dict) else {}
-    found = {name: np.shape(value) for name, value in kept.items()}
-    if found != shapes:
-        wrong = sorted({str(name) for name, _ in found.items() ^ shapes.items()})
+    kept_shapes = {name: np.shape(value) for name, value in kept.items()}
+    if kept_shapes != shapes:
+        wrong = sorted({str(name) for name, _ in kept_shapes.items() ^ shapes.items()})
         raise ValueError(
             f"The trained values of this estimator are not those of its network ({wrong[0]!r} and "
             f"{len(wrong) - 1} more are missing, too many or of another shape): the file from "

@@ -85,7 +85,8 @@ def test_packing_loses_nothing(precision):
         if position < EMBEDDING:
             again = stored_form(x, frozen.output(position), frozen.half, "map")
             assert np.array_equal(again.numpy(), stored)
-            assert torch.equal(frozen.activations(pixels(X), position, 3), x)
+            program = frozen.program(position)
+            assert torch.equal(frozen.activations(program, pixels(X), position, 3), x)
 
 
 class Loud(nn.Module):

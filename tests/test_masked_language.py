@@ -23,7 +23,7 @@ from sklearn.utils import estimator_checks
 from skorch.callbacks import Callback
 
 from sktransfer import MaskedLanguagePretrainer
-from sktransfer._engine.text_model import load_text_model
+from sktransfer._engine.text_model import TextModel, TextRunner, load_text_model
 from sktransfer._memory.memory import check_memory
 from sktransfer._training.masked_words import MaskedData, hidden_logits, mask_tokens
 
@@ -145,6 +145,33 @@ def test_the_memory_keeps_every_sentence_once(tiny, tmp_path):
     assert not np.array_equal(model.transform(SENTENCES), rows)
     clone(model).set_params(pooling="max").transform(SENTENCES)
     assert memory.info()["n_entries"] == 18
+
+
+def test_a_row_has_the_name_of_all_that_shapes_it():
+    normalizers = pytest.importorskip("tokenizers").normalizers
+    loaded = load_text_model(MINILM, None)
+    network = copy.deepcopy(loaded.network)
+    model = TextModel(network, copy.deepcopy(loaded.tokenizer), loaded.name)
+
+    def key():
+        return TextRunner(model, network, torch.device("cpu")).key("avg", None, False)
+
+    first = key()
+    model.tokens("It rains in the hills.", "", 4, True)  # the tokenizer keeps how it was called
+    assert key() == first
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    assert key() != first
+    model.tokenizer.backend_tokenizer.normalizer = loaded.tokenizer.backend_tokenizer.normalizer
+    assert key() == first
+
+    class Other(type(network.base_model.embeddings)):
+        """The same weights, another computation."""
+
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    network.base_model.embeddings.__class__ = Other
+    assert key() != first
 
 
 def test_an_svm_on_embeddings_tells_documents_apart(tmp_path):

@@ -205,12 +205,14 @@ class Wait(Callback):
     """Lets another thread do something in the middle of a fit."""
 
     def __init__(self, work):
-        self.work, self.results = work, []
+        self.work, self.results, self.is_on = work, [], True
 
     def on_epoch_end(self, net, **kwargs):
+        if not self.is_on:
+            return
         thread = threading.Thread(target=lambda: self.results.append(self.work()))
         thread.start()
-        thread.join(0.2)  # it may have to wait for the network, not for the fit
+        thread.join()
 
 
 def test_a_fit_is_not_seen_until_it_ends():
@@ -220,6 +222,24 @@ def test_a_fit_is_not_seen_until_it_ends():
     model.set_params(callbacks=[wait], max_epochs=1).fit(X, y + 5)
     assert wait.results == [([0, 1], 2)]
     assert model.classes_.tolist() == [5, 6] and model.n_iter_ == 1
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("method", ["warm_start", "partial_fit"])
+def test_going_on_is_not_seen_until_it_ends(kind, method, tiny):
+    model, data, show = make(kind, tiny)
+    wait = Wait(lambda: (getattr(model, show)(data[0]), model.n_iter_))
+    model.set_params(callbacks=[wait], warm_start=method == "warm_start")
+    fit = model.fit if method == "warm_start" else model.partial_fit
+    wait.is_on = False
+    model.fit(*data)
+    fit(*data)  # the next one goes on with the moments that the optimizer has by now
+    expected, n_epochs, wait.is_on = getattr(model, show)(data[0]), model.n_iter_, True
+    fit(*data)
+    assert wait.results
+    for rows, n_iter in wait.results:
+        assert np.array_equal(rows, expected) and n_iter == n_epochs
+    assert not np.array_equal(getattr(model, show)(data[0]), expected)
 
 
 class Late(Image.Image):

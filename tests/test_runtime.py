@@ -6,7 +6,9 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,7 @@ from networks import Untraceable, small
 from torch import nn
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
+from sktransfer._engine import runtime as runtimes
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.program import Output
@@ -30,6 +33,7 @@ from sktransfer._engine.runtime import (
 )
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._memory.memory import check_memory
+from sktransfer._torch_state import network_lock
 from sktransfer.io import check_images
 
 pytestmark = pytest.mark.usefixtures("two_threads")  # and streams
@@ -134,6 +138,46 @@ def test_compiling_leaves_the_seed_alone(photos):
     torch.manual_seed(0)
     model.transform(photos)
     assert (torch.rand(2) == expected).all()
+
+
+def test_nobody_waits_for_a_compilation(monkeypatch, photos):
+    compiling, go_on, convert = threading.Event(), threading.Event(), runtimes._convert
+
+    def convert_late(*args):
+        compiling.set()
+        assert go_on.wait(60)
+        return convert(*args)
+
+    monkeypatch.setattr(runtimes, "_convert", convert_late)
+    with ThreadPoolExecutor(2) as threads:
+        embedding = threads.submit(extractor(backbone=Wide()).transform, photos)
+        try:
+            assert compiling.wait(60)
+            assert threads.submit(network_lock.alone, lambda: "traced").result(20) == "traced"
+            assert not embedding.done()
+        finally:
+            go_on.set()
+        assert embedding.result(60).shape == (2, 350)
+
+
+def test_who_runs_a_network_cannot_ask_for_a_program():
+    runner, preprocessing = extractor(backbone=Wide()).load_network()
+    with network_lock.shared(), pytest.raises(RuntimeError, match="can't ask for another program"):
+        runner.program([Output(None, "flatten")], preprocessing)
+    known = runner.program([Output(None, "flatten")], preprocessing)
+    with network_lock.shared():
+        assert runner.program([Output(None, "flatten")], preprocessing) is known
+
+
+@pytest.mark.filterwarnings("ignore:This CPU has no bfloat16")
+def test_below_float32_one_runtime_computes_all_rows():
+    runner, preprocessing = extractor(backbone=Wide(), precision="bfloat16").load_network()
+    outputs = [Output(None, "flatten")]
+    compiled = runner.program(outputs, preprocessing)
+    assert compiled.runs_in_threads and runner.names_its_runtime
+    runner.runtime = "torch"  # as if OpenVINO could not take other outputs of this network
+    assert not runner.names_its_runtime
+    assert not runner.program(outputs, preprocessing).runs_in_threads
 
 
 def test_small_networks_stay_with_torch():

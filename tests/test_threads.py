@@ -19,6 +19,7 @@ from sktransfer import (
 )
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.text_model import load_text_model
+from sktransfer._torch_state import network_lock
 
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
 Y = np.arange(8) % 2
@@ -74,6 +75,40 @@ def test_nobody_waits_for_a_fit(unfreeze):
         np.testing.assert_array_equal(in_thread(extractor.transform, X), rows)
         np.testing.assert_array_equal(in_thread(fitted.predict_proba, X), proba)
         assert not running.done()
+
+
+class Telling(torch.nn.Linear):
+    """A head that notes, when it runs, whether a network is traced just then."""
+
+    is_traced = False
+    notes: list = []
+
+    def forward(self, x):
+        self.notes.append(Telling.is_traced)
+        return super().forward(x)
+
+
+def test_a_head_does_not_run_while_a_network_is_traced():
+    go_on = threading.Event()
+
+    def trace():
+        Telling.is_traced = True
+        go_on.wait(20)
+        Telling.is_traced = False
+
+    model = FineTunedClassifier(NETWORK, unfreeze="all", head=Telling(16, 2), **OPTIONS)
+    model.set_params(max_epochs=0).fit(X, Y)  # what it needs of the network is known by now
+    Telling.notes.clear()
+    with ThreadPoolExecutor(2) as threads:
+        tracing = threads.submit(network_lock.alone, trace)
+        while not Telling.is_traced:
+            pass
+        fitting = threads.submit(model.fit, X, Y)
+        with contextlib.suppress(TimeoutError):
+            fitting.result(0.5)
+        go_on.set()
+        tracing.result(20), fitting.result(20)
+    assert Telling.notes and not any(Telling.notes)
 
 
 # ------------------------------------------------------------------------------ chance

@@ -53,7 +53,7 @@ class OutputsPass(Stream):
     def names(self) -> Names:
         """Name the outputs in the memory, once it is settled what computes them."""
         if self.runner.names_its_runtime:
-            self._get_ready()
+            self._ensure_ready()
         keys = {output: self.runner.key(*output, self.preprocessing) for output in self.outputs}
         return Names(
             [keys[output] for output in self.wanted],

@@ -15,7 +15,7 @@ import torch
 from sktransfer._engine.augmentation import Views
 from sktransfer._engine.cut_network import layout_of, pool
 from sktransfer._engine.embedding import OutputsPass
-from sktransfer._engine.program import ACTIVATION, LARGEST, Output, to_device
+from sktransfer._engine.program import ACTIVATION, LARGEST, Output, Program, to_device
 from sktransfer._engine.runner import Runner
 from sktransfer._threads import one_core_threads
 from sktransfer.transforms import Preprocessing
@@ -102,12 +102,18 @@ class FrozenBlocks:
         x = x.float()
         return x.permute(0, 3, 1, 2) if self._is_map(position) else x
 
-    def activations(self, images: torch.Tensor, position: int, step: int) -> torch.Tensor:
+    def program(self, position: int) -> Program:
+        """Return what runs images to a cut; see `activations`."""
+        return self.runner.program([self.output(position)], self.preprocessing)
+
+    def activations(
+        self, program: Program, images: torch.Tensor, position: int, step: int
+    ) -> torch.Tensor:
         """Run uint8 images (n, 3, h, w) to a cut, by the batches in which `Activations` does.
 
-        The result is float32, ready for what is trained behind the cut.
+        The result is float32, ready for what is trained behind the cut. `program` is that of this
+        position: who runs a network, as in a training step, can't ask for it, see `Runner`.
         """
-        program = self.runner.program([self.output(position)], self.preprocessing)
         step = program.step(step)
 
         def run(batch: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 from sktransfer._engine.cut_network import layout_of, pool
 from sktransfer._engine.device import fetch
+from sktransfer._torch_state import network_lock
 from sktransfer.transforms import Preprocessing
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class Outputs(nn.Module):
         self.outputs, self.preprocessing, self.finish = list(outputs), preprocessing, finish
         positions = {output.position for output in outputs}
         # Not registered: the slices are not this one's own.
-        self.slices = runner.slices(positions, preprocessing.size)
+        with network_lock.shared():  # a slice for another image size runs on shapes
+            self.slices = runner.slices(positions, preprocessing.size)
         self.n_prefix = {position: runner.n_prefix(position) for position in positions}
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -60,10 +60,8 @@ _BATCH = 32  # of images in flight
 _GPU_BATCH = 256  # at most
 _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few are alive at once
 # Of the computation; a change that alters results makes old entries unreachable.
-_VERSION = (
-    3,
-    *(".".join(module.__version__.split(".")[:2]) for module in (torch, torchvision)),
-)
+_VERSION = 3
+TORCH_VERSIONS = [".".join(m.__version__.split(".")[:2]) for m in (torch, torchvision)]
 _T = TypeVar("_T")
 _runners_lock = renewed_in_forks(threading.Lock())
 _building = renewed_in_forks(threading.RLock())  # of programs, each of which is built once
@@ -82,9 +80,9 @@ def get_runner(
     `image_size` is that of the images to come, if it is known.
     """
     resolved = resolve_device(device)
-    runners = backbone.runners
     asked = (resolved, precision, runtime)
     with _runners_lock, torch.inference_mode(False):
+        runners = backbone.runners
         runner = runners.get(asked) or _new_runner(runners, backbone, asked)
     if image_size is not None:
         runner.add_size(image_size)
@@ -221,6 +219,7 @@ class Runner(CutNetwork):
     def _name(self, preprocessing: Preprocessing, *what: Any) -> str:
         parts: tuple[Any, ...] = (
             _VERSION,
+            *TORCH_VERSIONS,
             self.fingerprint,
             preprocessing.fingerprint,
             *what,
@@ -264,6 +263,9 @@ class Runner(CutNetwork):
     ) -> Program:
         """Return what runs images to `outputs`; each kind of it is made once.
 
+        Nobody may ask for it who holds `network_lock`: it is taken here only where the network
+        runs, so that a compilation keeps nobody waiting.
+
         Parameters
         ----------
         outputs : sequence of Output
@@ -277,6 +279,8 @@ class Runner(CutNetwork):
             Where compiled programs are kept.
         """
         what, n_streams = (tuple(outputs), preprocessing), 1 if is_alone else self._n_cores
+        if self.runtime == "torch" and self.precision != "float32":
+            return self._made(*what)  # rows are named after what computes: one for all of them
         if (compiled := self._programs.get((*what, n_streams))) is not None:
             return compiled
         if self.runtime == "torch":
@@ -329,12 +333,13 @@ class Runner(CutNetwork):
         what = outputs, preprocessing
         if (program := self._programs.get((*what, n_streams))) is not None:
             return program
+        if network_lock.is_held():
+            raise RuntimeError("A thread that runs a network can't ask for another program.")
         self.can_be_cut  # noqa: B018 may trace, for which this thread must be alone
         # Out of inference mode, in which sizes can't be found.
         with (
-            network_lock.shared(),
             _building,
-            float32_by_default(),
+            float32_by_default(_building),
             torch.inference_mode(False),
             torch.no_grad(),
         ):

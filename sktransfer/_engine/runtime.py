@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sktransfer._engine.program_file import KeptProgram, ProgramFile
+from sktransfer._torch_state import network_lock
 
 RUNTIMES = ("auto", "torch", "openvino")
 Program = Callable[[torch.Tensor], list[torch.Tensor]]  # takes a batch; safe to call in threads
@@ -321,7 +322,7 @@ class OpenVinoProgram:
     def _make(
         self, module: nn.Module, inputs: list[torch.Tensor], file: ProgramFile | None
     ) -> None:
-        with torch.inference_mode():
+        with network_lock.shared(), torch.inference_mode():
             results = [module(x) for x in inputs]
         expected = [list(y) if isinstance(y, tuple) else [y] for y in results]
         try:
@@ -341,7 +342,9 @@ class OpenVinoProgram:
         file.write(KeptProgram(blob, arrays))
 
     def _compile(self, module: nn.Module, example: torch.Tensor) -> None:
-        traced = _trace(_ChannelsLast(module), _channels_last(example))
+        # The rest takes longer, and nobody has to wait for it who wants to trace a network.
+        with network_lock.shared():
+            traced = _trace(_ChannelsLast(module), _channels_last(example))
         model = _convert(traced, _channels_last(example))
         # A call of the traced graph does not meet torch.fx, which may trace in another thread.
         self._pass_on = traced.forward if _only_moves(model) else None

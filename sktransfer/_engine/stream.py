@@ -139,10 +139,17 @@ class Stream(ABC):
         self.in_threads = False  # whether images run by themselves, in the threads that load them
         self.n_threads = n_threads(n_jobs)
         self.n_computed = 0
+        self._is_ready = False
 
     @abstractmethod
     def names(self) -> Names:
         """Name the results; called once for a pass, before anything is looked up."""
+
+    def _ensure_ready(self) -> None:
+        """Get ready, once for a pass: what computes is that by which the results are named."""
+        if not self._is_ready:
+            self._get_ready()
+            self._is_ready = True
 
     def _get_ready(self) -> None:
         """Make what runs the network; called before the first image is computed."""
@@ -161,9 +168,8 @@ class Stream(ABC):
 
     def _fill_outs(self, images: Images, outs: Sequence[np.ndarray]) -> None:
         """Fill `outs`, for each wanted result an array with a row for each image."""
-        self._images, self._outs = images, outs
+        self._images, self._outs, self._is_ready = images, outs, False
         self._names = Names([], [], set(), "") if self.memory is None else self.names()
-        self._is_ready = False
         self._owner = object()  # of claims: what is ours to compute, and not yet in the memory
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
         self._threads = one_core_threads(self.n_threads)
@@ -295,9 +301,7 @@ class Stream(ABC):
 
     def _submit(self, row: int, digest: bytes | None = None) -> Future[Any]:
         """Load a row in a thread and, if images run by themselves, compute it there."""
-        if not self._is_ready:
-            self._get_ready()
-            self._is_ready = True
+        self._ensure_ready()
         if not self.in_threads:
             return self._threads.submit(self._load, row, digest)
         return self._threads.submit(lambda: self._run([self._load(row, digest)]))

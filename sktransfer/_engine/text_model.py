@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 import xxhash
 
-from sktransfer._engine.runner import Runner
+from sktransfer._engine.device import numerics
+from sktransfer._engine.runner import TORCH_VERSIONS, Runner
 from sktransfer._engine.stream import Names, Stream
 from sktransfer._optional import load_optional
 from sktransfer._threads import renewed_in_forks
@@ -139,6 +141,16 @@ class TextModel:
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 
+def _tokenizing_rules(tokenizer: Any) -> list[Any]:
+    """Return all by which a tokenizer turns a sentence into numbers."""
+    words = sorted(tokenizer.get_vocab().items())  # it comes in any order
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if fast is None else json.loads(fast.to_str())
+    # Words are there already; how it last cut and padded is told anew by every call.
+    known = ("model", "truncation", "padding")
+    return [type(tokenizer), words, {k: v for k, v in rules.items() if k not in known}]
+
+
 def _check_fit(network: Any, tokenizer: Any, name: str) -> None:
     n_known = network.get_input_embeddings().num_embeddings
     if len(tokenizer) > n_known:
@@ -238,9 +250,12 @@ class TextRunner:
     def key(self, *settings: Any) -> str:
         """Name all that shapes a row but the sentence."""
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
-        words = sorted(self.model.tokenizer.get_vocab().items())  # it comes in any order
-        kind, config = type(self.network).__qualname__, self.network.config.to_json_string()
-        parts = (_VERSION, kind, config, Describer()([state, words]), *settings)
+        # Their code as well: it is that of an installed package.
+        kinds = {type(module).__qualname__: type(module) for module in self.network.modules()}
+        described = Describer()([state, kinds, _tokenizing_rules(self.model.tokenizer)])
+        difference = numerics(self.device, "float32")
+        config = self.network.config.to_json_string()
+        parts = (_VERSION, *TORCH_VERSIONS, config, described, difference, *settings)
         return f"{self.name}-{xxhash.xxh3_128_hexdigest(repr(parts).encode())}"
 
     def rows(self, sentences: Sequence[np.ndarray], step: int, pooling: str) -> np.ndarray:
@@ -251,9 +266,10 @@ class TextRunner:
         for length in np.unique(lengths):
             numbers = np.flatnonzero(lengths == length)
             for first in range(0, len(numbers), step):
-                some = numbers[first : first + step]
-                ids = [sentences[i] for i in some] + [sentences[some[0]]] * (step - len(some))
-                rows[some] = self._pooled(ids, int(length), pooling)[: len(some)]
+                batch = numbers[first : first + step]
+                ids = [sentences[i] for i in batch]
+                ids += ids[:1] * (step - len(batch))
+                rows[batch] = self._pooled(ids, int(length), pooling)[: len(batch)]
         return rows
 
     def _pooled(self, ids: Sequence[np.ndarray], length: int, pooling: str) -> np.ndarray:

@@ -98,9 +98,9 @@ def atomic(fit: Callable) -> Callable:
         try:
             fit(twin, *args, **kwargs)
         except Interrupted as stopped:
-            _take_over(self, twin)
+            _adopt_what_was_learnt(self, twin)
             raise KeyboardInterrupt(str(stopped)) from None
-        _take_over(self, twin)
+        _adopt_what_was_learnt(self, twin)
         return self
 
     return fit_twin
@@ -165,7 +165,7 @@ def refuse_auto_depth(unfreeze: Any, reason: str) -> None:
         )
 
 
-def _take_over(estimator: Any, twin: Any) -> None:
+def _adopt_what_was_learnt(estimator: Any, twin: Any) -> None:
     """Give an estimator all attributes of its twin but the parameters, in one assignment."""
     parameters = estimator.get_params(deep=False)
     given = {name: value for name, value in vars(estimator).items() if name in parameters}

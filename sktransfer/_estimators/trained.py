@@ -83,22 +83,15 @@ class TrainedEstimator(ImageEstimator):
         return self._trainer_class(*placed, self._settings(n_outputs))
 
     def _resume(self, *, in_parts: bool) -> Trainer:
-        """Return the trainer as it stands, with the parameters as they now are.
+        """Return a trainer that goes on from what is fitted, by the parameters as they now are.
 
-        It is a shallow copy: what a training replaces is replaced there, and only the weights
-        change in place.
+        It is another one, with copies of the trained values: nobody sees what it learns before the
+        fit ends, and nothing has to be undone if it fails.
         """
         self._check_shape()
         trainer = self.trainer()
         settings = self._settings(trainer.settings.n_outputs)
-        # These two go on with the net that is there, the others make a new one.
-        if (in_parts or trainer.n_left) and settings.needs_new_net(trainer.settings):
-            trainer = self._rebuilt()
-        resumed = copy.copy(trainer)
-        if settings.max_epochs != trainer.settings.max_epochs:
-            resumed.n_left = 0  # not what is left of the old number
-        resumed.settings = settings
-        return resumed
+        return trainer.continued(settings, keeps_net=in_parts or trainer.n_left > 0)
 
     def _check_shape(self) -> None:
         """Raise an error if the parameters name something else than what is fitted."""
@@ -121,12 +114,8 @@ class TrainedEstimator(ImageEstimator):
         in_parts: bool,
         goes_on: bool,
     ) -> None:
-        """Train, and set the fitted attributes; on Ctrl-C, of what was learnt until then.
-
-        What a fit that goes on has changed in place is undone if it fails.
-        """
+        """Train, and set the fitted attributes; on Ctrl-C, of what was learnt until then."""
         is_refit = hasattr(self, "_trainer") and not goes_on
-        before = trainer.state() if goes_on else {}
         try:
             if in_parts:
                 trainer.train_part(images, targets, weights, seed)
@@ -136,11 +125,6 @@ class TrainedEstimator(ImageEstimator):
             if is_refit:
                 raise interrupted_refit() from None
             self._set_fitted(trainer)
-            raise
-        except BaseException:
-            if goes_on and _differ(trainer.state(), before):
-                assert self._trainer is not None
-                self._trainer.restore(before, self.history_, self.plan_, self._trainer.n_left)
             raise
         self._set_fitted(trainer)
 
@@ -263,7 +247,3 @@ def _kept(trainer: Trainer) -> dict[str, Any]:
         "_n_outputs": trainer.settings.n_outputs,
         "_n_left": trainer.n_left,
     }
-
-
-def _differ(state: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> bool:
-    return any(value.tobytes() != before[name].tobytes() for name, value in state.items())

@@ -93,9 +93,9 @@ class TrainedDetector(ImageEstimator):
         return DetectorTrainer(self._new_part(), self._settings())
 
     def _resume(self) -> DetectorTrainer:
-        """Return the trainer as it stands, with the parameters as they now are."""
+        """Return a trainer that goes on from what is fitted, by the parameters as they now are."""
         self._check_shape()
-        return self._predictor()
+        return self.trainer().continued(self._settings())
 
     def _check_shape(self) -> None:
         """Raise an error if the parameters name something else than what is fitted."""
@@ -191,11 +191,7 @@ class TrainedDetector(ImageEstimator):
         return trainer
 
     def _predictor(self) -> DetectorTrainer:
-        """Return the trainer with the parameters as they now are.
-
-        It is a copy: what a training replaces is replaced there, and only the weights change in
-        place.
-        """
+        """Return the trainer with the parameters as they now are, to predict with."""
         trainer = copy.copy(self.trainer())
         trainer.settings = self._settings()
         return trainer

@@ -83,7 +83,8 @@ class DetectorPart(nn.Module):
         self.block_names, self.unfrozen = list(block_names), unfrozen
         self.fingerprint = fingerprint
         self.first_label = first_label(detector)
-        self._pretrained = {id(p) for part in pretrained for p in part.parameters()}
+        of_pretrained = {id(p) for part in pretrained for p in part.parameters()}
+        self._pretrained = {n for n, p in self.named_parameters() if id(p) in of_pretrained}
 
     def forward(self, stored: list[torch.Tensor], targets: Any = None) -> Any:
         """Return the losses by name while it trains, else boxes, labels and scores."""
@@ -110,9 +111,14 @@ class DetectorPart(nn.Module):
 
     def rated_parts(self, lr: float, head_lr: float) -> list[tuple[list[nn.Parameter], float]]:
         """Return the parameters, new ones first, with their learning rates."""
-        new = [p for p in self.parameters() if id(p) not in self._pretrained]
-        old = [p for p in self.parameters() if id(p) in self._pretrained]
+        new = [p for name, p in self.named_parameters() if name not in self._pretrained]
+        old = [p for name, p in self.named_parameters() if name in self._pretrained]
         return [(new, head_lr), (old, lr)]
+
+    def copied(self) -> DetectorPart:
+        """Return a copy of all but the frozen blocks."""
+        shared = (self.source, self.preprocessing, vars(self.detector.backbone).get("frozen"))
+        return copy_of(self, {id(value): value for value in shared})
 
     def limit(self, score: float, nms: float, most: int) -> None:
         """Say which objects are found: of what score and overlap, and how many."""

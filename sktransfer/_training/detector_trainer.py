@@ -31,6 +31,7 @@ from sktransfer._training.net import (
     Interrupted,
     Progress,
     Schedule,
+    continue_net,
     make_net,
     parameter_groups,
     train,
@@ -128,24 +129,20 @@ class DetectorTrainer:
         n_epochs: int,
         schedule: Schedule | None,
     ) -> None:
-        """Run epochs; the part is as it was if they fail, and as far as it came on Ctrl-C."""
+        """Run epochs; on Ctrl-C, the part is as far as it came."""
         settings, progress = self.settings, Progress()
         views = self._views(images, targets)
         with progress.shown(len(views) + n_epochs * len(images), settings.verbose):
             data = self._data(views, self._run_frozen(views, progress), seed)
             net = self._new_net(schedule, seed, progress)
             if schedule is None and self._is_at_constant_rate:
-                _take_over(net, self.net)
-            state = self.part.trained_state()
+                continue_net(net, self.net)
             training = threading.Lock()
             try:
                 with training, ready_to_train(training):
                     train(net, data, n_epochs, Chance(seed), progress=progress, stage="training")
             except Interrupted:
                 self._keep(net, schedule)
-                raise
-            except BaseException:
-                self.part.load_trained_state(state)
                 raise
         self._keep(net, schedule)
 
@@ -217,6 +214,12 @@ class DetectorTrainer:
             progress=progress,
         )
         return outs
+
+    def continued(self, settings: DetectorSettings) -> DetectorTrainer:
+        """Return a trainer that goes on from here; this one stays as it is."""
+        other = copy.copy(self)
+        other.settings, other.part = settings, self.part.copied()
+        return other
 
     # ------------------------------------------------------------------------ prediction
 
@@ -331,12 +334,3 @@ def make_detector_net(
         criterion=nn.Identity,
         **options,
     )
-
-
-def _take_over(net: Any, before: Any) -> None:
-    """Let a net go on where another one was: moments of its optimizer, the order of images."""
-    fresh = net.optimizer_.state_dict()
-    moments = copy.deepcopy(before.optimizer_.state_dict()["state"])  # steps change them in place
-    net.optimizer_.load_state_dict({**fresh, "state": moments})
-    order = before.iterator_train__generator.get_state()
-    net.iterator_train__generator.set_state(order)

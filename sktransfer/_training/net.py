@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import threading
@@ -228,6 +229,16 @@ def make_net(
         **{"train_split": None, **options},
     )
     return net.initialize()
+
+
+def continue_net(net: skorch.NeuralNet, before: skorch.NeuralNet) -> None:
+    """Let a new net go on where another one is: moments of its optimizer, the order of images.
+
+    They are copied: the other net could go on as well.
+    """
+    fresh, state = net.optimizer_.state_dict(), before.optimizer_.state_dict()["state"]
+    net.optimizer_.load_state_dict({**fresh, "state": copy.deepcopy(state)})
+    net.iterator_train__generator.set_state(before.iterator_train__generator.get_state())
 
 
 def _as_is(batch: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._engine.program import Program
 from sktransfer._torch_state import float32_by_default, network_lock, trained_tensors
 from sktransfer._training.cut import Unfrozen
 from sktransfer._training.depthwise import FastDepthwise
@@ -54,6 +55,7 @@ class TrainedPart(nn.Module):
         self.start, self.cut, self.step = start, unfrozen.cut, step
         self.largest_piece = sys.maxsize  # fewer images once the memory did not suffice
         self.moves_statistics = moves_statistics
+        self.program: Program | None = None  # from the images to the cut, see `get_ready`
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         numbers = range(unfrozen.cut, frozen.embedding)
         self.blocks = copy_of(
@@ -81,7 +83,8 @@ class TrainedPart(nn.Module):
             FastDepthwise(),
         ):
             if start < self.cut:  # at the images
-                x = frozen.activations(stored, self.cut, self.step)
+                assert self.program is not None
+                x = frozen.activations(self.program, stored, self.cut, self.step)
             else:
                 x = frozen.unpack(stored, start)
             for block in self.blocks:
@@ -89,6 +92,14 @@ class TrainedPart(nn.Module):
             if self.cut < frozen.embedding:
                 x = frozen.pool(x)
             return self.head(x).float()
+
+    def get_ready(self) -> None:
+        """Make what runs the frozen blocks, if batches start from the images.
+
+        That takes a while, in which a training step would keep others from their networks.
+        """
+        if self.start < self.cut:
+            self.program = self.frozen.program(self.cut)
 
     def piece(self, batch_size: int) -> int:
         """Return how many images of a batch are trained on at once."""

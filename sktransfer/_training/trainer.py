@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -15,10 +16,17 @@ from sktransfer._engine.device import fetch
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.runner import Runner
 from sktransfer._threads import n_threads
-from sktransfer._torch_state import Chance, chance_lock, ready_to_train
+from sktransfer._torch_state import Chance, chance_lock, network_lock, ready_to_train
 from sktransfer._training.cut import find_cut
 from sktransfer._training.data import TrainingData
-from sktransfer._training.net import Interrupted, Progress, Schedule, recorded, train
+from sktransfer._training.net import (
+    Interrupted,
+    Progress,
+    Schedule,
+    continue_net,
+    recorded,
+    train,
+)
 from sktransfer._training.phases import (
     FrozenPhase,
     find_phases,
@@ -74,6 +82,7 @@ class Trainer:
         self._progress = Progress()
         self._chance = Chance(0)  # of the fit in progress
         self._schedule: Schedule | None = None
+        self._before: Any = None  # the net whose interrupted training goes on
         self._backbone: Backbone | None = None  # the result, once it is asked for
         self._task.augmentation(None)  # raises an error of the parameters now
 
@@ -153,9 +162,12 @@ class Trainer:
         valid = None
         if self.settings.early_stopping:
             valid = task.data(stored, held_out, examples, is_valid=True)
-        if not (self.n_left and self._schedule):
-            schedule = Schedule(task.n_steps(len(learnt)) * n_epochs)
-            self._renew_net(schedule, examples.seed, valid, keeps_history=goes_on)
+        schedule, before = Schedule(task.n_steps(len(learnt)) * n_epochs), None
+        if self.n_left and self._schedule:
+            schedule, before = self._schedule, self._before
+        self._renew_net(schedule, examples.seed, valid, keeps_history=goes_on)
+        if before is not None:
+            continue_net(self.net, before)
         self._run_epochs(data, n_epochs)
 
     def train_part(
@@ -184,7 +196,8 @@ class Trainer:
 
     def _run_epochs(self, data: TrainingData, n_epochs: int) -> None:
         """Train the blocks; if that is interrupted, remember how much is left."""
-        self._backbone = None
+        self._backbone = self._before = None
+        self.module.get_ready()
         try:
             train(self.net, data, n_epochs, self._chance, progress=self._progress)
         except Interrupted as interrupted:
@@ -200,7 +213,8 @@ class Trainer:
         self.net.train_split = None  # it would hold on to the activations
 
     def _drawn_head(self, task: Task) -> nn.Module:
-        with chance_lock, self._chance.in_torch():
+        # A head of the user's runs once: its modules must not meet a trace of another thread.
+        with chance_lock, self._chance.in_torch(), network_lock.shared():
             return task.new_head()
 
     def _new_module(self, head: nn.Module) -> TrainedPart:
@@ -293,17 +307,46 @@ class Trainer:
         return self.net.module_.trained_state()
 
     def restore(
-        self, state: dict[str, np.ndarray], history: list[dict], plan: Plan, n_left: int
+        self,
+        state: dict[str, np.ndarray],
+        history: list[dict],
+        plan: Plan,
+        n_left: int,
+        head: nn.Module | None = None,
     ) -> None:
-        """Take back a state."""
+        """Take back a state; by default, into a new head."""
         self.plan, self.n_left = plan, n_left
         self._chance, restoring = Chance(0), threading.Lock()
         with restoring, ready_to_train(restoring):
-            self.module = self._new_module(self._drawn_head(self._task))
+            head = self._drawn_head(self._task) if head is None else head
+            self.module = self._new_module(head)
             self.module.load_trained_state(state)
             self.module.eval()
             self._renew_net(None, 0, keeps_history=False)
         self.net.history.extend(history)
+
+    def continued(self, settings: Settings, *, keeps_net: bool) -> Trainer:
+        """Return a trainer that goes on from here; this one stays as it is.
+
+        Parameters
+        ----------
+        settings : Settings
+        keeps_net : bool
+            Whether it goes on in the middle of a training, if these settings allow it: at the
+            learning rate, and with the moments of the optimizer, that are there.
+        """
+        other = type(self)(self.frozen.runner, self.frozen.preprocessing, settings)
+        # A head of the user's may have attributes of its own.
+        head = copy_of(self.module.head)
+        other.restore(self.state(), self.history(), self.plan, self.n_left, head)
+        if keeps_net and not settings.needs_new_net(self.settings):
+            if self._schedule is None:
+                continue_net(other.net, self.net)
+            else:
+                other._schedule, other._before = copy.copy(self._schedule), self.net
+        if settings.max_epochs != self.settings.max_epochs:
+            other.n_left = 0  # not what is left of the old number
+        return other
 
     def backbone(self, prefix: str) -> Backbone:
         """Return the whole network as it is now; the same object until it is trained further.

@@ -59,7 +59,7 @@ class SaliencyDisplay:
     Examples
     --------
     >>> from sklearn.datasets import load_sample_images
-    >>> from sktransfer import PretrainedClassifier, logits_of
+    >>> from sktransfer import PretrainedClassifier
     >>> from sktransfer.inspection import SaliencyDisplay
     >>> images = load_sample_images().images                     # two arrays (427, 640, 3)
     >>> display = SaliencyDisplay.from_estimator(PretrainedClassifier(), images)
@@ -227,18 +227,18 @@ def _grad_cam(
     )
     target_layer = source.whole.blocks[position - 1]
     maps, outputs, chosen = [], [], []
-    own_lock = threading.Lock()
+    explaining = threading.Lock()
     grad_cam = GradCAM(source.whole, [target_layer], to_map)
-    with own_lock, ready_to_train(own_lock), grad_cam as cam:
+    with explaining, ready_to_train(explaining), grad_cam as cam:
         for start in range(0, len(fitted), _STEP):
             x = source.preprocessing.normalize(fitted[start : start + _STEP].to(runner.device))
-            own = None if columns is None else columns[start : start + _STEP]
-            targets = None if own is None else [ClassifierOutputTarget(int(c)) for c in own]
+            asked = None if columns is None else columns[start : start + _STEP]
+            targets = None if asked is None else [ClassifierOutputTarget(int(c)) for c in asked]
             with network_lock.shared():
                 maps.append(cam(x.requires_grad_(), targets))  # as the weights want no gradients
             output = cam.outputs.detach().cpu().numpy()
             outputs.append(output)
-            chosen.append(output.argmax(1) if own is None else own)
+            chosen.append(output.argmax(1) if asked is None else asked)
     return np.concatenate(maps), np.concatenate(outputs), np.concatenate(chosen)
 
 

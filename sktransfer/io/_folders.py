@@ -156,7 +156,7 @@ def _category_names(
         _report_dead_links(str(folder), [f.name for f in folder.iterdir()], extensions)
     if not names:
         beside = _images_beside(folder, extensions)
-        found = f"; {_some(beside)} without one: list_images lists such"
+        found = f"; {_counted(beside)} without one: list_images lists such"
         raise ValueError(
             f"{str(folder)!r} has no category folders: images are expected as "
             f"{str(folder / 'category' / 'image.jpg')!r}{found if beside else ''}."
@@ -226,7 +226,7 @@ def _refuse_splits(path: str | os.PathLike, files: dict[str, list[str]]) -> None
     part = max(with_images, key=lambda name: (name.lower().startswith("train"), len(classes[name])))
     raise ValueError(
         f"{os.fspath(path)!r} holds the parts {with_images} of a data set, and its classes, "
-        f"{_some(sorted(met), 'folders')}, lie inside of them. Load one part, as in "
+        f"{_counted(sorted(met), 'folders')}, lie inside of them. Load one part, as in "
         f"load_image_folder({os.path.join(path, part)!r}); if the parts are the classes, pass "
         f"categories={with_images}."
     )
@@ -238,7 +238,7 @@ def _first_folders(files: Sequence[str], top: str) -> set[str]:
     return {first for first, *rest in parts if rest}
 
 
-def _some(names: Sequence[str], what: str = "images") -> str:
+def _counted(names: Sequence[str], what: str = "images") -> str:
     """Return a number of names, and the first of them."""
     first = ", ".join([*map(repr, names[:3])] + ["..."] * (len(names) > 3))
     return f"{len(names)} {what if len(names) > 1 else what[:-1]} ({first})"
@@ -247,8 +247,8 @@ def _some(names: Sequence[str], what: str = "images") -> str:
 def _report_beside(names: Sequence[str], path: str | os.PathLike) -> None:
     if names:
         warnings.warn(
-            f"{_some(names)} left out, which lie in {os.fspath(path)!r} beside the class folders: "
-            "move each into the folder of its class.",
+            f"{_counted(names)} left out, which lie in {os.fspath(path)!r} beside the class "
+            "folders: move each into the folder of its class.",
             stacklevel=3,
         )
 
@@ -260,7 +260,7 @@ def _report_dead_links(root: str, names: Sequence[str], extensions: tuple[str, .
     dead = [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
     if dead:
         warnings.warn(
-            f"{_some(dead, 'links')} left out: no file or folder is where the link leads.",
+            f"{_counted(dead, 'links')} left out: no file or folder is where the link leads.",
             stacklevel=4,
         )
 

@@ -240,8 +240,9 @@ def seeded_model(backbone: Any, weights: Any, seed: int) -> Backbone:
 
 def loaded_model(backbone: Any, weights: Any, seed: int = _SEED) -> Backbone | None:
     """Return what `seeded_model` would, if it is loaded: for those that only want to look."""
+    key = _key(_unwrapped(backbone), weights, seed)  # it may restore an estimator, digest a network
     with _lock:
-        return _loaded.get(_key(_unwrapped(backbone), weights, seed))
+        return _loaded.get(key)
 
 
 def get_architecture(backbone: Any, weights: Any) -> Backbone:
@@ -281,8 +282,8 @@ def _key(backbone: Any, weights: Any, seed: int) -> Any:
             * ": pass its module(), or the network itself"
         )
     # The module is the user's and may change, so it is looked up by its content.
-    own = fingerprint(backbone.network), backbone.preprocessing, backbone.categories
-    return (*own, _stamp(weights, backbone))
+    content = fingerprint(backbone.network), backbone.preprocessing, backbone.categories
+    return (*content, _stamp(weights, backbone))
 
 
 def _stamp(weights: Any, backbone: Any) -> Any:

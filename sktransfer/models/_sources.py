@@ -107,7 +107,7 @@ def _content_digest(file: str | None) -> str | None:
     try:
         found = os.stat(file or "")
         # When it was written, or put there as a link to what was written earlier.
-        if max(found.st_mtime, found.st_ctime) < _STARTED:
+        if max(found.st_mtime, found.st_ctime) < _START_OF_PROCESS:
             return _read_once(str(file))
     except OSError:  # it lies in an archive, or is gone
         pass
@@ -131,4 +131,4 @@ def _process_start() -> float:
     return time.time() - since
 
 
-_STARTED = _process_start()
+_START_OF_PROCESS = _process_start()

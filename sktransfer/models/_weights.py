@@ -115,11 +115,11 @@ def load_state(
     source: Any,
 ) -> nn.Module:
     """Load `state`, all of it; a head of another number of classes is made to fit, by `create`."""
-    own = network.state_dict()
-    missing = [key for key in own if key not in state]
-    unknown = [key for key in state if key not in own]
-    other = [key for key in own if key in state and own[key].shape != state[key].shape]
-    sizes = {len(state[key]) for key in other if own[key].ndim}
+    expected = network.state_dict()
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    other = [k for k in expected if k in state and expected[k].shape != state[k].shape]
+    sizes = {len(state[key]) for key in other if expected[key].ndim}
     if create and other and not missing and not unknown and len(sizes) == 1:
         resized = create(num_classes=sizes.pop())
         if all(value.shape == state[key].shape for key, value in resized.state_dict().items()):
@@ -128,11 +128,11 @@ def load_state(
         problems = [
             *(f"{key} is missing" for key in missing[:2]),
             *(f"{key} is not known" for key in unknown[:2]),
-            *(f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in other[:2]),
+            *(f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}" for k in other[:2]),
         ]
         raise ValueError(
             f"weights={str(source)!r} does not hold the weights of {name!r}: {'; '.join(problems)} "
-            f"({len(missing) + len(unknown) + len(other)} entries differ of {len(own)}). "
+            f"({len(missing) + len(unknown) + len(other)} entries differ of {len(expected)}). "
             "Name the architecture that the file was saved from."
         )
     _check_values(state, network.state_dict(), source)
