@@ -236,7 +236,7 @@ def test_memory_threads_and_order_change_no_result(tmp_path, unfreeze):
 def test_activations_that_are_recomputed_change_no_result(monkeypatch, unfreeze):
     X = pictures()
     expected = pretrainer(unfreeze=unfreeze).fit(X)
-    monkeypatch.setattr("sktransfer._training.plan._cheapest_start", lambda *_: 0)
+    monkeypatch.setattr("sktransfer._training.plan._keeps_cut", lambda *_: False)
     monkeypatch.setattr("sktransfer._training.data.in_ram", lambda _: False)
     found = pretrainer(unfreeze=unfreeze).fit(X)
     assert np.array_equal(found.transform(X), expected.transform(X))
