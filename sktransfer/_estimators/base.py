@@ -60,7 +60,8 @@ def is_dask(X: Any) -> bool:
 def takes_dask(empty: Callable[[Any], np.ndarray]) -> Callable[[Callable], Callable]:
     """Let a method of images take a dask collection as well, and return a lazy dask array then.
 
-    `empty(estimator)` is what the method returns for no images; see `_dask.on_partitions`.
+    `empty(estimator)` is what the method returns for no images; see
+    `dask_collections.on_partitions`.
     """
 
     def decorate(method: Callable) -> Callable:
