@@ -62,6 +62,14 @@ def test_every_page_is_in_the_index(folder):
     assert {line for line in tree[1].split() if not line.startswith(":")} - {"1"} == pages
 
 
+def test_the_reference_names_every_module():
+    table = (ROOT / "docs" / "reference.md").read_text().partition("## Estimators")[0]
+    packages = {name.rpartition(".")[0] for name in MODULES}
+    assert [
+        name for name in MODULES if name not in packages and f"`{name.split('.')[-1]}`" not in table
+    ] == []
+
+
 def test_links_lead_somewhere():
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
