@@ -453,10 +453,10 @@ presses = []  # of batches that were real
 
 
 def press(x):
-    """Somebody presses Ctrl-C in the fourth batch, the first one being that which is timed."""
+    """Somebody presses Ctrl-C in the third batch."""
     if x.device.type != "meta" and type(x) is torch.Tensor:
         presses.append(len(x))
-        if len(presses) == 4:
+        if len(presses) == 3:
             signal.raise_signal(signal.SIGINT)
     return x
 

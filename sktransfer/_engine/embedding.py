@@ -107,8 +107,9 @@ class Embedding(OutputsPass):
         **options: Any,
     ) -> None:
         rows = [Output(position, pooling) for position in positions]
-        super().__init__(runner, preprocessing, rows, rows, **options)
+        # First, as this says best which images a network does not take.
         ends = np.cumsum([0, *(runner.width(p, pooling, preprocessing.size) for p in positions)])
+        super().__init__(runner, preprocessing, rows, rows, **options)
         self.columns = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
     def __call__(self, images: ImageSequence) -> np.ndarray:

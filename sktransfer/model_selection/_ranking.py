@@ -163,7 +163,8 @@ def rank_backbones(
     >>> X = [photo[:, left : left + 80] for photo in (china, flower) for left in range(0, 640, 80)]
     >>> y = ["china"] * 8 + ["flower"] * 8
     >>> network = "efficientnet_lite0"
-    >>> table = rank_backbones(X, y, [(network, None), network], cv=2, image_size=64)
+    >>> both = [(network, None), network]
+    >>> table = rank_backbones(X, y, both, cv=2, image_size=64, random_state=0)
     >>> table[["backbone", "weights"]].values.tolist()
     [['efficientnet_lite0', 'default'], ['efficientnet_lite0', None]]
     >>> table.columns[2:8].tolist()
