@@ -967,7 +967,8 @@ def test_a_pickle_is_small_and_opens_in_a_new_process(tmp_path):
     assert (tmp_path / "model.pickle").stat().st_size < n_bytes / 3
     np.save(tmp_path / "X.npy", X)
     script = (
-        "import pickle, numpy as np, torch; torch.set_num_threads(1); model = pickle.load(open('model.pickle', 'rb'));"
+        "import pickle, numpy as np, torch; torch.set_num_threads(1);"
+        "model = pickle.load(open('model.pickle', 'rb'));"
         "np.save('out.npy', model.predict_proba(np.load('X.npy')))"
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)

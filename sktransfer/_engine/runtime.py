@@ -29,7 +29,7 @@ _SMALL = 100_000  # parameters; a smaller network takes less time than reading i
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 # Images for each core until a compiled program has paid off: some for any network, and more the
 # smaller it is, as compiling a small one takes as long. Measured by `benchmarks/cold_start.py`.
-_IMAGES_TO_PAY_OFF, _GFLOP_TO_PAY_OFF = 25, 60
+_IMAGES_TO_PAY_OFF, _GFLOP_TO_PAY_OFF = 25, 30
 _SHARE_IF_KEPT = 0.4  # of them, for a program that is only read from a file
 _KNOWN = ("torch.nn.", "timm.layers.")  # convolutions and norms whose maths is known
 _EXTRA = "pip install 'sktransfer[openvino]'"
