@@ -190,9 +190,13 @@ def test_embed(tiles, tmp_path, capsys, suffix):
 def test_embed_images_without_classes(tiles, tmp_path, capsys):
     root, files, _ = tiles
     output = tmp_path / "features.csv"
-    run(capsys, "embed", root / "china", "-o", output, "--layer", "0", *SMALL)
+    layers = ["--layer", "0,blocks.1", "--pooling", "avg,max"]
+    run(capsys, "embed", root / "china", "-o", output, *layers, *SMALL)
     table = pandas.read_csv(output, keep_default_na=False)
     assert table["path"].tolist() == files[:20] and set(table["label"]) == {""}
+    parts = dict.fromkeys(name.rsplit("_", 1)[0] for name in table.columns[2:])
+    expected = ["conv_stem_avg", "conv_stem_max", "blocks.1.1_avg", "blocks.1.1_max"]
+    assert list(parts) == expected and table.shape[1] == 2 + 2 * (32 + 24)
 
 
 def test_rank(tiles, tmp_path, capsys):

@@ -13,7 +13,7 @@ from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_mode
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.embedding import Embedding
 from sktransfer._engine.frozen import Activations, FrozenBlocks
-from sktransfer._engine.program import stored_form
+from sktransfer._engine.program import Output, stored_form
 from sktransfer._engine.runner import Runner, get_runner
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._memory.memory import ImageMemory, check_memory
@@ -157,7 +157,7 @@ def test_results_on_the_way_are_kept_with_their_rows(tmp_path, run_log):
         assert stream.n_computed == (10 if position == BODY_1 else 0)
     assert len(set(run_log()[n_before:])) == 10
     for position, pooling, n in [(STEM, "avg", 0), (EMBEDDING, "avg", 0), (STEM, "max", 10)]:
-        options = (frozen.runner, [position], pooling, frozen.preprocessing)
+        options = (frozen.runner, [Output(position, pooling)], frozen.preprocessing)
         rows = Embedding(*options, memory=memory)
         found = rows(check_images(X))
         assert rows.n_computed == n

@@ -190,9 +190,14 @@ def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="with images, or subfolders of them")
     _add_output(parser, "FILE", "the table to write: .parquet or .csv", required=True)
     _add_network(parser)
-    parser.add_argument("--layer", default="auto", help="a block's name or number (default: all)")
     parser.add_argument(
-        "--pooling", default="avg", choices=["avg", "max", "token", "flatten"], help="(default avg)"
+        "--layer",
+        default="auto",
+        help="a block's name or number, several with commas, or all, stages, output (default: what "
+        "the network's head sees)",
+    )
+    parser.add_argument(
+        "--pooling", default="avg", help="avg, max, token, flatten; several: avg,max (default avg)"
     )
     _add_running(parser)
 

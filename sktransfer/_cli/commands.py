@@ -9,7 +9,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -239,7 +239,9 @@ def embed(options: argparse.Namespace) -> None:
         load_optional("pyarrow", "writing .parquet", "pyarrow")
     files = list_images(options.folder)
     extractor = PretrainedFeatureExtractor(
-        layer=_depth(options.layer), pooling=options.pooling, **_common(options)
+        layer=_one_or_several(options.layer, _depth),
+        pooling=_one_or_several(options.pooling, str),
+        **_common(options),
     )
     rows = extractor.fit_transform(files)  # (n, n_features) float32
     table = pandas.DataFrame(rows, columns=extractor.get_feature_names_out())
@@ -371,6 +373,12 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
 def _depth(text: str) -> int | str:
     """Return a number of blocks, or a name."""
     return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def _one_or_several(text: str, read: Callable[[str], Any]) -> Any:
+    """Return a value or, of several with commas between them, a list."""
+    values = [read(part.strip()) for part in text.split(",")]
+    return values[0] if len(values) == 1 else values
 
 
 def _labelled(folder: str) -> tuple[np.ndarray, np.ndarray]:

@@ -58,12 +58,11 @@ def pool(x: torch.Tensor, layout: str, pooling: str, n_prefix: int = 0) -> torch
     if layout == "tokens":
         if pooling == "token":
             return x[:, 0]  # (n, c)
-        x = x[:, n_prefix:].transpose(1, 2)  # (n, c, t)
-    elif layout == "map_last":
-        x = x.flatten(1, 2).transpose(1, 2)  # (n, c, h * w)
+        x, places = x[:, n_prefix:], [1]  # (n, t, c)
     else:
-        x = x.flatten(2)  # (n, c, h * w)
-    return x.mean(2) if pooling == "avg" else x.amax(2)
+        places = [1, 2] if layout == "map_last" else [2, 3]
+    # Reduced where they lie: OpenVINO copies a map that is flattened first.
+    return x.mean(places) if pooling == "avg" else x.amax(places)
 
 
 class CutNetwork:
@@ -159,6 +158,12 @@ class CutNetwork:
         """Return the cut behind `layer`; None stands for the output of the whole network."""
         return None if layer == "output" else self.trace.position(layer)
 
+    def layer_name(self, position: int | None) -> str:
+        """Return a value of `layer` that names a position: a block, "auto" or "output"."""
+        if position is None:
+            return "output"
+        return "auto" if position == self.embedding else self.block_names[position - 1]
+
     @property
     def embedding(self) -> int:
         """The position of the embedding, behind the blocks; of a network without any, 1."""
@@ -168,6 +173,14 @@ class CutNetwork:
     def embedding_or_output(self) -> int | None:
         """The position of the embedding, None where this is the output of the whole network."""
         return self.embedding if self.can_be_cut else None
+
+    def embeds_without_weights(self, image_size: tuple[int, int]) -> bool:
+        """Tell whether only norms and poolings lie between the last block and the embedding."""
+        if not self.block_names:
+            return False
+        with network_lock.shared():
+            part = self.trace.slice(self.embedding - 1, self.embedding, image_size)
+        return all(weight.ndim < 2 for weight in part.parameters())
 
     # ------------------------------------------------------------------------ slices
 
@@ -239,10 +252,12 @@ class CutNetwork:
         """Return the number of features of one image; ValueError if `pooling` can't apply."""
         shape, layout = self.shape(position, image_size), self.layout(position, image_size)
         if not self.can_pool(position, pooling, image_size):
+            lack = "neither a map nor tokens" if layout == "other" else "no class token"
             remedy = "'flatten'" if layout == "other" else "'avg', 'max' or 'flatten'"
             raise ValueError(
-                f"pooling={pooling!r} can't be applied to activations of shape {shape} of "
-                f"{self.name!r}, which have no class token. Use pooling={remedy}."
+                f"pooling={pooling!r} can't be applied to layer {self.layer_name(position)!r} of "
+                f"{self.name!r}, whose activations of shape {shape} have {lack}. "
+                f"Use pooling={remedy}, or leave this layer out."
             )
         blank = torch.empty(1, *shape, device="meta")
         return pool(blank, layout, pooling, self.n_prefix(position)).shape[1]

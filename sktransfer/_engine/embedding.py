@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sktransfer._engine.layers import free_rows
 from sktransfer._engine.program import Output, Program
 from sktransfer._engine.runner import Runner
 from sktransfer._engine.stream import Names, Stream
@@ -88,9 +89,8 @@ class Embedding(OutputsPass):
     Parameters
     ----------
     runner : Runner
-    positions : sequence of int or None
-        Cuts whose pooled activations are concatenated.
-    pooling : {"avg", "max", "token", "flatten"}
+    rows : sequence of Output
+        Pooled activations, which are concatenated.
     preprocessing : Preprocessing
     **options
         See `Stream`.
@@ -101,15 +101,13 @@ class Embedding(OutputsPass):
     def __init__(
         self,
         runner: Runner,
-        positions: Sequence[int | None],
-        pooling: str,
+        rows: Sequence[Output],
         preprocessing: Preprocessing,
         **options: Any,
     ) -> None:
-        rows = [Output(position, pooling) for position in positions]
-        # First, as this says best which images a network does not take.
-        ends = np.cumsum([0, *(runner.width(p, pooling, preprocessing.size) for p in positions)])
-        super().__init__(runner, preprocessing, rows, rows, **options)
+        ends = np.cumsum([0, *(runner.width(*row, preprocessing.size) for row in rows)])
+        kept = [*rows, *free_rows(runner, rows, preprocessing.size)]
+        super().__init__(runner, preprocessing, rows, kept, **options)
         self.columns = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
     def __call__(self, images: ImageSequence) -> np.ndarray:

@@ -9,8 +9,10 @@ import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
 from sklearn.utils import Tags
 
+from sktransfer._engine.cut_network import POOLINGS
 from sktransfer._engine.embedding import Embedding
-from sktransfer._estimators.base import ImageEstimator, atomic, takes_dask
+from sktransfer._engine.layers import poolings_of, row_names, rows_of
+from sktransfer._estimators.base import ImageEstimator, StrOptions, atomic, takes_dask
 from sktransfer._memory.memory import check_memory
 
 __all__ = ["PretrainedFeatureExtractor"]
@@ -33,14 +35,29 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         `"default"` for the best published weights, another published name, a path to a state
         dict, or None for random ones. See :func:`sktransfer.models.get_model`.
     layer : int, str or list of these, default="auto"
-        Where to cut. `"auto"`: what the network's own head sees. A block by its number (from 0;
-        from -1 at the end), its name in `block_names_`, or the prefix that several blocks share
-        (`"layer3"` cuts behind the last of them). `"output"`: the whole network, head included;
-        it works for networks that can't be traced, too. Of a list, the pooled outputs are
-        concatenated; the images run through the network once.
-    pooling : {"avg", "max", "token", "flatten"}, default="avg"
-        How the activations of an image become one row. Where the network itself has pooled
-        before the cut, as for most with `layer="auto"`, there is nothing left to pool.
+        Where to cut. The pooled outputs of several layers are concatenated; the images run through
+        the network once, and the memory keeps each layer's row as an entry of its own.
+
+        ====================  ==================================================================
+        layer                 what it stands for
+        ====================  ==================================================================
+        `"auto"`              what the network's own head sees
+        a number              a block, from 0; from -1 at the end
+        a name                a block of `block_names_`; or, as `"layer3"`, the last of several
+                              that share this prefix
+        `"all"`               every block, in order
+        `"stages"`            the last block of each resolution; of a network with a single one,
+                              as a vision transformer, the ends of the four quarters of its
+                              encoder. Hidden linear layers, as VGG's, count as a resolution.
+        `"output"`            the whole network, head included; it works for networks that can't
+                              be traced, too
+        a list                several of these, each layer once
+        ====================  ==================================================================
+    pooling : {"avg", "max", "token", "flatten"} or tuple of these, default="avg"
+        How the activations of an image become one row. Of a tuple, each layer contributes one part
+        for each pooling: ``layer=["a", "b"], pooling=("avg", "max")`` gives a's mean, a's maximum,
+        b's mean, b's maximum. Where the network itself has pooled before the cut, as for most with
+        `layer="auto"`, there is nothing left to pool, and the layer contributes once.
 
         ============  ==========================  ==============================================
         pooling       feature map (c, h, w)       token sequence (t, c)
@@ -106,6 +123,9 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
     A row does not depend on the other images of its batch: batches have one size, and the last is
     padded. Equal images in one call run through the network once if there is a memory.
 
+    Layers differ in scale, often tenfold: put a `StandardScaler` behind several of them. It learns
+    the scales from the training part, while a row stays a function of one image.
+
     Examples
     --------
     >>> from sklearn.datasets import load_sample_images
@@ -116,11 +136,14 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
     >>> extractor = PretrainedFeatureExtractor(layer=["blocks.3", "conv_head"], pooling="max")
     >>> extractor.transform(images).shape
     (2, 1360)
+    >>> extractor.set_params(layer="all", pooling=("avg", "max")).transform(images).shape
+    (2, 6240)
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **ImageEstimator._parameter_constraints,
         "layer": [Integral, str, list, tuple],
+        "pooling": [StrOptions(set(POOLINGS)), list, tuple],
     }
 
     def __init__(
@@ -129,7 +152,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         *,
         weights: Any = "default",
         layer: Any = "auto",
-        pooling: str = "avg",
+        pooling: Any = "avg",
         image_shape: Any = None,
         image_size: Any = None,
         memory: Any = None,
@@ -197,6 +220,27 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
     def _n_features_out(self) -> int:
         return embedding_of(self).columns[-1].stop
 
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the names of the features.
+
+        Parameters
+        ----------
+        input_features : ignored
+
+        Returns
+        -------
+        ndarray of str
+            The name of the class and a number, ``pretrainedfeatureextractor17``. Where `layer` or
+            `pooling` stands for several: layer, pooling and number in it, ``blocks.3.2_max_17``,
+            with ``vector`` in place of the pooling where a layer has nothing to pool.
+        """
+        embedding = embedding_of(self)
+        n_layers = len({row.position for row in embedding.wanted})
+        if n_layers == 1 and len(poolings_of(self.pooling)) == 1:
+            return super().get_feature_names_out(input_features)
+        size = embedding.preprocessing.size
+        return np.array(row_names(embedding.runner, embedding.wanted, size), dtype=object)
+
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.requires_fit = False
@@ -211,13 +255,10 @@ def embedding_of(estimator: Any) -> Embedding:
     """
     runner, preprocessing = estimator.load_network()
     layer = getattr(estimator, "layer", "output")
-    layers = layer if isinstance(layer, (list, tuple)) else [layer]
-    if not layers:
-        raise ValueError("layer=[] names no block; pass at least one, or 'auto'.")
+    pooling = getattr(estimator, "pooling", "avg")
     return Embedding(
         runner,
-        [runner.position(layer) for layer in layers],
-        getattr(estimator, "pooling", "avg"),
+        rows_of(runner, layer, pooling, preprocessing.size),
         preprocessing,
         memory=check_memory(estimator.memory),
         batch_size=estimator.batch_size,

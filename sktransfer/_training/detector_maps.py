@@ -13,6 +13,7 @@ from torch import nn
 from sktransfer._engine.augmentation import Views
 from sktransfer._engine.embedding import Embedding
 from sktransfer._engine.frozen import Activations, FrozenBlocks
+from sktransfer._engine.program import Output
 from sktransfer._engine.runner import Runner
 from sktransfer._threads import n_threads
 from sktransfer._torch_state import float32_by_default, network_lock
@@ -101,7 +102,7 @@ class DetectorMaps:
         return [_allocated(n, (sum(shape.numel() for shape in self.shapes),), np.float32)]
 
     def fill(self, views: Views, outs: list[np.ndarray], **options: Any) -> None:
-        stream = _MapRows(self.runner, [None], "flatten", self.preprocessing, **options)
+        stream = _MapRows(self.runner, [Output(None, "flatten")], self.preprocessing, **options)
         with saying_what_is_kept(stream, len(views)):
             stream.fill(views, outs)
 

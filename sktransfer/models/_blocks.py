@@ -145,6 +145,10 @@ class TracedNetwork:
             raise ValueError(f"The blocks of this network are numbered {valid}; got {number}.")
         return range(number % n_blocks, number % n_blocks + 1)
 
+    def place(self, position: int) -> int:
+        """Number of the node behind which a position lies; the same tensor has the same one."""
+        return self._cut(position).at
+
     def shape(self, position: int, image_size: tuple[int, int] | None = None) -> tuple[int, ...]:
         """Shape of one image's activation at a position, without the axis of the batch."""
         return self._values_at(image_size).shapes[self._cut(position).node]

@@ -1,0 +1,259 @@
+"""Several layers and several poolings: which rows they stand for, their names, their memory."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from networks import Untraceable, small
+from sklearn.compose import ColumnTransformer
+from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torchvision.models.swin_transformer import SwinTransformer
+
+from sktransfer import PretrainedFeatureExtractor
+from sktransfer._estimators.pretrained import embedding_of
+
+
+def extractor(network=None, **options):
+    network = small() if network is None else network
+    return PretrainedFeatureExtractor(network, **{"image_size": 32, **options})
+
+
+def pictures(n=64):
+    return np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+
+
+def parts_of(model):
+    """Return the layers and poolings by the names of the features, each once, in order."""
+    return list(dict.fromkeys(n.rsplit("_", 1)[0] for n in model.get_feature_names_out()))
+
+
+def conv(a, b, stride=1):
+    return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.ReLU())
+
+
+def vgg_like():
+    """Two blocks of 32 × 32, two of 16 × 16, then two hidden linear layers."""
+    maps = [conv(3, 4), conv(4, 4), conv(4, 6, 2), conv(6, 6)]
+    pool = [nn.AdaptiveAvgPool2d(16), nn.Flatten()]
+    hidden = [nn.Linear(6 * 256, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU()]
+    return nn.Sequential(*maps, *pool, *hidden, nn.Linear(7, 2))
+
+
+def vit(depth=8):
+    return VisionTransformer(32, 8, embed_dim=12, depth=depth, num_heads=2, num_classes=3)
+
+
+def swin():
+    return SwinTransformer([4, 4], 8, [2, 2], [1, 2], [2, 2], num_classes=3)
+
+
+# ------------------------------------------------------------------------------ what they name
+
+
+def test_all_names_every_block_once_for_each_pooling():
+    model = extractor(layer="all", pooling=("max", "avg")).fit(pictures(2))
+    expected = [f"{name}_{pooling}" for name in model.block_names_ for pooling in ("max", "avg")]
+    assert parts_of(model) == expected
+    rows = model.transform(pictures(5))
+    each = [
+        extractor(layer=layer, pooling=pooling).transform(pictures(5))
+        for layer in range(3)
+        for pooling in ("max", "avg")
+    ]
+    np.testing.assert_array_equal(rows, np.hstack(each))
+
+
+@pytest.mark.parametrize(
+    "network, stages",
+    [
+        (small, ["stem", "body.0", "body.1"]),
+        (vgg_like, ["1", "3", "8"]),
+        (vit, ["blocks.1", "blocks.3", "blocks.5", "blocks.7"]),
+        (lambda: vit(3), ["blocks.0", "blocks.1", "blocks.2"]),
+        (swin, ["features.1.1", "features.3.1"]),
+        (lambda: nn.Sequential(conv(3, 4), conv(4, 4), nn.Flatten(), nn.Linear(4096, 2)), ["1"]),
+    ],
+)
+def test_stages(network, stages):
+    parts = parts_of(extractor(network(), layer="stages", pooling=("avg", "max")))
+    assert list(dict.fromkeys(part.rsplit("_", 1)[0] for part in parts)) == stages
+
+
+def test_a_vector_contributes_once():
+    model = extractor(vgg_like(), layer=["3", "6", "auto"], pooling=("avg", "max", "flatten"))
+    assert parts_of(model) == ["3_avg", "3_max", "3_flatten", "6_vector", "auto_vector"]
+    assert model.transform(pictures(2)).shape == (2, 6 + 6 + 6 * 256 + 8 + 7)
+
+
+def test_tokens_take_all_poolings():
+    network = vit(2)
+    model = extractor(network, layer="all", pooling=("token", "avg", "max", "flatten"))
+    one = [
+        extractor(network, layer=-1, pooling=pooling).transform(pictures(3))
+        for pooling in ("token", "avg", "max", "flatten")
+    ]
+    both = model.transform(pictures(3))
+    np.testing.assert_allclose(both[:, -both.shape[1] // 3 :], np.hstack(one), 1e-5, 1e-6)
+
+
+def test_all_may_stand_in_a_list():
+    assert parts_of(extractor(layer=["all", "auto", "output"]))[-2:] == [
+        "auto_vector",
+        "output_vector",
+    ]
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_after_all_layers_any_choice_of_them_runs_nothing(tmp_path, run_log):
+    X = pictures()
+    first = extractor(layer="all", pooling=("avg", "max"), memory=tmp_path).transform(X)
+    assert set(np.unique(run_log(), return_counts=True)[1]) == {1}  # each image once
+    n_runs = len(run_log())
+    assert n_runs == 64
+    for layer in ("stages", "auto", "body.0", -1, [-1, 0]):
+        for pooling in (("max", "avg"), "max"):
+            rows = extractor(layer=layer, pooling=pooling, memory=tmp_path).transform(X)
+            fresh = extractor(layer=layer, pooling=pooling).transform(X[:2])
+            np.testing.assert_allclose(rows[:2], fresh, 1e-5, 1e-6)
+    assert len(run_log()) == n_runs + 2 * 10  # the fresh ones
+    again = extractor(layer="all", pooling=("avg", "max"), memory=tmp_path).transform(X[::-1])
+    assert again.tobytes() == first[::-1].tobytes()
+
+
+@pytest.mark.parametrize("network", [vgg_like, vit, swin])
+def test_the_embedding_comes_with_the_last_block_where_it_is_free(network, tmp_path):
+    network, X = network(), pictures(4)
+    extractor(network, layer=-1, memory=tmp_path).transform(X)
+    embedding = embedding_of(extractor(network, layer="auto", pooling="max", memory=tmp_path))
+    model = extractor(network, layer="auto", memory=tmp_path)
+    rows = model.transform(X)
+    embedding(model.check_images(X))
+    assert embedding.n_computed == 0
+    np.testing.assert_allclose(rows, extractor(network).transform(X), 1e-4, 1e-5)
+
+
+def test_an_embedding_with_weights_of_its_own_is_not_computed_unasked(tmp_path):
+    network = nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(4096, 2))
+    model = extractor(network, layer=0, memory=tmp_path)
+    assert len(embedding_of(model).outputs) == 2  # flattening is free
+    attentive = VisionTransformer(
+        32, 8, embed_dim=12, depth=1, num_heads=2, class_token=False, global_pool="map"
+    )
+    model = extractor(attentive, layer=-1, memory=tmp_path)
+    assert len(embedding_of(model).outputs) == 1
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_a_row_does_not_depend_on_the_other_images(runtime, two_threads):
+    model, X = extractor(layer="all", pooling=("avg", "max"), runtime=runtime), pictures(6)
+    rows = model.transform(X)
+    order = [3, 0, 5, 1, 2, 4]
+    assert model.transform(X[order]).tobytes() == rows[order].tobytes()
+
+
+# ------------------------------------------------------------------------------ names
+
+
+def test_names_survive_scikit_learn():
+    model = extractor(layer="all", pooling=("avg", "max"))
+    names = list(model.get_feature_names_out())
+    assert names[:2] == ["stem_avg_0", "stem_avg_1"] and names[-1] == "body.1_max_15"
+    assert len(set(names)) == 2 * (8 + 12 + 16)
+    X = pictures(3)
+    frame = extractor(layer="all", pooling=("avg", "max")).set_output(transform="pandas")
+    assert list(frame.transform(X).columns) == names
+    union = FeatureUnion([("deep", model), ("end", extractor(vgg_like()))])
+    assert union.fit_transform(X).shape == (3, len(names) + 7)
+    expected = [f"deep__{name}" for name in names]
+    expected += [f"end__pretrainedfeatureextractor{i}" for i in range(7)]
+    assert list(union.get_feature_names_out()) == expected
+    assert list(union.set_output(transform="pandas").fit_transform(X).columns) == expected
+    table = pd.DataFrame({"image": list(X)})
+    columns = ColumnTransformer([("net", model, "image")]).set_output(transform="pandas")
+    assert list(columns.fit_transform(table).columns) == [f"net__{name}" for name in names]
+
+
+def test_one_layer_and_one_pooling_have_plain_names():
+    for layer, pooling in (("stem", "avg"), (["stem"], ("avg",)), ("stem", ["max"])):
+        names = extractor(layer=layer, pooling=pooling).get_feature_names_out()
+        assert names[0] == "pretrainedfeatureextractor0" and len(names) == 8
+    assert parts_of(extractor(layer="stem", pooling=("avg", "max"))) == ["stem_avg", "stem_max"]
+    assert parts_of(extractor(layer="auto", pooling=("avg", "max"))) == ["auto_vector"]
+
+
+def test_in_a_pipeline(tiles):
+    _, paths, labels = tiles
+    model = make_pipeline(extractor(layer="all", pooling=("avg", "max")), StandardScaler(), SVC())
+    assert model.fit(paths, labels).score(paths, labels) > 0.8
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layer": ["stem", "bodi"]}, "No block is called 'bodi'.*'body'"),
+        ({"layer": ["stem", "stem"]}, "twice: 'stem' and 'stem' both stand for 'stem'"),
+        ({"layer": [-1, "body.1"]}, "twice: -1 and 'body.1' both stand for 'body.1'.*Leave one"),
+        ({"layer": ["body", -1]}, "twice: 'body' and -1 both stand for 'body.1'"),
+        ({"layer": ["all", "stem"]}, "twice: 'all' and 'stem' both stand for 'stem'"),
+        ({"layer": ["all", "stages"]}, "twice: 'all' and 'stages' both stand for 'stem'"),
+        ({"layer": ["output", "output"]}, "twice: 'output' and 'output'"),
+        ({"layer": ()}, "names no block"),
+        ({"layer": [["stem"]]}, "must be an int or a str"),
+        ({"layer": [True]}, "must be an int or a str"),
+        ({"pooling": ()}, "names no pooling; pass at least one of 'avg'"),
+        ({"pooling": ("avg", "mean")}, "holds 'mean', which is none of 'avg'"),
+        ({"pooling": ["avg", None]}, "holds None"),
+        ({"pooling": ("max", "avg", "max")}, "names 'max' twice"),
+        ({"layer": "all", "pooling": ("avg", "token")}, "'token' can't .* layer 'stem'.*'avg'"),
+    ],
+)
+def test_bad_layers_and_poolings(options, message):
+    model = extractor(**options)
+    for method in (model.fit, model.transform):
+        with pytest.raises((ValueError, TypeError), match=message):
+            method(pictures(2))
+
+
+def test_the_embedding_may_be_the_last_block():
+    with pytest.raises(ValueError, match="'auto' and -1 both stand for '8'"):
+        extractor(vgg_like(), layer=["auto", -1]).fit(pictures(2))
+
+
+def test_flattened_layers_that_are_too_large_together():
+    model = PretrainedFeatureExtractor(layer="all", pooling=("avg", "flatten"))
+    message = r"36 layers and poolings.*401,408 of them pooling='flatten' of layer 'conv_stem'.*avg"
+    with pytest.raises(ValueError, match=message):
+        model.fit(pictures(2))
+    assert model.set_params(layer="conv_stem", pooling="flatten").fit(pictures(1))
+
+
+def test_networks_without_blocks():
+    for layer in ("all", "stages", ["output", "all"]):
+        with pytest.raises(ValueError, match="Untraceable.*layer='output'"):
+            extractor(Untraceable(), layer=layer).fit(pictures(2))
+        with pytest.raises(ValueError, match="has none: pass layer='auto'"):
+            extractor(nn.Sequential(nn.AvgPool2d(8)), layer=layer).fit(pictures(2))
+
+
+def test_layouts_that_only_flatten_takes():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4 * 256, 2)
+
+        def forward(self, x):
+            return self.head(self.conv(x).unflatten(1, (2, 2)).flatten(1))
+
+    model = extractor(Split(), layer=0, pooling=("flatten", "avg"))
+    message = r"'avg'.*layer 'conv'.*\(2, 2, 16, 16\) have neither a map nor tokens.*'flatten'"
+    with pytest.raises(ValueError, match=message):
+        model.fit(pictures(2))
+    assert model.set_params(pooling=["flatten"]).fit_transform(pictures(2)).shape == (2, 1024)
