@@ -3,6 +3,8 @@ import sys
 from pathlib import Path
 
 os.environ["SCIPY_ARRAY_API"] = "1"  # before scipy: one of scikit-learn's checks skips itself else
+# Before numpy: threads of BLAS that wait for each other cost small matrices several times as long.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import pytest
