@@ -1,12 +1,14 @@
 import os
 import sys
+from pathlib import Path
 
 os.environ["SCIPY_ARRAY_API"] = "1"  # before scipy: one of scikit-learn's checks skips itself else
+# Before numpy: threads of BLAS that wait for each other cost small matrices several times as long.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import pytest
 import torch
-from joblib.externals.loky import get_reusable_executor
 from networks import LOG
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -35,14 +37,19 @@ def two_threads():
     yield from _with_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _log(tmp_path_factory):
+    """A file for counted networks, which processes that are started at any time know."""
+    os.environ[LOG] = str(tmp_path_factory.mktemp("log") / "runs")
+
+
 @pytest.fixture
-def run_log(tmp_path, monkeypatch):
+def run_log():
     """A function that returns the digests of all images that ran through a counted network."""
-    log = tmp_path / "runs.log"
+    log = Path(os.environ[LOG])
     log.touch()
-    monkeypatch.setenv(LOG, str(log))
-    get_reusable_executor().shutdown(wait=True)  # workers of an earlier test know another file
-    return lambda: log.read_text().split()
+    yield lambda: log.read_text().split()
+    log.unlink()
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,16 @@ import torch
 import xxhash
 from torch import nn
 
-LOG = "SKTRANSFER_TEST_LOG"  # names the file that counted networks write to
+LOG = "SKTRANSFER_TEST_LOG"  # names the file that counted networks write to, while it exists
 
 
 def count(x: torch.Tensor) -> torch.Tensor:
     """Append the digest of every distinct image of a real batch to the log file."""
-    if os.environ.get(LOG) and x.device.type != "meta" and type(x) is torch.Tensor:
+    log = Path(os.environ.get(LOG, ""))
+    if log.is_file() and x.device.type != "meta" and type(x) is torch.Tensor:
         digests = {xxhash.xxh3_64_hexdigest(row.contiguous().numpy()) for row in x}
-        with Path(os.environ[LOG]).open("a") as log:
-            log.write("".join(f"{digest}\n" for digest in digests))
+        with log.open("a") as file:
+            file.write("".join(f"{digest}\n" for digest in digests))
     return x
 
 

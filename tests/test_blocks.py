@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import timm
@@ -6,6 +7,14 @@ import torch
 import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
+from torchvision.models.vgg import make_layers
 
 from sktransfer.models._blocks import TracedNetwork, TracingError
 
@@ -45,31 +54,81 @@ COUNTS = {
 }
 N_BLOCKS = {name: count for count, names in COUNTS.items() for name in names.split()}
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
-LARGE = ["regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32", "convnext_large"]  # > 150 million
 
-# name -> number of blocks, image size and what makes the network take such small images
+
+def small_vgg(norm):
+    with torch.device("meta"):
+        network = torchvision.models.VGG(nn.Identity(), init_weights=False)
+    network.features = make_layers([8, "M", 16, 16, "M"], norm)
+    for name, size in [("0", (784, 32)), ("3", (32, 24)), ("6", (24, 5))]:
+        network.classifier[int(name)] = nn.Linear(*size)
+    return network
+
+
+def small_swin(**options):
+    return SwinTransformer([4, 4], 16, [2, 2], [2, 4], [3, 3], **options)
+
+
+def small_swin_v2():
+    return small_swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2)
+
+
+def small_efficientnet():
+    fused, not_fused = FusedMBConvConfig(2, 3, 2, 8, 16, 2), MBConvConfig(4, 3, 2, 16, 24, 2)
+    return torchvision.models.EfficientNet([fused, not_fused], 0.2)
+
+
+# The smallest of each family, whose slices are run, and small networks of the families that have
+# large ones only, with their number of blocks. Of the others only the graph is looked at.
+SMALLEST = (
+    "alexnet googlenet inception_v3 mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf "
+    "regnet_y_400mf resnet18 resnet50 shufflenet_v2_x0_5 squeezenet1_1"
+).split()
+FAMILIES = {
+    "convnext": (
+        5,
+        lambda: torchvision.models.ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)]),
+    ),
+    "densenet": (4, lambda: torchvision.models.DenseNet(8, (2, 2), 16)),
+    "efficientnet": (6, small_efficientnet),
+    "maxvit": (6, lambda: torchvision.models.MaxVit((64, 64), 8, 4, [8, 16], [1, 2], 8, 0.2)),
+    "swin": (6, small_swin),
+    "swin_v2": (6, small_swin_v2),
+    "vgg": (5, lambda: small_vgg(norm=False)),
+    "vgg_bn": (5, lambda: small_vgg(norm=True)),
+    "vit": (3, lambda: torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 64)),
+}
+
+VIT = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+# name -> number of blocks, image size, what makes the network take such small images, and what
+# makes a small network of the family, whose slices are run
 TIMM = {
-    "resnet50": (17, 64, {}),
-    "convnextv2_tiny": (22, 64, {}),
-    "vit_small_patch14_dinov2": (13, 56, {"img_size": 56}),
-    "vit_small_patch16_dinov3": (13, 64, {"img_size": 64}),
-    "vit_base_patch16_clip_224": (13, 64, {"img_size": 64}),
-    "vit_base_patch16_siglip_224": (13, 64, {"img_size": 64}),
-    "deit3_small_patch16_224": (13, 64, {"img_size": 64}),
-    "deit_small_distilled_patch16_224": (13, 64, {"img_size": 64}),
-    "swin_tiny_patch4_window7_224": (16, 112, {"img_size": 112}),
-    "eva02_small_patch14_336": (13, 56, {"img_size": 56}),
-    "mobilenetv4_conv_small": (19, 64, {}),
-    "efficientvit_b1": (17, 64, {}),
-    "regnety_016": (28, 64, {}),
-    "nfnet_l0": (17, 64, {}),
-    "maxvit_tiny_tf_224": (13, 64, {"img_size": 64}),
-    "coatnet_0_rw_224": (15, 64, {"img_size": 64}),
-    "hiera_tiny_224": (13, 224, {}),
-    "caformer_s18": (23, 64, {}),
-    "tf_efficientnet_lite0": (18, 64, {}),
-    "dpn68": (23, 64, {}),
-    "hrnet_w18_small": (5, 64, {}),
+    "resnet50": (17, 64, {}, {"layers": (1, 1, 1, 1)}),
+    "convnextv2_tiny": (22, 64, {}, {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}),
+    "vit_small_patch14_dinov2": (13, 56, {"img_size": 56}, VIT),
+    "vit_small_patch16_dinov3": (13, 64, {"img_size": 64}, VIT),
+    "vit_base_patch16_clip_224": (13, 64, {"img_size": 64}, VIT),
+    "vit_base_patch16_siglip_224": (13, 64, {"img_size": 64}, VIT),
+    "deit3_small_patch16_224": (13, 64, {"img_size": 64}, VIT),
+    "deit_small_distilled_patch16_224": (13, 64, {"img_size": 64}, VIT),
+    "swin_tiny_patch4_window7_224": (
+        16,
+        112,
+        {"img_size": 112},
+        {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16},
+    ),
+    "eva02_small_patch14_336": (13, 56, {"img_size": 56}, VIT),
+    "mobilenetv4_conv_small": (19, 64, {}, {}),
+    "efficientvit_b1": (17, 64, {}, {"depths": (1, 1, 2, 2)}),
+    "regnety_016": (28, 64, {}, {}),
+    "nfnet_l0": (17, 64, {}, {}),
+    "maxvit_tiny_tf_224": (13, 64, {"img_size": 64}, {"depths": (1, 1, 1, 1)}),
+    "coatnet_0_rw_224": (15, 64, {"img_size": 64}, {"depths": (1, 1, 1, 1)}),
+    "hiera_tiny_224": (13, 64, {"img_size": 64}, {"embed_dim": 16, "stages": (1, 1, 2, 1)}),
+    "caformer_s18": (23, 64, {}, {}),
+    "tf_efficientnet_lite0": (18, 64, {}, {}),
+    "dpn68": (23, 64, {}, {}),
+    "hrnet_w18_small": (5, 64, {}, {}),
 }
 
 
@@ -90,10 +149,9 @@ def torchvision_network(name):
     return torchvision.models.get_model(name, weights=None, **options).eval()
 
 
-def torchvision_size(name):
-    if name.startswith(("vit", "maxvit")):
-        return (224, 224)
-    return (96, 96) if name == "inception_v3" else (64, 64)
+def timm_network(name, **options):
+    _, _, at_that_size, _ = TIMM[name]
+    return timm.create_model(name, pretrained=False, **at_that_size, **options).eval()
 
 
 def draw(network):
@@ -104,9 +162,16 @@ def draw(network):
     return network.eval()
 
 
+@functools.cache
 def trace_without_weights(name):
     with WithoutWeights():
         return TracedNetwork(torchvision_network(name))
+
+
+@functools.cache
+def trace_timm_without_weights(name):
+    with WithoutWeights():
+        return TracedNetwork(timm_network(name), (TIMM[name][1],) * 2)
 
 
 def assert_same(actual, expected):
@@ -138,15 +203,23 @@ def check_slices(network, image_size, n_images=4):
     return traced
 
 
-@pytest.mark.parametrize("name", sorted(set(TORCHVISION) - set(LARGE)))
+@pytest.mark.parametrize("name", SMALLEST)
 def test_torchvision(name):
     torch.manual_seed(0)
-    traced = check_slices(draw(torchvision_network(name)), torchvision_size(name), n_images=2)
+    side = 96 if name == "inception_v3" else 64
+    traced = check_slices(draw(torchvision_network(name)), (side, side), n_images=2)
     assert len(traced.names) == N_BLOCKS[name]
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_torchvision_large(name):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_torchvision(family):
+    torch.manual_seed(0)
+    n_blocks, build = FAMILIES[family]
+    assert len(check_slices(draw(build()), (64, 64)).names) == n_blocks
+
+
+@pytest.mark.parametrize("name", sorted(set(TORCHVISION) - set(SMALLEST)))
+def test_torchvision_without_weights(name):
     traced = trace_without_weights(name)
     assert len(traced.names) == N_BLOCKS[name]
     assert traced.shape(traced.output) == (1000,)
@@ -155,10 +228,20 @@ def test_torchvision_large(name):
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name):
     torch.manual_seed(0)
-    n_blocks, size, options = TIMM[name]
-    network = timm.create_model(name, pretrained=False, **options)
-    traced = check_slices(draw(network), (size, size))
-    assert len(traced.names) == n_blocks
+    n_blocks, size, _, small = TIMM[name]
+    traced = check_slices(draw(timm_network(name, **small)), (size, size))
+    if small:
+        assert len(traced.names) < n_blocks
+    else:
+        assert len(traced.names) == n_blocks
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, small) in TIMM.items() if small])
+def test_timm_without_weights(name):
+    traced = trace_timm_without_weights(name)
+    assert len(traced.names) == TIMM[name][0]
+    network = traced.network  # self-supervised ones have no head
+    assert traced.shape(traced.output) == (network.num_classes or network.num_features,)
 
 
 NAMES = {
@@ -220,9 +303,7 @@ def test_shapes_inside():
     ],
 )
 def test_tokens_stay_together(name, n_prefix_tokens, last):
-    _, size, options = TIMM[name]
-    with WithoutWeights():
-        traced = TracedNetwork(timm.create_model(name, **options).eval(), (size, size))
+    traced = trace_timm_without_weights(name)
     assert traced.n_prefix_tokens == n_prefix_tokens
     assert traced.shape(len(traced.names)) == last
     assert traced.names == ("patch_embed", *(f"blocks.{i}" for i in range(12)))
@@ -234,31 +315,31 @@ def test_class_token_of_torchvision():
 
 
 def test_without_head():
-    network = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, img_size=64)
+    network = timm_network("vit_base_patch16_siglip_224", num_classes=0, **VIT)
     traced = check_slices(draw(network), (64, 64))
-    assert len(traced.names) == 13
-    assert traced.shape(traced.embedding) == traced.shape(traced.output) == (768,)
+    assert len(traced.names) == 3
+    assert traced.shape(traced.embedding) == traced.shape(traced.output) == (64,)
     mobilenet = timm.create_model("mobilenetv4_conv_small", num_classes=0)
     assert TracedNetwork(mobilenet.eval(), (64, 64)).names[-1] == "conv_head"
     resnet = torchvision_network("resnet18")
     resnet.fc = nn.Identity()
     assert TracedNetwork(resnet, (64, 64)).names == tuple(NAMES["resnet18"].split())
-    vgg = torchvision_network("vgg11")
+    vgg = small_vgg(norm=False)
     vgg.classifier[6] = nn.Identity()
-    assert TracedNetwork(vgg, (64, 64)).names[-1] == "classifier.3"
+    assert TracedNetwork(vgg.eval(), (64, 64)).names[-1] == "classifier.3"
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: torchvision_network("swin_v2_t"),
-        lambda: torchvision_network("densenet121"),
-        lambda: timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True),
-        lambda: timm.create_model("eva02_tiny_patch14_224", dynamic_img_size=True),
-        lambda: timm.create_model("vit_small_patch16_dinov3", dynamic_img_size=True),
+        small_swin_v2,
+        FAMILIES["densenet"][1],
+        lambda: timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **VIT),
+        lambda: timm.create_model("eva02_tiny_patch14_224", dynamic_img_size=True, **VIT),
+        lambda: timm.create_model("vit_small_patch16_dinov3", dynamic_img_size=True, **VIT),
         lambda: timm.create_model("efficientvit_b0"),
     ],
-    ids=["swin_v2_t", "densenet121", "vit", "eva02", "dinov3", "efficientvit"],
+    ids=["swin_v2", "densenet", "vit", "eva02", "dinov3", "efficientvit"],
 )
 @torch.no_grad()
 def test_other_image_sizes(build):
@@ -480,16 +561,25 @@ def test_network_that_cannot_be_traced(network):
 # --- The network stays as it is ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_t", "vit_b_32", "googlenet"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torchvision_network("resnet18"),
+        small_swin,
+        FAMILIES["vit"][1],
+        lambda: torchvision_network("googlenet"),
+    ],
+    ids=["resnet18", "swin", "vit", "googlenet"],
+)
 @torch.no_grad()
-def test_network_is_unchanged(name):
-    network = torchvision_network(name)
+def test_network_is_unchanged(build):
+    network = build()
     network.train()
     next(network.children()).eval()
     state = copy.deepcopy(network.state_dict())
     modes = [module.training for module in network.modules()]
     keys = [set(vars(module)) for module in network.modules()]
-    traced = TracedNetwork(network)
+    traced = TracedNetwork(network, (64, 64))
     traced.slice(0, traced.output)
     assert [module.training for module in network.modules()] == modes
     assert [set(vars(module)) for module in network.modules()] == keys
@@ -517,9 +607,9 @@ def test_slices_are_kept():
 
 @torch.no_grad()
 def test_precision_and_layout():
-    network = draw(timm.create_model("eva02_tiny_patch14_224", img_size=56))
+    network = draw(timm.create_model("eva02_tiny_patch14_224", img_size=56, **VIT))
     traced = TracedNetwork(network, (56, 56))
-    slices = [(0, 6), (6, traced.output)]
+    slices = [(0, 2), (2, traced.output)]
     image = torch.rand(2, 3, 56, 56)
     front, end = (traced.slice(*cut) for cut in slices)
     assert_same(end(front(image.to(memory_format=torch.channels_last))), network(image))
@@ -531,13 +621,14 @@ def test_precision_and_layout():
 
 
 @pytest.mark.parametrize(
-    "name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "levit_128s"]
+    "name, options",
+    [("eva02_tiny_patch14_224", VIT), ("vit_small_patch16_dinov3", VIT), ("levit_128s", {})],
 )
 @torch.no_grad()
-def test_no_slice_depends_on_the_device_of_the_tracing(name):
-    network = timm.create_model(name).eval()
+def test_no_slice_depends_on_the_device_of_the_tracing(name, options):
+    network = timm.create_model(name, **options).eval()
     traced = TracedNetwork(network)
-    traced.slice(1, 5)
+    traced.slice(1, 3)
     network.to("meta")
     activation = torch.rand(3, 3, 224, 224, device="meta")
     for position in range(1, traced.output + 1):

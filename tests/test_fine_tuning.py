@@ -1,7 +1,5 @@
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 
 import joblib
@@ -10,6 +8,7 @@ import pytest
 import torch
 import xxhash
 from networks import Untraceable, small
+from processes import run_code
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import make_multilabel_classification
@@ -960,20 +959,20 @@ def test_skops_asks_for_no_trust_but_in_this_library():
 
 def test_a_pickle_is_small_and_opens_in_a_new_process(tmp_path):
     X, y = pictures(8)
-    # "auto" could be OpenVINO in this process, which has run the network often, and torch in a new.
-    model = FineTunedClassifier(unfreeze=0, image_size=64, runtime="torch", random_state=0)
-    model.fit(X, y)
+    # On torch: other runtimes are used once a process has run enough images.
+    options = {"image_size": 64, "runtime": "torch", "random_state": 0}
+    model = FineTunedClassifier(unfreeze=0, **options).fit(X, y)
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     network = get_model("efficientnet_lite0").network
     n_bytes = sum(value.nbytes for value in network.state_dict().values())
     assert (tmp_path / "model.pickle").stat().st_size < n_bytes / 3
     np.save(tmp_path / "X.npy", X)
-    script = (
+    run_code(
         "import pickle, numpy as np, torch; torch.set_num_threads(1);"
         "model = pickle.load(open('model.pickle', 'rb'));"
-        "np.save('out.npy', model.predict_proba(np.load('X.npy')))"
+        "np.save('out.npy', model.predict_proba(np.load('X.npy')))",
+        folder=tmp_path,
     )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)
     assert np.array_equal(np.load(tmp_path / "out.npy"), model.predict_proba(X))
 
 

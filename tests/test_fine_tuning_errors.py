@@ -1,9 +1,5 @@
 import pickle
 import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +7,7 @@ import polars as pl
 import pytest
 import torch
 from networks import Untraceable, small
+from processes import run_code
 from scipy.sparse import csr_array, issparse
 from sklearn.exceptions import NotFittedError
 from skorch.callbacks import Callback
@@ -493,9 +490,8 @@ def test_a_memory_that_cannot_be_written(tmp_path):
 
 
 FULL_DISKS = """
-import resource, sys, warnings
+import resource, warnings
 import numpy as np
-sys.path.insert(0, TESTS)
 from networks import small
 import sktransfer._training.plan
 from sktransfer import FineTunedClassifier
@@ -531,12 +527,4 @@ print("done")
 
 
 def test_full_disks(tmp_path):
-    script = FULL_DISKS.replace("TESTS", repr(str(Path(__file__).parent)))
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.stdout == "done\n", result.stderr
+    assert run_code(FULL_DISKS, folder=tmp_path).stdout == "done\n"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from networks import small
+from processes import run_code
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
@@ -160,8 +161,6 @@ def test_a_class_defined_anew_in_a_notebook_is_computed_anew(tmp_path):
 
 
 SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
 import timm
 from test_hardening import PAIRS, fingerprint
 networks = [make() for pair in PAIRS.values() for make in pair if "twice" not in str(pair)]
@@ -170,7 +169,7 @@ print(*map(fingerprint, networks))
 print(fingerprint(timm.create_model("tf_efficientnet_lite0", num_classes=0).apply(
     lambda m: [p.data.zero_() for p in m.parameters()])))
 import logging, os, torch
-log, _ = logging.getLogger("network"), logging.getLogger(os.environ["PYTHONHASHSEED"])
+log, _ = logging.getLogger("network"), logging.getLogger(os.environ.get("PYTHONHASHSEED"))
 class Logs(torch.nn.Module):
     def forward(self, x):
         log.debug("runs")
@@ -180,13 +179,11 @@ print(fingerprint(Logs()))
 
 
 def test_fingerprints_are_the_same_in_every_process():
-    def run(seed):
-        script = SCRIPT.format(tests=str(Path(__file__).parent))
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", script]
-        return subprocess.run(command, env=environment, capture_output=True, check=True).stdout
-
-    assert run("1") == run("2") != b""
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": search}
+    command = [sys.executable, "-c", SCRIPT]
+    other = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
+    assert run_code(SCRIPT).stdout == other.stdout != ""  # of another seed, unless one is set
 
 
 class Inverted(Preprocessing):

@@ -4,7 +4,6 @@ import importlib
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import time
 import types
@@ -20,6 +19,7 @@ import torch
 import torchvision
 from huggingface_hub import constants
 from networks import Small, small
+from processes import run_code
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from torch import nn
@@ -356,7 +356,7 @@ import numpy as np
 from sktransfer import PretrainedFeatureExtractor, get_model
 X = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
 for folder in sys.argv[2:]:
-    sys.path[0] = folder
+    sys.path.insert(0, folder)
     from installed.net import Net
     options = {"layer": "output", "image_size": 32, "runtime": "torch"}
     expected = PretrainedFeatureExtractor(Net(), **options).transform(X)
@@ -379,8 +379,7 @@ def test_edited_code_of_an_installed_package_is_another_network(tmp_path):
     for folder, (edited, old, new) in zip(folders, EDITS.values(), strict=True):
         assert old in PACKAGE[edited]
         write_package(folder, edited, old, new)
-    command = [sys.executable, "-c", SCRIPT, tmp_path / "memory", *folders]
-    ran = subprocess.run(command, capture_output=True, check=True, text=True)
+    ran = run_code(SCRIPT, tmp_path / "memory", *folders)
     prints, are_true = zip(*map(str.split, ran.stdout.splitlines()), strict=True)
     assert len(prints) == len(EDITS) and set(are_true) == {"True"}
     assert prints[0] == prints[1] and len(set(prints[1:])) == len(prints) - 1

@@ -4,7 +4,6 @@ import copy
 import gc
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import warnings
@@ -16,6 +15,7 @@ import pytest
 import timm
 import torch
 from networks import Untraceable, small
+from processes import run_code
 from torch import nn
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
@@ -547,19 +547,15 @@ def test_a_broken_openvino(tmp_path):
     (tmp_path / "openvino").mkdir()
     (tmp_path / "openvino" / "__init__.py").write_text("raise ImportError('libtbb is missing')")
     code = (
+        "import sys\n"
+        "assert 'openvino' not in sys.modules\n"
+        "sys.path.insert(0, '.')\n"
         "from sklearn.datasets import load_sample_images\n"
         "from sktransfer import PretrainedFeatureExtractor\n"
         "extractor = PretrainedFeatureExtractor(image_size=32, runtime='openvino')\n"
         "print(extractor.transform(load_sample_images().images).shape)\n"
     )
-    path = os.pathsep.join([str(tmp_path), os.getcwd(), *filter(None, [os.getenv("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        check=True,
-    )
+    done = run_code(code, folder=tmp_path)
     assert "(2, 1280)" in done.stdout
     assert done.stderr.count("OpenVINO can't be imported (ImportError: libtbb is missing)") == 1
 

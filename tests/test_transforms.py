@@ -1,11 +1,11 @@
 import os
-import subprocess
 import sys
 
 import pytest
 import timm
 import torch
 import torchvision
+from processes import run_code
 from torchvision.models import get_model_weights
 from torchvision.transforms.v2 import functional as F
 
@@ -159,6 +159,6 @@ for mode in ("center", "squash", "border"):
     Preprocessing(mode=mode).fit_size(images[0].mT)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_code(code)
     grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
     assert grown < 200e6  # the images are 12 MB; scaled whole, the smaller one took 6.3 GB
