@@ -17,7 +17,7 @@ from sktransfer._engine.runner import Runner
 from sktransfer._threads import n_threads
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.data import allocate
-from sktransfer._training.detector_networks import MapBatch
+from sktransfer._training.detector_backbones import MapBatch
 from sktransfer._training.phases import saying_what_is_kept
 from sktransfer.transforms import Preprocessing
 

@@ -20,17 +20,15 @@ from sktransfer._torch_state import (
 )
 from sktransfer._training.cut import trained_blocks
 from sktransfer._training.depthwise import FastDepthwise
+from sktransfer._training.detector_backbones import Given, detector_blocks, map_positions
 from sktransfer._training.detector_maps import BlockMaps, DetectorMaps, FlatMaps, Pixels, Source
 from sktransfer._training.detector_networks import (
     AsGiven,
-    Given,
     boxed,
     check_family,
-    detector_blocks,
     detector_preprocessing,
     first_label,
     load_detector,
-    map_positions,
     new_detector,
     replace_predictor,
 )
