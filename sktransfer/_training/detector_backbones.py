@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,19 @@ def detector_blocks(detector: nn.Module) -> dict[str, nn.Module]:
     A backbone without any is a unit itself.
     """
     backbone: Any = detector.backbone
-    inner = next((name for name in ("body", "features") if hasattr(backbone, name)), "")
-    children = (getattr(backbone, inner) if inner else backbone).named_children()
-    named = {f"{inner}.{name}".strip("."): part for name, part in children}
+    inner, parts = parts_of(backbone)
+    named = {f"{inner}.{name}".strip("."): part for name, part in parts.named_children()}
     units = {name: part for name, part in named.items() if any(True for _ in part.parameters())}
     return units or {"backbone": backbone}
+
+
+def parts_of(backbone: nn.Module) -> tuple[str, nn.Module]:
+    """Return the module whose children are the parts of a backbone, and its name in the backbone.
+
+    It has no name, "", where it is the backbone itself.
+    """
+    inner = next((name for name in ("body", "features") if hasattr(backbone, name)), "")
+    return inner, (getattr(backbone, inner) if inner else backbone)
 
 
 def map_positions(frozen: FrozenBlocks) -> list[int]:
@@ -113,20 +121,16 @@ class Given(nn.Module):
         return OrderedDict((str(i), x) for i, x in enumerate(batch.maps))
 
 
-class Pyramid(nn.Module):
-    """The trained blocks of a backbone, and a feature pyramid on maps of it.
+class MapsBehind(nn.Module):
+    """What of a backbone follows a cut: from maps that are known to those that are taken.
 
     Parameters
     ----------
     frozen : FrozenBlocks
         Of the shared network; its blocks behind the cut are copied.
     cut : int
-    taken : list of int
-        Positions of the maps.
-    width : int
-        Channels of the pyramid.
-    extra_blocks : nn.Module
-        Makes smaller maps of the last one.
+    taken : mapping of str to int
+        The names of the maps, in order, and their positions.
 
     Attributes
     ----------
@@ -134,15 +138,45 @@ class Pyramid(nn.Module):
         Where the maps come from that it takes: the cut, and those in front of it.
     """
 
+    def __init__(self, frozen: FrozenBlocks, cut: int, taken: Mapping[str, int]) -> None:
+        super().__init__()
+        self.cut, self.taken, last = cut, dict(taken), max(taken.values())
+        self.positions = sorted({cut, *(p for p in taken.values() if p < cut)})
+        self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
+        segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, last)]
+        self.blocks = copy_of(nn.ModuleList(segments))
+
+    def forward(self, batch: MapBatch | torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        """Return maps (n, c, h, w), of maps at the positions or, with cut 0, of images."""
+        given = batch.maps if isinstance(batch, MapBatch) else [batch]
+        known = dict(zip(self.positions, given, strict=True))
+        x = known[self.cut]
+        for position, block in enumerate(self.blocks, self.cut + 1):
+            x = known[position] = block(x)
+        frozen = self.__dict__["frozen"]
+        return OrderedDict((name, _map_at(known[p], frozen, p)) for name, p in self.taken.items())
+
+
+class Pyramid(MapsBehind):
+    """The trained blocks of a backbone, and a feature pyramid on maps of it.
+
+    Parameters
+    ----------
+    frozen, cut
+        See `MapsBehind`.
+    taken : list of int
+        Positions of the maps.
+    width : int
+        Channels of the pyramid.
+    extra_blocks : nn.Module
+        Makes smaller maps of the last one.
+    """
+
     def __init__(
         self, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, extra_blocks: Any
     ) -> None:
-        super().__init__()
-        self.cut, self.taken, self.out_channels = cut, taken, width
-        self.positions = sorted({cut, *(p for p in taken if p < cut)})
-        self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
-        segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, taken[-1])]
-        self.blocks = copy_of(nn.ModuleList(segments))
+        super().__init__(frozen, cut, {str(position): position for position in taken})
+        self.out_channels = width
         channels = []
         for position in taken:
             blank = torch.empty(1, *frozen.runner.shape(position, frozen.size), device="meta")
@@ -150,12 +184,5 @@ class Pyramid(nn.Module):
         self.pyramid = FeaturePyramidNetwork(channels, width, extra_blocks)
 
     def forward(self, batch: MapBatch | torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """Return the levels of the pyramid, of maps at the positions or, with cut 0, of images."""
-        given = batch.maps if isinstance(batch, MapBatch) else [batch]
-        known = dict(zip(self.positions, given, strict=True))
-        x = known[self.cut]
-        for position, block in enumerate(self.blocks, self.cut + 1):
-            x = known[position] = block(x)
-        frozen = self.__dict__["frozen"]
-        maps = OrderedDict((str(p), _map_at(known[p], frozen, p)) for p in self.taken)
-        return self.pyramid(maps)
+        """Return the levels of the pyramid."""
+        return self.pyramid(super().forward(batch))

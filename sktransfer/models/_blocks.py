@@ -22,6 +22,7 @@ from sktransfer.models._graph import (
     choose_output,
     count_flops,
     find_cuts,
+    module_path,
     propagate,
     refresh,
     trace,
@@ -144,6 +145,11 @@ class TracedNetwork:
             valid = f"from {-n_blocks} to {n_blocks - 1}" if n_blocks else "no number: it has none"
             raise ValueError(f"The blocks of this network are numbered {valid}; got {number}.")
         return range(number % n_blocks, number % n_blocks + 1)
+
+    def modules_around(self, position: int) -> tuple[str, str]:
+        """Return the paths of the modules in front of a cut, and behind it."""
+        cut = self._cut(position)
+        return module_path(cut.node), module_path(self._nodes[cut.at + 1])
 
     def shape(self, position: int, image_size: tuple[int, int] | None = None) -> tuple[int, ...]:
         """Shape of one image's activation at a position, without the axis of the batch."""
