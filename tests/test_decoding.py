@@ -28,7 +28,14 @@ from sktransfer import (
     set_config,
 )
 from sktransfer._cli import main
-from sktransfer.io import DamagedImageWarning, _codecs, _decoding, _files, check_images, load_image
+from sktransfer.io import (
+    DamagedImageWarning,
+    _decoding,
+    _files,
+    _messages,
+    check_images,
+    load_image,
+)
 
 RAMP = np.tile(np.arange(256, dtype=np.uint16), (4, 1))  # all levels of 8 bits
 
@@ -360,7 +367,7 @@ def test_checksums_of_png_files():
 
 
 def test_what_libtiff_says_is_in_the_message(capfd):
-    if _codecs._set_libtiff_handler() is None:
+    if _messages._set_libtiff_handler() is None:
         pytest.skip("Pillow has libtiff built in")
     data = bytearray(encode(FLOWER, "TIFF", compression="tiff_adobe_deflate"))
     data[50000:50400] = bytes(400)
@@ -388,7 +395,7 @@ def test_lazily_opened_images_are_looked_at_as_files_are(capfd, tmp_path):
         with Image.open(tmp_path / "image") as of_path:
             for image in (expected, of_path):
                 assert told(image) == told(image) == messages
-    assert capfd.readouterr().err == "" or _codecs._set_libtiff_handler() is None
+    assert capfd.readouterr().err == "" or _messages._set_libtiff_handler() is None
     with pytest.raises(ValueError, match="which Pillow misreads"):
         load_image(Image.open(io.BytesIO(refused["16-bit unsigned integers in 3 channels"]())))
 

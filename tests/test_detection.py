@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import os
@@ -5,6 +6,7 @@ import pickle
 import signal
 import sys
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from networks import small
+from networks import count, small
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -27,19 +29,23 @@ from sklearn.utils.estimator_checks import (
 from skorch.callbacks import Callback
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models import get_model_builder, get_model_weights
+from torchvision.models import get_model_builder, get_model_weights, mobilenet_v3_small
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.ssd import SSD, SSDFeatureExtractorVGG
+from torchvision.models.detection.ssdlite import SSDLiteFeatureExtractorMobileNet
 from torchvision.transforms import v2
 
 from sktransfer import FineTunedDetector, load_coco
 from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._training.detector_maps import FlatMaps
 from sktransfer._training.detector_networks import (
     list_detectors,
     load_detector,
     with_published_norms,
 )
+from sktransfer._training.detector_start import start_at_cut
 from sktransfer._training.net import Progress
 from sktransfer.inspection import DetectionDisplay
 from sktransfer.io import check_images
@@ -96,6 +102,32 @@ def small_detector(family):
     else:
         found = family(Maps(), 5, anchor_generator=square, **options)
     return found
+
+
+torch.fx.wrap("count")
+
+
+class Counted(nn.Sequential):
+    def forward(self, x):
+        return super().forward(count(x))
+
+
+def pyramid():
+    """A pyramid on a body of three blocks, of which the middle one ends with a norm."""
+    body = {
+        "stem": Counted(nn.Conv2d(3, 32, 4, 4), nn.ReLU()),
+        "one": nn.Conv2d(32, 12, 3, 2, 1),
+        "norm": nn.BatchNorm2d(12),
+        "two": nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1), nn.ReLU()),
+    }
+    layers = {"stem": "0", "norm": "1", "two": "2"}
+    return BackboneWithFPN(nn.Sequential(OrderedDict(body)), layers, [32, 12, 16], 32)
+
+
+def pyramid_detector():
+    torch.manual_seed(0)
+    anchors = AnchorGenerator(tuple((s,) for s in (16, 32, 64, 128)), ((1.0,),) * 4)
+    return FCOS(pyramid(), 5, anchor_generator=anchors, min_size=64, max_size=64)
 
 
 class _ListOfChannels(Maps):
@@ -286,6 +318,64 @@ def _equal(a, b):
     return a.shape == b.shape and torch.equal(a, b)
 
 
+def vgg():
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2, 2)]
+    for n_inputs, n_outputs in [(4, 4), (4, 4), (4, 512), (512, 512)]:
+        conv = nn.Conv2d(n_inputs, n_outputs, 3, padding=1)
+        layers += [conv, nn.ReLU(inplace=True), nn.MaxPool2d(2, 2)]
+    return SSDFeatureExtractorVGG(nn.Sequential(*layers), False)
+
+
+def lite():
+    features = mobilenet_v3_small(weights=None).features
+    for norm in (m for m in features.modules() if isinstance(m, _BatchNorm)):
+        norm.momentum = 1.0
+    features(torch.randn(8, 3, 64, 64))  # else activations would vanish from layer to layer
+    return SSDLiteFeatureExtractorMobileNet(features, 9, nn.BatchNorm2d, min_depth=16)
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, 2, 1))
+
+
+@pytest.mark.parametrize(
+    "make_backbone, cuts",
+    [
+        # A norm is cut off with the block in front of it.
+        (pyramid, {"stem": None, "one": [1], "norm": [1], "two": [1, 2]}),
+        (vgg, {"0": None, "9": [3]}),
+        (lite, {"0": None, "1": [10]}),
+        (plain, {"0": None, "2": [1]}),
+        (Maps, {"3": None}),  # whose forward is the user's
+    ],
+)
+def test_a_detector_starts_at_the_cut_in_front_of_a_block(make_backbone, cuts):
+    size = 300 if make_backbone is vgg else 64
+    preprocessing = Preprocessing(size=(size, size), resize=(size, size))
+    shown = np.random.default_rng(0).integers(0, 255, (1, size, size, 3)).astype(np.uint8)
+    views = Views(check_images(shown), preprocessing, Augmentation(None, None, (size, size)))
+    torch.manual_seed(0)
+    whole = make_backbone().eval()
+    with torch.no_grad():
+        expected = FlatMaps(whole).maps(preprocessing.normalize(views.load(0)[None]))
+    for unit, positions in cuts.items():
+        detector = nn.Module()
+        detector.backbone = copy.deepcopy(whole)
+        maps = start_at_cut(detector, unit, preprocessing, "it", torch.device("cpu"))
+        assert (maps and maps.positions) == positions
+        if maps is None:
+            continue
+        stored = maps.empty(1)
+        maps.fill(views, stored, memory=None)
+        batch = maps.unpack([torch.from_numpy(x) for x in stored])
+        with torch.no_grad():
+            found = FlatMaps(detector.backbone.eval()).maps(batch)
+        for mine, theirs in zip(found, expected, strict=True):  # activations in half precision
+            assert (mine - theirs).norm() < 0.003 * theirs.norm()
+        n_left = sum(p.numel() for p in detector.backbone.parameters())
+        assert n_left < sum(p.numel() for p in whole.parameters())
+
+
 def test_published_name_from_a_state_dict(tmp_path, scenes):
     name, path = "ssdlite320_mobilenet_v3_large", tmp_path / "detector.pth"
     network = load_detector(name, None)
@@ -383,6 +473,56 @@ def test_each_image_runs_once(tmp_path, scenes, run_log):
     model.predict(X)
     clone(model).set_params(head_lr=1e-2).fit(X[::-1], y[::-1])
     assert len(run_log()) == n
+
+
+def test_frozen_blocks_of_a_detector_run_once(tmp_path, scenes, run_log):
+    X, y = scenes[0][:6], scenes[1][:6]
+    detector = pyramid_detector()
+    model = make(detector, memory=tmp_path, unfreeze=1, max_epochs=2).fit(X, y)
+    assert len(run_log()) == len(X)
+    assert model.unfrozen_block_names_ == ["body.two"]
+    model.predict(X)
+    for depth in (2, ["body.one"]):  # whose cuts lie on the way
+        clone(model).set_params(unfreeze=depth).fit(X[::-1], y[::-1])
+    assert len(run_log()) == len(X)
+    found = make(detector, unfreeze=1, max_epochs=2).fit(X, y).predict(X)
+    assert same(found, model.predict(X))
+    again = pickle.loads(pickle.dumps(model))
+    assert same(again.predict(X), found)
+    assert again.set_params(warm_start=True, max_epochs=1).fit(X, y).n_iter_ == 3
+
+
+def test_cuts_on_the_way_are_kept_for_other_depths(tmp_path, scenes, run_log):
+    backbone = nn.Sequential(*(nn.Conv2d(c, 8, 3, 2, 1) for c in (3, 8, 8, 8)))
+    backbone[0], backbone.out_channels = Counted(backbone[0]), 8
+    square = AnchorGenerator(((24,),), ((1.0,),))
+    options = {"rpn_anchor_generator": square, "min_size": 64, "max_size": 64}
+    model = make(FasterRCNN(backbone, 5, **options), memory=tmp_path, unfreeze=1)
+    for depth in (1, 2, 3):
+        clone(model).set_params(unfreeze=depth).fit(*scenes)
+    ran = run_log()
+    assert len(ran) == len(scenes[0])
+    model.set_params(unfreeze=0).fit(*scenes)  # it starts from what lies behind the backbone
+    assert all(run_log().count(digest) == 2 for digest in ran)
+
+
+def test_maps_that_fit_nowhere_are_computed_in_each_step(scenes, run_log, monkeypatch):
+    resource = pytest.importorskip("resource")
+    X, y = scenes[0][:6], scenes[1][:6]
+    model = make(pyramid_detector(), unfreeze=2, max_epochs=2).fit(X, y)
+    found, n_runs = model.predict(X), len(run_log())
+    monkeypatch.setattr("sktransfer._training.data.in_ram", lambda _: False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    n_bytes = X.nbytes + 1000  # the images, but not the maps of their first block
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))  # as a full disk would
+    try:
+        again = clone(model).fit(X, y)
+        with pytest.raises(MemoryError, match="Pass a smaller image_size or fewer images"):
+            clone(model).fit(np.concatenate([X, X]), [*y, *y])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(run_log()) - n_runs == 2 * len(X)  # in each of two epochs
+    assert same(again.predict(X), found)
 
 
 def test_memory_does_not_change_the_result(tmp_path, scenes):

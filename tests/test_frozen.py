@@ -86,7 +86,7 @@ def test_packing_loses_nothing(precision):
             again = stored_form(x, frozen.output(position), frozen.half, "map")
             assert np.array_equal(again.numpy(), stored)
             program = frozen.program(position)
-            assert torch.equal(frozen.activations(program, pixels(X), position, 3), x)
+            assert torch.equal(frozen.activations(program, pixels(X), [position], 3)[0], x)
 
 
 class Loud(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from sktransfer._engine.layers import free_rows
 from sktransfer._engine.program import Output, Program
 from sktransfer._engine.runner import Runner
-from sktransfer._engine.stream import Names, Stream
+from sktransfer._engine.stream import Images, Names, Stream
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
@@ -51,6 +51,10 @@ class OutputsPass(Stream):
         self._program: Program | None = None
         self.n_expected = 0  # images of several calls, if they are more than those of one
 
+    def fill(self, images: Images, outs: Sequence[np.ndarray]) -> None:
+        """Fill an array for each wanted output, with a row for each image."""
+        self._fill_outs(images, outs)
+
     def names(self) -> Names:
         """Name the outputs in the memory, once it is settled what computes them."""
         if self.runner.names_its_runtime:
@@ -76,6 +80,9 @@ class OutputsPass(Stream):
     def _is_alone(self) -> bool:
         """Tell whether all cores are to run one image."""
         return False
+
+    def _load(self, row: int, digest: bytes | None) -> torch.Tensor:
+        return self._images.load(row, digest)  # a view has the network's size already
 
     def _run(self, loaded: list[torch.Tensor]) -> list[Any]:
         assert self._program is not None
@@ -113,7 +120,7 @@ class Embedding(OutputsPass):
     def __call__(self, images: ImageSequence) -> np.ndarray:
         """Return the rows of `images`, float32 of shape (n, width)."""
         rows = np.empty((len(images), self.columns[-1].stop), np.float32)
-        self._fill_outs(images, [rows[:, columns] for columns in self.columns])
+        self.fill(images, [rows[:, columns] for columns in self.columns])
         return rows
 
     def _is_alone(self) -> bool:

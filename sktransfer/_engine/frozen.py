@@ -102,24 +102,23 @@ class FrozenBlocks:
         x = x.float()
         return x.permute(0, 3, 1, 2) if self._is_map(position) else x
 
-    def program(self, position: int) -> Program:
-        """Return what runs images to a cut; see `activations`."""
-        return self.runner.program([self.output(position)], self.preprocessing)
+    def program(self, *positions: int) -> Program:
+        """Return what runs images to cuts; see `activations`."""
+        return self.runner.program([*map(self.output, positions)], self.preprocessing)
 
     def activations(
-        self, program: Program, images: torch.Tensor, position: int, step: int
-    ) -> torch.Tensor:
-        """Run uint8 images (n, 3, h, w) to a cut, by the batches in which `Activations` does.
+        self, program: Program, images: torch.Tensor, positions: Sequence[int], step: int
+    ) -> list[torch.Tensor]:
+        """Run uint8 images (n, 3, h, w) to cuts, by the batches in which `Activations` does.
 
-        The result is float32, ready for what is trained behind the cut. `program` is that of this
-        position: who runs a network, as in a training step, can't ask for it, see `Runner`.
+        The results are float32, ready for what is trained behind the cuts. `program` is that of
+        these positions: who runs a network, as in a training step, can't ask for it, see `Runner`.
         """
         step = program.step(step)
 
-        def run(batch: torch.Tensor) -> torch.Tensor:
+        def run(batch: torch.Tensor) -> list[torch.Tensor]:
             padding = batch[:1].expand(step - len(batch), *batch.shape[1:])
-            (stored,) = program.results(torch.cat([batch, padding]), len(batch))
-            return stored
+            return list(program.results(torch.cat([batch, padding]), len(batch)))
 
         batches = images.split(step)
         if program.runs_in_threads:
@@ -127,8 +126,9 @@ class FrozenBlocks:
                 parts = list(threads.map(run, batches))
         else:
             parts = [run(batch) for batch in batches]
-        with torch.no_grad():
-            return self.unpack(torch.cat(parts), position)  # out of inference mode
+        with torch.no_grad():  # out of inference mode
+            whole = map(torch.cat, zip(*parts, strict=True))
+            return [self.unpack(x, p) for x, p in zip(whole, positions, strict=True)]
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Reduce the network's last activations to one float32 row an image."""
@@ -190,12 +190,9 @@ class Activations(OutputsPass):
         """Return for each position an array with a row for each view, or fill those given."""
         if outs is None:
             outs = [self.empty(position, len(views)) for position in self.positions]
-        self._fill_outs(views, outs)
+        self.fill(views, outs)
         return list(outs)
 
     def empty(self, position: int, n: int) -> np.ndarray:
         """Return an array for `n` results."""
         return np.empty((n, *self.frozen.shape(position)), self.frozen.dtype(position))
-
-    def _load(self, row: int, digest: bytes | None) -> torch.Tensor:
-        return self._images.load(row, digest)

@@ -137,9 +137,17 @@ class FineTunedDetector(TrainedDetector):
     Notes
     -----
     The new detectors are FCOS [1]_, RetinaNet [2]_ and Faster R-CNN [3]_, their losses those of
-    torchvision. Maps are kept in half precision; without a memory they lie in RAM or, if large, in
-    a temporary file for the length of a fit. From `unfreeze=1` on, all of a detector of torchvision
-    runs anew in each epoch; of a backbone, what follows the cut.
+    torchvision.
+
+    What lies in front of the first trained block runs once for each image, and each epoch starts
+    from the maps at this cut. They are kept in half precision; without a memory they lie in RAM or,
+    if large, in a temporary file for the length of a fit. A memory keeps small maps on the way as
+    well, so a fit that unfreezes more runs no block again. Of a detector of torchvision,
+    `unfreeze=0` starts behind the whole backbone with its pyramid, which runs once more for it.
+    Where the maps fit neither into RAM nor onto the disk, each epoch starts from the images and
+    runs the frozen blocks again. So it does with a backbone of which it is not known whether one
+    block follows another: one whose class is not torchvision's `BackboneWithFPN`, that
+    of its SSD or SSDlite, or :class:`torch.nn.Sequential`.
 
     All is computed in float32: in half precision the corners of boxes would be pixels off. There is
     no `sample_weight`, as the loss is one of all boxes of a step, in which no image has a share of

@@ -85,6 +85,11 @@ class ImageMemory:
         return f"ImageMemory({self.memory!r})"
 
     @property
+    def folder(self) -> str:
+        """The folder in which it lies."""
+        return str(getattr(self.memory, "location", None) or ".")
+
+    @property
     def _backend(self) -> Any:
         return self.memory.store_backend
 

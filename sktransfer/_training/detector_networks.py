@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +16,13 @@ from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from sktransfer._engine.cut_network import as_map, layout_of
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._torch_state import call_seeded
+from sktransfer._training.detector_backbones import MapBatch, Pyramid, stride
 from sktransfer.models._hub import downloading
-from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import load_state, read_state_dict, weights_path
 from sktransfer.transforms import Preprocessing
 
@@ -33,8 +30,6 @@ NEW = ("fcos", "retinanet", "faster_rcnn")  # what is built on a backbone
 _FAMILIES = (FasterRCNN, RetinaNet, FCOS, SSD)
 _N_COCO = 91  # categories of a detector of torchvision that is not told their number
 _PRIOR = 0.01  # of an object at any one place: focal losses start from it
-_MIN_STRIDE = 6  # of a map on which objects are looked for
-_LEVELS = 3  # maps of the backbone that are taken
 _GROUPS = 32  # of the group norms in torchvision's FCOS
 _N_CONVS = 2  # of the towers of a new FCOS
 # Those of torchvision's detectors whose published weights belong to batch-norms that are constants,
@@ -174,19 +169,6 @@ def _resized(part: nn.Module, n_old: int, n_new: int) -> nn.Conv2d:
     return new
 
 
-def detector_blocks(detector: nn.Module) -> dict[str, nn.Module]:
-    """Return the units of a detector's backbone that hold weights, in order.
-
-    A backbone without any is a unit itself.
-    """
-    backbone: Any = detector.backbone
-    inner = next((name for name in ("body", "features") if hasattr(backbone, name)), "")
-    children = (getattr(backbone, inner) if inner else backbone).named_children()
-    named = {f"{inner}.{name}".strip("."): part for name, part in children}
-    units = {name: part for name, part in named.items() if any(True for _ in part.parameters())}
-    return units or {"backbone": backbone}
-
-
 def detector_preprocessing(detector: nn.Module, image_size: Any) -> Preprocessing:
     """Return what a detector wants images to be: a square, the image in its middle."""
     given: Any = detector.transform
@@ -206,134 +188,6 @@ def boxed(preprocessing: Preprocessing) -> Preprocessing:
 # ------------------------------------------------------------------------------ new ones
 
 
-def map_positions(frozen: FrozenBlocks) -> list[int]:
-    """Return the cuts whose maps are taken: the last of each size, the smallest three sizes.
-
-    Raises
-    ------
-    ValueError
-        If no block has a map that is small enough.
-    """
-    last: dict[int, int] = {}
-    for position in range(1, frozen.embedding):
-        if (stride := _stride(frozen, position)) >= _MIN_STRIDE:
-            last[stride] = position
-    if not last:
-        raise ValueError(
-            f"Backbone {frozen.runner.name!r} has no block whose result is a map of at most an "
-            "eighth of the image's sides, on which objects could be looked for."
-        )
-    return sorted(last.values())[-_LEVELS:]
-
-
-def _stride(frozen: FrozenBlocks, position: int) -> int:
-    rows, _ = _grid(frozen, position)
-    return round(frozen.size[0] / rows) if rows else 0
-
-
-def _grid(frozen: FrozenBlocks, position: int) -> tuple[int, int]:
-    """Return rows and columns of a map; zeros of what is none."""
-    shape = frozen.runner.shape(position, frozen.size)
-    layout = layout_of(shape, frozen.size)
-    if layout == "map":
-        return shape[1], shape[2]
-    if layout == "map_last":
-        return shape[0], shape[1]
-    if layout == "tokens":
-        n = shape[0] - frozen.runner.n_prefix(position)
-        rows = round(math.sqrt(n * frozen.size[0] / frozen.size[1]))
-        return (rows, n // rows) if rows and n % rows == 0 else (0, 0)
-    return 0, 0
-
-
-def _map_at(x: torch.Tensor, frozen: FrozenBlocks, position: int) -> torch.Tensor:
-    """Turn what the network has at a position into (n, c, h, w)."""
-    layout = layout_of(x.shape[1:], frozen.size)
-    return as_map(x, layout, frozen.runner.n_prefix(position), frozen.size)
-
-
-@dataclass(frozen=True)
-class MapBatch:
-    """Images of which the maps of a backbone are known: what its detector takes in their place.
-
-    Parameters
-    ----------
-    maps : list of tensors (n, c, h, w)
-    size : tuple of (int, int)
-        Height and width of the images.
-    """
-
-    maps: list[torch.Tensor]
-    size: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self.maps[0]), 3, *self.size
-
-    def __len__(self) -> int:
-        return len(self.maps[0])
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yield a tensor of the size of each image; it has no pixels."""
-        yield from torch.empty(self.shape, device="meta")
-
-
-class Given(nn.Module):
-    """Stands for a backbone whose maps are there already."""
-
-    def forward(self, batch: MapBatch) -> OrderedDict[str, torch.Tensor]:
-        """Return the maps that came instead of images."""
-        return OrderedDict((str(i), x) for i, x in enumerate(batch.maps))
-
-
-class Pyramid(nn.Module):
-    """The trained blocks of a backbone, and a feature pyramid on maps of it.
-
-    Parameters
-    ----------
-    frozen : FrozenBlocks
-        Of the shared network; its blocks behind the cut are copied.
-    cut : int
-    taken : list of int
-        Positions of the maps.
-    width : int
-        Channels of the pyramid.
-    extra_blocks : nn.Module
-        Makes smaller maps of the last one.
-
-    Attributes
-    ----------
-    positions : list of int
-        Where the maps come from that it takes: the cut, and those in front of it.
-    """
-
-    def __init__(
-        self, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, extra_blocks: Any
-    ) -> None:
-        super().__init__()
-        self.cut, self.taken, self.out_channels = cut, taken, width
-        self.positions = sorted({cut, *(p for p in taken if p < cut)})
-        self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
-        segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, taken[-1])]
-        self.blocks = copy_of(nn.ModuleList(segments))
-        channels = []
-        for position in taken:
-            blank = torch.empty(1, *frozen.runner.shape(position, frozen.size), device="meta")
-            channels.append(_map_at(blank, frozen, position).shape[1])
-        self.pyramid = FeaturePyramidNetwork(channels, width, extra_blocks)
-
-    def forward(self, batch: MapBatch | torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """Return the levels of the pyramid, of maps at the positions or, with cut 0, of images."""
-        given = batch.maps if isinstance(batch, MapBatch) else [batch]
-        known = dict(zip(self.positions, given, strict=True))
-        x = known[self.cut]
-        for position, block in enumerate(self.blocks, self.cut + 1):
-            x = known[position] = block(x)
-        frozen = self.__dict__["frozen"]
-        maps = OrderedDict((str(p), _map_at(known[p], frozen, p)) for p in self.taken)
-        return self.pyramid(maps)
-
-
 def new_detector(
     kind: str, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, n_classes: int
 ) -> nn.Module:
@@ -349,10 +203,10 @@ def new_detector(
     """
     if width % _GROUPS:
         raise ValueError(f"width={width}: it must be a multiple of {_GROUPS}, for its norms.")
-    strides = [_stride(frozen, position) for position in taken]
+    strides = [stride(frozen, position) for position in taken]
     if kind == "faster_rcnn":
         pyramid = Pyramid(frozen, cut, taken, width, LastLevelMaxPool())
-        sizes = tuple((4 * stride,) for stride in [*strides, 2 * strides[-1]])
+        sizes = tuple((4 * side,) for side in [*strides, 2 * strides[-1]])
         return FasterRCNN(
             pyramid,
             rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),

@@ -20,20 +20,19 @@ from sktransfer._torch_state import (
 )
 from sktransfer._training.cut import trained_blocks
 from sktransfer._training.depthwise import FastDepthwise
+from sktransfer._training.detector_backbones import Given, detector_blocks, map_positions
 from sktransfer._training.detector_maps import BlockMaps, DetectorMaps, FlatMaps, Pixels, Source
 from sktransfer._training.detector_networks import (
     AsGiven,
-    Given,
     boxed,
     check_family,
-    detector_blocks,
     detector_preprocessing,
     first_label,
     load_detector,
-    map_positions,
     new_detector,
     replace_predictor,
 )
+from sktransfer._training.detector_start import start_at_cut
 from sktransfer.models import Backbone
 from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import file_beside, fingerprint, load_state, read_state_dict
@@ -117,7 +116,8 @@ class DetectorPart(nn.Module):
 
     def copied(self) -> DetectorPart:
         """Return a copy of all but the frozen blocks."""
-        shared = (self.source, self.preprocessing, vars(self.detector.backbone).get("frozen"))
+        frozen = [vars(module).get("frozen") for module in self.detector.modules()]
+        shared = (self.source, self.preprocessing, *frozen)
         return copy_of(self, {id(value): value for value in shared})
 
     def limit(self, score: float, nms: float, most: int) -> None:
@@ -209,7 +209,7 @@ def part_on_backbone(
             block.requires_grad_(False)
     source: Source = Pixels(preprocessing, runner.device)
     if cut:
-        source = BlockMaps(frozen, detector.backbone.positions)
+        source = BlockMaps(frozen, detector.backbone.positions, range(1, cut))
     return DetectorPart(
         detector.to(runner.device),
         source,
@@ -249,11 +249,8 @@ def part_of_detector(
     for part in new:
         part.requires_grad_(True)
     place = resolve_device(device)
-    source: Source = Pixels(preprocessing, place)
-    if not unfrozen:
-        maps = Backbone(FlatMaps(detector.backbone).eval(), preprocessing, name=name)
-        source = DetectorMaps(get_runner(maps, place, "float32", "torch"), preprocessing)
-        detector.backbone = Given()
+    first = list(blocks)[min(unfrozen)] if unfrozen else None
+    source = _start_behind_frozen(detector, first, preprocessing, name, place)
     new_ones = {id(p) for part in new for p in part.parameters()}
     others = nn.ParameterList(p for p in detector.parameters() if id(p) not in new_ones)
     return DetectorPart(
@@ -266,6 +263,21 @@ def part_of_detector(
         moves_statistics=moves_statistics,
         fingerprint=digest,
     )
+
+
+def _start_behind_frozen(
+    detector: Any, first: str | None, preprocessing: Preprocessing, name: str, device: torch.device
+) -> Source:
+    """Take what lies in front of the first trained unit, if there is one, out of a detector.
+
+    Return what leads to the maps that it then takes, or its images if nothing can be taken out.
+    """
+    if first is None:
+        maps = Backbone(FlatMaps(detector.backbone).eval(), preprocessing, name=name)
+        detector.backbone = Given()
+        return DetectorMaps(get_runner(maps, device, "float32", "torch"), preprocessing)
+    source = start_at_cut(detector, first, preprocessing, name, device)
+    return Pixels(preprocessing, device) if source is None else source
 
 
 def _given_detector(given: Any, weights: Any, seed: int) -> tuple[Any, str]:

@@ -16,6 +16,7 @@ import torch
 import xxhash
 from skorch.callbacks import GradientNormClipping
 from torch import nn
+from tqdm.auto import tqdm
 
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.box_views import BoxAugmentation, BoxViews, Target
@@ -24,7 +25,7 @@ from sktransfer._memory.memory import check_memory
 from sktransfer._threads import n_threads
 from sktransfer._torch_state import Chance, ready_to_train
 from sktransfer._training.data import TrainingData
-from sktransfer._training.detector_maps import Pixels
+from sktransfer._training.detector_maps import BlockMaps, Pixels, RecomputedMaps
 from sktransfer._training.detector_part import DetectorPart
 from sktransfer._training.net import (
     DrawingSteps,
@@ -40,7 +41,8 @@ from sktransfer.io import ImageSequence
 from sktransfer.io._boxes import Objects, image_sizes, letterbox
 
 _BATCH = 8  # images of a training step
-_CHUNK = 64  # images that a prediction holds at once
+_CHUNK = 64  # images that a prediction holds at once, or fewer:
+_CHUNK_BYTES = 2**29  # maps of large images would go through the disk
 _MAX_NORM = 10.0  # of the gradient: the first steps of a new predictor can be large
 
 
@@ -131,9 +133,10 @@ class DetectorTrainer:
     ) -> None:
         """Run epochs; on Ctrl-C, the part is as far as it came."""
         settings, progress = self.settings, Progress()
-        views = self._views(images, targets)
+        views, outs = self._start(images, targets)
         with progress.shown(len(views) + n_epochs * len(images), settings.verbose):
-            data = self._data(views, self._run_frozen(views, progress), seed)
+            self._run_frozen(views, outs, progress)
+            data = self._data(views, outs, seed)
             net = self._new_net(schedule, seed, progress)
             if schedule is None and self._is_at_constant_rate:
                 continue_net(net, self.net)
@@ -183,6 +186,22 @@ class DetectorTrainer:
             targets.append({"boxes": boxes, "labels": shifted})
         return targets
 
+    def _start(
+        self, images: ImageSequence, targets: list[Target]
+    ) -> tuple[BoxViews, list[np.ndarray]]:
+        """Return the views to learn, and room for what is kept of each: maps if they fit."""
+        source, views = self.part.source, self._views(images, targets)
+        try:
+            return views, source.empty(len(views))
+        except MemoryError:
+            if not isinstance(source, BlockMaps):
+                raise
+        if self.settings.verbose > 1:
+            tqdm.write("every epoch starts from the images, as the disk is full")
+        self.part.source = RecomputedMaps(source)
+        views = self._views(images, targets)
+        return views, self.part.source.empty(len(views))
+
     def _views(self, images: ImageSequence, targets: list[Target]) -> BoxViews:
         """Return the fixed views in which images are learnt."""
         preprocessing, settings = self.part.preprocessing, self.settings
@@ -200,12 +219,11 @@ class DetectorTrainer:
         threads = n_threads(self.settings.n_jobs)
         return DetectorData(views, stored, seed=seed, augments=augments, n_threads=threads)
 
-    def _run_frozen(self, views: Views, progress: Progress) -> list[np.ndarray]:
-        """Return what the detector starts from, a row for each view."""
-        source, settings = self.part.source, self.settings
+    def _run_frozen(self, views: Views, outs: list[np.ndarray], progress: Progress) -> None:
+        """Fill what the detector starts from, a row for each view."""
+        settings = self.settings
         progress.stage("frozen blocks")
-        outs = source.empty(len(views))
-        source.fill(
+        self.part.source.fill(
             views,
             outs,
             memory=check_memory(settings.memory),
@@ -213,7 +231,6 @@ class DetectorTrainer:
             n_jobs=settings.n_jobs,
             progress=progress,
         )
-        return outs
 
     def continued(self, settings: DetectorSettings) -> DetectorTrainer:
         """Return a trainer that goes on from here; this one stays as it is."""
@@ -231,11 +248,15 @@ class DetectorTrainer:
         results: list[dict[str, np.ndarray]] = []
         progress = Progress()  # two threads may predict at once
         with progress.shown(len(images), settings.verbose):
-            for first in range(0, len(images), _CHUNK):
-                chunk = images[first : first + _CHUNK]
+            n_bytes = sum(array.nbytes for array in part.source.empty(1))
+            step = max(1, min(_CHUNK, _CHUNK_BYTES // n_bytes))
+            for first in range(0, len(images), step):
+                chunk = images[first : first + step]
                 sizes = image_sizes(chunk, n_threads(settings.n_jobs)).tolist()
                 views = Views(chunk, part.preprocessing, augmentation)
-                detections = part.detect(self._run_frozen(views, progress), settings.images_a_step)
+                outs = part.source.empty(len(views))
+                self._run_frozen(views, outs, progress)
+                detections = part.detect(outs, settings.images_a_step)
                 results += map(self._in_image, detections, sizes)
         return results
 

@@ -166,7 +166,6 @@ class FrozenPhase:
 def plan_fit(task: Task, n_images: int, n_epochs: int, *, with_embeddings: bool) -> Plan:
     """Return the plan of what a fit keeps of the frozen blocks, and show it if that is wanted."""
     memory = check_memory(task.settings.memory)
-    folder = None if memory is None else str(getattr(memory.memory, "location", None) or ".")
     plan = make_plan(
         task.frozen,
         task.cut,
@@ -174,7 +173,7 @@ def plan_fit(task: Task, n_images: int, n_epochs: int, *, with_embeddings: bool)
         task.n_views,
         n_epochs * task.n_shown,
         with_embeddings,
-        folder,
+        None if memory is None else memory.folder,
         tempfile.gettempdir(),
     )
     if task.settings.verbose > 1:

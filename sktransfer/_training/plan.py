@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sktransfer._engine.frozen import FrozenBlocks
@@ -77,10 +77,9 @@ def make_plan(
         Where activations go that are too many for the RAM.
     """
     n_rows = n_images * n_views
-    rate = _FLOPS.get(frozen.runner.device.type, 5e11)
     is_weighed = memory_folder is not None or cut not in (0, frozen.embedding)
-    # Seconds an image. They are not counted for a plan that can only be one.
-    compute = [flops / rate for flops in frozen.flops()] if is_weighed else []
+    # They are not counted for a plan that can only be one.
+    compute = _seconds(frozen) if is_weighed else []
     keep: list[int] = []
     dropped: list[int] = []
     if memory_folder:
@@ -90,9 +89,7 @@ def make_plan(
             lambda p: frozen.n_bytes(p) * n_rows,
             free * _DISK_SHARE,
         )
-        steps, _ = _split(
-            _steps(frozen, compute), lambda p: frozen.n_bytes(p) * n_rows, free * _STEPS_SHARE
-        )
+        steps = affordable_steps(frozen, range(1, frozen.embedding), n_rows, memory_folder)
         keep = sorted({*keep, *steps} - set(dropped))
     is_computed = with_embeddings or cut in keep
     counts = n_images, n_views, n_epochs
@@ -102,22 +99,35 @@ def make_plan(
     return Plan(cut, start, tuple(keep), text)
 
 
+def affordable_steps(
+    frozen: FrozenBlocks, positions: Iterable[int], n_rows: int, memory_folder: str
+) -> list[int]:
+    """Return those of some positions on the way that a memory is to keep, as other fits may cut
+    there: all whose activations are small, or the last of them if there is little room.
+    """
+    compute = _seconds(frozen)
+    small = [
+        position
+        for position in positions
+        if frozen.n_bytes(position) <= _LARGEST * frozen.n_bytes(0)
+        and _is_worth_keeping(frozen, compute, position)
+    ]
+    budget = _free(memory_folder) * _STEPS_SHARE
+    return _split(small, lambda p: frozen.n_bytes(p) * n_rows, budget)[0]
+
+
+def _seconds(frozen: FrozenBlocks) -> list[float]:
+    """Return about how long each block runs for one image."""
+    rate = _FLOPS.get(frozen.runner.device.type, 5e11)
+    return [flops / rate for flops in frozen.flops()]
+
+
 def _is_worth_keeping(frozen: FrozenBlocks, compute: list[float], position: int) -> bool:
     """Tell whether a result is written and read faster than computed from the image."""
     if position == 0:
         return False
     seconds = _DECODING + sum(compute[:position])
     return position == frozen.embedding or 2 * frozen.n_bytes(position) / _DISK < seconds
-
-
-def _steps(frozen: FrozenBlocks, compute: list[float]) -> list[int]:
-    """Return the positions at which other fits may cut: all whose activations are small."""
-    return [
-        position
-        for position in range(1, frozen.embedding)
-        if frozen.n_bytes(position) <= _LARGEST * frozen.n_bytes(0)
-        and _is_worth_keeping(frozen, compute, position)
-    ]
 
 
 def _split(

@@ -84,7 +84,7 @@ class TrainedPart(nn.Module):
         ):
             if start < self.cut:  # at the images
                 assert self.program is not None
-                x = frozen.activations(self.program, stored, self.cut, self.step)
+                (x,) = frozen.activations(self.program, stored, [self.cut], self.step)
             else:
                 x = frozen.unpack(stored, start)
             for block in self.blocks:

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from sklearn.utils import Bunch
 
-from sktransfer.io._codecs import pillow_warnings
 from sktransfer.io._decoding import reason_of
 from sktransfer.io._files import open_regular
+from sktransfer.io._messages import pillow_warnings
 
 # HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
 _IMAGE_EXTENSIONS = tuple(

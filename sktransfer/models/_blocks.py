@@ -22,6 +22,7 @@ from sktransfer.models._graph import (
     choose_output,
     count_flops,
     find_cuts,
+    module_path,
     propagate,
     refresh,
     trace,
@@ -148,6 +149,11 @@ class TracedNetwork:
     def place(self, position: int) -> int:
         """Number of the node behind which a position lies; the same tensor has the same one."""
         return self._cut(position).at
+
+    def modules_around(self, position: int) -> tuple[str, str]:
+        """Return the paths of the modules in front of a cut, and behind it."""
+        cut = self._cut(position)
+        return module_path(cut.node), module_path(self._nodes[cut.at + 1])
 
     def shape(self, position: int, image_size: tuple[int, int] | None = None) -> tuple[int, ...]:
         """Shape of one image's activation at a position, without the axis of the batch."""

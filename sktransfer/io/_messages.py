@@ -1,0 +1,96 @@
+"""What Pillow and libtiff say of an image while this thread decodes it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image
+
+# Pillow logs errors of TIFF files, which Python would print where no handler is set.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+_said = threading.local()  # by libtiff and Pillow, in this thread
+
+
+class _ThreadsWarnings:
+    """Stands in Pillow's modules for `warnings`, whose own filters are those of all threads.
+
+    In a thread that decodes it keeps what is said, which names neither row nor file; elsewhere, and
+    of the size of an image, it warns as Pillow does.
+    """
+
+    def warn(self, message: Any, category: Any = UserWarning, stacklevel: int = 1) -> None:
+        said = getattr(_said, "warnings", None)
+        if said is None or category is Image.DecompressionBombWarning:
+            warnings.warn(message, category, stacklevel + 1)
+        else:
+            said.append(str(message))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(warnings, name)
+
+
+@contextmanager
+def pillow_warnings() -> Iterator[list[str]]:
+    """Collect what Pillow warns of in this thread."""
+    _listen_to_pillow()
+    before = getattr(_said, "warnings", None)
+    said: list[str] = []
+    _said.warnings = said
+    try:
+        yield said
+    finally:
+        _said.warnings = before
+
+
+@functools.cache
+def _listen_to_pillow() -> None:
+    Image.init()  # loads the modules of all formats
+    for name, module in list(sys.modules.items()):
+        if name.startswith("PIL.") and getattr(module, "warnings", None) is warnings:
+            module.warnings = _ThreadsWarnings()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def libtiff_messages() -> Iterator[list[str]]:
+    """Collect what libtiff says in this thread, and would print."""
+    _set_libtiff_handler()
+    _said.lines = []
+    try:
+        yield _said.lines
+    finally:
+        _said.lines = None
+
+
+@functools.cache
+def _set_libtiff_handler() -> Any:
+    """Set a handler that collects libtiff's messages; other threads' are printed as before."""
+    library = ctypes.CDLL(Image.core.__file__)
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+    try:
+        set_handler, format_text = library.TIFFSetErrorHandler, ctypes.CDLL(None).vsnprintf
+    except (AttributeError, OSError, TypeError):
+        return None  # Pillow has libtiff built in, or none: it prints its errors
+    set_handler.restype, set_handler.argtypes = kind, [kind]
+    format_text.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p]
+
+    def take(module: bytes | None, text: bytes, values: int | None) -> None:
+        lines = getattr(_said, "lines", None)
+        if lines is None:
+            printed(module, text, values)
+            return
+        buffer = ctypes.create_string_buffer(500)
+        format_text(buffer, len(buffer), text, values)
+        lines.append(buffer.value.decode(errors="replace").rstrip("."))
+
+    handler = kind(take)
+    printed = set_handler(handler)
+    return handler  # kept, as libtiff calls it
