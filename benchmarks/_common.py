@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,12 @@ import psutil
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
+from sklearn.model_selection import KFold
 from tabulate import tabulate
 from torch import nn
 
-from sktransfer import get_model
+from sktransfer import get_model, register_model
+from sktransfer.models import Backbone
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 _PACKAGES = ("sktransfer", "torch", "torchvision", "timm", "scikit-learn", "numpy", "pillow")
@@ -121,6 +124,33 @@ def kilobytes(paths: Sequence[str]) -> str:
     """Return the mean and the range of the sizes of files."""
     sizes = [os.path.getsize(path) / 1000 for path in paths]
     return f"{statistics.mean(sizes):.0f} KB each ({min(sizes):.0f} to {max(sizes):.0f})"
+
+
+# ------------------------------------------------------------------------------ solar cells
+
+
+def quarters(kinds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield four contiguous quarters of each module type in turn, as the list has them."""
+    number = np.empty(len(kinds), int)
+    for kind in np.unique(kinds):
+        rows = np.flatnonzero(kinds == kind)
+        for quarter, (_, test) in enumerate(KFold(4).split(rows)):
+            number[rows[test]] = quarter
+    for quarter in range(4):
+        yield np.flatnonzero(number != quarter), np.flatnonzero(number == quarter)
+
+
+def without_crop(name: str, size: int) -> str:
+    """Register the network with images squeezed to its input, no border cut off; return a name."""
+
+    def build(weights: Any) -> Backbone:
+        backbone, shape = get_model(name, weights), (size, size)
+        preprocessing = replace(backbone.preprocessing, size=shape, resize=shape, mode="squash")
+        return Backbone(backbone.network, preprocessing)
+
+    new_name = f"{name} on whole cells of {size}"
+    register_model(new_name, build)
+    return new_name
 
 
 # ------------------------------------------------------------------------------ networks

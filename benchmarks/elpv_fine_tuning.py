@@ -11,33 +11,20 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import quarters, without_crop
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
-from sklearn.model_selection import KFold, StratifiedShuffleSplit
+from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
 
-from sktransfer import FineTunedClassifier, get_model, register_model
+from sktransfer import FineTunedClassifier
 from sktransfer._cli.benchmark import load_elpv
-from sktransfer.models import Backbone
 
 METRICS = ("accuracy", "roc_auc", "balanced_accuracy", "f1")
 CONVENTIONS = {"0.5": "defective: p > 0.5", "0": "defective: p > 0"}
-
-
-def quarters(kinds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield four contiguous quarters of each module type in turn, as the list has them."""
-    number = np.empty(len(kinds), int)
-    for kind in np.unique(kinds):
-        rows = np.flatnonzero(kinds == kind)
-        for quarter, (_, test) in enumerate(KFold(4).split(rows)):
-            number[rows[test]] = quarter
-    for quarter in range(4):
-        yield np.flatnonzero(number != quarter), np.flatnonzero(number == quarter)
 
 
 def score(model: FineTunedClassifier, X: Any, y: np.ndarray) -> dict[str, float]:
@@ -49,19 +36,6 @@ def score(model: FineTunedClassifier, X: Any, y: np.ndarray) -> dict[str, float]
         "balanced_accuracy": balanced_accuracy_score(y, predicted),
         "f1": f1_score(y, predicted, pos_label="defective", zero_division=0),
     }
-
-
-def without_crop(name: str, size: int) -> str:
-    """Register the network with images squeezed to its input, and no border cut off."""
-
-    def build(weights: Any) -> Backbone:
-        backbone, shape = get_model(name, weights), (size, size)
-        preprocessing = replace(backbone.preprocessing, size=shape, resize=shape, mode="squash")
-        return Backbone(backbone.network, preprocessing)
-
-    new_name = f"{name} on whole cells of {size}"
-    register_model(new_name, build)
-    return new_name
 
 
 def unfreeze(text: str) -> int | str | list[str]:

@@ -29,7 +29,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
-from sktransfer._cli.benchmark import classifiers, load_elpv, power_normalize
+from sktransfer._cli.benchmark import classifiers, load_elpv
 from sktransfer.io import check_images
 from sktransfer.model_selection._comparison import pixel_svm, thumbnails
 
@@ -117,9 +117,12 @@ class Ways:
 
     def _embed(self, rows: np.ndarray) -> np.ndarray:
         extractor = PretrainedFeatureExtractor(
-            self.args.backbone, image_size=self.args.image_size, precision=self.args.precision
+            self.args.backbone,
+            normalize=True,
+            image_size=self.args.image_size,
+            precision=self.args.precision,
         )
-        return power_normalize(extractor.transform(self.images[rows]))
+        return extractor.transform(self.images[rows])
 
     def _fit_pixels(self, rows: np.ndarray) -> Scorer:
         X = thumbnails(check_images(self.images[rows]))

@@ -55,7 +55,7 @@ def scores(
     strata = np.char.add(np.char.add(y, "/"), task.groups)
     splitter = StratifiedShuffleSplit(n_splits, test_size=0.25, random_state=0)
     splits = list(splitter.split(strata, strata))
-    X, models = _benchmark.power_normalize(X), _benchmark.classifiers(len(X))
+    models = _benchmark.classifiers(len(X))
     with tqdm(disable=True) as progress:
         return {
             name: _benchmark._score(models[name], X, y, splits, task.positive, progress)["scores"]
@@ -82,7 +82,8 @@ def compare(backbone: str, task: _benchmark.Task, args: argparse.Namespace) -> l
     rows, exact = [], None
     for precision in args.precisions:
         say(f"{backbone}: {precision}")
-        X = extractor(backbone, precision, options).transform(task.images)
+        embedding = extractor(backbone, precision, options).set_params(normalize=True)
+        X = embedding.transform(task.images)
         row = {"network": backbone, "precision": precision}
         if speed:
             row["images/s"] = f"{speed[precision]:.1f}"

@@ -53,13 +53,15 @@ def test_compares_embeddings_with_pixels_and_the_majority(report):
         "logistic regression",
         "linear SVM",
         "RBF SVM",
+        "logistic regression, all layers",
+        "RBF SVM, all layers",
     ]
     accuracy = {r.classifier: r.scores["accuracy"].mean() for r in report.results}
     assert accuracy["majority class"] == 0.5
     assert accuracy["logistic regression"] > 0.8
     for result in report.results:
         assert all(len(values) == 2 for values in result.scores.values())
-    assert report.costs[0].n_computed == 40 and report.costs[0].n_features == 1280
+    assert report.costs[0].n_computed == 40 and report.costs[0].n_features == 6240
 
 
 def test_the_text(report):
@@ -73,7 +75,7 @@ def test_csv_and_page(report, tmp_path):
     table, page = _report.write(report, str(tmp_path / "new" / "folder"))
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6
+    assert len(rows) == 8
     for row, result in zip(rows, report.results, strict=True):
         assert float(row["roc_auc_mean"]) == pytest.approx(result.scores["roc_auc"].mean())
     text = page.read_text(encoding="utf-8")

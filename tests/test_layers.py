@@ -106,6 +106,29 @@ def test_all_may_stand_in_a_list():
     ]
 
 
+def test_normalized_layers_weigh_alike(tmp_path):
+    options = {"layer": "all", "pooling": ("avg", "max"), "memory": tmp_path}
+    rows = extractor(**options).transform(pictures(6))
+    normalized = extractor(**options, normalize=True).transform(pictures(6))
+    names = extractor(**options).get_feature_names_out()
+    parts = np.array([name.rsplit("_", 1)[0] for name in names])
+    for part in set(parts):
+        roots = np.sign(rows[:, parts == part]) * np.sqrt(np.abs(rows[:, parts == part]))
+        expected = roots / np.linalg.norm(roots, axis=1, keepdims=True) / np.sqrt(6)
+        np.testing.assert_allclose(normalized[:, parts == part], expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(normalized, axis=1), 1, atol=1e-6)
+    alone = extractor(**options, normalize=True).transform(pictures(6)[2:3])
+    np.testing.assert_array_equal(alone, normalized[2:3])
+
+
+def test_a_row_of_zeros_stays_one_when_it_is_normalized():
+    network = nn.Sequential(conv(3, 4), conv(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for weight in network.parameters():
+        nn.init.zeros_(weight)
+    rows = extractor(network, normalize=True).transform(pictures(2))
+    assert np.array_equal(rows, np.zeros((2, 4)))
+
+
 # ------------------------------------------------------------------------------ memory
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from sktransfer._engine.cut_network import POOLINGS, CutNetwork
 from sktransfer._engine.program import Output
 
@@ -70,6 +72,29 @@ def free_rows(
     if end is None or not poolings or not network.embeds_without_weights(image_size):
         return []
     return [Output(end, each) for each in poolings if network.can_pool(end, each, image_size)]
+
+
+def power_normalize(rows: np.ndarray, parts: Sequence[slice]) -> np.ndarray:
+    """Replace values by their signed square roots; scale the parts of a row to one length.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (n, width), float32
+        They are overwritten.
+    parts : sequence of slice
+        The columns of each part. A whole row then has length 1; a part of zeros stays so.
+
+    Returns
+    -------
+    ndarray
+        `rows`.
+    """
+    for part in parts:
+        values = rows[:, part]
+        np.copyto(values, np.copysign(np.sqrt(np.abs(values)), values))
+        values /= np.linalg.norm(values, axis=1, keepdims=True).clip(np.finfo(np.float32).tiny)
+    rows /= np.float32(np.sqrt(len(parts)))
+    return rows
 
 
 # ------------------------------------------------------------------------------ layers

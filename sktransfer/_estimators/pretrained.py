@@ -11,7 +11,7 @@ from sklearn.utils import Tags
 
 from sktransfer._engine.cut_network import POOLINGS
 from sktransfer._engine.embedding import Embedding
-from sktransfer._engine.layers import poolings_of, row_names, rows_of
+from sktransfer._engine.layers import poolings_of, power_normalize, row_names, rows_of
 from sktransfer._estimators.base import ImageEstimator, StrOptions, atomic, takes_dask
 from sktransfer._memory.memory import check_memory
 
@@ -68,6 +68,10 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         `"token"`     not defined: an error       the class token: c
         `"flatten"`   all values: c · h · w       all values of all tokens: t · c
         ============  ==========================  ==============================================
+    normalize : bool, default=False
+        Whether the values of each layer and pooling are replaced by their signed square roots and
+        scaled to one length, so that all layers weigh alike and a whole row has length 1. A row
+        stays a function of one image, and the memory keeps what the network has. See Notes.
     image_shape : tuple of (height, width) or (height, width, channels), default=None
         Shape of an image if `X` has flat rows, as scikit-learn's data sets do. One entry may be
         -1, as in `numpy.reshape`. None if `X` holds images.
@@ -123,8 +127,14 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
     A row does not depend on the other images of its batch: batches have one size, and the last is
     padded. Equal images in one call run through the network once if there is a memory.
 
-    Layers differ in scale, often tenfold: put a `StandardScaler` behind several of them. It learns
-    the scales from the training part, while a row stays a function of one image.
+    Layers differ in scale, often tenfold. Pass `normalize=True`, or put a `StandardScaler` behind
+    several of them, which learns the scales of all features from the training part. In most
+    comparisons of docs/results.md the first is the better of the two for a support vector machine.
+
+    References
+    ----------
+    Perronnin, Sánchez and Mensink, "Improving the Fisher kernel for large-scale image
+    classification" (2010), for the normalisation.
 
     Examples
     --------
@@ -144,6 +154,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         **ImageEstimator._parameter_constraints,
         "layer": [Integral, str, list, tuple],
         "pooling": [StrOptions(set(POOLINGS)), list, tuple],
+        "normalize": ["boolean"],
     }
 
     def __init__(
@@ -153,6 +164,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         weights: Any = "default",
         layer: Any = "auto",
         pooling: Any = "avg",
+        normalize: bool = False,
         image_shape: Any = None,
         image_size: Any = None,
         memory: Any = None,
@@ -167,6 +179,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         self.weights = weights
         self.layer = layer
         self.pooling = pooling
+        self.normalize = normalize
         self.image_shape = image_shape
         self.image_size = image_size
         self.memory = memory
@@ -214,7 +227,9 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         """
         self._validate_params()
         images = self._check_images(X, reset=False)
-        return embedding_of(self)(images)
+        embedding = embedding_of(self)
+        rows = embedding(images)
+        return power_normalize(rows, embedding.columns) if self.normalize else rows
 
     @property
     def _n_features_out(self) -> int:
