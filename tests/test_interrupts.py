@@ -243,7 +243,7 @@ def trace():
 def take_all():
     """Take every lock, as another thread would."""
     network_lock.alone(bool)
-    assert chance_lock.acquire(timeout=5)
+    assert chance_lock.acquire(timeout=60)
     chance_lock.release()
 
 
@@ -251,10 +251,10 @@ def assert_back():
     """Nothing is locked, and torch makes what its user has asked for."""
     for thread in threading.enumerate():
         if thread.name.endswith("(_leave_after)"):
-            thread.join(10)
+            thread.join(60)
     other = threading.Thread(target=take_all, daemon=True)
     other.start()
-    other.join(10)
+    other.join(60)
     assert not other.is_alive()
     assert torch.get_default_dtype() == torch.float64
 
