@@ -10,7 +10,14 @@ from pathlib import Path
 # It imports the library once and does nothing else; its children are as new as processes that
 # have just imported the library. Those of the tests of multiprocessing are among them.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["sktransfer", "timm"])
+
+
+def import_in_server():
+    """Have the server import the library; without effect once it runs."""
+    _SERVER.set_forkserver_preload(["sktransfer", "timm"])
+
+
+import_in_server()
 
 
 def start_code(code, *args, folder="."):

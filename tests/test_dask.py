@@ -18,8 +18,10 @@ import torch
 import xxhash
 import zarr
 from distributed import Client, LocalCluster, get_worker, wait
+from distributed.utils import get_mp_context
 from networks import LOG, STRIKE, Deadly, Small, small
 from PIL import Image
+from processes import import_in_server
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
@@ -44,6 +46,9 @@ def client(folder):
     """Two processes of one thread; a user warning, such as joblib's, is an error in them."""
     env = {LOG: str(folder / "log"), STRIKE: str(folder / "strike")}
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", "env": env}
+    dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+    get_mp_context()  # has the server import parts of dask only
+    import_in_server()
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         client.run(warnings.simplefilter, "error", UserWarning)
         yield client

@@ -208,17 +208,17 @@ def test_large_pil_images_wait_for_room_and_for_each_other(monkeypatch):
     with ThreadPoolExecutor(4) as threads:
         with _files.room_for(2 * SMALL.shape[0] * SMALL.shape[1]):
             waiting = [threads.submit(check_images([lazy]).load, 0) for _ in range(3)]
-            assert threads.submit(check_images([small]).load, 0).result(10).shape == (3, 8, 8)
+            assert threads.submit(check_images([small]).load, 0).result(60).shape == (3, 8, 8)
             time.sleep(0.05)
             assert not any(future.done() for future in waiting)
         for future in waiting:
-            np.testing.assert_array_equal(hwc(future.result(10)), SMALL)
+            np.testing.assert_array_equal(hwc(future.result(60)), SMALL)
     monkeypatch.setattr(_decoding, "_pillow_locks", [threading.Lock()])  # the same for all
     images = check_images([Image.open(io.BytesIO(data)) for _ in range(8)] * 2)
     encoded = check_images([data] * 8)
     loads = [load for i in range(8) for load in ((images, i), (encoded, i), (images, i + 8))]
     with ThreadPoolExecutor(8) as threads:
-        found = threads.map(lambda load: load[0].load(load[1]), loads, timeout=20)
+        found = threads.map(lambda load: load[0].load(load[1]), loads, timeout=60)
         assert all(np.array_equal(hwc(pixels), SMALL) for pixels in found)
 
 

@@ -120,7 +120,7 @@ def test_a_fork_while_another_thread_is_busy(busy):
     torch.manual_seed(3)
     with ThreadPoolExecutor(1) as threads:
         holding = threads.submit(hold)
-        assert held.wait(10)
+        assert held.wait(60)
         try:
             found = in_child("fork", _draws)
         finally:
@@ -172,7 +172,7 @@ def test_a_fork_while_another_thread_holds_every_lock():
 
     with ThreadPoolExecutor(1) as threads:
         threads.submit(hold)
-        assert held.wait(10)
+        assert held.wait(60)
         try:
             found = in_child("fork", _all_free)
         finally:

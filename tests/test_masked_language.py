@@ -20,6 +20,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
 from sklearn.utils import estimator_checks
+from sklearn.utils.validation import validate_data
 from skorch.callbacks import Callback
 
 from sktransfer import MaskedLanguagePretrainer
@@ -40,11 +41,8 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder with a model of one small layer, and the tokenizer of a real one."""
-    folder = str(tmp_path_factory.mktemp("tiny"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+def save_model(folder, tokenizer):
+    """Save a model of one small layer, and a tokenizer."""
     config = transformers.BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -60,6 +58,23 @@ def tiny(tmp_path_factory):
         transformers.BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a model of one small layer, and the tokenizer of a real one."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+    return save_model(str(tmp_path_factory.mktemp("tiny")), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def reads_numbers(tmp_path_factory):
+    """A folder with a model of one small layer, and a tokenizer that knows numbers only."""
+    folder = tmp_path_factory.mktemp("numbers")
+    signs = [sign + end for sign in ("", "##") for end in "0123456789.-+e"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *signs]
+    (folder / "words").write_text("\n".join(words))
+    return save_model(str(folder), transformers.BertTokenizerFast(str(folder / "words")))
 
 
 def pretrainer(model, **options):
@@ -85,6 +100,42 @@ def pretrainer(model, **options):
 )
 def test_checks_that_need_no_numbers(check):
     check("MaskedLanguagePretrainer", MaskedLanguagePretrainer())
+
+
+class OfRows(MaskedLanguagePretrainer):
+    """Takes rows of numbers, as the checks have them, and reads each of them as a sentence."""
+
+    def _read(self, X, reset):
+        rows = validate_data(self, X, reset=reset)
+        return [" ".join(f"{value:.3g}" for value in row) for row in rows]
+
+    def fit(self, X, y=None):
+        return super().fit(self._read(X, reset=True))
+
+    def partial_fit(self, X, y=None):
+        return super().partial_fit(self._read(X, reset=not hasattr(self, "n_features_in_")))
+
+    def transform(self, X):
+        return super().transform(self._read(X, reset=not hasattr(self, "n_features_in_")))
+
+    def score(self, X, y=None):
+        return super().score(self._read(X, reset=False))
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True
+        tags.input_tags.string = tags.input_tags.one_d_array = False
+        return tags
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_check_estimator_whole(reads_numbers):
+    """With sentences, as its own tags say, scikit-learn would run one check and skip the rest."""
+    model = OfRows(reads_numbers, max_epochs=1, random_state=0)
+    results = estimator_checks.check_estimator(model, on_fail=None)
+    assert len(results) > 40
+    failed = {r["check_name"]: r["exception"] for r in results if r["status"] != "passed"}
+    assert failed == {}
 
 
 def test_parameters_and_clones(tiny):

@@ -693,7 +693,7 @@ def test_claims_between_owners(memory):
     releaser = threading.Thread(target=memory.release_all, args=(ME,))
     releaser.start()
     releaser.join()
-    waiter.join(10)
+    waiter.join(60)
     assert not waiter.is_alive()
     with pytest.raises(RuntimeError, match="Release your claims"):
         memory.wait(FUNC, KEYS[0], you)

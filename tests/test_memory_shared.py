@@ -229,7 +229,7 @@ def test_a_fork_in_the_middle_of_a_transaction(tmp_path):
         options = {"write": is_writer}
         thread = threading.Thread(target=store.run, args=(stay_in_a_transaction,), kwargs=options)
         thread.start()
-        begun.wait(20)
+        begun.wait(60)
         child = forked(_use_in_child, memory)
         thread.join()
         join(child)

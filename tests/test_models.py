@@ -90,7 +90,8 @@ def test_one_copy_of_more_backbones_than_stay_loaded():
 
 
 def test_what_nobody_uses_is_freed():
-    networks = [small(seed) for seed in range(7)]
+    # No other test has such networks: whoever uses an equal one uses the same copy.
+    networks = [small(seed) for seed in range(900, 907)]
     model = fitted_on(networks[0])
     copies = [weakref.ref(get_model(network).network) for network in networks]
     gc.collect()

@@ -93,7 +93,7 @@ def test_a_head_does_not_run_while_a_network_is_traced():
 
     def trace():
         Telling.is_traced = True
-        go_on.wait(20)
+        go_on.wait(60)
         Telling.is_traced = False
 
     model = FineTunedClassifier(NETWORK, unfreeze="all", head=Telling(16, 2), **OPTIONS)
