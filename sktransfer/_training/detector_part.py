@@ -14,6 +14,7 @@ from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import get_runner, resolve_device
 from sktransfer._torch_state import (
     call_seeded,
+    cpu_by_default,
     float32_by_default,
     network_lock,
     trained_tensors,
@@ -87,7 +88,7 @@ class DetectorPart(nn.Module):
 
     def forward(self, stored: list[torch.Tensor], targets: Any = None) -> Any:
         """Return the losses by name while it trains, else boxes, labels and scores."""
-        with network_lock.shared(), float32_by_default(), FastDepthwise():
+        with network_lock.shared(), float32_by_default(), cpu_by_default(), FastDepthwise():
             return self.detector(self.source.unpack(stored), targets if self.training else None)
 
     def train(self, mode: bool = True) -> DetectorPart:
