@@ -68,8 +68,10 @@ def fit(options: argparse.Namespace) -> None:
     skops.io.dump(model, options.output)
     lines = [_what_was_fitted(model, len(X))]
     if options.test_size:
-        labels, found = ([escape(name) for name in y] for y in (y_test, model.predict(X_test)))
-        report = classification_report(labels, found, zero_division=0.0)
+        labels, predictions = (
+            [escape(name) for name in y] for y in (y_test, model.predict(X_test))
+        )
+        report = classification_report(labels, predictions, zero_division=0.0)
         lines += ["", f"on {len(X_test)} images that were held out:", "", report]
     size = os.path.getsize(options.output) / 1e3
     print(*lines, f"written: {escape(options.output)} ({size:,.0f} KB)", sep="\n")
@@ -137,21 +139,21 @@ def _predict(model: Any, files: list[str]) -> tuple[np.ndarray, Any]:
 def _is_indicator(model: Any) -> bool:
     """Return whether predictions (n, n_labels) are zeros and ones: any number of labels each."""
     classes = model.classes_  # a list of arrays, if every column of `y` has its own
-    return not isinstance(classes, list) or all({*own} <= {0, 1} for own in classes)
+    return not isinstance(classes, list) or all({*of_column} <= {0, 1} for of_column in classes)
 
 
 def _several_labels(
     predicted: np.ndarray, probabilities: np.ndarray | None, for_all: bool
 ) -> dict[str, Any]:
     """Return columns for a multilabel model; labels are numbers of columns of its `y`."""
-    found = [np.flatnonzero(row) for row in predicted]
-    columns = {"labels": [" ".join(map(str, labels)) for labels in found]}
+    columns_of_rows = [np.flatnonzero(row) for row in predicted]
+    columns = {"labels": [" ".join(map(str, labels)) for labels in columns_of_rows]}
     if probabilities is None:
         return columns
     texts = np.array([[f"{value:.4f}" for value in row] for row in probabilities])
     if for_all:
         return columns | _numbered("probability", texts)
-    pairs = zip(texts, found, strict=True)
+    pairs = zip(texts, columns_of_rows, strict=True)
     return columns | {"probabilities": [" ".join(row[labels]) for row, labels in pairs]}
 
 
@@ -345,9 +347,9 @@ def cache(options: argparse.Namespace) -> None:
 
 
 def _size(memory: Memory) -> str:
-    found = check_memory(memory)
-    assert found is not None
-    info = found.info()
+    opened = check_memory(memory)
+    assert opened is not None
+    info = opened.info()
     return f"{info['n_entries']:,} results, {info['n_bytes'] / 1e6:,.1f} MB"
 
 

@@ -280,10 +280,10 @@ class Stream(ABC):
         # Rows that show the same image come together, so they need not be in order.
         consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
         for key, out in zip(self._names.wanted, self._outs, strict=True):
-            found = out[rows[0] : rows[-1] + 1] if consecutive else out[rows]
-            hits &= self.memory.read(key, list(digests.values()), found)
+            places = out[rows[0] : rows[-1] + 1] if consecutive else out[rows]
+            hits &= self.memory.read(key, list(digests.values()), places)
             if not consecutive:
-                out[rows] = found
+                out[rows] = places
         self._progress.update(int(hits.sum()))
         return {row for row, hit in zip(rows, hits, strict=True) if not hit}
 

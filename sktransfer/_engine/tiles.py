@@ -136,10 +136,10 @@ class TileViews(Views):
 
     def digest(self, i: int) -> bytes:
         """Return the digest of number `i`: of its frame, its tile, and those that are cut alike."""
-        own = super().digest(i)
+        of_tile = super().digest(i)
         if self.n_together == 1:
-            return own
-        return xxhash.xxh3_128_digest(own + self.chance(i // self.n_views))
+            return of_tile
+        return xxhash.xxh3_128_digest(of_tile + self.chance(i // self.n_views))
 
     def chance(self, number: int) -> bytes:
         """Return what stands for a picture, or for the half of a clip, in seeds."""

@@ -145,14 +145,14 @@ def change_since_fit(fitted: Mapping[str, Any], values: Mapping[str, Any]) -> Va
     return None
 
 
-def check_fingerprint(found: str, fitted: str, named: Mapping[str, Any]) -> None:
+def check_fingerprint(loaded: str, fitted: str, named: Mapping[str, Any]) -> None:
     """Raise an error if the weights that parameters name are not those of the fit."""
-    if found == fitted:
+    if loaded == fitted:
         return
     parameters = ", ".join(f"{name}={value!r}" for name, value in named.items())
     raise ValueError(
         f"The weights that {parameters} name are not those on which this estimator was fitted "
-        f"(fingerprint {found[:8]}, then {fitted[:8]}), and its trained layers do not fit to "
+        f"(fingerprint {loaded[:8]}, then {fitted[:8]}), and its trained layers do not fit to "
         "others. Pass the old weights by set_params(weights='path/to/file.pth'), or fit it again."
     )
 

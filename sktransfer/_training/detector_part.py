@@ -195,13 +195,13 @@ def part_on_backbone(
     runner = get_runner(backbone, device, "float32", runtime, image_size=preprocessing.size)
     runner.trace  # noqa: B018 raises an error that says why a network can't be cut
     frozen = FrozenBlocks(runner, preprocessing, "avg")
-    taken = map_positions(frozen)
-    names = runner.block_names[: taken[-1]]
+    levels = map_positions(frozen)
+    names = runner.block_names[: levels[-1]]
     unfrozen = trained_blocks(shape["unfreeze"], names, _OWNER)
     cut = min(unfrozen, default=len(names))
     detector: Any = call_seeded(
         seed,
-        lambda: new_detector(shape["detector"], frozen, cut, taken, shape["width"], n_classes),
+        lambda: new_detector(shape["detector"], frozen, cut, levels, shape["width"], n_classes),
     )
     for parameter in detector.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

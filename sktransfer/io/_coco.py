@@ -78,7 +78,7 @@ def load_coco(
     try:
         images = {image["id"]: str(folder / image["file_name"]) for image in content["images"]}
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
-        found = [
+        annotations = [
             (entry["image_id"], entry["category_id"], [float(value) for value in entry["bbox"]])
             for entry in content["annotations"]
             if crowd or not entry.get("iscrowd", 0)
@@ -91,7 +91,7 @@ def load_coco(
     _check_files(file, folder, list(images.values()))
     boxes: dict[Any, list[Any]] = {image: [] for image in images}
     labels: dict[Any, list[str]] = {image: [] for image in images}
-    for number, (image, category, box) in enumerate(found):
+    for number, (image, category, box) in enumerate(annotations):
         if image not in images or category not in names or len(box) != 4:
             raise ValueError(
                 f"{str(file)!r}: annotation {number} is of image {image!r} and category "
@@ -108,7 +108,7 @@ def load_coco(
         }
         for image in images
     ]
-    descr = f"{len(images)} images and {len(found)} boxes of {file.name}"
+    descr = f"{len(images)} images and {len(annotations)} boxes of {file.name}"
     return Bunch(
         data=list(images.values()), target=target, target_names=list(names.values()), DESCR=descr
     )
@@ -213,11 +213,11 @@ def _dataset(y: Sequence[Mapping[str, Any]], numbers: Mapping[Any, int]) -> Any:
     from pycocotools.coco import COCO
 
     entries: list[dict[str, Any]] = []
-    for image, found in enumerate(y, 1):
-        boxes = np.asarray(found["boxes"], float).reshape(-1, 4)
-        scores = found.get("scores", np.ones(len(boxes)))
+    for image, objects in enumerate(y, 1):
+        boxes = np.asarray(objects["boxes"], float).reshape(-1, 4)
+        scores = objects.get("scores", np.ones(len(boxes)))
         for box, label, score in zip(
-            boxes.tolist(), np.asarray(found["labels"]).tolist(), scores, strict=True
+            boxes.tolist(), np.asarray(objects["labels"]).tolist(), scores, strict=True
         ):
             x1, y1, x2, y2 = box
             width, height = x2 - x1, y2 - y1

@@ -32,7 +32,7 @@ _DAMAGE = ("Corrupt JPEG data", "Inconsistent progression")  # how libjpeg's war
 _HARMLESS = "bad ICC marker"
 _END_OF_JPEG = b"\xff\xd9"
 _STARTS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8", "MPO": b"\xff\xd8"}
-_FOUND = "_sktransfer_found"  # the attribute of a user's image with what is in `_Found`
+_SEEN = "_sktransfer_seen"  # the attribute of a user's image with what is in `_Seen`
 
 
 class Decoded(NamedTuple):
@@ -43,7 +43,7 @@ class Decoded(NamedTuple):
     doubt: str = ""  # why its pixels may be wrong
 
 
-class _Found(NamedTuple):
+class _Seen(NamedTuple):
     """What is seen only when an image is loaded."""
 
     frame: int
@@ -94,24 +94,24 @@ def _decode_pillow(image: Image.Image) -> Decoded:
     if image.tile:
         _load_of_user(image)
     image.load()
-    found = getattr(image, _FOUND, None)
-    if found is None or found.frame != image.tell():  # the user loaded it
+    seen = getattr(image, _SEEN, None)
+    if seen is None or seen.frame != image.tell():  # the user loaded it
         return _decoded(image)
-    if found.error:
-        raise OSError(found.error)
-    return _decoded(image, found.is_deep)._replace(damage=found.damage)
+    if seen.error:
+        raise OSError(seen.error)
+    return _decoded(image, seen.is_deep)._replace(damage=seen.damage)
 
 
 def _load_of_user(image: ImageFile.ImageFile) -> None:
     """Load an image, and keep with it what is seen only then: it may be asked for once more."""
-    found = _Found(image.tell(), has_deep_colour(image))
+    seen = _Seen(image.tell(), has_deep_colour(image))
     try:
-        found = found._replace(damage=_load(image, _bytes_not_loaded(image)))
+        seen = seen._replace(damage=_load(image, _bytes_not_loaded(image)))
     except Exception as error:
         if not image.tile:  # libtiff's errors leave it as if it were loaded
-            setattr(image, _FOUND, found._replace(error=str(error)))
+            setattr(image, _SEEN, seen._replace(error=str(error)))
         raise
-    setattr(image, _FOUND, found)
+    setattr(image, _SEEN, seen)
 
 
 def _bytes_not_loaded(image: ImageFile.ImageFile) -> bytes:
@@ -238,10 +238,10 @@ def _jpeg_pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray | None, st
     # Given a place, it can't be made to write more than the header promised to Pillow.
     pixels = np.empty((image.height, image.width, 3 if is_rgb else 4), np.uint8)
     try:
-        found = simplejpeg.decode_jpeg(data, "RGB" if is_rgb else "CMYK", buffer=pixels)
+        decoded = simplejpeg.decode_jpeg(data, "RGB" if is_rgb else "CMYK", buffer=pixels)
     except ValueError as error:
         return _repaired(image, data, pixels, str(error))
-    return (found if is_rgb and found.shape == pixels.shape else None), ""
+    return (decoded if is_rgb and decoded.shape == pixels.shape else None), ""
 
 
 def _repaired(
