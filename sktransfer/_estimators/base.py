@@ -114,6 +114,20 @@ def twin_of(estimator: Any) -> Any:
     return twin
 
 
+def trainer_in_place(estimator: Any) -> Any:
+    """Return what was trained, where the parameters of a fitted estimator now want it."""
+    fitted = vars(estimator)  # of one fit: that of another thread may end meanwhile
+    place = estimator._wanted_place()
+    if fitted["_trainer"] is None or fitted["_place"] != place:
+        estimator._validate_params()
+        twin = twin_of(estimator)
+        trainer = twin._rebuilt()
+        fitted |= {"_trainer": trainer, "_place": place}
+        fitted |= {"_network": twin._network, "_named": twin._named}
+        fitted.pop("net_", None)  # of layers that are no longer these
+    return fitted["_trainer"]
+
+
 def interrupted_refit() -> KeyboardInterrupt:
     """Return what Ctrl-C raises in a fit that leaves its estimator as an earlier one did."""
     return KeyboardInterrupt(

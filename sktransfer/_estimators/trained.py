@@ -17,6 +17,7 @@ from sktransfer._estimators.base import (
     change_since_fit,
     check_fingerprint,
     interrupted_refit,
+    trainer_in_place,
     twin_of,
 )
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
@@ -147,17 +148,7 @@ class TrainedEstimator(ImageEstimator):
         It is rebuilt after unpickling, and where `device`, `precision` or `runtime` has changed.
         """
         check_is_fitted(self, "plan_")
-        fitted: dict[str, Any] = (
-            self.__dict__
-        )  # of one fit: that of another thread may end meanwhile
-        place = self._wanted_place()
-        if fitted["_trainer"] is None or fitted["_place"] != place:
-            self._validate_params()
-            twin = twin_of(self)
-            trainer = twin._rebuilt()
-            fitted |= {"_trainer": trainer, "_place": place}
-            fitted |= {"_network": twin._network, "_named": twin._named}
-        return fitted["_trainer"]
+        return trainer_in_place(self)
 
     def _snapshot(self) -> Self:
         self.trainer()  # rebuilt here if it must be, so that the next call finds it

@@ -18,6 +18,7 @@ from sktransfer._estimators.base import (
     interrupted_fit,
     interrupted_refit,
     refuse_auto_depth,
+    trainer_in_place,
     twin_of,
 )
 from sktransfer._threads import n_threads
@@ -159,17 +160,7 @@ class TrainedDetector(ImageEstimator):
         It is rebuilt after unpickling, and where `device` or `runtime` has changed.
         """
         check_is_fitted(self, "_trainer")
-        # Of one fit: that of another thread may end meanwhile.
-        fitted: dict[str, Any] = self.__dict__
-        place = self._wanted_place()
-        if fitted["_trainer"] is None or fitted["_place"] != place:
-            self._validate_params()
-            twin = twin_of(self)
-            trainer = twin._rebuilt()
-            fitted |= {"_trainer": trainer, "_place": place}
-            fitted |= {"_network": twin._network, "_named": twin._named}
-            fitted.pop("net_", None)  # of layers that are no longer these
-        return fitted["_trainer"]
+        return trainer_in_place(self)
 
     def _snapshot(self) -> Self:
         self.trainer()  # rebuilt here if it must be, so that the next call finds it
