@@ -114,20 +114,6 @@ def twin_of(estimator: Any) -> Any:
     return twin
 
 
-def trainer_in_place(estimator: Any) -> Any:
-    """Return what was trained, where the parameters of a fitted estimator now want it."""
-    fitted = vars(estimator)  # of one fit: that of another thread may end meanwhile
-    place = estimator._wanted_place()
-    if fitted["_trainer"] is None or fitted["_place"] != place:
-        estimator._validate_params()
-        twin = twin_of(estimator)
-        trainer = twin._rebuilt()
-        fitted |= {"_trainer": trainer, "_place": place}
-        fitted |= {"_network": twin._network, "_named": twin._named}
-        fitted.pop("net_", None)  # of layers that are no longer these
-    return fitted["_trainer"]
-
-
 def interrupted_refit() -> KeyboardInterrupt:
     """Return what Ctrl-C raises in a fit that leaves its estimator as an earlier one did."""
     return KeyboardInterrupt(
@@ -344,3 +330,45 @@ class ImageEstimator(BaseEstimator):
         options = {"image_size": preprocessing.size}
         runner = get_runner(backbone, self.device, self.precision, self.runtime, **options)
         return runner, preprocessing
+
+
+class KeepsTrainer(ImageEstimator):
+    """Base of the estimators that keep what they trained as a trainer.
+
+    It is rebuilt where the parameters now want it: after unpickling, and on another device.
+    """
+
+    _trainer: Any
+    _place: tuple[Any, ...] | None  # where the trainer computes
+    _network: Backbone | None  # on which it was fitted
+    _named: dict[str, Any] | None  # the parameters that are known to name the pretrained weights
+
+    def trainer(self) -> Any:
+        """Return what was trained, where the parameters want it."""
+        raise NotImplementedError
+
+    def _wanted_place(self) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def _rebuilt(self) -> Any:
+        """Return a new trainer with the trained values."""
+        raise NotImplementedError
+
+    def _trainer_in_place(self) -> Any:
+        fitted = vars(self)  # of one fit: that of another thread may end meanwhile
+        place = self._wanted_place()
+        if fitted["_trainer"] is None or fitted["_place"] != place:
+            self._validate_params()
+            twin = twin_of(self)
+            trainer = twin._rebuilt()
+            fitted |= {"_trainer": trainer, "_place": place}
+            fitted |= {"_network": twin._network, "_named": twin._named}
+            fitted.pop("net_", None)  # of layers that are no longer these
+        return fitted["_trainer"]
+
+    def _snapshot(self) -> Self:
+        self.trainer()  # rebuilt here if it must be, so that the next call finds it
+        return twin_of(self)
+
+    def _prepare(self) -> None:
+        self.trainer()
