@@ -75,6 +75,21 @@ def load_coco(
     content = _read(file)
     if not folder.is_dir():
         raise ValueError(f"image_folder={str(folder)!r}: there is no such folder.")
+    images, names, annotations = _entries(file, folder, content, crowd)
+    _check_files(file, folder, list(images.values()))
+    descr = f"{len(images)} images and {len(annotations)} boxes of {file.name}"
+    return Bunch(
+        data=list(images.values()),
+        target=_targets(file, images, names, annotations),
+        target_names=list(names.values()),
+        DESCR=descr,
+    )
+
+
+def _entries(
+    file: Path, folder: Path, content: Mapping[str, Any], crowd: bool
+) -> tuple[dict[Any, str], dict[Any, str], list[tuple[Any, Any, list[float]]]]:
+    """Return paths of images and names of categories by their id, and the annotations."""
     try:
         images = {image["id"]: str(folder / image["file_name"]) for image in content["images"]}
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
@@ -88,7 +103,16 @@ def load_coco(
             f"{str(file)!r} is not in COCO's format: an entry lacks a field, or it has another "
             f"type than that of the format ({type(error).__name__}: {error})."
         ) from error
-    _check_files(file, folder, list(images.values()))
+    return images, names, annotations
+
+
+def _targets(
+    file: Path,
+    images: Mapping[Any, str],
+    names: Mapping[Any, str],
+    annotations: Sequence[tuple[Any, Any, list[float]]],
+) -> list[dict[str, np.ndarray]]:
+    """Return boxes and labels of each image."""
     boxes: dict[Any, list[Any]] = {image: [] for image in images}
     labels: dict[Any, list[str]] = {image: [] for image in images}
     for number, (image, category, box) in enumerate(annotations):
@@ -101,17 +125,13 @@ def load_coco(
         x, y, width, height = box
         boxes[image].append([x, y, x + width, y + height])
         labels[image].append(names[category])
-    target = [
+    return [
         {
             "boxes": np.array(boxes[image], float).reshape(-1, 4),
             "labels": np.array(labels[image], dtype=str),
         }
         for image in images
     ]
-    descr = f"{len(images)} images and {len(annotations)} boxes of {file.name}"
-    return Bunch(
-        data=list(images.values()), target=target, target_names=list(names.values()), DESCR=descr
-    )
 
 
 def _read(file: Path) -> Mapping[str, Any]:
