@@ -355,7 +355,8 @@ class KeepsTrainer(ImageEstimator):
         raise NotImplementedError
 
     def _trainer_in_place(self) -> Any:
-        fitted = vars(self)  # of one fit: that of another thread may end meanwhile
+        # Of one fit: that of another thread may end meanwhile.
+        fitted: dict[str, Any] = self.__dict__
         place = self._wanted_place()
         if fitted["_trainer"] is None or fitted["_place"] != place:
             self._validate_params()
