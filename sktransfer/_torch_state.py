@@ -213,10 +213,19 @@ def ready_to_train(held: AbstractContextManager[Any] | None = None) -> Iterator[
     A fit may be called under `torch.inference_mode()` or `torch.no_grad()`, a network be loaded
     after `torch.set_default_device("cuda")`. `held` is that of `float32_by_default`.
     """
-    is_cpu = torch.get_default_device().type == "cpu"
-    device = contextlib.nullcontext() if is_cpu else torch.device("cpu")
-    with torch.inference_mode(False), torch.enable_grad(), float32_by_default(held), device:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        float32_by_default(held),
+        cpu_by_default(),
+    ):
         yield
+
+
+def cpu_by_default() -> AbstractContextManager[Any]:
+    """Return a context in which this thread makes tensors on the CPU, if no device is named."""
+    is_cpu = torch.get_default_device().type == "cpu"
+    return contextlib.nullcontext() if is_cpu else torch.device("cpu")
 
 
 def trained_tensors(state: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

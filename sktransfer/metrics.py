@@ -123,7 +123,7 @@ def _evidence(s: np.ndarray, z: np.ndarray, rest: float, n: int) -> float:
     """
     # All follows from t = alpha / beta: m = sqrt(s z) / (t + s), gamma = sum of s / (t + s).
     low, high = _TINY * s.max(), s.max() / _TINY
-    found = []
+    evidences = []
     for t in (s.min(), s.mean(), s.max()):
         for _ in range(_MAX_ITERATIONS):
             gamma, free, residual, square = _moments(s, z, rest, n, t)
@@ -135,8 +135,8 @@ def _evidence(s: np.ndarray, z: np.ndarray, rest: float, n: int) -> float:
         # The best beta for this t, where beta (residual + t square) is n.
         beta = n / (residual + t * square)
         log_det = np.log1p(s / t).sum()  # |A| / alpha^d
-        found.append((n * np.log(beta / (2 * np.pi)) - n - log_det) / (2 * n))
-    return max(found)
+        evidences.append((n * np.log(beta / (2 * np.pi)) - n - log_det) / (2 * n))
+    return max(evidences)
 
 
 def _moments(

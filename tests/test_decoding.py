@@ -288,6 +288,19 @@ def test_a_damaged_jpeg_is_told_once_with_row_and_file(tmp_path, damaged_jpeg, c
     np.testing.assert_array_equal(hwc(pixels), Image.open(io.BytesIO(damaged_jpeg)))
 
 
+def test_an_open_image_of_a_damaged_jpeg_is_told_as_the_file_is(damaged_jpeg):
+    whole = encode(SMALL, "JPEG")
+    images = check_images([Image.open(io.BytesIO(data)) for data in (whole, damaged_jpeg)])
+    images.load(0)
+    with pytest.warns(DamagedImageWarning, match="row 1: .*damaged .Corrupt JPEG data"):
+        images.load(1)
+    with config_context(damaged="error"), pytest.raises(ValueError, match="row 1: .* drop the row"):
+        images.load(1)  # Pillow has loaded it by now
+    loaded = Image.open(io.BytesIO(damaged_jpeg))
+    loaded.load()
+    check_images([loaded]).load(0)  # whose file is gone
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_an_empty_jpeg_of_many_pixels(mode):
     data = bytearray(encode(Image.new(mode, (16, 16)), "JPEG"))

@@ -599,8 +599,15 @@ def test_decompression_bomb(monkeypatch, tmp_path):
     ):
         images.load(1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # Pillow warns up to twice that
-    with pytest.warns(Image.DecompressionBombWarning):
+    named = (
+        r"row 1 \('.*'\): Image size \(1200 pixels\) exceeds .* raise PIL.Image.MAX_IMAGE_PIXELS"
+    )
+    with pytest.warns(Image.DecompressionBombWarning, match=named):
         assert images.load(1).shape == (3, 30, 40)
+    with pytest.raises(ValueError, match=named):  # warnings are errors here
+        images.load(1)
+    with pytest.warns(Image.DecompressionBombWarning, match="^Image size"):
+        Image.open(io.BytesIO(encode(SMALL, "PNG")))  # the user's own
 
 
 def failing(error):

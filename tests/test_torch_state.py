@@ -201,5 +201,9 @@ def test_networks_load_on_the_cpu_whatever_the_default_device():
         extractor = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32)
         np.testing.assert_array_equal(extractor.transform(X), expected)
         FineTunedClassifier(NETWORK, unfreeze=1, **OPTIONS).fit(X, Y).predict(X)
+        ContrastivePretrainer(NETWORK, image_size=32, max_epochs=1).fit(X)
+        boxes = [{"boxes": [[2, 2, 20, 20]], "labels": ["a"]}] * len(X)
+        detector = FineTunedDetector(NETWORK, image_size=64, width=64, max_epochs=1, augment="auto")
+        detector.fit(X, boxes).predict(X)
     finally:
         torch.set_default_device(None)

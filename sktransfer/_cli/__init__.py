@@ -140,14 +140,7 @@ examples:
         "(default 0: the head alone)",
     )
     _add_network(parser)
-    add("--max-epochs", type=int, default=10, metavar="N", help="of the blocks (default 10)")
-    add(
-        "--augment",
-        choices=["flip", "dihedral", "auto"],
-        help="train on other views of the images as well: mirrored; turned by quarters and "
-        "mirrored; or mirrored and changed at random",
-    )
-    add("--balanced", action="store_true", help="weigh classes inversely to their numbers")
+    _add_training(parser)
     add(
         "--test-size",
         type=float,
@@ -350,6 +343,19 @@ def _add_running(
     add("--precision", default="float32", choices=precisions, help="(default float32)")
     add("--n-jobs", type=int, metavar="N", help="threads that decode images (default: all cores)")
     _add_reading(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """Add how a network is trained."""
+    add = parser.add_argument
+    add("--max-epochs", type=int, default=10, metavar="N", help="of the blocks (default 10)")
+    add(
+        "--augment",
+        choices=["flip", "dihedral", "auto"],
+        help="train on other views of the images as well: mirrored; turned by quarters and "
+        "mirrored; or mirrored and changed at random",
+    )
+    add("--balanced", action="store_true", help="weigh classes inversely to their numbers")
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import io
 import math
 import os
 import sys
@@ -18,18 +16,15 @@ from typing import Any
 import numpy as np
 import skops.io
 from joblib import Memory
-from scipy.sparse import issparse
-from sklearn.base import is_regressor
 from sklearn.metrics import classification_report
 from sklearn.model_selection import train_test_split
-from sklearn.pipeline import Pipeline
 from tabulate import tabulate
 
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import report as _report
+from sktransfer._cli.tables import predicted_columns, print_columns
 from sktransfer._escaping import csv_cell, escape, map_text
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
-from sktransfer._estimators.labels import labels_of
 from sktransfer._estimators.model_file import load_model
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
@@ -68,8 +63,10 @@ def fit(options: argparse.Namespace) -> None:
     skops.io.dump(model, options.output)
     lines = [_what_was_fitted(model, len(X))]
     if options.test_size:
-        labels, found = ([escape(name) for name in y] for y in (y_test, model.predict(X_test)))
-        report = classification_report(labels, found, zero_division=0.0)
+        labels, predictions = (
+            [escape(name) for name in y] for y in (y_test, model.predict(X_test))
+        )
+        report = classification_report(labels, predictions, zero_division=0.0)
         lines += ["", f"on {len(X_test)} images that were held out:", "", report]
     size = os.path.getsize(options.output) / 1e3
     print(*lines, f"written: {escape(options.output)} ({size:,.0f} KB)", sep="\n")
@@ -80,8 +77,8 @@ def predict(options: argparse.Namespace) -> None:
     model = _load(options.model)
     files = _files(options.files)
     with _blaming(options.model):
-        columns = _predicted_columns(model, files, options.csv)
-    _print_columns(columns, options.csv)
+        columns = predicted_columns(model, files, options.csv)
+    print_columns(columns, options.csv)
 
 
 @contextmanager
@@ -98,70 +95,6 @@ def _blaming(path: str) -> Iterator[None]:
         ) from error
 
 
-def _predicted_columns(model: Any, files: list[str], as_csv: bool) -> dict[str, Any]:
-    predicted, probabilities = _predict(model, files)
-    columns: dict[str, Any] = {"path": files}
-    if is_regressor(model):
-        columns |= _numbered("value", predicted)
-    elif predicted.ndim == 1:
-        columns["label"] = predicted.tolist()
-        if probabilities is not None:
-            of_label = np.where(model.classes_ == predicted[:, None], probabilities, 0).max(1)
-            columns["probability"] = [f"{value:.4f}" for value in of_label]
-    elif _is_indicator(model):
-        if isinstance(probabilities, list):  # an array (n, 1 or 2) for each label
-            pairs = zip(probabilities, model.classes_, strict=True)
-            ones = [(p * (classes == 1)).sum(1) for p, classes in pairs]
-            probabilities = np.stack(ones, axis=1)
-        columns |= _several_labels(predicted, probabilities, as_csv)
-    else:
-        columns |= _numbered("label", predicted)
-    return columns
-
-
-def _predict(model: Any, files: list[str]) -> tuple[np.ndarray, Any]:
-    """Return predictions, and probabilities or None; images run through the network once."""
-    X: Any = files
-    model = getattr(model, "best_estimator_", model)
-    if isinstance(model, Pipeline) and len(model) > 1:
-        X, model = model[:-1].transform(files), model[-1]
-    if isinstance(model, FineTunedClassifier):
-        probabilities = model.predict_proba(X)
-        labels = labels_of(probabilities, model.classes_, model.multilabel_)
-        return labels, probabilities
-    probabilities = model.predict_proba(X) if hasattr(model, "predict_proba") else None
-    predicted = model.predict(X)
-    return predicted.toarray() if issparse(predicted) else np.asarray(predicted), probabilities
-
-
-def _is_indicator(model: Any) -> bool:
-    """Return whether predictions (n, n_labels) are zeros and ones: any number of labels each."""
-    classes = model.classes_  # a list of arrays, if every column of `y` has its own
-    return not isinstance(classes, list) or all({*own} <= {0, 1} for own in classes)
-
-
-def _several_labels(
-    predicted: np.ndarray, probabilities: np.ndarray | None, for_all: bool
-) -> dict[str, Any]:
-    """Return columns for a multilabel model; labels are numbers of columns of its `y`."""
-    found = [np.flatnonzero(row) for row in predicted]
-    columns = {"labels": [" ".join(map(str, labels)) for labels in found]}
-    if probabilities is None:
-        return columns
-    texts = np.array([[f"{value:.4f}" for value in row] for row in probabilities])
-    if for_all:
-        return columns | _numbered("probability", texts)
-    pairs = zip(texts, found, strict=True)
-    return columns | {"probabilities": [" ".join(row[labels]) for row, labels in pairs]}
-
-
-def _numbered(name: str, values: np.ndarray) -> dict[str, Any]:
-    """Return the columns of an array as `name_0`, `name_1`, ...; one of shape (n,) as `name`."""
-    if values.ndim == 1:
-        return {name: values.tolist()}
-    return {f"{name}_{i}": column for i, column in enumerate(values.T.tolist())}
-
-
 def classify(options: argparse.Namespace) -> None:
     """Print the best labels of a network as it is."""
     files = _files(options.files)
@@ -170,7 +103,7 @@ def classify(options: argparse.Namespace) -> None:
     columns["probability"] = [f"{value:.4f}" for value in table["probability"]]
     if not options.csv:  # a file's name once
         columns["path"] = table["file"].where(table["rank"] == 1, "")
-    _print_columns(columns, options.csv)
+    print_columns(columns, options.csv)
 
 
 def _load(path: str) -> Any:
@@ -347,9 +280,9 @@ def cache(options: argparse.Namespace) -> None:
 
 
 def _size(memory: Memory) -> str:
-    found = check_memory(memory)
-    assert found is not None
-    info = found.info()
+    opened = check_memory(memory)
+    assert opened is not None
+    info = opened.info()
     return f"{info['n_entries']:,} results, {info['n_bytes'] / 1e6:,.1f} MB"
 
 
@@ -409,21 +342,3 @@ def _check_output(path: str, suffixes: Sequence[str]) -> str:
     if file.is_dir():
         raise ValueError(f"{path!r} is a folder; name a file.")
     return file.suffix
-
-
-def _print_columns(columns: dict[str, Any], as_csv: bool) -> None:
-    if as_csv:
-        writer = csv.writer(sys.stdout or io.StringIO(), lineterminator="\n")
-        writer.writerow(map(csv_cell, columns))
-        for row in zip(*columns.values(), strict=True):
-            writer.writerow(map(csv_cell, row))
-    else:
-        cells = {name: [_shown(value) for value in values] for name, values in columns.items()}
-        print(tabulate(cells, headers="keys", disable_numparse=True))
-
-
-def _shown(value: Any) -> str:
-    """Return a cell as the terminal shows it; it must be known how wide that is."""
-    text = f"{value:.6g}" if isinstance(value, float) else escape(str(value))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)

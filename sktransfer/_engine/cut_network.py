@@ -306,8 +306,10 @@ class CutNetwork:
         )
         if image_size == self._image_size:
             return f"{message} If it takes another size, pass image_size."
-        own = " × ".join(map(str, self._image_size))
-        return f"{message} By its preprocessing they are {own}: leave image_size=None for that."
+        preferred = " × ".join(map(str, self._image_size))
+        return (
+            f"{message} By its preprocessing they are {preferred}: leave image_size=None for that."
+        )
 
 
 def _check_rows(output: torch.Tensor) -> None:

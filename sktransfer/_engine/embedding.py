@@ -10,8 +10,9 @@ import torch
 
 from sktransfer._engine.layers import free_rows
 from sktransfer._engine.program import Output, Program
+from sktransfer._engine.results import Names
 from sktransfer._engine.runner import Runner
-from sktransfer._engine.stream import Images, Names, Stream
+from sktransfer._engine.stream import Images, Stream
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 

@@ -120,11 +120,11 @@ def _digest(results: bytes, blob: bytes) -> bytes:
 
 
 def _arrays(file: BytesIO) -> list[list[np.ndarray]]:
-    found = []
+    lists = []
     while count := file.read(8):
         (n_arrays,) = struct.unpack("<Q", count)
-        found.append([np.lib.format.read_array(file, allow_pickle=False) for _ in range(n_arrays)])
-    return found
+        lists.append([np.lib.format.read_array(file, allow_pickle=False) for _ in range(n_arrays)])
+    return lists
 
 
 @functools.cache

@@ -13,16 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from sktransfer._engine.results import Names, Write, why_not_finite
 from sktransfer._engine.runner import Runner
 from sktransfer._memory.memory import ImageMemory
 from sktransfer._threads import n_threads, one_core_threads
-from sktransfer.models._weights import is_finite, not_finite
 
 _LOOKUP = 64  # images looked up, and claimed, at once
 _T = TypeVar("_T")
@@ -41,48 +41,6 @@ class Images(Protocol):
 
     def where(self, i: int) -> str:
         """Return the row of image `i` and, if there is one, its file: for messages."""
-
-
-class Names(NamedTuple):
-    """Names, in the memory, of what a pass computes.
-
-    Attributes
-    ----------
-    wanted : list of str
-        Of the results that are asked for; an image is computed if one of them is missing.
-    by_products : list of str
-        Of the results that the computation of an image has besides.
-    kept : set of str
-        Those of both that the memory keeps.
-    claim : str
-        Passes that share work claim images under one name.
-    """
-
-    wanted: list[str]
-    by_products: list[str]
-    kept: set[str]
-    claim: str
-
-
-class Write(NamedTuple):
-    """Results to keep: their name in the memory, digests of the images, a row for each."""
-
-    key: str
-    digests: list[bytes]
-    rows: np.ndarray
-
-    def not_finite(self) -> set[bytes]:
-        """Return the digests of images whose rows hold NaN or infinity."""
-        rows = torch.from_numpy(self.rows)
-        rows = rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows  # see FrozenBlocks
-        if is_finite(rows):
-            return set()
-        return {d for d, row in zip(self.digests, rows, strict=True) if not is_finite(row)}
-
-    def without(self, digests: set[bytes]) -> Write:
-        """Return what is left without some images."""
-        kept = [i for i, digest in enumerate(self.digests) if digest not in digests]
-        return Write(self.key, [self.digests[i] for i in kept], self.rows[kept])
 
 
 @dataclass
@@ -226,7 +184,7 @@ class Stream(ABC):
             if len(good) < len(group):
                 wrong = next(miss for miss in group if miss not in good)
                 where = self._images.where(min(wrong.rows))
-                raise ValueError(f"{where}: {_why_not_finite(self.runner)}")
+                raise ValueError(f"{where}: {why_not_finite(self.runner)}")
         for write in writes:
             write.result()
         if others and self.memory is not None:
@@ -280,10 +238,10 @@ class Stream(ABC):
         # Rows that show the same image come together, so they need not be in order.
         consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
         for key, out in zip(self._names.wanted, self._outs, strict=True):
-            found = out[rows[0] : rows[-1] + 1] if consecutive else out[rows]
-            hits &= self.memory.read(key, list(digests.values()), found)
+            places = out[rows[0] : rows[-1] + 1] if consecutive else out[rows]
+            hits &= self.memory.read(key, list(digests.values()), places)
             if not consecutive:
-                out[rows] = found
+                out[rows] = places
         self._progress.update(int(hits.sum()))
         return {row for row, hit in zip(rows, hits, strict=True) if not hit}
 
@@ -367,26 +325,6 @@ def _finite(group: Sequence[_Miss], results: list[Write]) -> tuple[list[_Miss], 
     if not bad:
         return list(group), results
     return [m for m in group if m.digest not in bad], [r.without(bad) for r in results]
-
-
-def _why_not_finite(runner: Any) -> str:
-    precision = getattr(runner, "precision", "float32")
-    problem = (
-        f"network {runner.name!r} returned NaN or infinity for this image, computing in {precision}"
-    )
-    if (name := not_finite(runner.network)) is not None:
-        return f"{problem}: its {name} holds such values. Pass other weights."
-    if precision == "float16":
-        return (
-            f"{problem}, whose largest number is 65504. Pass precision='bfloat16', which has the "
-            "range of float32, or precision='float32'."
-        )
-    if precision == "bfloat16":
-        return f"{problem}. Pass precision='float32'."
-    return (
-        f"{problem}. Its weights are finite, so one of its layers overflows or divides by zero: "
-        "pass the weights and the preprocessing that belong together, or another network."
-    )
 
 
 def _ahead(items: Iterable[_T], n: int) -> Iterator[_T]:

@@ -15,8 +15,9 @@ import torch
 import xxhash
 
 from sktransfer._engine.device import numerics
+from sktransfer._engine.results import Names
 from sktransfer._engine.runner import TORCH_VERSIONS, Runner
-from sktransfer._engine.stream import Names, Stream
+from sktransfer._engine.stream import Stream
 from sktransfer._optional import load_optional
 from sktransfer._threads import renewed_in_forks
 from sktransfer._torch_state import call_seeded, float32_by_default, network_lock

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sktransfer._engine.augmentation import Augmentation, Views, check_bytes, seeded
+from sktransfer._torch_state import cpu_by_default
 from sktransfer.io import ImageSequence
 from sktransfer.models._weights import Describer
 from sktransfer.transforms import Preprocessing
@@ -90,7 +91,8 @@ class _Crop:
     """
 
     def __init__(self, size: tuple[int, int], crop_scale: tuple[float, float]) -> None:
-        self.crop = v2.RandomResizedCrop(size, scale=crop_scale, antialias=True)
+        with cpu_by_default():  # it keeps a tensor
+            self.crop = v2.RandomResizedCrop(size, scale=crop_scale, antialias=True)
         colours = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
         self.colours = v2.Compose([v2.RandomApply([colours], 0.8), v2.RandomGrayscale(0.2)])
         self.shades = v2.RandomApply([v2.ColorJitter(_SHADES, _SHADES)], 0.8)
@@ -134,10 +136,10 @@ class TileViews(Views):
 
     def digest(self, i: int) -> bytes:
         """Return the digest of number `i`: of its frame, its tile, and those that are cut alike."""
-        own = super().digest(i)
+        of_tile = super().digest(i)
         if self.n_together == 1:
-            return own
-        return xxhash.xxh3_128_digest(own + self.chance(i // self.n_views))
+            return of_tile
+        return xxhash.xxh3_128_digest(of_tile + self.chance(i // self.n_views))
 
     def chance(self, number: int) -> bytes:
         """Return what stands for a picture, or for the half of a clip, in seeds."""

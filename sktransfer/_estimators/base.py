@@ -145,14 +145,14 @@ def change_since_fit(fitted: Mapping[str, Any], values: Mapping[str, Any]) -> Va
     return None
 
 
-def check_fingerprint(found: str, fitted: str, named: Mapping[str, Any]) -> None:
+def check_fingerprint(loaded: str, fitted: str, named: Mapping[str, Any]) -> None:
     """Raise an error if the weights that parameters name are not those of the fit."""
-    if found == fitted:
+    if loaded == fitted:
         return
     parameters = ", ".join(f"{name}={value!r}" for name, value in named.items())
     raise ValueError(
         f"The weights that {parameters} name are not those on which this estimator was fitted "
-        f"(fingerprint {found[:8]}, then {fitted[:8]}), and its trained layers do not fit to "
+        f"(fingerprint {loaded[:8]}, then {fitted[:8]}), and its trained layers do not fit to "
         "others. Pass the old weights by set_params(weights='path/to/file.pth'), or fit it again."
     )
 
@@ -330,3 +330,46 @@ class ImageEstimator(BaseEstimator):
         options = {"image_size": preprocessing.size}
         runner = get_runner(backbone, self.device, self.precision, self.runtime, **options)
         return runner, preprocessing
+
+
+class KeepsTrainer(ImageEstimator):
+    """Base of the estimators that keep what they trained as a trainer.
+
+    It is rebuilt where the parameters now want it: after unpickling, and on another device.
+    """
+
+    _trainer: Any
+    _place: tuple[Any, ...] | None  # where the trainer computes
+    _network: Backbone | None  # on which it was fitted
+    _named: dict[str, Any] | None  # the parameters that are known to name the pretrained weights
+
+    def trainer(self) -> Any:
+        """Return what was trained, where the parameters want it."""
+        raise NotImplementedError
+
+    def _wanted_place(self) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def _rebuilt(self) -> Any:
+        """Return a new trainer with the trained values."""
+        raise NotImplementedError
+
+    def _trainer_in_place(self) -> Any:
+        # Of one fit: that of another thread may end meanwhile.
+        fitted: dict[str, Any] = self.__dict__
+        place = self._wanted_place()
+        if fitted["_trainer"] is None or fitted["_place"] != place:
+            self._validate_params()
+            twin = twin_of(self)
+            trainer = twin._rebuilt()
+            fitted |= {"_trainer": trainer, "_place": place}
+            fitted |= {"_network": twin._network, "_named": twin._named}
+            fitted.pop("net_", None)  # of layers that are no longer these
+        return fitted["_trainer"]
+
+    def _snapshot(self) -> Self:
+        self.trainer()  # rebuilt here if it must be, so that the next call finds it
+        return twin_of(self)
+
+    def _prepare(self) -> None:
+        self.trainer()

@@ -109,8 +109,8 @@ def _check_ours(names: Iterable[str]) -> None:
     """Check that names stand for the classes that are defined there, and for nothing else."""
     for name in names:
         module, _, attribute = name.rpartition(".")
-        found = getattr(import_module(module), attribute, None)
-        if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != name:
+        named = getattr(import_module(module), attribute, None)
+        if not isinstance(named, type) or f"{named.__module__}.{named.__qualname__}" != name:
             raise RefusedError(f"names {name}, which is no class of this library.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
@@ -13,11 +13,11 @@ from sktransfer._engine.device import resolve_device
 from sktransfer._estimators.base import (
     ImageEstimator,
     Interval,
+    KeepsTrainer,
     StrOptions,
     change_since_fit,
     check_fingerprint,
     interrupted_refit,
-    twin_of,
 )
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._training.net import Interrupted
@@ -30,7 +30,7 @@ from sktransfer.models import Backbone
 _SHAPE = ("unfreeze", "head", "pooling", "dropout", "head_epochs", "image_size")
 
 
-class TrainedEstimator(ImageEstimator):
+class TrainedEstimator(KeepsTrainer):
     """Base of the estimators that train blocks behind a cut, by a `Trainer`."""
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -55,9 +55,6 @@ class TrainedEstimator(ImageEstimator):
     _shape: dict[str, Any]
     _fingerprint: str
     _trainer: Trainer | None
-    _place: tuple[Any, ...] | None  # where the trainer computes
-    _network: Backbone | None  # on which it was fitted
-    _named: dict[str, Any] | None  # the parameters that are known to name this network
 
     # ------------------------------------------------------------------------ fitting
 
@@ -147,21 +144,7 @@ class TrainedEstimator(ImageEstimator):
         It is rebuilt after unpickling, and where `device`, `precision` or `runtime` has changed.
         """
         check_is_fitted(self, "plan_")
-        fitted: dict[str, Any] = (
-            self.__dict__
-        )  # of one fit: that of another thread may end meanwhile
-        place = self._wanted_place()
-        if fitted["_trainer"] is None or fitted["_place"] != place:
-            self._validate_params()
-            twin = twin_of(self)
-            trainer = twin._rebuilt()
-            fitted |= {"_trainer": trainer, "_place": place}
-            fitted |= {"_network": twin._network, "_named": twin._named}
-        return fitted["_trainer"]
-
-    def _snapshot(self) -> Self:
-        self.trainer()  # rebuilt here if it must be, so that the next call finds it
-        return twin_of(self)
+        return self._trainer_in_place()
 
     def _wanted_place(self) -> tuple[Any, ...]:
         return resolve_device(self.device), self.precision, self.runtime
@@ -206,9 +189,6 @@ class TrainedEstimator(ImageEstimator):
         if "_trainer" in state:
             state = {**state, "_network": None, "_named": None, "_place": None}
         return state
-
-    def _prepare(self) -> None:
-        self.trainer()
 
     def to_backbone(self) -> Backbone:
         """Return the trained network, without the new head, as other estimators take it.

@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._engine.device import resolve_device
 from sktransfer._estimators.base import (
-    ImageEstimator,
+    KeepsTrainer,
     change_since_fit,
     check_fingerprint,
     interrupted_fit,
@@ -26,13 +26,12 @@ from sktransfer._training.detector_part import DetectorPart, part_of_detector, p
 from sktransfer._training.detector_trainer import DetectorSettings, DetectorTrainer
 from sktransfer._training.net import Interrupted
 from sktransfer.io._boxes import check_inside, check_objects, encode, find_classes, image_sizes
-from sktransfer.models import Backbone
 
 # What a fit trains: a later change counts for one that starts anew.
 _SHAPE = ("detector", "unfreeze", "width", "image_size")
 
 
-class TrainedDetector(ImageEstimator):
+class TrainedDetector(KeepsTrainer):
     """Base of the detector: all but its parameters, and what its methods mean."""
 
     detector: Any
@@ -46,9 +45,6 @@ class TrainedDetector(ImageEstimator):
     _shape: dict[str, Any]
     _fingerprint: str
     _trainer: DetectorTrainer | None
-    _place: tuple[Any, ...] | None  # where the trainer computes
-    _network: Backbone | None  # on which it was fitted, if it is no detector of torchvision
-    _named: dict[str, Any] | None  # the parameters that are known to name the pretrained weights
     _state: dict[str, np.ndarray]
 
     # ------------------------------------------------------------------------ fitting
@@ -159,21 +155,7 @@ class TrainedDetector(ImageEstimator):
         It is rebuilt after unpickling, and where `device` or `runtime` has changed.
         """
         check_is_fitted(self, "_trainer")
-        # Of one fit: that of another thread may end meanwhile.
-        fitted: dict[str, Any] = self.__dict__
-        place = self._wanted_place()
-        if fitted["_trainer"] is None or fitted["_place"] != place:
-            self._validate_params()
-            twin = twin_of(self)
-            trainer = twin._rebuilt()
-            fitted |= {"_trainer": trainer, "_place": place}
-            fitted |= {"_network": twin._network, "_named": twin._named}
-            fitted.pop("net_", None)  # of layers that are no longer these
-        return fitted["_trainer"]
-
-    def _snapshot(self) -> Self:
-        self.trainer()  # rebuilt here if it must be, so that the next call finds it
-        return twin_of(self)
+        return self._trainer_in_place()
 
     def _wanted_place(self) -> tuple[Any, ...]:
         return resolve_device(self.device), self.runtime
@@ -205,9 +187,6 @@ class TrainedDetector(ImageEstimator):
             state = {**state, "_network": None, "_named": None, "_place": None}
         state.pop("net_", None)
         return state
-
-    def _prepare(self) -> None:
-        self.trainer()
 
 
 def _is_new(detector: Any) -> bool:

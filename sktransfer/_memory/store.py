@@ -172,31 +172,31 @@ class Store:
                 self._fd, self.readonly = open_file(self.path, FIRST_MAP_SIZE)
             if fcntl:
                 fcntl.flock(self._fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-            found = os.fstat(self._fd)
+            status = os.fstat(self._fd)
             self.last_used = time.monotonic()
-            if not is_at(self.path, found):
+            if not is_at(self.path, status):
                 self._close()
-            elif self._env is not None and self._is_sound(found):
-                self._known = stamp(found)
+            elif self._env is not None and self._is_sound(status):
+                self._known = stamp(status)
                 return
             elif not exclusive:
                 exclusive = True
             elif time.monotonic() < self._pause_until:
                 raise OSError(self._pause_reason)
             else:
-                self._open(found)
+                self._open(status)
 
-    def _is_sound(self, found: os.stat_result) -> bool:
+    def _is_sound(self, status: os.stat_result) -> bool:
         if self._suspect:
             return False
         # Without our lock, a missing seal may only mean that somebody is writing.
-        if stamp(found) == self._known or is_sealed(self.path, found):
+        if stamp(status) == self._known or is_sealed(self.path, status):
             return True
         return not (fcntl or self._env is None)
 
-    def _open(self, found: os.stat_result) -> None:
+    def _open(self, status: os.stat_result) -> None:
         self._close_env()
-        if not self._is_sound(found):
+        if not self._is_sound(status):
             problem = find_problem(self.path)
             if problem is not None:
                 try:
@@ -225,10 +225,10 @@ class Store:
         self._seal()
 
     def _seal(self) -> None:
-        found = os.fstat(self._fd)
-        self._known = stamp(found)
+        status = os.fstat(self._fd)
+        self._known = stamp(status)
         with contextlib.suppress(OSError):  # a read-only folder: then only this process knows
-            seal(self.path, found)
+            seal(self.path, status)
 
     def _set_aside(self, problem: str) -> None:
         """Rename the damaged file, so that an empty one is begun in its place."""

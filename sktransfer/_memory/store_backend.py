@@ -82,8 +82,8 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
 
         def job(txn: Any, rows: Any, files: Any, used: Any) -> Any:
             hits, n_damaged = fill_rows(txn.get, keys, target)  # rows are the transaction's default
-            found = keys if hits.all() else [k for k, hit in zip(keys, hits, strict=True) if hit]
-            return hits, n_damaged, self._store.stale(found, txn, used)
+            hit_keys = keys if hits.all() else [k for k, hit in zip(keys, hits, strict=True) if hit]
+            return hits, n_damaged, self._store.stale(hit_keys, txn, used)
 
         nothing: Any = np.zeros(len(keys), bool), 0, []
         hits, n_damaged, stale = self._try(job, nothing)

@@ -110,8 +110,8 @@ def fill_rows(
         value = get(key)
         if value is None or len(value) != start + n_bytes:
             continue
-        checksum, found = unpack(value)
-        if found != kind:
+        checksum, kind_of_row = unpack(value)
+        if kind_of_row != kind:
             continue
         if xxh3_64_intdigest(value[8:], xxh3_64_intdigest(key)) != checksum:
             n_damaged += 1
@@ -124,22 +124,22 @@ def fill_rows(
 # ---------------------------------------------------------------------------------- the file
 
 
-def stamp(found: os.stat_result) -> tuple[int, ...]:
+def stamp(status: os.stat_result) -> tuple[int, ...]:
     """Return what changes with every change of a file.
 
     The time of the change (`st_ctime`) is set by the kernel and cannot be put back, as a time of
     modification can. Linux before 6.13 counts it in steps of 1 to 10 ms.
     """
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _seal_of(found: os.stat_result) -> bytes:
-    numbers = stamp(found)[1:]  # a device may get another number when it is mounted again
+def _seal_of(status: os.stat_result) -> bytes:
+    numbers = stamp(status)[1:]  # a device may get another number when it is mounted again
     return " ".join(map(str, numbers)).ljust(99).encode() + b"\n"
 
 
-def seal(path: str, found: os.stat_result) -> None:
-    """Note next to the data file that it is sound as it is `found`, while no one else may write.
+def seal(path: str, status: os.stat_result) -> None:
+    """Note next to the data file that it is sound in this `status`, while no one else may write.
 
     Whoever writes, cuts, copies or replaces the file afterwards breaks the seal, even if the time
     of modification is put back.
@@ -147,16 +147,16 @@ def seal(path: str, found: os.stat_result) -> None:
     # Overwritten in place: a disk that is full still takes it.
     descriptor = os.open(path + ".seal", os.O_WRONLY | os.O_CREAT | _FLAGS, 0o666)
     try:
-        os.write(descriptor, _seal_of(found))
+        os.write(descriptor, _seal_of(status))
     finally:
         os.close(descriptor)
 
 
-def is_sealed(path: str, found: os.stat_result) -> bool:
+def is_sealed(path: str, status: os.stat_result) -> bool:
     """Whether nothing has touched the data file since `seal`."""
     try:
         with open(path + ".seal", "rb") as file:
-            return file.read() == _seal_of(found)
+            return file.read() == _seal_of(status)
     except OSError:
         return False
 
@@ -215,10 +215,10 @@ def time_of(value: Any) -> float:
     return seconds if 0.0 <= seconds < _YEAR_2200 else 0.0
 
 
-def is_at(path: str, found: os.stat_result) -> bool:
+def is_at(path: str, status: os.stat_result) -> bool:
     """Whether the path still names the file that was `found`."""
     try:
-        return os.path.samestat(os.stat(path), found)
+        return os.path.samestat(os.stat(path), status)
     except OSError:
         return False
 
@@ -277,7 +277,7 @@ def open_environment(path: str, **options: Any) -> lmdb.Environment:
 def drop(txn: Any, table: Any, prefix: bytes) -> None:
     """Delete all whose keys begin with `prefix`."""
     cursor = txn.cursor(table)
-    found = cursor.set_range(prefix)
-    while found and cursor.key().startswith(prefix):
+    is_at_entry = cursor.set_range(prefix)
+    while is_at_entry and cursor.key().startswith(prefix):
         cursor.delete()
-        found = bool(cursor.key())
+        is_at_entry = bool(cursor.key())

@@ -129,7 +129,7 @@ class MapsBehind(nn.Module):
     frozen : FrozenBlocks
         Of the shared network; its blocks behind the cut are copied.
     cut : int
-    taken : mapping of str to int
+    levels : mapping of str to int
         The names of the maps, in order, and their positions.
 
     Attributes
@@ -138,10 +138,10 @@ class MapsBehind(nn.Module):
         Where the maps come from that it takes: the cut, and those in front of it.
     """
 
-    def __init__(self, frozen: FrozenBlocks, cut: int, taken: Mapping[str, int]) -> None:
+    def __init__(self, frozen: FrozenBlocks, cut: int, levels: Mapping[str, int]) -> None:
         super().__init__()
-        self.cut, self.taken, last = cut, dict(taken), max(taken.values())
-        self.positions = sorted({cut, *(p for p in taken.values() if p < cut)})
+        self.cut, self.levels, last = cut, dict(levels), max(levels.values())
+        self.positions = sorted({cut, *(p for p in levels.values() if p < cut)})
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         segments = [frozen.runner.segment(i, frozen.size) for i in range(cut, last)]
         self.blocks = copy_of(nn.ModuleList(segments))
@@ -154,7 +154,7 @@ class MapsBehind(nn.Module):
         for position, block in enumerate(self.blocks, self.cut + 1):
             x = known[position] = block(x)
         frozen = self.__dict__["frozen"]
-        return OrderedDict((name, _map_at(known[p], frozen, p)) for name, p in self.taken.items())
+        return OrderedDict((name, _map_at(known[p], frozen, p)) for name, p in self.levels.items())
 
 
 class Pyramid(MapsBehind):
@@ -164,7 +164,7 @@ class Pyramid(MapsBehind):
     ----------
     frozen, cut
         See `MapsBehind`.
-    taken : list of int
+    levels : list of int
         Positions of the maps.
     width : int
         Channels of the pyramid.
@@ -173,12 +173,12 @@ class Pyramid(MapsBehind):
     """
 
     def __init__(
-        self, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, extra_blocks: Any
+        self, frozen: FrozenBlocks, cut: int, levels: list[int], width: int, extra_blocks: Any
     ) -> None:
-        super().__init__(frozen, cut, {str(position): position for position in taken})
+        super().__init__(frozen, cut, {str(position): position for position in levels})
         self.out_channels = width
         channels = []
-        for position in taken:
+        for position in levels:
             blank = torch.empty(1, *frozen.runner.shape(position, frozen.size), device="meta")
             channels.append(_map_at(blank, frozen, position).shape[1])
         self.pyramid = FeaturePyramidNetwork(channels, width, extra_blocks)

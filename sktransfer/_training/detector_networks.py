@@ -189,32 +189,32 @@ def boxed(preprocessing: Preprocessing) -> Preprocessing:
 
 
 def new_detector(
-    kind: str, frozen: FrozenBlocks, cut: int, taken: list[int], width: int, n_classes: int
+    kind: str, frozen: FrozenBlocks, cut: int, levels: list[int], width: int, n_classes: int
 ) -> nn.Module:
     """Build a detector on maps of a backbone.
 
     Parameters
     ----------
     kind : {"fcos", "retinanet", "faster_rcnn"}
-    frozen, cut, taken, width
+    frozen, cut, levels, width
         See `Pyramid`.
     n_classes : int
         Without the background.
     """
     if width % _GROUPS:
         raise ValueError(f"width={width}: it must be a multiple of {_GROUPS}, for its norms.")
-    strides = [stride(frozen, position) for position in taken]
+    strides = [stride(frozen, position) for position in levels]
     if kind == "faster_rcnn":
-        pyramid = Pyramid(frozen, cut, taken, width, LastLevelMaxPool())
+        pyramid = Pyramid(frozen, cut, levels, width, LastLevelMaxPool())
         sizes = tuple((4 * side,) for side in [*strides, 2 * strides[-1]])
         return FasterRCNN(
             pyramid,
             rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-            box_roi_pool=MultiScaleRoIAlign([str(p) for p in taken], 7, 2),
+            box_roi_pool=MultiScaleRoIAlign([str(p) for p in levels], 7, 2),
             box_head=TwoMLPHead(49 * width, 4 * width),
             box_predictor=FastRCNNPredictor(4 * width, n_classes + 1),
         )
-    pyramid = Pyramid(frozen, cut, taken, width, LastLevelP6P7(width, width))
+    pyramid = Pyramid(frozen, cut, levels, width, LastLevelP6P7(width, width))
     strides += [2 * strides[-1], 4 * strides[-1]]
     if kind == "fcos":
         anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))

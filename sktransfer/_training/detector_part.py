@@ -14,6 +14,7 @@ from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import get_runner, resolve_device
 from sktransfer._torch_state import (
     call_seeded,
+    cpu_by_default,
     float32_by_default,
     network_lock,
     trained_tensors,
@@ -87,7 +88,7 @@ class DetectorPart(nn.Module):
 
     def forward(self, stored: list[torch.Tensor], targets: Any = None) -> Any:
         """Return the losses by name while it trains, else boxes, labels and scores."""
-        with network_lock.shared(), float32_by_default(), FastDepthwise():
+        with network_lock.shared(), float32_by_default(), cpu_by_default(), FastDepthwise():
             return self.detector(self.source.unpack(stored), targets if self.training else None)
 
     def train(self, mode: bool = True) -> DetectorPart:
@@ -194,13 +195,13 @@ def part_on_backbone(
     runner = get_runner(backbone, device, "float32", runtime, image_size=preprocessing.size)
     runner.trace  # noqa: B018 raises an error that says why a network can't be cut
     frozen = FrozenBlocks(runner, preprocessing, "avg")
-    taken = map_positions(frozen)
-    names = runner.block_names[: taken[-1]]
+    levels = map_positions(frozen)
+    names = runner.block_names[: levels[-1]]
     unfrozen = trained_blocks(shape["unfreeze"], names, _OWNER)
     cut = min(unfrozen, default=len(names))
     detector: Any = call_seeded(
         seed,
-        lambda: new_detector(shape["detector"], frozen, cut, taken, shape["width"], n_classes),
+        lambda: new_detector(shape["detector"], frozen, cut, levels, shape["width"], n_classes),
     )
     for parameter in detector.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

@@ -80,8 +80,8 @@ def start_at_cut(
         behind = dict(zip(names, [*names[1:], ""], strict=True))
         if not all(behind[part] in cuts for part in parts.return_layers):
             return None
-        taken = {key: cuts[behind[part]] for part, key in parts.return_layers.items()}
-        detector.backbone.body = MapsBehind(frozen, cut, taken)
+        levels = {key: cuts[behind[part]] for part, key in parts.return_layers.items()}
+        detector.backbone.body = MapsBehind(frozen, cut, levels)
         positions = detector.backbone.body.positions
     else:
         rest = nn.Sequential(KnownMap(), *copy_of(nn.ModuleList([*parts.children()][first:])))

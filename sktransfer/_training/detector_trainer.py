@@ -37,6 +37,7 @@ from sktransfer._training.net import (
     parameter_groups,
     train,
 )
+from sktransfer._training.settings import rate_of_head
 from sktransfer.io import ImageSequence
 from sktransfer.io._boxes import Objects, image_sizes, letterbox
 
@@ -158,7 +159,7 @@ class DetectorTrainer:
 
     def _new_net(self, schedule: Schedule | None, seed: int, progress: Progress) -> Any:
         settings = self.settings
-        head_lr = settings.lr if settings.head_lr is None else settings.head_lr
+        head_lr = rate_of_head(settings.lr, settings.head_lr)
         parts = self.part.rated_parts(settings.lr, head_lr)
         net = make_detector_net(
             self.part,

@@ -77,6 +77,11 @@ class Settings:
         return is_linear and self.head_epochs == "auto" and not self.is_from_scratch
 
 
+def rate_of_head(lr: float, head_lr: float | None) -> float:
+    """Return the learning rate of new layers: None stands for that of the pretrained ones."""
+    return lr if head_lr is None else head_lr
+
+
 def distinct(
     images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, n_jobs: int | None
 ) -> tuple[np.ndarray, np.ndarray | None]:

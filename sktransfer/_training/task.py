@@ -24,7 +24,7 @@ from sktransfer._training.net import (
     make_net,
     parameter_groups,
 )
-from sktransfer._training.settings import Settings
+from sktransfer._training.settings import Settings, rate_of_head
 from sktransfer._training.trained_part import TrainedPart
 from sktransfer.io import ImageSequence
 
@@ -160,7 +160,7 @@ class Task:
             stop = early_stopping(settings.n_iter_no_change, settings.verbose)
             callbacks = [stop, *callbacks]
             options["train_split"] = predefined_split(valid)
-        head_lr = settings.lr if settings.head_lr is None else settings.head_lr
+        head_lr = rate_of_head(settings.lr, settings.head_lr)
         parts = module.rated_parts(settings.lr, head_lr, settings.lr_decay)
         return make_net(
             options.pop("net_class"),

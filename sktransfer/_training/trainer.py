@@ -29,6 +29,7 @@ from sktransfer._training.net import (
 )
 from sktransfer._training.phases import (
     FrozenPhase,
+    Phases,
     find_phases,
     hold_out,
     plan_fit,
@@ -129,23 +130,26 @@ class Trainer:
             self._chance, fitting = Chance(seed), threading.Lock()
             with fitting, ready_to_train(fitting):
                 if not goes_on:
-                    head = self._drawn_head(task)
-                    if phases.solves_head:
-                        self._progress.stage("head")
-                        solve_new_head(task, head, embeddings, learnt, examples)
-                    elif phases.n_head_epochs:
-                        train_head(
-                            task,
-                            head,
-                            embeddings,
-                            learnt,
-                            examples,
-                            phases.n_head_epochs,
-                            self._chance,
-                            self._progress,
-                        )
+                    head = self._trained_head(phases, embeddings, learnt, examples)
                     self.module = self._new_module(head)
                 self._train_blocks(stored, learnt, held_out, examples, n_epochs, goes_on)
+
+    def _trained_head(
+        self,
+        phases: Phases,
+        embeddings: np.ndarray | None,
+        learnt: np.ndarray,
+        examples: Examples,
+    ) -> nn.Module:
+        """Return a new head, trained alone if there is a phase for it."""
+        task, n_epochs = self._task, phases.n_head_epochs
+        head, chance = self._drawn_head(task), self._chance
+        if phases.solves_head:
+            self._progress.stage("head")
+            solve_new_head(task, head, embeddings, learnt, examples)
+        elif n_epochs:
+            train_head(task, head, embeddings, learnt, examples, n_epochs, chance, self._progress)
+        return head
 
     def _train_blocks(
         self,

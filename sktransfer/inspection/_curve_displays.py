@@ -358,14 +358,14 @@ class TransferGainDisplay:
 
 def _depth_column(results: Mapping[str, Any]) -> str:
     columns = [name for name in results if name.startswith("param_")]
-    found = [c for c in columns if c == "param_unfreeze" or c.endswith("__unfreeze")]
-    if len(found) != 1:
+    depths = [c for c in columns if c == "param_unfreeze" or c.endswith("__unfreeze")]
+    if len(depths) != 1:
         varied = ", ".join(column.removeprefix("param_") for column in columns)
         raise ValueError(
             f"The search must vary one 'unfreeze' parameter; it varies {varied}. Search over "
             "{'unfreeze': [0, 1, 2]} of a FineTunedClassifier or FineTunedRegressor."
         )
-    return found[0]
+    return depths[0]
 
 
 def _metric(results: Mapping[str, Any], wanted: Any) -> str:

@@ -62,7 +62,9 @@ class DetectionDisplay:
     @property
     def classes(self) -> list[Any]:
         everything = [*self.predicted, *(self.true or [])]
-        labels = [label for found in everything for label in np.asarray(found["labels"]).tolist()]
+        labels = [
+            label for objects in everything for label in np.asarray(objects["labels"]).tolist()
+        ]
         return sorted(dict.fromkeys(labels), key=str)
 
     @classmethod
@@ -165,17 +167,17 @@ class DetectionDisplay:
             axes.imshow(self.images[i])
             for box in [] if self.true is None else self.true[i]["boxes"]:
                 _draw(axes, box, "white", linestyle="--", linewidth=2.2)
-            _draw_found(axes, self.predicted[i], colour)
+            _draw_objects(axes, self.predicted[i], colour)
         return self
 
 
-def _scaled(found: Mapping[str, Any], scale: np.ndarray, threshold: float) -> dict[str, Any]:
+def _scaled(objects: Mapping[str, Any], scale: np.ndarray, threshold: float) -> dict[str, Any]:
     """Return the boxes in pixels of the image that is shown, those of low scores left out."""
-    boxes = np.asarray(found["boxes"], float).reshape(-1, 4) * scale
-    labels = np.asarray(found["labels"])
-    if "scores" not in found:
+    boxes = np.asarray(objects["boxes"], float).reshape(-1, 4) * scale
+    labels = np.asarray(objects["labels"])
+    if "scores" not in objects:
         return {"boxes": boxes, "labels": labels}
-    scores = np.asarray(found["scores"], float)
+    scores = np.asarray(objects["scores"], float)
     kept = scores >= threshold
     return {"boxes": boxes[kept], "labels": labels[kept], "scores": scores[kept]}
 
@@ -187,10 +189,10 @@ def _draw(axes: Any, box: Sequence[float], colour: Any, **style: Any) -> None:
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, **style))
 
 
-def _draw_found(axes: Any, found: Mapping[str, Any], colour: Mapping[Any, Any]) -> None:
-    scores = found.get("scores", [None] * len(found["boxes"]))
-    labels = np.asarray(found["labels"]).tolist()
-    for box, label, score in zip(found["boxes"], labels, scores, strict=True):
+def _draw_objects(axes: Any, objects: Mapping[str, Any], colour: Mapping[Any, Any]) -> None:
+    scores = objects.get("scores", [None] * len(objects["boxes"]))
+    labels = np.asarray(objects["labels"]).tolist()
+    for box, label, score in zip(objects["boxes"], labels, scores, strict=True):
         _draw(axes, box, colour[label], linewidth=1.4)
         text = text_of(label) if score is None else f"{text_of(label)} {score:.2f}"
         style = {"facecolor": colour[label], "edgecolor": "none", "pad": 0.8}

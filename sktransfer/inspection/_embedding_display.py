@@ -200,8 +200,10 @@ class EmbeddingDisplay:
             palette = mpl.colormaps["turbo"].resampled(len(names))
         colors = palette(numbers)
         for number, name in enumerate(names):
-            own = numbers == number
-            ax.scatter(x[own], y[own], s=14, color=colors[own], label=text_of(name))
+            is_of_class = numbers == number
+            ax.scatter(
+                x[is_of_class], y[is_of_class], s=14, color=colors[is_of_class], label=text_of(name)
+            )
         if len(names) <= _MANY:
             ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
         return colors

@@ -353,8 +353,11 @@ class PrototypeDisplay:
         display = cls(
             [shown(images, i) for i in range(len(images))],
             said or [f"image {i}" for i in range(len(images))],
-            [[shown(train, j) for j in own] for own in rows],
-            [[f"image {j}" if labels is None else _value(labels[j]) for j in own] for own in rows],
+            [[shown(train, j) for j in nearest_rows] for nearest_rows in rows],
+            [
+                [f"image {j}" if labels is None else _value(labels[j]) for j in nearest_rows]
+                for nearest_rows in rows
+            ],
             distances,
             rows,
         )

@@ -46,25 +46,25 @@ def check_objects(y: Any, n_images: int) -> list[Objects]:
             f"Found input variables with inconsistent numbers of samples: X has {n_images} images "
             f"and y has {len(y)} dicts; y needs one for each image, also for those without objects."
         )
-    return [_objects(found, row) for row, found in enumerate(y)]
+    return [_objects(target, row) for row, target in enumerate(y)]
 
 
-def _objects(found: Any, row: int) -> Objects:
-    if not isinstance(found, Mapping):
+def _objects(target: Any, row: int) -> Objects:
+    if not isinstance(target, Mapping):
         raise TypeError(
-            f"y, row {row}: expected a dict {{'boxes': (n, 4), 'labels': (n,)}}, got {found!r} of "
-            f"type {type(found).__name__}."
+            f"y, row {row}: expected a dict {{'boxes': (n, 4), 'labels': (n,)}}, got {target!r} of "
+            f"type {type(target).__name__}."
         )
-    if missing := [key for key in ("boxes", "labels") if key not in found]:
+    if missing := [key for key in ("boxes", "labels") if key not in target]:
         raise ValueError(
-            f"y, row {row}: the keys {missing} are missing; it has {sorted(map(str, found))}. An "
+            f"y, row {row}: the keys {missing} are missing; it has {sorted(map(str, target))}. An "
             "image without objects has empty boxes and labels."
         )
     try:
-        boxes = np.asarray(found["boxes"], np.float64)
+        boxes = np.asarray(target["boxes"], np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"y, row {row}: boxes must be numbers (n, 4): {error}") from error
-    labels = np.asarray(found["labels"])
+    labels = np.asarray(target["labels"])
     boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
     if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.ndim != 1 or len(labels) != len(boxes):
         raise ValueError(
@@ -86,26 +86,26 @@ def _objects(found: Any, row: int) -> Objects:
 def check_inside(objects: Sequence[Objects], sizes: np.ndarray) -> list[Objects]:
     """Check that the boxes lie in their images; clip those that leave them by a pixel at most."""
     clipped = []
-    for row, (found, (height, width)) in enumerate(zip(objects, sizes.tolist(), strict=True)):
+    for row, (of_image, (height, width)) in enumerate(zip(objects, sizes.tolist(), strict=True)):
         limits = np.array([width, height, width, height])
-        outside = (found.boxes < -_SLACK) | (found.boxes > limits + _SLACK)
+        outside = (of_image.boxes < -_SLACK) | (of_image.boxes > limits + _SLACK)
         if outside.any():
             i = int(np.flatnonzero(outside.any(1))[0])
             raise ValueError(
-                f"y, row {row}: box {i}, {found.boxes[i].tolist()}, lies outside its image of "
+                f"y, row {row}: box {i}, {of_image.boxes[i].tolist()}, lies outside its image of "
                 f"width {width} and height {height}. Boxes are x1, y1, x2, y2 in pixels of the "
                 "image as it is given, turned upright."
             )
-        boxes = np.clip(found.boxes, 0, limits)
+        boxes = np.clip(of_image.boxes, 0, limits)
         if (boxes[:, 2:] <= boxes[:, :2]).any():
             raise ValueError(f"y, row {row}: nothing is left of a box inside the image.")
-        clipped.append(Objects(boxes, found.labels))
+        clipped.append(Objects(boxes, of_image.labels))
     return clipped
 
 
 def find_classes(objects: Sequence[Objects]) -> np.ndarray:
     """Return the sorted categories."""
-    labels = [label for found in objects for label in found.labels]
+    labels = [label for of_image in objects for label in of_image.labels]
     if not labels:
         raise ValueError(
             "y holds no object in any image, so there is no category to learn. At least one image "
@@ -121,13 +121,13 @@ def find_classes(objects: Sequence[Objects]) -> np.ndarray:
 def encode(objects: Sequence[Objects], classes: np.ndarray) -> list[np.ndarray]:
     """Return the numbers of the labels, from 0; ValueError if a category is not known."""
     numbers = {label: i for i, label in enumerate(classes.tolist())}
-    for row, found in enumerate(objects):
-        if unknown := sorted({str(label) for label in found.labels if label not in numbers}):
+    for row, of_image in enumerate(objects):
+        if unknown := sorted({str(label) for label in of_image.labels if label not in numbers}):
             raise ValueError(
                 f"y, row {row}: unknown categories {unknown}; the detector was fitted to "
                 f"{[str(label) for label in classes.tolist()]}. Fit it with them, or drop them."
             )
-    return [np.array([numbers[label] for label in found.labels], int) for found in objects]
+    return [np.array([numbers[label] for label in of_image.labels], int) for of_image in objects]
 
 
 # ------------------------------------------------------------------------------ the network's input
@@ -139,6 +139,8 @@ def letterbox(preprocessing: Preprocessing, height: int, width: int) -> tuple[An
     The image lies in the middle of the input, at its own proportions.
     """
     scaled = preprocessing.scaled_size(height, width)
-    top, left = ((side - own) // 2 for side, own in zip(preprocessing.size, scaled, strict=True))
+    top, left = (
+        (side - extent) // 2 for side, extent in zip(preprocessing.size, scaled, strict=True)
+    )
     scale = np.array([scaled[1] / width, scaled[0] / height] * 2)
     return scale, np.array([left, top, left, top], float)

@@ -75,10 +75,25 @@ def load_coco(
     content = _read(file)
     if not folder.is_dir():
         raise ValueError(f"image_folder={str(folder)!r}: there is no such folder.")
+    images, names, annotations = _entries(file, folder, content, crowd)
+    _check_files(file, folder, list(images.values()))
+    descr = f"{len(images)} images and {len(annotations)} boxes of {file.name}"
+    return Bunch(
+        data=list(images.values()),
+        target=_targets(file, images, names, annotations),
+        target_names=list(names.values()),
+        DESCR=descr,
+    )
+
+
+def _entries(
+    file: Path, folder: Path, content: Mapping[str, Any], crowd: bool
+) -> tuple[dict[Any, str], dict[Any, str], list[tuple[Any, Any, list[float]]]]:
+    """Return paths of images and names of categories by their id, and the annotations."""
     try:
         images = {image["id"]: str(folder / image["file_name"]) for image in content["images"]}
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
-        found = [
+        annotations = [
             (entry["image_id"], entry["category_id"], [float(value) for value in entry["bbox"]])
             for entry in content["annotations"]
             if crowd or not entry.get("iscrowd", 0)
@@ -88,10 +103,19 @@ def load_coco(
             f"{str(file)!r} is not in COCO's format: an entry lacks a field, or it has another "
             f"type than that of the format ({type(error).__name__}: {error})."
         ) from error
-    _check_files(file, folder, list(images.values()))
+    return images, names, annotations
+
+
+def _targets(
+    file: Path,
+    images: Mapping[Any, str],
+    names: Mapping[Any, str],
+    annotations: Sequence[tuple[Any, Any, list[float]]],
+) -> list[dict[str, np.ndarray]]:
+    """Return boxes and labels of each image."""
     boxes: dict[Any, list[Any]] = {image: [] for image in images}
     labels: dict[Any, list[str]] = {image: [] for image in images}
-    for number, (image, category, box) in enumerate(found):
+    for number, (image, category, box) in enumerate(annotations):
         if image not in images or category not in names or len(box) != 4:
             raise ValueError(
                 f"{str(file)!r}: annotation {number} is of image {image!r} and category "
@@ -101,17 +125,13 @@ def load_coco(
         x, y, width, height = box
         boxes[image].append([x, y, x + width, y + height])
         labels[image].append(names[category])
-    target = [
+    return [
         {
             "boxes": np.array(boxes[image], float).reshape(-1, 4),
             "labels": np.array(labels[image], dtype=str),
         }
         for image in images
     ]
-    descr = f"{len(images)} images and {len(found)} boxes of {file.name}"
-    return Bunch(
-        data=list(images.values()), target=target, target_names=list(names.values()), DESCR=descr
-    )
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -213,11 +233,11 @@ def _dataset(y: Sequence[Mapping[str, Any]], numbers: Mapping[Any, int]) -> Any:
     from pycocotools.coco import COCO
 
     entries: list[dict[str, Any]] = []
-    for image, found in enumerate(y, 1):
-        boxes = np.asarray(found["boxes"], float).reshape(-1, 4)
-        scores = found.get("scores", np.ones(len(boxes)))
+    for image, objects in enumerate(y, 1):
+        boxes = np.asarray(objects["boxes"], float).reshape(-1, 4)
+        scores = objects.get("scores", np.ones(len(boxes)))
         for box, label, score in zip(
-            boxes.tolist(), np.asarray(found["labels"]).tolist(), scores, strict=True
+            boxes.tolist(), np.asarray(objects["labels"]).tolist(), scores, strict=True
         ):
             x1, y1, x2, y2 = box
             width, height = x2 - x1, y2 - y1

@@ -31,8 +31,8 @@ _JUNK = 1024  # bytes in front of a JPEG that are looked at
 _DAMAGE = ("Corrupt JPEG data", "Inconsistent progression")  # how libjpeg's warnings begin
 _HARMLESS = "bad ICC marker"
 _END_OF_JPEG = b"\xff\xd9"
-_PNG = b"\x89PNG\r\n\x1a\n"
-_FOUND = "_sktransfer_found"  # the attribute of a user's image with what is in `_Found`
+_STARTS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8", "MPO": b"\xff\xd8"}
+_SEEN = "_sktransfer_seen"  # the attribute of a user's image with what is in `_Seen`
 
 
 class Decoded(NamedTuple):
@@ -43,7 +43,7 @@ class Decoded(NamedTuple):
     doubt: str = ""  # why its pixels may be wrong
 
 
-class _Found(NamedTuple):
+class _Seen(NamedTuple):
     """What is seen only when an image is loaded."""
 
     frame: int
@@ -83,7 +83,7 @@ def _decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
         if pixels is not None:
             return Decoded(_upright(pixels, image), damage)
         is_deep = has_deep_colour(image)  # seen before it is loaded only
-        damage = _load(image, data) or damage
+        damage = _load(image, data if image.format == "PNG" else b"") or damage
         return _decoded(image, is_deep)._replace(damage=damage)
 
 
@@ -94,36 +94,36 @@ def _decode_pillow(image: Image.Image) -> Decoded:
     if image.tile:
         _load_of_user(image)
     image.load()
-    found = getattr(image, _FOUND, None)
-    if found is None or found.frame != image.tell():  # the user loaded it
+    seen = getattr(image, _SEEN, None)
+    if seen is None or seen.frame != image.tell():  # the user loaded it
         return _decoded(image)
-    if found.error:
-        raise OSError(found.error)
-    return _decoded(image, found.is_deep)._replace(damage=found.damage)
+    if seen.error:
+        raise OSError(seen.error)
+    return _decoded(image, seen.is_deep)._replace(damage=seen.damage)
 
 
 def _load_of_user(image: ImageFile.ImageFile) -> None:
     """Load an image, and keep with it what is seen only then: it may be asked for once more."""
-    found = _Found(image.tell(), has_deep_colour(image))
+    seen = _Seen(image.tell(), has_deep_colour(image))
     try:
-        found = found._replace(damage=_load(image, _bytes_of_png(image)))
+        seen = seen._replace(damage=_load(image, _bytes_not_loaded(image)))
     except Exception as error:
         if not image.tile:  # libtiff's errors leave it as if it were loaded
-            setattr(image, _FOUND, found._replace(error=str(error)))
+            setattr(image, _SEEN, seen._replace(error=str(error)))
         raise
-    setattr(image, _FOUND, found)
+    setattr(image, _SEEN, seen)
 
 
-def _bytes_of_png(image: ImageFile.ImageFile) -> bytes:
-    """Return the file of a PNG that is not loaded yet; nothing of others, or of later frames."""
-    file = image.fp
-    if image.format != "PNG" or image.tell() or file is None:
+def _bytes_not_loaded(image: ImageFile.ImageFile) -> bytes:
+    """Return the file of a PNG or a JPEG that is not loaded yet; nothing of later frames."""
+    start, file = _STARTS.get(image.format or ""), image.fp
+    if start is None or image.tell() or file is None:
         return b""
     position = file.tell()
     file.seek(0)
     data = file.read()
     file.seek(position)
-    return data if data.startswith(_PNG) else b""
+    return data if data.startswith(start) else b""
 
 
 def _decoded(image: Image.Image, is_deep: bool = False) -> Decoded:
@@ -238,10 +238,10 @@ def _jpeg_pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray | None, st
     # Given a place, it can't be made to write more than the header promised to Pillow.
     pixels = np.empty((image.height, image.width, 3 if is_rgb else 4), np.uint8)
     try:
-        found = simplejpeg.decode_jpeg(data, "RGB" if is_rgb else "CMYK", buffer=pixels)
+        decoded = simplejpeg.decode_jpeg(data, "RGB" if is_rgb else "CMYK", buffer=pixels)
     except ValueError as error:
         return _repaired(image, data, pixels, str(error))
-    return (found if is_rgb and found.shape == pixels.shape else None), ""
+    return (decoded if is_rgb and decoded.shape == pixels.shape else None), ""
 
 
 def _repaired(
@@ -254,8 +254,21 @@ def _repaired(
             return simplejpeg.decode_jpeg(data + _END_OF_JPEG, "RGB", buffer=pixels), ""
         except ValueError:
             return None, ""  # Pillow refuses it, or decodes it for a user who wants it
-    is_damage = warning.startswith(_DAMAGE) and _HARMLESS not in warning
-    return None, warning if is_damage else ""
+    return None, _damage_in(warning)
+
+
+def _damage_in(warning: str) -> str:
+    """Return a warning of libjpeg if it means that pixels are wrong."""
+    return warning if warning.startswith(_DAMAGE) and _HARMLESS not in warning else ""
+
+
+def _damage_of_jpeg(data: bytes) -> str:
+    """Return what libjpeg warns of, which Pillow hides; decoded at an eighth of the size."""
+    try:
+        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)
+    except ValueError as warning:
+        return _damage_in(str(warning))
+    return ""
 
 
 # ------------------------------------------------------------------------------ others
@@ -264,7 +277,8 @@ def _repaired(
 def _load(image: Image.Image, data: bytes) -> str:
     """Load an image with Pillow; return what is wrong with it nevertheless.
 
-    The bytes are needed for PNG alone, which is not looked at without them.
+    The bytes are needed for PNG and for a JPEG that nobody has decoded: without them they are not
+    looked at.
     """
     if image.format == "TIFF":
         refuse_misread(image)
@@ -278,6 +292,8 @@ def _load(image: Image.Image, data: bytes) -> str:
     takes_all = ImageFile.LOAD_TRUNCATED_IMAGES  # the user's own setting
     if image.format == "PNG" and data and not takes_all:
         return _damage_of_png(image, data)
+    if image.format in ("JPEG", "MPO") and data:
+        return _damage_of_jpeg(data)
     return ""
 
 

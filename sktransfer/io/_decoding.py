@@ -24,6 +24,7 @@ from sktransfer._threads import renewed_in_forks
 from sktransfer.io._bit_depth import UnusableImage
 from sktransfer.io._codecs import Decoded, decode, decode_pillow, why_unknown
 from sktransfer.io._files import open_regular, room_for
+from sktransfer.io._messages import speaking_of
 
 _LONGEST_NAME = 500  # characters in an error
 ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
@@ -163,9 +164,12 @@ def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
     """Call `decode(source)`; its errors become a `ValueError` that says where and what to do."""
     is_closed = _lost_its_file(source)  # known before Pillow tries
     try:
-        return decode(source)
+        with speaking_of(where):
+            return decode(source)
     except MemoryError:
         raise
+    except Image.DecompressionBombWarning as error:  # the user's filters make it an error
+        raise ValueError(str(error)) from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         if isinstance(error, (NameError, AttributeError)) and not _came_through_pillow(error):
             raise  # a mistake in this code
@@ -180,7 +184,7 @@ def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
             reason = why_unknown(source)
         elif isinstance(error, UnusableImage):
             reason = str(error)
-        elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        elif isinstance(error, Image.DecompressionBombError):
             reason = f"too many pixels ({error}); make it smaller or, if you trust it, raise the "
             reason += "limit: sktransfer.set_config(max_pixels=...) or PIL.Image.MAX_IMAGE_PIXELS"
         raise ValueError(f"{where}: {reason}.") from error

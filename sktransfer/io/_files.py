@@ -37,7 +37,7 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _refuse_irregular(found: os.stat_result) -> None:
+def _refuse_irregular(status: os.stat_result) -> None:
     kinds = {
         stat.S_ISDIR: "a folder",
         stat.S_ISCHR: "a device",
@@ -45,8 +45,8 @@ def _refuse_irregular(found: os.stat_result) -> None:
         stat.S_ISFIFO: "a pipe",
         stat.S_ISSOCK: "a socket",
     }
-    if not stat.S_ISREG(found.st_mode):
-        kind = next((kind for test, kind in kinds.items() if test(found.st_mode)), "special")
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((kind for test, kind in kinds.items() if test(status.st_mode)), "special")
         raise OSError(f"this is {kind}, not a regular file")
 
 
@@ -70,7 +70,7 @@ class _Room:
         self.large_file = threading.RLock()
 
     @contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
+    def reserved(self, pixels: int) -> Iterator[None]:
         """Wait until there is room for an image; one alone always finds it."""
         if pixels <= _FREE_PIXELS:
             yield
@@ -104,7 +104,7 @@ _room = _Room()
 
 def room_for(pixels: int) -> Any:
     """Return a context for the decoding of an image, in which it waits for other large ones."""
-    return _room.taken(pixels)
+    return _room.reserved(pixels)
 
 
 def reading_turn(item: Any) -> Any:

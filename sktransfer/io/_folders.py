@@ -138,13 +138,13 @@ def list_images(path: str | os.PathLike) -> list[str]:
     ['china.jpg', 'flower.jpg']
     """
     _check_folder(Path(path), "pass a folder of images.")
-    found = _images_in(path, "", _IMAGE_EXTENSIONS)
-    if not found:
+    paths = _images_in(path, "", _IMAGE_EXTENSIONS)
+    if not paths:
         raise ValueError(
             f"No image in {os.fspath(path)!r}: looked for files that end in "
             f"{', '.join(_IMAGE_EXTENSIONS)}."
         )
-    return found
+    return paths
 
 
 def _category_names(
@@ -156,10 +156,10 @@ def _category_names(
         _report_dead_links(str(folder), [f.name for f in folder.iterdir()], extensions)
     if not names:
         beside = _images_beside(folder, extensions)
-        found = f"; {_counted(beside)} without one: list_images lists such"
+        hint = f"; {_counted(beside)} without one: list_images lists such"
         raise ValueError(
             f"{str(folder)!r} has no category folders: images are expected as "
-            f"{str(folder / 'category' / 'image.jpg')!r}{found if beside else ''}."
+            f"{str(folder / 'category' / 'image.jpg')!r}{hint if beside else ''}."
         )
     missing = sorted(set(categories or []) - set(names))
     if missing:
@@ -183,7 +183,7 @@ def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) 
     starts = Path(os.path.realpath(path)), Path(os.path.realpath(top))
     above = {str(folder) for start in starts for folder in (start, *start.parents)}
     seen: dict[str, set[str]] = {}  # real paths of the folders listed for each folder of `path`
-    found = []
+    paths = []
     for root, folders, files in os.walk(top, onerror=refuse, followlinks=True):
         # Folders before links, by which one may be met again.
         folders.sort(key=lambda folder: (os.path.islink(os.path.join(root, folder)), folder))
@@ -196,9 +196,9 @@ def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) 
                 listed.add(real)
                 kept.append(folder)
         folders[:] = kept
-        found += [os.path.join(root, file) for file in files if _is_image(file, extensions)]
+        paths += [os.path.join(root, file) for file in files if _is_image(file, extensions)]
         _report_dead_links(root, files, extensions)
-    return sorted(found)
+    return sorted(paths)
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
@@ -215,9 +215,10 @@ def _images_beside(folder: str | os.PathLike, extensions: tuple[str, ...]) -> li
 def _refuse_splits(path: str | os.PathLike, files: dict[str, list[str]]) -> None:
     """Raise a `ValueError` if the categories are the parts of a data set, and hold its classes."""
     classes = {
-        name: _first_folders(found, os.path.join(path, name)) for name, found in files.items()
+        name: _first_folders(of_folder, os.path.join(path, name))
+        for name, of_folder in files.items()
     }
-    with_images = [name for name, found in files.items() if found]
+    with_images = [name for name, of_folder in files.items() if of_folder]
     if not all(name.lower() in _SPLITS for name in with_images):
         return
     met = Counter(name for folders in classes.values() for name in folders)

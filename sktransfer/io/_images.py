@@ -104,9 +104,9 @@ class ImageSequence:
     def digests(self, n_threads: int) -> list[bytes]:
         """Return the digests of all rows, and remember them: files are not read for them again."""
         with ThreadPoolExecutor(n_threads) as threads:
-            found = list(threads.map(self.digest, range(len(self))))
-        self._digests.update(zip(self._rows.tolist(), found, strict=True))
-        return found
+            digests = list(threads.map(self.digest, range(len(self))))
+        self._digests.update(zip(self._rows.tolist(), digests, strict=True))
+        return digests
 
     def load(
         self,

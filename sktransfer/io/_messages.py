@@ -23,19 +23,37 @@ _said = threading.local()  # by libtiff and Pillow, in this thread
 class _ThreadsWarnings:
     """Stands in Pillow's modules for `warnings`, whose own filters are those of all threads.
 
-    In a thread that decodes it keeps what is said, which names neither row nor file; elsewhere, and
-    of the size of an image, it warns as Pillow does.
+    In a thread that decodes it keeps what is said, which names neither row nor file. What is said
+    of the size of an image can't wait, as a filter may make it an error: it gets their name here.
+    Elsewhere it warns as Pillow does.
     """
 
     def warn(self, message: Any, category: Any = UserWarning, stacklevel: int = 1) -> None:
-        said = getattr(_said, "warnings", None)
-        if said is None or category is Image.DecompressionBombWarning:
-            warnings.warn(message, category, stacklevel + 1)
-        else:
+        said, where = getattr(_said, "warnings", None), getattr(_said, "where", None)
+        is_of_size = category is Image.DecompressionBombWarning
+        if said is not None and not is_of_size:
             said.append(str(message))
+            return
+        if where is not None and is_of_size:
+            message = (
+                f"{where}: {str(message).rstrip('.')}. Make it smaller or, if you trust it, raise "
+                "PIL.Image.MAX_IMAGE_PIXELS."
+            )
+        warnings.warn(message, category, stacklevel + 1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(warnings, name)
+
+
+@contextmanager
+def speaking_of(where: str) -> Iterator[None]:
+    """Say in this thread of which row and file Pillow warns."""
+    before = getattr(_said, "where", None)
+    _said.where = where
+    try:
+        yield
+    finally:
+        _said.where = before
 
 
 @contextmanager

@@ -51,8 +51,8 @@ def build_torchvision(name: str, weights: Any, seed: int) -> Built:
     network = create()
     if state is not None:
         aux = ("aux1.", "aux2.", "AuxLogits.")
-        own = network.state_dict()
-        state = {k: v for k, v in state.items() if k in own or not k.startswith(aux)}
+        expected = network.state_dict()
+        state = {k: v for k, v in state.items() if k in expected or not k.startswith(aux)}
         network = load_state(create, network, state, name, weights)
     reference = chosen or published.DEFAULT
     categories = reference.meta["categories"] if _n_outputs(network) == 1000 else None

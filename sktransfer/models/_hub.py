@@ -74,8 +74,8 @@ def check_connection(url: str) -> None:
     """Raise OSError soon if the server of `url`, or the proxy in front of it, can't be reached."""
     host, port = _server(url)
     end = time.monotonic() + _SECONDS
-    found = _first(lambda _: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), [None], end)
-    addresses = {address[4][:2] for address in found}
+    answers = _first(lambda _: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), [None], end)
+    addresses = {address[4][:2] for address in answers}
     # All at once: of a server's addresses, those of one protocol may lead nowhere.
     _first(lambda address: socket.create_connection(address, _SECONDS).close(), addresses, end)
 
@@ -104,12 +104,12 @@ def _first(call: Callable[[Any], Any], arguments: Iterable[Any], end: float) -> 
     threads = [threading.Thread(target=run, args=(a,), daemon=True) for a in arguments]
     for thread in threads:
         thread.start()
-    found: Any = None
+    outcome: Any = None
     for _ in threads:
         try:
-            found = results.get(timeout=max(0.0, end - time.monotonic()))
+            outcome = results.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
             raise TimeoutError(f"no connection within {_SECONDS:.0f} seconds") from None
-        if not isinstance(found, Exception):
-            return found
-    raise OSError(str(found)) from found
+        if not isinstance(outcome, Exception):
+            return outcome
+    raise OSError(str(outcome)) from outcome

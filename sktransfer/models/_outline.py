@@ -167,11 +167,13 @@ def _owners(node: fx.Node) -> Iterator[str]:
 
 def _has_weights(module: nn.Module) -> bool:
     """Whether it is a convolution, a linear layer, an attention; not a norm or a bare vector."""
-    own = [item for item in module.named_parameters(recurse=False) if _WEIGHT.search(item[0])]
+    weights = [item for item in module.named_parameters(recurse=False) if _WEIGHT.search(item[0])]
     computed = getattr(module, "parametrizations", None)
     if isinstance(computed, nn.ModuleDict):  # torch's: a weight that is computed from others
-        own += [(name, p) for name, of in computed.items() for p in of.parameters(recurse=False)]
-    return "Norm" not in type(module).__name__ and any(value.ndim > 1 for _, value in own)
+        weights += [
+            (name, p) for name, of in computed.items() for p in of.parameters(recurse=False)
+        ]
+    return "Norm" not in type(module).__name__ and any(value.ndim > 1 for _, value in weights)
 
 
 def merge(units: list[Unit], cuts: list[Cut]) -> Iterator[list[Unit]]:

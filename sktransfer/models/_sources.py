@@ -76,14 +76,14 @@ class Sources:
 def _modules_used_by(module: str) -> set[str]:
     """Return the modules of one package that a module needs, itself included."""
     package = module.partition(".")[0]
-    found: set[str] = set()
+    modules: set[str] = set()
     names = [module]
     while names:
         name = names.pop()
-        if name not in found and name.partition(".")[0] == package and file_of(name):
-            found.add(name)
+        if name not in modules and name.partition(".")[0] == package and file_of(name):
+            modules.add(name)
             names += _modules_named_in(sys.modules[name])
-    return found
+    return modules
 
 
 def _modules_named_in(module: types.ModuleType) -> Iterator[str]:
@@ -105,9 +105,9 @@ def _modules_named_in(module: types.ModuleType) -> Iterator[str]:
 def _content_digest(file: str | None) -> str | None:
     """Return the digest of a file, or None if it changed since this process began."""
     try:
-        found = os.stat(file or "")
+        status = os.stat(file or "")
         # When it was written, or put there as a link to what was written earlier.
-        if max(found.st_mtime, found.st_ctime) < _START_OF_PROCESS:
+        if max(status.st_mtime, status.st_ctime) < _START_OF_PROCESS:
             return _read_once(str(file))
     except OSError:  # it lies in an archive, or is gone
         pass

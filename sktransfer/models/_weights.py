@@ -141,28 +141,28 @@ def load_state(
 
 
 def _check_values(
-    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: Any
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: Any
 ) -> None:
     """Raise ValueError for a tensor with which a network could not compute."""
     for name, tensor in state.items():
-        if (problem := _problem(tensor, own[name])) is not None:
+        if (problem := _problem(tensor, expected[name])) is not None:
             raise ValueError(
                 f"weights={str(source)!r}: {name} {problem}. Save plain floating-point tensors "
                 "with finite values: torch.save(network.state_dict(), path)."
             )
 
 
-def _problem(tensor: torch.Tensor, own: torch.Tensor) -> str | None:
-    """Say what is wrong with a tensor that is to take the place of `own`."""
+def _problem(tensor: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Say what is wrong with a tensor that is to take the place of `expected`."""
     if tensor.is_meta:
         return "has a shape but no values (it is on torch's meta device)"
     if tensor.layout != torch.strided:
         return f"is sparse ({tensor.layout})"
     if tensor.is_quantized:
         return f"is quantised ({tensor.dtype})"
-    if own.is_floating_point() and not tensor.is_floating_point():
+    if expected.is_floating_point() and not tensor.is_floating_point():
         return f"is {tensor.dtype}, not floating-point"
-    if not is_finite(tensor) and is_finite(own):  # a mask of a network may hold infinity
+    if not is_finite(tensor) and is_finite(expected):  # a mask of a network may hold infinity
         return f"holds {_counted(tensor)}"
     return None
 
