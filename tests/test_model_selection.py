@@ -1,5 +1,6 @@
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from sktransfer import PretrainedFeatureExtractor, get_model, register_model
+from sktransfer import PretrainedFeatureExtractor, get_model, list_models, register_model
 from sktransfer.metrics import h_score, knn_score, leep_score, log_me_score
 from sktransfer.model_selection import rank_backbones, transfer_gain
 from sktransfer.model_selection._transfer_gain import TransferGain, corrected_interval
+from sktransfer.models import RECOMMENDED
 from sktransfer.models._registry import Backbone, imagenet_accuracy
 from sktransfer.transforms import Preprocessing
 
@@ -72,7 +74,7 @@ def ranked(tiles):
     _, paths, labels = tiles
     network = "efficientnet_lite0"
     scoring = ["knn", "logme", "h_score", "leep"]
-    options = {"scoring": scoring, "cv": 2, "random_state": 0, "image_size": 64}
+    options = {"scoring": scoring, "cv": 2, "random_state": 0, "image_size": 64, "pairs": False}
     return rank_backbones(paths, labels, [(network, None), network], **options), options
 
 
@@ -121,7 +123,10 @@ def test_every_image_is_embedded_once_a_backbone(tiles, run_log, tmp_path):
     options = {"scoring": ["knn", "leep"], "memory": tmp_path, "random_state": 0}
     first = rank_backbones(paths, labels, networks, **options)
     assert len(run_log()) == 80
-    assert sorted(first.backbone) == ["small1", "small2"] and set(first.weights) == {"own"}
+    pair = first.backbone.str.contains(" + ", regex=False)
+    assert sorted(first.backbone[~pair]) == ["small1", "small2"]
+    assert set(first.weights[~pair]) == {"own"}
+    assert first.weights[pair].tolist() == [("own", "own")] and first.leep[pair].isna().all()
     again = rank_backbones(paths, labels, networks, **options)
     assert len(run_log()) == 80
     assert again.seconds_per_1000_images.isna().all()
@@ -154,7 +159,7 @@ def test_the_best_comes_first(sort_by):
     )
     values = table[sort_by or "logme"].tolist()
     assert values == sorted(values, reverse=True) and len(set(values)) > 2
-    assert table.index.tolist() == [0, 1, 2, 3]
+    assert table.index.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_without_a_score_last():
@@ -197,6 +202,63 @@ def test_progress_is_shown(capsys):
     assert "backbones: 100%" in err and "40/40" in err
     rank_backbones(*pictures(), ["colours"], scoring=["knn"])
     assert capsys.readouterr().err == ""
+
+
+def test_the_best_pair_knows_what_neither_of_its_networks_knows():
+    """One network sees the brightness alone, one the red alone; the label is of both."""
+    chance = np.random.default_rng(0)
+    bright, red = chance.integers(0, 2, (2, 60))
+    X = chance.integers(0, 60, (60, 32, 32, 3), dtype=np.uint8)
+    X += (90 * bright)[:, None, None, None].astype(np.uint8)
+    X[..., 0] += (90 * red)[:, None, None].astype(np.uint8)
+    y = 2 * bright + red
+
+    def seeing(weights, name):
+        conv = nn.Conv2d(3, 4, 1, bias=False)
+        nn.init.zeros_(conv.weight)
+        with torch.no_grad():
+            conv.weight[0, :, 0, 0] = torch.tensor(weights)
+        network = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        return Backbone(network, SIZE, name=name)
+
+    networks = [
+        seeing([1.0, -1.0, 0.0], "red"),
+        seeing([0.0, 1.0, 1.0], "bright"),
+        seeing([0.0, 0.0, 0.0], "neither"),
+    ]
+    options = {"scoring": "logistic", "random_state": 0}
+    table = rank_backbones(X, y, networks, **options)
+    assert {*table.backbone[0].split(" + ")} == {"red", "bright"}
+    assert len(table) == 4 and table.n_features[0] == 8
+    alone = table[~table.backbone.str.contains(" + ", regex=False)]
+    assert table.logistic[0] > alone.logistic.max()
+    pd.testing.assert_frame_equal(
+        rank_backbones(X, y, networks, pairs=False, **options).drop(
+            columns="seconds_per_1000_images"
+        ),
+        alone.reset_index(drop=True).drop(columns="seconds_per_1000_images"),
+    )
+
+
+def test_without_names_what_can_be_loaded_is_ranked(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):  # nothing listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    X, y = pictures(12)
+    options = {"scoring": "knn", "cv": 2, "image_size": 32, "random_state": 0}
+    words = "Ranked are efficientnet_lite0, .*can't be loaded here: timm/mobilenetv4_conv_small"
+    with pytest.warns(UserWarning, match=words):
+        table = rank_backbones(X, y, **options)
+    assert {*RECOMMENDED["without a download"]} < {*table.backbone}
+
+
+def test_recommended_networks_are_in_the_list_and_in_the_guide():
+    names = [name for of_purpose in RECOMMENDED.values() for name in of_purpose]
+    assert len({*names}) == len(names) and {*names} <= {*list_models()}
+    guide = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
+    table = guide.partition("### Which networks to try")[2].partition("\n#")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
+    assert [row[2].strip(" `") for row in rows[2:] if row[1].strip() != "medical"] == names
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def _ranking(table: Any) -> str:
         cells["parameters"] = f"{row['n_parameters'] / 1e6:.1f} M"
         cells["features"] = str(row["n_features"])
         accuracy = row["imagenet_accuracy"]
-        cells["ImageNet"] = "" if np.isnan(accuracy) else f"{accuracy:.1f} %"
+        cells["ImageNet"] = "" if np.isnan(accuracy) else f"{100 * accuracy:.1f} %"
         rows.append(cells)
     return tabulate(rows, headers="keys", disable_numparse=True)
 

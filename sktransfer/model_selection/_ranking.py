@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
@@ -31,21 +33,24 @@ from sktransfer.model_selection._comparison import (
     without_words_on_small_classes,
 )
 from sktransfer.model_selection._transfer_gain import TransferGain, transfer_gain
+from sktransfer.models._builders import RECOMMENDED
 from sktransfer.models._registry import Backbone, get_model, imagenet_accuracy
 
 __all__ = ["TransferGain", "rank_backbones", "transfer_gain"]
 
 SCORES = ("knn", "logistic", "logme", "h_score", "leep")
 _NEIGHBORS = 5
+_PAIRED = 3  # of how many networks, the best, pairs are formed
 _CS = [0.001, 0.01, 0.1, 1]  # coarse: they differ by a tenfold, and most tasks lie inside
 
 
 @validate_params(
     {
-        "backbones": [list, tuple],
+        "backbones": [list, tuple, None],
         "scoring": [list, tuple, StrOptions(set(SCORES))],
         "sort_by": [StrOptions(set(SCORES)), None],
         "metric": [str, callable],
+        "pairs": ["boolean"],
         "cv": ["cv_object"],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -55,11 +60,12 @@ _CS = [0.001, 0.01, 0.1, 1]  # coarse: they differ by a tenfold, and most tasks 
 def rank_backbones(
     X: Any,
     y: Any,
-    backbones: Sequence[Any],
+    backbones: Sequence[Any] | None = None,
     *,
     scoring: Sequence[str] | str = ("knn", "logistic", "logme", "h_score"),
     sort_by: str | None = None,
     metric: str | Callable[..., float] = "accuracy",
+    pairs: bool = True,
     cv: Any = 5,
     random_state: Any = None,
     image_shape: Any = None,
@@ -83,8 +89,10 @@ def rank_backbones(
         See :class:`sktransfer.PretrainedFeatureExtractor`.
     y : array-like of shape (n,)
         Labels of any type.
-    backbones : list of str, (str, weights), torch.nn.Module or Backbone
-        Names of :func:`sktransfer.list_models`; pairs of a name and its weights, as of
+    backbones : list of str, (str, weights), torch.nn.Module or Backbone, default=None
+        None for all of :data:`sktransfer.models.RECOMMENDED` that can be loaded here: without a
+        connection, the embedded ones and what was downloaded before; a warning says which are left
+        out. Else names of :func:`sktransfer.list_models`; pairs of a name and its weights, as of
         :func:`sktransfer.get_model`: ``("resnet50", "IMAGENET1K_V1")``, or
         ``("resnet50", None)`` for random ones, the ranking's zero; or networks.
     scoring : list of str, default=("knn", "logistic", "logme", "h_score")
@@ -100,6 +108,9 @@ def rank_backbones(
         several opinions.
     metric : str or callable, default="accuracy"
         What `"knn"` and `"logistic"` are scored by: a scorer, or the name of one.
+    pairs : bool, default=True
+        Whether the best pair is ranked as well: of the first three networks, those two whose
+        embeddings side by side, each of mean length 1, score best. `"leep"` knows none.
     cv : int, splitter or iterable, default=5
         Folds; of a number of them, stratified and shuffled ones. All networks see the same.
     random_state : int, RandomState instance or None, default=None
@@ -114,12 +125,12 @@ def rank_backbones(
     Returns
     -------
     pandas.DataFrame
-        One row a network, the best first:
+        One row a network, and one for the best pair of them, the best first:
 
         =========================  ==========================================================
         column                     holds
         =========================  ==========================================================
-        `backbone`, `weights`      as given
+        `backbone`, `weights`      as given; of the pair, `"a + b"` and both weights in a tuple
         a column a score           higher is better; `knn_std` and `logistic_std`: standard
                                    deviation over the folds
         `seconds_per_1000_images`  of embedding; NaN if all came from the memory
@@ -141,6 +152,7 @@ def rank_backbones(
     See Also
     --------
     transfer_gain : Whether to transfer at all.
+    sklearn.pipeline.FeatureUnion : Puts the rows of two extractors side by side.
 
     Notes
     -----
@@ -164,7 +176,8 @@ def rank_backbones(
     >>> y = ["china"] * 8 + ["flower"] * 8
     >>> network = "efficientnet_lite0"
     >>> both = [(network, None), network]
-    >>> table = rank_backbones(X, y, both, cv=2, image_size=64, random_state=0)
+    >>> options = {"cv": 2, "image_size": 64, "random_state": 0}
+    >>> table = rank_backbones(X, y, both, pairs=False, **options)
     >>> table[["backbone", "weights"]].values.tolist()
     [['efficientnet_lite0', 'default'], ['efficientnet_lite0', None]]
     >>> table.columns[2:8].tolist()
@@ -189,16 +202,18 @@ def rank_backbones(
         "n_jobs": n_jobs,
         "verbose": verbose,
     }
-    candidates = [_candidate(item, number, options) for number, item in enumerate(backbones)]
-    if not candidates:
-        raise ValueError("backbones is empty: name at least one network.")
-    rows = []
+    candidates = _recommended(options) if backbones is None else _candidates(backbones, options)
+    ranked = []
     with tqdm(total=len(candidates), desc="backbones", disable=not verbose) as progress:
         for candidate in candidates:
             progress.set_postfix_str(candidate.name)
-            rows.append(_row(candidate, images, folds, scores))
+            ranked.append(_rank(candidate, images, folds, scores))
             progress.update()
-    rows.sort(key=lambda row: -np.nan_to_num(row[sort_by], nan=-np.inf))
+    rows = _best_first([one.row for one in ranked], sort_by)
+    if pairs and len(ranked) > 1 and sort_by != "leep":  # two heads make no third
+        first = sorted(ranked, key=lambda one: rows.index(one.row))[:_PAIRED]
+        together = [_side_by_side(a, b, folds, scores) for a, b in combinations(first, 2)]
+        rows = _best_first([*rows, _best_first(together, sort_by)[0]], sort_by)
     table = pandas.DataFrame(rows)
     table["weights"] = pandas.Series([row["weights"] for row in rows], dtype=object)  # keeps None
     return table
@@ -212,6 +227,13 @@ class _Candidate:
     weights: Any  # as the table shows them
     extractor: PretrainedFeatureExtractor
     accuracy: float
+
+
+class _Ranked(NamedTuple):
+    """A row of the table, and the embeddings that it is about."""
+
+    row: dict[str, Any]
+    X: np.ndarray
 
 
 @dataclass
@@ -268,6 +290,34 @@ def _splits(cv: Any, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndar
     return stratified_folds(splitter, y, cv)
 
 
+def _recommended(options: dict[str, Any]) -> list[_Candidate]:
+    """Load the recommended networks; leave out, with a warning, what can't be had here."""
+    names = list(dict.fromkeys(name for of_purpose in RECOMMENDED.values() for name in of_purpose))
+    candidates, left_out, why = [], [], ""
+    for number, name in enumerate(names):
+        try:
+            candidates.append(_candidate(name, number, options))
+        except (ImportError, OSError) as error:
+            left_out.append(name)
+            why = why or str(error)
+    if not candidates:
+        raise OSError(f"None of the recommended networks can be loaded: {why}")
+    if left_out:
+        warnings.warn(
+            f"Ranked are {', '.join(one.name for one in candidates)}. Of the recommended networks, "
+            f"these can't be loaded here: {', '.join(left_out)}. The first of them: {why}",
+            UserWarning,
+            stacklevel=5,
+        )
+    return candidates
+
+
+def _candidates(backbones: Sequence[Any], options: dict[str, Any]) -> list[_Candidate]:
+    if not backbones:
+        raise ValueError("backbones is empty: name at least one network, or pass None.")
+    return [_candidate(item, number, options) for number, item in enumerate(backbones)]
+
+
 def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
     """Load a network once, so that a wrong one is an error before any image is embedded."""
     backbone: Any
@@ -300,10 +350,14 @@ def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
     return _Candidate(name, weights if is_name else "own", extractor, accuracy)
 
 
-def _row(
+def _best_first(rows: list[dict[str, Any]], sort_by: str) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -np.nan_to_num(row[sort_by], nan=-np.inf))
+
+
+def _rank(
     candidate: _Candidate, images: ImageSequence, folds: _Folds, scores: Sequence[str]
-) -> dict[str, Any]:
-    """Embed the images and score them: a row of the table."""
+) -> _Ranked:
+    """Embed the images and score them."""
     extractor = candidate.extractor
     backbone = get_model(extractor.backbone, extractor.weights)
     # The head's logits come in the same pass.
@@ -315,12 +369,27 @@ def _row(
     row: dict[str, Any] = {"backbone": candidate.name, "weights": candidate.weights}
     for score in scores:
         row |= _score(score, X, logits, folds)
-    return row | {
+    row |= {
         "seconds_per_1000_images": 1000 * seconds / n_computed if n_computed else np.nan,
         "n_parameters": sum(p.numel() for p in backbone.network.parameters()),
         "n_features": X.shape[1],
         "imagenet_accuracy": candidate.accuracy,
     }
+    return _Ranked(row, X)
+
+
+def _side_by_side(a: _Ranked, b: _Ranked, folds: _Folds, scores: Sequence[str]) -> dict[str, Any]:
+    """Score the embeddings of two networks, side by side: a row of the table."""
+    no_logits = np.empty((len(a.X), 0))
+    # So that both have a say in distances: networks differ in scale.
+    X = np.hstack([one.X / (np.sqrt((one.X**2).sum(1).mean()) or 1.0) for one in (a, b)])
+    row: dict[str, Any] = {"backbone": f"{a.row['backbone']} + {b.row['backbone']}"}
+    row["weights"] = (a.row["weights"], b.row["weights"])
+    for score in scores:
+        row |= _score(score, X, no_logits, folds)
+    for cost in ("seconds_per_1000_images", "n_parameters", "n_features"):
+        row[cost] = a.row[cost] + b.row[cost]
+    return row | {"imagenet_accuracy": np.nan}
 
 
 def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:

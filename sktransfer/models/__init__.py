@@ -4,6 +4,7 @@ A :class:`Backbone` is a network with all that belongs to its weights: preproces
 and a fingerprint.
 """
 
+from sktransfer.models._builders import RECOMMENDED
 from sktransfer.models._registry import (
     Backbone,
     get_model,
@@ -12,6 +13,7 @@ from sktransfer.models._registry import (
 )
 
 __all__ = [
+    "RECOMMENDED",
     "Backbone",
     "get_model",
     "list_models",

@@ -17,6 +17,18 @@ from sktransfer.models._hub import check_hub, downloading
 from sktransfer.models._weights import load_state, read_state_dict, sha256_of
 from sktransfer.transforms import Preprocessing
 
+#: Names for `backbone=` by what they are for; the user guide has their sources and licences.
+RECOMMENDED: dict[str, tuple[str, ...]] = {
+    "without a download": ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"),
+    "small": (
+        "timm/mobilenetv4_conv_small.e2400_r224_in1k",
+        "timm/convnext_tiny.in12k_ft_in1k",
+    ),
+    "base": ("timm/convnext_base.fb_in22k_ft_in1k", "timm/vit_base_patch14_reg4_dinov2.lvd142m"),
+    "texture": ("timm/vit_small_patch14_reg4_dinov2.lvd142m",),
+    "satellite": ("timm/vit_large_patch16_dinov3.sat493m",),
+    "text in images": ("timm/vit_base_patch16_siglip_384.v2_webli",),
+}
 _NEEDS_NONE = "backbone='efficientnet_lite0' needs no download."
 
 
