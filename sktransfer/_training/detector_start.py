@@ -63,7 +63,8 @@ def start_at_cut(
         What leads to the maps; None where the detector must start from the images.
     """
     inner, parts = parts_of(detector.backbone)
-    if not _run_in_order(detector.backbone, parts):
+    names, part = list(dict(parts.named_children())), unit.rpartition(".")[2]
+    if not _run_in_order(detector.backbone, parts) or part not in names:
         return None
     network = Trunk(OrderedDict(parts.named_children())).eval()
     trunk = Backbone(network, preprocessing, name=name)
@@ -71,22 +72,22 @@ def start_at_cut(
     if not runner.can_be_cut:
         return None
     frozen = FrozenBlocks(runner, preprocessing, "avg")
-    names, cuts = list(dict(parts.named_children())), _cuts_in_front(frozen)
-    first = max(i for i in range(1 + names.index(unit.split(".")[-1])) if names[i] in cuts)
+    cuts = {names[0]: 0, **_cuts_in_front(frozen)}
+    first = max(i for i in range(1 + names.index(part)) if names[i] in cuts)
     if not (cut := cuts[names[first]]):
         return None
     positions = [cut]
     if isinstance(parts, IntermediateLayerGetter):
         behind = dict(zip(names, [*names[1:], ""], strict=True))
-        if not all(behind[part] in cuts for part in parts.return_layers):
+        if not all(behind[name] in cuts for name in parts.return_layers):
             return None
-        levels = {key: cuts[behind[part]] for part, key in parts.return_layers.items()}
+        levels = {key: cuts[behind[name]] for name, key in parts.return_layers.items()}
         detector.backbone.body = MapsBehind(frozen, cut, levels)
         positions = detector.backbone.body.positions
     else:
         rest = nn.Sequential(KnownMap(), *copy_of(nn.ModuleList([*parts.children()][first:])))
         setattr(*((detector.backbone, inner) if inner else (detector, "backbone")), rest)
-    return BlockMaps(frozen, positions, [*cuts.values()])
+    return BlockMaps(frozen, positions, list(cuts.values()))
 
 
 def _run_in_order(backbone: nn.Module, parts: nn.Module) -> bool:
@@ -101,9 +102,10 @@ def _cuts_in_front(frozen: FrozenBlocks) -> dict[str, int]:
 
     Not all parts have one: a norm belongs to the block in front of it.
     """
-    trace, cuts = frozen.runner.trace, {}
+    cuts: dict[str, int] = {}
     for position in range(1, frozen.embedding):
-        before, after = (path.split(".")[0] for path in trace.modules_around(position))
+        around = frozen.runner.trace.modules_around(position)
+        before, after = (path.split(".")[0] for path in around)
         if before != after:
             cuts[after] = position
-    return {next(iter(dict(frozen.runner.network.named_children()))): 0, **cuts}
+    return cuts
