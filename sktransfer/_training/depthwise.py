@@ -1,9 +1,8 @@
 """Gradients of depthwise convolutions, where those of torch are slow on a CPU.
 
-Measured with oneDNN, which computes them there: for kernels of more than 3 × 3 it has no depthwise
-code for the gradient of the kernels, and in bfloat16, from a stride of two on, none for the gradient
-of the input. It then takes each channel for a convolution of its own, which costs up to fifty times
-as much; see benchmarks/depthwise.py.
+oneDNN computes them there. For kernels of more than 3 × 3 it has no depthwise code for the gradient
+of the kernels, and in bfloat16, from a stride of two on, none for the gradient of the input. It
+then takes other code, which is up to fifty times as slow; see benchmarks/depthwise.py.
 """
 
 from __future__ import annotations
