@@ -1,7 +1,8 @@
 """What the defaults of fine-tuning are worth: ELPV and scikit-learn's digits, with few labels.
 
 A parameter by depth, at 50, 200 and more labels, on random splits with 500 test images: accuracy
-and log-loss, the mean over the splits. All but the depth and the named parameter is the default.
+and log-loss, the mean over the splits ± the standard deviation. All but the depth and the named
+parameter is the default.
 `--parameter C` is the regularisation of the head that is solved for: of a head alone at depth 0,
 else of the start of training.
 """
@@ -53,9 +54,12 @@ def score(name: str, n_labels: int, **parameters) -> str:
         p /= p.sum(axis=1, keepdims=True)
         predicted = model.classes_[p.argmax(axis=1)]
         scores.append((accuracy_score(y[test], predicted), log_loss(y[test], p)))
-    accuracy, loss = np.mean(scores, axis=0)
+    (accuracy, loss), spread = np.mean(scores, axis=0), np.std(scores, axis=0)
     seconds = (time.perf_counter() - start) / options.splits
-    return f"accuracy {accuracy:.3f}  log-loss {loss:.3f}  {seconds:.0f} s"
+    return (
+        f"accuracy {accuracy:.3f} ± {spread[0]:.3f}  log-loss {loss:.3f} ± {spread[1]:.3f}  "
+        f"{seconds:.0f} s"
+    )
 
 
 with tempfile.TemporaryDirectory() as folder:

@@ -65,9 +65,50 @@ def nodes(y):
 def test_what_is_left_to_torch(layer, side, is_ours):
     x = torch.ones(2, 4, side, side, dtype=layer.weight.dtype, requires_grad=True)
     with FastDepthwise():
-        names = nodes(layer(x))
-    assert any("Depthwise" in name for name in names) == is_ours
-    assert not any("Depthwise" in name for name in nodes(layer(x)))
+        assert is_taken(layer(x)) == is_ours
+    assert not is_taken(layer(x))
+
+
+def is_taken(y):
+    return any("Depthwise" in name for name in nodes(y))
+
+
+@pytest.mark.parametrize(
+    ("layer", "is_ours"),
+    [
+        (nn.Conv2d(4, 4, 5, groups=4), True),
+        (nn.Conv2d(4, 4, 3, 2, groups=4), True),
+        (nn.Conv2d(4, 4, 3, groups=4), False),  # torch is fast there
+        (nn.Conv2d(4, 4, 3, 2), False),
+    ],
+)
+def test_what_is_left_to_torch_under_autocast(layer, is_ours):
+    x = torch.ones(2, 4, 20, 20, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), FastDepthwise():
+        y = layer(x)
+    assert is_taken(y) == is_ours
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(5, 1), (7, 1), (5, 2), (3, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("side", [3, 12])
+def test_under_autocast_gradients_are_as_near_to_exact_ones_as_those_of_torch(
+    kernel, stride, bias, side
+):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6, bias=bias)
+    x = torch.randn(3, 6, side, side)
+    exact = gradients(copy.deepcopy(layer).double(), x.double())
+
+    def errors(mode=None):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(layer, x, mode)
+        assert [y.dtype for y in found] == [torch.bfloat16, *[torch.float32] * (len(found) - 1)]
+        return [((y - z).norm() / z.norm()).item() for y, z in zip(found, exact, strict=True)]
+
+    for ours, torchs in zip(errors(FastDepthwise()), errors(), strict=True):
+        assert ours <= max(1.5 * torchs, 0.01)
 
 
 def test_a_function_without_options_is_left_to_torch():

@@ -30,6 +30,7 @@ from sktransfer import (
     get_model,
     register_model,
 )
+from sktransfer._engine.runtime import has_bfloat16
 from sktransfer._training.heads import _C, _C_START
 from sktransfer._training.plan import Plan
 from sktransfer.models import Backbone
@@ -1007,6 +1008,33 @@ def test_half_precision_is_close(unfreeze, tmp_path):
     np.testing.assert_allclose(rough, exact, atol=0.05)
     assert not np.array_equal(rough, exact)
     assert {p.dtype for p in half.net_.module_.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("unfreeze", [1, "all"])
+def test_auto_precision_trains_in_bfloat16_alone(unfreeze, tmp_path, run_log):
+    X, y = pictures()
+    model = classifier(unfreeze=unfreeze, precision="auto", memory=tmp_path).fit(X, y)
+    found = model.predict_proba(X)
+    apart = classifier(unfreeze=unfreeze, precision="auto").fit(X, y)
+    assert np.array_equal(apart.predict_proba(X), found)
+    assert np.array_equal(model.set_params(precision="float32").predict_proba(X), found)
+    n_before = len(run_log())
+    exact = classifier(unfreeze=unfreeze, memory=tmp_path).fit(X, y)  # by the same entries
+    if unfreeze == 1:
+        assert without_blank(run_log()[n_before:]) == []
+    expected = exact.predict_proba(X)
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    assert np.array_equal(found, expected) != has_bfloat16(if_unknown=False)
+
+
+def test_auto_precision_is_float32_where_nothing_is_known_to_gain():
+    X, y = pictures()
+    options = {"unfreeze": 0, "head_epochs": 1}
+    expected = classifier(**options).fit(X, y).predict_proba(X)
+    head = classifier(**options, precision="auto").fit(X, y)
+    assert np.array_equal(head.predict_proba(X), expected)
+    settings = classifier(precision="auto").fit(X, y).trainer().settings
+    assert settings.precision_of_steps(torch.device("cuda")) == "float32"
 
 
 @pytest.mark.parametrize("unfreeze", [0, 1, "all"])

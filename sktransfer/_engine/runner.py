@@ -238,11 +238,12 @@ class Runner(CutNetwork):
 
     # ------------------------------------------------------------------------ running
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context in which the network computes in its precision."""
-        if self.precision == "float32":
+    def autocast(self, precision: str | None = None) -> AbstractContextManager[Any]:
+        """Return a context in which the network computes in a precision; by default, its own."""
+        precision = precision or self.precision
+        if precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+        return torch.autocast(self.device.type, PRECISIONS[precision])
 
     @contextmanager
     def _running(self) -> Iterator[None]:

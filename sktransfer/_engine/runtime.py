@@ -169,10 +169,10 @@ def warn_without_instructions(precision: str, device: torch.device) -> None:
 
 
 @functools.cache
-def has_bfloat16() -> bool:
-    """Tell whether the CPU multiplies in bfloat16."""
+def has_bfloat16(if_unknown: bool = True) -> bool:
+    """Tell whether the CPU multiplies in bfloat16; `if_unknown` where that is not known."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True  # not known
+        return if_unknown
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 

@@ -328,7 +328,8 @@ class ImageEstimator(BaseEstimator):
         """Return a network on the device and the runtime that the parameters name."""
         preprocessing = backbone.preprocessing.with_size(image_size)
         options = {"image_size": preprocessing.size}
-        runner = get_runner(backbone, self.device, self.precision, self.runtime, **options)
+        precision = "float32" if self.precision == "auto" else self.precision  # but for training
+        runner = get_runner(backbone, self.device, precision, self.runtime, **options)
         return runner, preprocessing
 
 

@@ -103,9 +103,10 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         Where to keep the results of frozen blocks, and embeddings, on disk.
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.
-    precision : {"float32", "bfloat16"}, default="float32"
+    precision : {"auto", "float32", "bfloat16"}, default="float32"
         What the network computes in. Weights are float32 in any case, and kept activations are in
-        half precision.
+        half precision. `"auto"` is `"float32"`, but trains in bfloat16 where that is faster; see
+        :class:`FineTunedClassifier`.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What frozen blocks and `transform` run on; see :class:`PretrainedFeatureExtractor`.
     n_jobs : int, default=None

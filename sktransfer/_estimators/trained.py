@@ -43,7 +43,7 @@ class TrainedEstimator(KeepsTrainer):
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "callbacks": [list, tuple, None],
         "warm_start": ["boolean"],
-        "precision": [StrOptions({"float32", "bfloat16"})],
+        "precision": [StrOptions({"auto", "float32", "bfloat16"})],
         "random_state": ["random_state"],
     }
 

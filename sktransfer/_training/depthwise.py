@@ -1,4 +1,9 @@
-"""Gradients of depthwise kernels on small maps, where those of torch are slow on a CPU."""
+"""Gradients of depthwise convolutions, where those of torch are slow on a CPU.
+
+oneDNN computes them there. For kernels of more than 3 × 3 it has no depthwise code for the gradient
+of the kernels, and in bfloat16, from a stride of two on, none for the gradient of the input. It
+then takes other code, which is up to fifty times as slow; see benchmarks/depthwise.py.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,15 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
-_MOST = 49  # pixels of a map; on larger ones torch is as fast
+_MOST = 49  # pixels of a map; in float32, on larger ones torch is as fast
 _LEAST = 3  # pixels of a side: convolutions with smaller kernels on small maps are slow as well
 
 
 class FastDepthwise(TorchFunctionMode):
-    """Within it, depthwise convolutions of more than 3 × 3 on small maps are faster to train.
+    """Within it, depthwise convolutions are faster to train where torch has slow gradients.
 
-    What they compute is the same up to rounding. EfficientNets and MobileNetV3 have many of them in
-    their last blocks, whose maps are small where images are.
+    What they compute is the same up to rounding. EfficientNets, MobileNetV3 and ConvNeXt have many
+    of them. Under autocast they run in its precision, as without it.
     """
 
     def __torch_function__(
@@ -25,12 +30,14 @@ class FastDepthwise(TorchFunctionMode):
     ) -> Any:
         """Take the faster way where there is one."""
         is_layer = func is torch.conv2d and len(args) == 7 and not kwargs  # as of nn.Conv2d
-        if is_layer and _is_slow(*args):
-            return _DepthwiseConvolution.apply(*args[:5])
+        if is_layer and _is_trained_depthwise(*args):
+            x, weight, bias = _as_autocast_has_them(*args[:3])
+            if _is_slow(x, weight, args[3]):
+                return _DepthwiseConvolution.apply(x, weight, bias, *args[3:5])
         return func(*args, **(kwargs or {}))
 
 
-def _is_slow(
+def _is_trained_depthwise(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: Any,
@@ -41,21 +48,40 @@ def _is_slow(
 ) -> bool:
     return (
         groups == len(weight) == x.shape[1]
-        and max(weight.shape[2:]) > 3
-        and x.shape[-2] * x.shape[-1] <= _MOST
         and _pair(dilation) == (1, 1)
         and not isinstance(padding, str)
         and x.ndim == 4
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
         and weight.requires_grad
         and torch.is_grad_enabled()
     )
 
 
+def _as_autocast_has_them(*tensors: Any) -> list[Any]:
+    if not torch.is_autocast_enabled("cpu"):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype("cpu")
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _is_slow(x: torch.Tensor, weight: torch.Tensor, stride: Any) -> bool:
+    if x.dtype != weight.dtype:
+        return False
+    if x.dtype == torch.bfloat16:
+        return _has_large_kernel(weight) or max(_pair(stride)) > 1
+    is_small = x.shape[-2] * x.shape[-1] <= _MOST
+    return x.dtype == torch.float32 and _has_large_kernel(weight) and is_small
+
+
+def _has_large_kernel(weight: torch.Tensor) -> bool:
+    return max(weight.shape[2:]) > 3
+
+
 class _DepthwiseConvolution(torch.autograd.Function):
-    """A depthwise convolution whose kernels' gradient is one convolution, an image a channel."""
+    """A depthwise convolution whose gradients are made of what oneDNN is fast at.
+
+    That of large kernels is one convolution, an image a channel; others are computed in float32.
+    """
 
     @staticmethod
     def forward(
@@ -69,10 +95,13 @@ class _DepthwiseConvolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (grad,), (x, weight) = grads, ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        of_x, _, of_bias = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
+        is_ours = _has_large_kernel(weight)
+        # Autograd rounds a gradient to the precision of what it belongs to.
+        dtype = torch.float32 if max(ctx.stride) > 1 else x.dtype
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            grad.to(dtype),
+            x.to(dtype),
+            weight.to(dtype),
             [len(weight)],
             ctx.stride,
             ctx.padding,
@@ -80,10 +109,11 @@ class _DepthwiseConvolution(torch.autograd.Function):
             False,
             (0, 0),
             len(weight),
-            (needs_x, False, needs_bias),
+            (needs_x, needs_weight and not is_ours, False),
         )
-        of_weight = None
-        if needs_weight:
+        # With that of the bias, oneDNN would compute the kernels' as well.
+        of_bias = grad.sum((0, 2, 3)) if needs_bias else None
+        if needs_weight and is_ours:
             of_weight = kernel_gradient(x, grad, weight.shape[2:], ctx.stride, ctx.padding)
         return of_x, of_weight, of_bias, None, None
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
+from sktransfer._engine.runtime import has_bfloat16
 from sktransfer._threads import n_threads
 from sktransfer.io import ImageSequence
 
@@ -31,6 +33,7 @@ class Settings:
     n_outputs: int
     is_from_scratch: bool  # on random weights
     unfreeze: Any
+    precision: str = "float32"
     head: Any
     pooling: str
     dropout: float = 0.0
@@ -59,6 +62,16 @@ class Settings:
     def taken_from_parameters(cls) -> list[str]:
         """Return the names of what the parameters say, not `y`."""
         return [field.name for field in fields(cls) if field.name not in ("kind", "n_outputs")]
+
+    def precision_of_steps(self, device: torch.device) -> str:
+        """Return what the trained blocks compute in while they are trained.
+
+        `"auto"` takes bfloat16 where it is known to be faster.
+        """
+        if self.precision != "auto":
+            return self.precision
+        is_faster = device.type == "cpu" and has_bfloat16(if_unknown=False)
+        return "bfloat16" if is_faster else "float32"
 
     def needs_new_net(self, other: Settings) -> bool:
         """Tell whether a net that was made for other settings is none for these."""

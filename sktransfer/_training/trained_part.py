@@ -36,6 +36,8 @@ class TrainedPart(nn.Module):
         Images that frozen blocks take at once.
     moves_statistics : bool
         Whether batch-norms in the trained blocks use, and update, statistics of the batch.
+    precision : {"float32", "bfloat16"}, default=None
+        What training steps compute in if there are blocks; by default, what predictions do.
     """
 
     frozen: FrozenBlocks
@@ -50,6 +52,7 @@ class TrainedPart(nn.Module):
         head: nn.Module,
         step: int,
         moves_statistics: bool,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         self.start, self.cut, self.step = start, unfrozen.cut, step
@@ -61,6 +64,7 @@ class TrainedPart(nn.Module):
         self.blocks = copy_of(
             nn.ModuleList([frozen.runner.segment(i, frozen.size) for i in numbers])
         )
+        self.precision = precision if len(self.blocks) else None  # a head alone gains nothing
         self.is_trained = [unfrozen.trains(i) for i in numbers]
         for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
             for parameter in block.parameters():
@@ -75,23 +79,22 @@ class TrainedPart(nn.Module):
 
         The weights of the images come with a batch, but only the loss needs them.
         """
-        frozen, start = self.frozen, (self.start if start is None else start)
-        with (
-            network_lock.shared(),
-            float32_by_default(),
-            frozen.runner.autocast(),
-            FastDepthwise(),
-        ):
-            if start < self.cut:  # at the images
-                assert self.program is not None
-                (x,) = frozen.activations(self.program, stored, [self.cut], self.step)
-            else:
-                x = frozen.unpack(stored, start)
-            for block in self.blocks:
-                x = block(x)
-            if self.cut < frozen.embedding:
-                x = frozen.pool(x)
-            return self.head(x).float()
+        start = self.start if start is None else start
+        with network_lock.shared(), float32_by_default(), FastDepthwise():
+            x = self._at_cut(stored, start)
+            with self.frozen.runner.autocast(self.precision if self.training else None):
+                for block in self.blocks:
+                    x = block(x)
+                if self.cut < self.frozen.embedding:
+                    x = self.frozen.pool(x)
+                return self.head(x).float()
+
+    def _at_cut(self, stored: torch.Tensor, start: int) -> torch.Tensor:
+        if start >= self.cut:
+            return self.frozen.unpack(stored, start)
+        assert self.program is not None
+        (x,) = self.frozen.activations(self.program, stored, [self.cut], self.step)
+        return x
 
     def get_ready(self) -> None:
         """Make what runs the frozen blocks, if batches start from the images.

@@ -225,7 +225,8 @@ class Trainer:
         # Random weights need the statistics of their batches; pretrained ones have better ones.
         moves = self.settings.is_from_scratch
         start, step = self.plan.start, self._task.step
-        return TrainedPart(self.frozen, start, self.unfrozen, head, step, moves)
+        precision = self.settings.precision_of_steps(self.frozen.runner.device)
+        return TrainedPart(self.frozen, start, self.unfrozen, head, step, moves, precision)
 
     def _renew_net(
         self,
