@@ -12,12 +12,14 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,6 +52,7 @@ _VERSION = 1  # of what is done here and in `nncf_child`; another one makes othe
 _N_CROPS = 128
 _SMALLEST_CROP = 64  # pixels
 _WARN_BELOW, _REFUSE_BELOW = 0.95, 0.85  # mean cosines of embeddings to those of float32
+_NAMES = re.compile(rb'(name|names|value)="[^"]*"')  # of nodes, and of those that were merged
 # The embedding, and the means of what costs nothing there. The other rows. Whole activations.
 _KINDS = ("main", "rows", "whole")
 
@@ -107,7 +110,7 @@ class Made(NamedTuple):
     cosine : float
         Mean cosine of its embeddings of the calibration images to those of float32.
     digest : str
-        Of all that.
+        Of what is computed: nodes have other names in each process.
     """
 
     graph: bytes
@@ -155,7 +158,7 @@ def _make(runner: Runner, preprocessing: Preprocessing) -> Made:
 
 
 def _made(graph: bytes, weights: bytes, places: dict[int, Any], cosine: float) -> Made:
-    digest = hashlib.sha256(graph)
+    digest = hashlib.sha256(_NAMES.sub(b"", graph))
     digest.update(weights)
     return Made(graph, weights, places, cosine, digest.hexdigest())
 
@@ -175,26 +178,37 @@ def run_apart(folder: Path) -> str | None:
 
     See `nncf_child` for why. The process ends with this call, whatever ends it.
     """
+    is_over = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        try:  # in a thread, as Ctrl-C may come when the process has begun, but is not known yet
+            return thread.submit(_run_child, folder, is_over).result()
+        finally:
+            is_over.set()
+
+
+def _run_child(folder: Path, is_over: threading.Event) -> str | None:
     script = Path(__file__).with_name("nncf_child.py")
-    code = "import runpy, sys; sys.path[:] = sys.argv[3:]; script, sys.argv = sys.argv[1], "
-    code += "sys.argv[1:3]; runpy.run_path(script, run_name='__main__')"
-    command = [sys.executable, "-c", code, str(script), str(folder), *sys.path]
-    environment = {**os.environ, "NNCF_CI": "1"}
+    code = (
+        "import runpy, sys; sys.path[:] = sys.argv[3:]; sys.argv = sys.argv[1:3]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     child = subprocess.Popen(
-        command,
+        [sys.executable, "-c", code, str(script), str(folder), *sys.path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=environment,
+        env={**os.environ, "NNCF_CI": "1"},  # it then reports nothing
         start_new_session=True,  # Ctrl-C is for this process, which ends the other one
     )
-    try:
-        _, messages = child.communicate()
-    finally:
-        child.kill()
-        child.wait()
+    messages = None
+    while messages is None:
+        try:
+            _, messages = child.communicate(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            if is_over.is_set():
+                child.kill()
     if child.returncode == 0:
         return None
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
@@ -403,7 +417,7 @@ class QuantisedNetwork:
 
         def run(batch: torch.Tensor) -> list[torch.Tensor]:
             with torch.inference_mode():
-                found = {}
+                found: dict[tuple[str, Output], torch.Tensor] = {}
                 for kind, program in programs.items():
                     values = zip(self._outputs[kind], program(batch), strict=True)
                     found |= {(kind, output): value for output, value in values}

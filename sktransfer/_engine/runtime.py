@@ -407,8 +407,9 @@ class OpenVinoProgram:
 
     def _compile(self, module: nn.Module, example: torch.Tensor) -> None:
         self._idle = []
-        if hasattr(module, "openvino_model"):
-            self._compiled = _core().compile_model(module.openvino_model(), "CPU", self._settings)
+        make_model = getattr(module, "openvino_model", None)
+        if make_model is not None:
+            self._compiled = _core().compile_model(make_model(), "CPU", self._settings)
             return
         # The rest takes longer, and nobody has to wait for it who wants to trace a network.
         with network_lock.shared():
