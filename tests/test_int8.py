@@ -25,7 +25,7 @@ from sktransfer import (
     get_model,
 )
 from sktransfer._cli import main
-from sktransfer._engine import quantised, runner
+from sktransfer._engine import quantising, runner
 from sktransfer._engine.nncf_child import quantise
 from sktransfer._engine.runner import get_runner
 from sktransfer._engine.runtime import check_can_quantise, has_int8
@@ -76,8 +76,8 @@ def makes(monkeypatch):
             quantise(folder)
         logging.setLoggerClass(classes)
 
-    monkeypatch.setattr(quantised, "_N_CROPS", 8)
-    monkeypatch.setattr(quantised, "run_apart", run_here)
+    monkeypatch.setattr(quantising, "_N_CROPS", 8)
+    monkeypatch.setattr(quantising, "run_apart", run_here)
     return made
 
 
@@ -128,11 +128,11 @@ def test_a_network_is_quantised_the_same_way_every_time():
     backbone = get_model(residual(11))
     mine = get_runner(backbone, "cpu", "int8")
     preprocessing = backbone.preprocessing.with_size(SIZE)
-    first, second = (quantised._make(mine, preprocessing) for _ in range(2))
+    first, second = (quantising._make(mine, preprocessing) for _ in range(2))
     assert first.digest == second.digest and first.cosine == second.cosine > 0.95
-    images = quantised.calibration_images(preprocessing)
+    images = quantising.calibration_images(preprocessing)
     assert images.shape == (8, SIZE, SIZE, 3) and images.dtype == np.uint8
-    assert np.array_equal(images, quantised.calibration_images(preprocessing))
+    assert np.array_equal(images, quantising.calibration_images(preprocessing))
     is_grey = (images == images[..., :1]).all((1, 2, 3))
     assert is_grey.tolist() == [False, False, True, True, False, False, False, True]
 
@@ -198,7 +198,7 @@ def test_a_network_that_is_damaged_is_made_anew(tmp_path, makes):
 def test_a_network_of_another_version_is_made_anew(tmp_path, makes, monkeypatch):
     network, X = residual(14), pictures()
     extractor(network, memory=tmp_path).transform(X)
-    for module in (quantised, runner):
+    for module in (quantising, runner):
         monkeypatch.setattr(module, "versions", lambda: ("1", "3.5", "2026.4"))
     extractor(anew(network), memory=tmp_path).transform(X)
     assert len(makes) == 2 and len(list(tmp_path.rglob("*.quantised"))) == 2
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, makes):
 
 def test_nncf_works_apart_and_in_silence(tmp_path, monkeypatch, capfd):
     monkeypatch.undo()  # what runs it here
-    monkeypatch.setattr(quantised, "_N_CROPS", 2)
+    monkeypatch.setattr(quantising, "_N_CROPS", 2)
     loggers = logging.getLoggerClass()
     rows = extractor(residual(17)).transform(pictures())
     assert rows.shape == (3, 16)
@@ -239,7 +239,7 @@ def test_nncf_works_apart_and_in_silence(tmp_path, monkeypatch, capfd):
 def test_what_nncf_says_of_a_failure(tmp_path, monkeypatch):
     monkeypatch.undo()
     np.save(tmp_path / "images.npy", pictures(1))
-    assert "network.xml" in quantised.run_apart(tmp_path)
+    assert "network.xml" in quantising.run_apart(tmp_path)
 
 
 def test_an_interruption_ends_it_and_leaves_nothing(tmp_path, monkeypatch):
@@ -282,18 +282,18 @@ def test_networks_that_cannot_be_quantised(makes):
 
 
 def test_a_failure_of_nncf_is_told(monkeypatch):
-    monkeypatch.setattr(quantised, "run_apart", lambda folder: "RuntimeError: no such pattern")
+    monkeypatch.setattr(quantising, "run_apart", lambda folder: "RuntimeError: no such pattern")
     with pytest.raises(ValueError, match=r"'int8': RuntimeError: no such pattern\. Use precision"):
         extractor(residual(19)).transform(pictures())
 
 
 def test_a_loss_warns_and_a_large_one_is_an_error(monkeypatch, tmp_path):
     network = residual(20)
-    monkeypatch.setattr(quantised, "_WARN_BELOW", 1.1)
+    monkeypatch.setattr(quantising, "_WARN_BELOW", 1.1)
     with pytest.warns(UserWarning, match=r"mean cosine .* is (0\.9\d\d|1\.000) on 8 crops.*Use pr"):
         extractor(network, memory=tmp_path).transform(pictures())
     extractor(anew(network), memory=tmp_path).transform(pictures())  # said once
-    monkeypatch.setattr(quantised, "_REFUSE_BELOW", 1.1)
+    monkeypatch.setattr(quantising, "_REFUSE_BELOW", 1.1)
     with pytest.raises(ValueError, match="mean cosine .* Use precision='bfloat16' or 'float32'"):
         extractor(anew(network), memory=tmp_path).transform(pictures(seed=1))
 
@@ -347,6 +347,6 @@ def test_a_fork_is_told_what_to_do():
 def test_the_command_line(tiles, tmp_path, makes, monkeypatch):
     root, _, _ = tiles
     out = tmp_path / "rows.csv"
-    monkeypatch.setattr(quantised, "_N_CROPS", 2)
+    monkeypatch.setattr(quantising, "_N_CROPS", 2)
     main(["embed", str(root), "--precision", "int8", "-o", str(out)])
     assert out.exists() and len(makes) == 1

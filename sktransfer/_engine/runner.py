@@ -36,7 +36,8 @@ from sktransfer._engine.program import (
     stored_form,
 )
 from sktransfer._engine.program_file import ProgramFile
-from sktransfer._engine.quantised import QuantisedNetworks, versions
+from sktransfer._engine.quantised import QuantisedNetwork, QuantisedNetworks
+from sktransfer._engine.quantising import versions
 from sktransfer._engine.runtime import (
     OpenVinoProgram,
     check_can_quantise,
@@ -294,8 +295,7 @@ class Runner(CutNetwork):
         """
         what, n_streams = (tuple(outputs), preprocessing), 1 if is_alone else self._n_cores
         if self.precision == INT8:
-            check_can_quantise(self.runtime, self.device)  # a fork loses what its parent had
-            return self._in_8_bits(*what, n_streams, folder, verbose)
+            return self._program_in_8_bits(*what, n_streams, folder, verbose)
         if self.runtime == "torch" and self.precision != "float32":
             return self._made(*what)  # rows are named after what computes: one for all of them
         if (compiled := self._programs.get((*what, n_streams))) is not None:
@@ -307,7 +307,14 @@ class Runner(CutNetwork):
             return self._made(*what, n_streams, file)
         return self._made(*what)
 
-    def _in_8_bits(
+    def in_8_bits(
+        self, preprocessing: Preprocessing, folder: str | None = None, verbose: bool = False
+    ) -> QuantisedNetwork:
+        """Return this network in 8 bits: as a folder keeps it, or made now; see `program`."""
+        check_can_quantise(self.runtime, self.device)  # a fork loses what its parent had
+        return self._quantised.get(preprocessing, folder, verbose)
+
+    def _program_in_8_bits(
         self,
         outputs: tuple[Output, ...],
         preprocessing: Preprocessing,
@@ -316,7 +323,7 @@ class Runner(CutNetwork):
         verbose: bool,
     ) -> Program:
         # Not while programs are built: it takes long, and others may need another network's.
-        network = self._quantised.get(preprocessing, folder, verbose)
+        network = self.in_8_bits(preprocessing, folder, verbose)
         key = outputs, preprocessing, n_streams, network
         if (program := self._programs.get(key)) is None:
             with _building, float32_by_default(_building), torch.inference_mode(False):

@@ -76,8 +76,8 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         Where to keep the results of frozen blocks on disk.
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.
-    precision : {"float32", "bfloat16"}, default="float32"
-        What the network computes in.
+    precision : {"float32", "bfloat16", "int8"}, default="float32"
+        What the network computes in; `"int8"` is for ``unfreeze=0`` alone.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What the frozen blocks run on; see :class:`PretrainedFeatureExtractor`.
     n_jobs : int, default=None

@@ -105,9 +105,11 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         :class:`PretrainedFeatureExtractor` of the same network shares them.
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.
-    precision : {"float32", "bfloat16"}, default="float32"
+    precision : {"float32", "bfloat16", "int8"}, default="float32"
         What the network computes in. Weights are float32 in any case, and activations at the cut
-        are kept in half precision.
+        are kept in half precision. `"int8"`, for ``unfreeze=0`` alone, is that of
+        :class:`PretrainedFeatureExtractor`; the head computes in float32, and so does the network
+        that is exported or explained.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What the frozen blocks run on; see :class:`PretrainedFeatureExtractor`. Training is
         torch's.
