@@ -69,7 +69,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         photographs, always the same, so a row depends on its image alone. A `memory` keeps the
         network, for the next process. What lies behind the embedding stays in float32. If the
         embeddings of the crops differ much from those of float32 (a mean cosine below 0.95), a
-        warning says so; below 0.85 it is an error. See :ref:`the guide <eight-bits>`.
+        warning says so; below 0.85 it is an error. The user guide says more, under "8 bits".
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What computes. `"auto"`: on a CPU OpenVINO, if it is installed (extra `openvino`), unless
         the network is so small that its images take longer; else torch. In float32, torch also
