@@ -349,6 +349,6 @@ def test_a_fork_is_told_what_to_do():
 
 
 def test_the_command_line(tiles, tmp_path, capsys):
-    options = ["--unfreeze", "1", "--precision", "int8", "-o", str(tmp_path / "model.skops")]
+    options = ["--depth", "1", "--precision", "int8", "-o", str(tmp_path / "model.skops")]
     assert main(["fit", str(tiles[0]), *options])
     assert "can't be trained in 8 bits. Pass unfreeze=0" in capsys.readouterr().err

@@ -31,7 +31,8 @@ class KeptProgram(NamedTuple):
     blob : bytes
         As OpenVINO exports a compiled model.
     expected : list of list of ndarray
-        What torch computed for each of the inputs by which the program was checked.
+        What torch computed for each of the inputs by which the program was checked; in 8 bits,
+        then what the program did.
     """
 
     blob: bytes

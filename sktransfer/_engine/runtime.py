@@ -27,7 +27,7 @@ Program = Callable[[torch.Tensor], list[torch.Tensor]]  # takes a batch; safe to
 
 _SMALL = 100_000  # parameters; a smaller network takes less time than reading its images
 # Largest difference to torch, as a share of the largest value; more means that it is not the same.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "exact": 0.0}
 _SMALLEST_COSINE = 0.5  # to torch's results, of one image in 8 bits; its loss is measured elsewhere
 # Images for each core until a compiled program has paid off: some for any network, and more the
 # smaller it is, as compiling a small one takes as long. Measured by `benchmarks/cold_start.py`.
@@ -372,11 +372,12 @@ class OpenVinoProgram:
         """Take the program of a file, if there is one that works and computes what torch did."""
         if (kept := file.read()) is None:
             return False
-        expected = [[torch.from_numpy(y) for y in results] for results in kept.expected]
+        found = [[torch.from_numpy(y) for y in results] for results in kept.expected]
+        expected, mine = found[: len(inputs)], found[len(inputs) :]
         try:
             self._compiled = _core().import_model(kept.blob, "CPU", self._settings)
             # It was compared whole before it was written.
-            self._check(inputs, expected, n_inputs=1)
+            self._check(inputs, expected, n_inputs=1, mine=mine)
         except Exception:  # OpenVINO's own, of what it can't import
             file.remove()
             self._idle = []
@@ -395,14 +396,17 @@ class OpenVinoProgram:
         except WrongResult as error:
             self._compile_again(module, inputs, expected, error)
         if file is not None and self._pass_on is None:
-            self._write(file, expected)
+            self._write(file, inputs, expected)
 
-    def _write(self, file: ProgramFile, expected: list[list[torch.Tensor]]) -> None:
+    def _write(
+        self, file: ProgramFile, inputs: list[torch.Tensor], expected: list[list[torch.Tensor]]
+    ) -> None:
         try:
             blob = self._compiled.export_model().getvalue()
         except Exception:  # OpenVINO's own, of what it can't export; it can be used all the same
             return
-        arrays = [[y.float().numpy() for y in results] for results in expected]
+        mine = [self(x) for x in inputs] if self._precision not in _TOLERANCE else []
+        arrays = [[y.float().numpy() for y in results] for results in expected + mine]
         file.write(KeptProgram(blob, arrays))
 
     def _compile(self, module: nn.Module, example: torch.Tensor) -> None:
@@ -468,12 +472,17 @@ class OpenVinoProgram:
         inputs: list[torch.Tensor],
         expected: list[list[torch.Tensor]],
         n_inputs: int | None = None,
+        mine: Sequence[list[torch.Tensor]] = (),
     ) -> None:
         """Compare with torch: what traced or compiled wrongly must not be used.
+
+        In 8 bits, results are far from those of torch, so all streams must have the same, which
+        are `mine`, if they are known.
 
         Every stream has a graph of its own, and a graph may be right only for the first input
         that it is given. So each stream runs all inputs, or `n_inputs` of them in turns.
         """
+        known = dict(enumerate(mine))
         # Threads that run at the same time take a stream each.
         all_started = threading.Barrier(self._n_streams, timeout=60)
 
@@ -482,7 +491,10 @@ class OpenVinoProgram:
             for k in range(n_inputs or len(inputs)):
                 i = (stream + k) % len(inputs)
                 what = f"input {i}, stream {stream} of {self._n_streams}"
-                _compare(self(inputs[i]), expected[i], self._precision, what)
+                found = self(inputs[i])
+                _compare(found, expected[i], self._precision, what)
+                if self._precision not in _TOLERANCE:
+                    _compare(found, known.setdefault(i, found), "exact", what)
 
         with ThreadPoolExecutor(self._n_streams) as threads:
             list(threads.map(run, range(self._n_streams)))
