@@ -149,7 +149,7 @@ examples:
         help="of the images, held out to score the model; 0 for none (default 0.2)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the split and of training (default 0)")
-    _add_running(parser, precisions=("auto", "float32", "bfloat16"))
+    _add_running(parser, precisions=("auto", "float32", "bfloat16", "int8"))
 
 
 def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -334,7 +334,7 @@ def _add_network(parser: argparse.ArgumentParser, several: str | None = None) ->
 
 def _add_running(
     parser: argparse.ArgumentParser,
-    precisions: Sequence[str] = ("float32", "bfloat16", "float16"),
+    precisions: Sequence[str] = ("float32", "bfloat16", "float16", "int8"),
 ) -> None:
     """Add where and how it runs."""
     add = parser.add_argument

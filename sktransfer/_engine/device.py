@@ -11,6 +11,7 @@ import torch
 
 # How a CPU, the driver of a GPU, cuBLAS and cuDNN say it.
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+INT8 = "int8"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

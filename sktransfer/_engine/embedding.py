@@ -75,6 +75,7 @@ class OutputsPass(Stream):
             self._is_alone(),
             max(self.n_expected, len(self._images)),
             None if self.memory is None else self.memory.companions,
+            bool(self.verbose),
         )
         self.in_threads = self._program.runs_in_threads
 

@@ -31,7 +31,8 @@ class KeptProgram(NamedTuple):
     blob : bytes
         As OpenVINO exports a compiled model.
     expected : list of list of ndarray
-        What torch computed for each of the inputs by which the program was checked.
+        What torch computed for each of the inputs by which the program was checked; in 8 bits,
+        then what the program did.
     """
 
     blob: bytes
@@ -39,7 +40,7 @@ class KeptProgram(NamedTuple):
 
 
 class ProgramFile:
-    """The place of a compiled program on disk, for this machine and these versions alone.
+    """The place of a program on disk; of a compiled one, for this machine and these versions alone.
 
     Trouble with the disk never raises and never warns: it only means that the program is compiled.
 
@@ -50,11 +51,21 @@ class ProgramFile:
     *parts : object
         All that shapes the program, the weights of its network included; their `repr` must be
         alike in every process.
+    suffix : str, default=".program"
+    is_of_machine : bool, default=True
+        Whether it is of no use on another machine.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *parts: object) -> None:
-        name = xxh3_128_hexdigest(repr((*parts, *_surroundings())).encode())
-        self.path = Path(folder) / f"{name}.program"
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *parts: object,
+        suffix: str = ".program",
+        is_of_machine: bool = True,
+    ) -> None:
+        surroundings = _surroundings() if is_of_machine else ()
+        name = xxh3_128_hexdigest(repr((*parts, *surroundings)).encode())
+        self.path = Path(folder) / f"{name}{suffix}"
 
     def exists(self) -> bool:
         """Tell whether there is such a file; it may still turn out to be damaged."""

@@ -18,6 +18,7 @@ import xxhash
 from sktransfer._config import get_config
 from sktransfer._engine.cut_network import CutNetwork
 from sktransfer._engine.device import (
+    INT8,
     PRECISIONS,
     first_line,
     free_memory,
@@ -35,8 +36,11 @@ from sktransfer._engine.program import (
     stored_form,
 )
 from sktransfer._engine.program_file import ProgramFile
+from sktransfer._engine.quantised import QuantisedNetwork, QuantisedNetworks
+from sktransfer._engine.quantising import versions
 from sktransfer._engine.runtime import (
     OpenVinoProgram,
+    check_can_quantise,
     forget_openvino,
     is_worth_compiling,
     reason_of,
@@ -108,10 +112,11 @@ def _after_fork() -> None:
     OpenVINO would wait for them forever; torch's may be of a network that is not ours.
     """
     torch.set_num_threads(1)
-    forget_openvino([runner._programs for runner in _all_runners])
+    forget_openvino([(runner._programs, runner._quantised) for runner in _all_runners])
     for runner in _all_runners:
         runner.backbone.runners.clear()
         runner.runtime, runner._programs, runner._n_cores = "torch", {}, 1
+        runner._quantised = QuantisedNetworks(runner, 1)
 
 
 call_in_forks(_after_fork)
@@ -124,8 +129,9 @@ class Runner(CutNetwork):
     ----------
     backbone : Backbone
     device : torch.device
-    precision : {"float32", "bfloat16", "float16"}
-        Below float32, the operations that lose nothing by it run in it (torch's autocast).
+    precision : {"float32", "bfloat16", "float16", "int8"}
+        In the half precisions, the operations that lose nothing by it run in it (torch's autocast).
+        In `"int8"`, see `QuantisedNetwork`, there are rows alone, of OpenVINO alone.
     runtime : {"torch", "openvino"}
         Where a program can't be made for OpenVINO, it becomes "torch".
     waits_for_work : bool, default=False
@@ -146,6 +152,7 @@ class Runner(CutNetwork):
         # As many cores as torch may use here, which joblib limits in its workers.
         self._n_cores = torch.get_num_threads()
         self._programs: dict[Any, Program] = {}
+        self._quantised = QuantisedNetworks(self, self._n_cores)
         _all_runners.add(self)
 
     # ------------------------------------------------------------------------ how many at once
@@ -213,8 +220,11 @@ class Runner(CutNetwork):
 
     @property
     def names_its_runtime(self) -> bool:
-        """Whether keys depend on what computes: in float32, all agree but for rounding."""
-        return self.precision != "float32" and self.runtime != "torch"
+        """Whether keys depend on what computes: in float32, all agree but for rounding.
+
+        In 8 bits only OpenVINO does.
+        """
+        return self.precision not in ("float32", INT8) and self.runtime != "torch"
 
     def _name(self, preprocessing: Preprocessing, *what: Any) -> str:
         parts: tuple[Any, ...] = (
@@ -227,6 +237,8 @@ class Runner(CutNetwork):
         )
         if self.names_its_runtime:
             parts += (self.runtime,)
+        if self.precision == INT8:
+            parts += versions()
         if difference := numerics(self.device, self.precision):
             parts += (difference,)
         if get_config()["damaged"] == "error":  # what "warn" let pass is not taken from the memory
@@ -241,7 +253,7 @@ class Runner(CutNetwork):
     def autocast(self, precision: str | None = None) -> AbstractContextManager[Any]:
         """Return a context in which the network computes in a precision; by default, its own."""
         precision = precision or self.precision
-        if precision == "float32":
+        if precision not in PRECISIONS or precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, PRECISIONS[precision])
 
@@ -261,6 +273,7 @@ class Runner(CutNetwork):
         is_alone: bool = False,
         n_images: float = math.inf,
         folder: str | None = None,
+        verbose: bool = False,
     ) -> Program:
         """Return what runs images to `outputs`; each kind of it is made once.
 
@@ -277,9 +290,13 @@ class Runner(CutNetwork):
         n_images : float, default=inf
             That will run at most. Torch runs them if they are too few to compile a program.
         folder : str or None, default=None
-            Where compiled programs are kept.
+            Where compiled programs, and networks in 8 bits, are kept.
+        verbose : bool, default=False
+            Show a bar while a network is brought to 8 bits.
         """
         what, n_streams = (tuple(outputs), preprocessing), 1 if is_alone else self._n_cores
+        if self.precision == INT8:
+            return self._program_in_8_bits(*what, n_streams, folder, verbose)
         if self.runtime == "torch" and self.precision != "float32":
             return self._made(*what)  # rows are named after what computes: one for all of them
         if (compiled := self._programs.get((*what, n_streams))) is not None:
@@ -290,6 +307,31 @@ class Runner(CutNetwork):
         if self._is_worth_compiling(*what, is_alone, n_images, file):
             return self._made(*what, n_streams, file)
         return self._made(*what)
+
+    def in_8_bits(
+        self, preprocessing: Preprocessing, folder: str | None = None, verbose: bool = False
+    ) -> QuantisedNetwork:
+        """Return this network in 8 bits: as a folder keeps it, or made now; see `program`."""
+        check_can_quantise(self.runtime, self.device)  # a fork loses what its parent had
+        return self._quantised.get(preprocessing, folder, verbose)
+
+    def _program_in_8_bits(
+        self,
+        outputs: tuple[Output, ...],
+        preprocessing: Preprocessing,
+        n_streams: int,
+        folder: str | None,
+        verbose: bool,
+    ) -> Program:
+        # Not while programs are built: it takes long, and others may need another network's.
+        network = self.in_8_bits(preprocessing, folder, verbose)
+        key = outputs, preprocessing, n_streams, network
+        if (program := self._programs.get(key)) is None:
+            with _building, float32_by_default(_building), torch.inference_mode(False):
+                run = network.run_of(outputs, n_streams, folder)
+            program = Program(run, self.device, runs_in_threads=True)
+            self._programs[key] = program
+        return program
 
     def _file(
         self,

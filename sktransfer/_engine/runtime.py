@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ Program = Callable[[torch.Tensor], list[torch.Tensor]]  # takes a batch; safe to
 
 _SMALL = 100_000  # parameters; a smaller network takes less time than reading its images
 # Largest difference to torch, as a share of the largest value; more means that it is not the same.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "exact": 0.0}
+_SMALLEST_COSINE = 0.5  # to torch's results, of one image in 8 bits; its loss is measured elsewhere
 # Images for each core until a compiled program has paid off: some for any network, and more the
 # smaller it is, as compiling a small one takes as long. Measured by `benchmarks/cold_start.py`.
 _IMAGES_TO_PAY_OFF, _GFLOP_TO_PAY_OFF = 25, 30
@@ -42,8 +44,12 @@ def resolve_runtime(
 ) -> str:
     """Return `"torch"` or `"openvino"`; warn if what is asked for can't be had.
 
-    Whether OpenVINO can be imported is not tried where it may never be used.
+    In 8 bits nothing else can take its place, so that is an error. Whether OpenVINO can be
+    imported is not tried where it may never be used.
     """
+    if precision == "int8":
+        check_can_quantise(runtime, device)
+        return "openvino"
     if runtime == "torch":
         return runtime
     reason = _reason_against(device, precision)
@@ -119,14 +125,21 @@ def _reason_against(device: torch.device, precision: str) -> str | None:
         return f"runtime='openvino' is for a CPU, and the device is {str(device)!r}"
     if precision not in _TOLERANCE:
         return f"it does not compute in {precision}"
-    if _lost_threads:
-        return (
-            "this process was forked from one in which OpenVINO runs; start it by the method "
-            "'spawn' or 'forkserver' of multiprocessing, or by joblib's default, loky"
-        )
+    if (reason := why_not_after_fork()) is not None:
+        return reason
     if importlib.util.find_spec("openvino") is None:
         return f"it is not installed: {_EXTRA}"
     return None
+
+
+def why_not_after_fork() -> str | None:
+    """Return why OpenVINO can't be used in this process, if it is a fork."""
+    if not _lost_threads:
+        return None
+    return (
+        "this process was forked from one in which OpenVINO runs; start it by the method 'spawn' "
+        "or 'forkserver' of multiprocessing, or by joblib's default, loky"
+    )
 
 
 def why_not_imported() -> str | None:
@@ -157,8 +170,39 @@ def _core() -> Any:
     return openvino.Core()
 
 
+def check_can_quantise(runtime: str, device: torch.device) -> None:
+    """Raise an error, which says what to use, where 8 bits can't be had."""
+    if device.type != "cpu":
+        raise ValueError(
+            f"precision='int8' is for a CPU, and the device is {str(device)!r}. Pass "
+            "precision='bfloat16' or 'float16' there, or device='cpu'."
+        )
+    if runtime == "torch":
+        raise ValueError(
+            "precision='int8' is computed by OpenVINO. Pass runtime='auto' or 'openvino', or "
+            "precision='bfloat16' or 'float32' with runtime='torch'."
+        )
+    if (reason := why_not_after_fork()) is not None:
+        raise RuntimeError(f"precision='int8' can't be computed here: {reason}.")
+    for package in ("openvino", "nncf"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"precision='int8' needs {package}, which is not installed: "
+                "pip install 'sktransfer[int8]'"
+            )
+    if reason := why_not_imported():
+        raise ImportError(f"precision='int8' can't be computed here: {reason}")
+
+
 def warn_without_instructions(precision: str, device: torch.device) -> None:
-    """Warn if a CPU computes in `bfloat16` but has no instructions for it."""
+    """Warn if a CPU computes in `bfloat16` or `int8` but has no instructions for it."""
+    if precision == "int8" and device.type == "cpu" and not has_int8():
+        warnings.warn(
+            "This CPU has no instructions for 8 bits (VNNI): precision='int8' makes little faster "
+            "here. precision='float32' is more exact.",
+            UserWarning,
+            stacklevel=2,
+        )
     if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
         warnings.warn(
             "This CPU has no bfloat16 instructions: precision='bfloat16' makes nothing faster "
@@ -175,6 +219,24 @@ def has_bfloat16(if_unknown: bool = True) -> bool:
         return if_unknown
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+@functools.cache
+def has_int8() -> bool:
+    """Tell whether the CPU multiplies in 8 bits and adds in 32."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # not known
+    names = ("_is_vnni_supported", "_is_avx512_vnni_supported", "_is_amx_tile_supported")
+    known = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    return not known or any(is_supported() for is_supported in known) or _has_avx_vnni()
+
+
+def _has_avx_vnni() -> bool:
+    """Tell whether the system names the instructions of CPUs without AVX-512."""
+    try:
+        return "avx_vnni" in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------ torch
@@ -261,10 +323,12 @@ class OpenVinoProgram:
     Parameters
     ----------
     module : nn.Module
-        In eval mode; from a tensor to one, or to a tuple of them.
+        In eval mode; from a tensor to one, or to a tuple of them. If it has a method
+        `openvino_model`, that model computes, for inputs and maps with their channels last, and the
+        module says what comes out in float32.
     example : Tensor
         An input, of the only shape and dtype that calls then take.
-    precision : {"float32", "bfloat16"}
+    precision : {"float32", "bfloat16", "int8"}
     n_cores : int
         To be used in all.
     n_streams : int
@@ -296,7 +360,7 @@ class OpenVinoProgram:
         file: ProgramFile | None = None,
     ) -> None:
         self._settings = _settings(precision, n_cores, n_streams)
-        self._tolerance, self._n_streams = _TOLERANCE[precision], n_streams
+        self._precision, self._n_streams = precision, n_streams
         # What computes nothing is not worth a call of OpenVINO, whose result would be its input.
         self._pass_on: Callable[[torch.Tensor], Any] | None = None
         self._idle: list[Any] = []  # requests, each with buffers of its own
@@ -308,11 +372,12 @@ class OpenVinoProgram:
         """Take the program of a file, if there is one that works and computes what torch did."""
         if (kept := file.read()) is None:
             return False
-        expected = [[torch.from_numpy(y) for y in results] for results in kept.expected]
+        found = [[torch.from_numpy(y) for y in results] for results in kept.expected]
+        expected, mine = found[: len(inputs)], found[len(inputs) :]
         try:
             self._compiled = _core().import_model(kept.blob, "CPU", self._settings)
             # It was compared whole before it was written.
-            self._check(inputs, expected, n_inputs=1)
+            self._check(inputs, expected, n_inputs=1, mine=mine)
         except Exception:  # OpenVINO's own, of what it can't import
             file.remove()
             self._idle = []
@@ -331,24 +396,31 @@ class OpenVinoProgram:
         except WrongResult as error:
             self._compile_again(module, inputs, expected, error)
         if file is not None and self._pass_on is None:
-            self._write(file, expected)
+            self._write(file, inputs, expected)
 
-    def _write(self, file: ProgramFile, expected: list[list[torch.Tensor]]) -> None:
+    def _write(
+        self, file: ProgramFile, inputs: list[torch.Tensor], expected: list[list[torch.Tensor]]
+    ) -> None:
         try:
             blob = self._compiled.export_model().getvalue()
         except Exception:  # OpenVINO's own, of what it can't export; it can be used all the same
             return
-        arrays = [[y.float().numpy() for y in results] for results in expected]
+        mine = [self(x) for x in inputs] if self._precision not in _TOLERANCE else []
+        arrays = [[y.float().numpy() for y in results] for results in expected + mine]
         file.write(KeptProgram(blob, arrays))
 
     def _compile(self, module: nn.Module, example: torch.Tensor) -> None:
+        self._idle = []
+        make_model = getattr(module, "openvino_model", None)
+        if make_model is not None:
+            self._compiled = _core().compile_model(make_model(), "CPU", self._settings)
+            return
         # The rest takes longer, and nobody has to wait for it who wants to trace a network.
         with network_lock.shared():
             traced = _trace(_ChannelsLast(module), _channels_last(example))
         model = _convert(traced, _channels_last(example))
         # A call of the traced graph does not meet torch.fx, which may trace in another thread.
         self._pass_on = traced.forward if _only_moves(model) else None
-        self._idle = []
         if self._pass_on is None:
             self._compiled = _core().compile_model(model, "CPU", self._settings)
 
@@ -400,12 +472,17 @@ class OpenVinoProgram:
         inputs: list[torch.Tensor],
         expected: list[list[torch.Tensor]],
         n_inputs: int | None = None,
+        mine: Sequence[list[torch.Tensor]] = (),
     ) -> None:
         """Compare with torch: what traced or compiled wrongly must not be used.
+
+        In 8 bits, results are far from those of torch, so all streams must have the same, which
+        are `mine`, if they are known.
 
         Every stream has a graph of its own, and a graph may be right only for the first input
         that it is given. So each stream runs all inputs, or `n_inputs` of them in turns.
         """
+        known = dict(enumerate(mine))
         # Threads that run at the same time take a stream each.
         all_started = threading.Barrier(self._n_streams, timeout=60)
 
@@ -414,7 +491,10 @@ class OpenVinoProgram:
             for k in range(n_inputs or len(inputs)):
                 i = (stream + k) % len(inputs)
                 what = f"input {i}, stream {stream} of {self._n_streams}"
-                _compare(self(inputs[i]), expected[i], self._tolerance, what)
+                found = self(inputs[i])
+                _compare(found, expected[i], self._precision, what)
+                if self._precision not in _TOLERANCE:
+                    _compare(found, known.setdefault(i, found), "exact", what)
 
         with ThreadPoolExecutor(self._n_streams) as threads:
             list(threads.map(run, range(self._n_streams)))
@@ -425,15 +505,24 @@ class WrongResult(ValueError):
 
 
 def _compare(
-    mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], tolerance: float, what: str
+    mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], precision: str, what: str
 ) -> None:
     """Raise a WrongResult if OpenVINO's results are not those of torch."""
     for a, b in zip(mine, theirs, strict=True):
         if a.shape != b.shape:
             raise WrongResult(f"its result has shape {tuple(a.shape)}, not {tuple(b.shape)}")
+        if precision not in _TOLERANCE:
+            _compare_direction(a, b, what)
+            continue
         error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
-        if not error <= tolerance:
+        if not error <= _TOLERANCE[precision]:
             raise WrongResult(f"its result differs by {error:.2g} of the largest value: {what}")
+
+
+def _compare_direction(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
+    cosine = float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    if bool(b.any()) and not cosine >= _SMALLEST_COSINE:
+        raise WrongResult(f"its result has a cosine of {cosine:.2g} to that of torch: {what}")
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -467,6 +556,18 @@ def _convert(traced: Any, example: torch.Tensor) -> Any:
     return model
 
 
+def converted(module: nn.Module, example: torch.Tensor) -> Any:
+    """Return OpenVINO's model of a module for inputs like the example."""
+    with network_lock.shared():
+        traced = _trace(module, example)
+    return _convert(traced, example)
+
+
+def read_model(graph: bytes, weights: bytes) -> Any:
+    """Return a model of OpenVINO that was serialised."""
+    return _core().read_model(graph, weights)
+
+
 def _only_moves(model: Any) -> bool:
     """Tell whether a model passes its input on, in another shape or order at most."""
     ahead = list(model.inputs[0].get_node().outputs())
@@ -488,7 +589,7 @@ def _element_type(dtype: torch.dtype) -> Any:
 
 def _settings(precision: str, n_cores: int, n_streams: int) -> dict[str, Any]:
     return {
-        "INFERENCE_PRECISION_HINT": "f32" if precision == "float32" else "bf16",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
         "NUM_STREAMS": n_streams,
         "INFERENCE_NUM_THREADS": n_cores,
         "ENABLE_CPU_PINNING": False,  # or all processes would take the first cores

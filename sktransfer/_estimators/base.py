@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from torchvision.models import WeightsEnum
 
 from sktransfer._engine.cut_network import POOLINGS
-from sktransfer._engine.device import PRECISIONS
+from sktransfer._engine.device import INT8, PRECISIONS
 from sktransfer._engine.runner import Runner, get_runner
 from sktransfer._engine.runtime import RUNTIMES
 from sktransfer._training.net import Interrupted
@@ -220,7 +220,7 @@ class ImageEstimator(BaseEstimator):
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
         "memory": [str, os.PathLike, HasMethods(["cache"]), None],
         "device": [str, torch.device],
-        "precision": [StrOptions(set(PRECISIONS))],
+        "precision": [StrOptions({*PRECISIONS, INT8})],
         "runtime": [StrOptions(set(RUNTIMES))],
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "n_jobs": [Integral, None],

@@ -76,9 +76,9 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         Where to keep the results of frozen blocks on disk.
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.
-    precision : {"auto", "float32", "bfloat16"}, default="float32"
+    precision : {"auto", "float32", "bfloat16", "int8"}, default="float32"
         What the network computes in. `"auto"` is `"float32"`, but trains in bfloat16 where that is
-        faster; see :class:`FineTunedClassifier`.
+        faster; `"int8"` is for ``unfreeze=0`` alone. See :class:`FineTunedClassifier`.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What the frozen blocks run on; see :class:`PretrainedFeatureExtractor`.
     n_jobs : int, default=None

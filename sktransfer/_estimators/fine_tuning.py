@@ -105,12 +105,14 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         :class:`PretrainedFeatureExtractor` of the same network shares them.
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.
-    precision : {"auto", "float32", "bfloat16"}, default="float32"
+    precision : {"auto", "float32", "bfloat16", "int8"}, default="float32"
         What the network computes in. Weights are float32 in any case, and activations at the cut
         are kept in half precision. `"auto"` predicts as `"float32"` does and shares its entries of
         the memory, but computes the training steps of unfrozen blocks in bfloat16 where a CPU has
         instructions for it (AVX-512 BF16 or AMX): 1.1 to 2 times as fast, of the same accuracy
-        within noise. Elsewhere, and on a GPU, it is `"float32"`.
+        within noise. Elsewhere, and on a GPU, it is `"float32"`. `"int8"`, for ``unfreeze=0``
+        alone, is that of :class:`PretrainedFeatureExtractor`; the head computes in float32, and so
+        does the network that is exported or explained.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What the frozen blocks run on; see :class:`PretrainedFeatureExtractor`. Training is
         torch's.

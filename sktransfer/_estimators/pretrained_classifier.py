@@ -42,8 +42,9 @@ class PretrainedClassifier(ImageEstimator):
         ``PretrainedFeatureExtractor(layer="output")``.
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.
-    precision : {"float32", "bfloat16", "float16"}, default="float32"
-        What the network computes in. Logits are float32 in any case.
+    precision : {"float32", "bfloat16", "float16", "int8"}, default="float32"
+        What the network computes in; see :class:`PretrainedFeatureExtractor`. Logits are float32
+        in any case, and in `"int8"` the head computes in float32, too.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What computes; see :class:`PretrainedFeatureExtractor`.
     batch_size : int or "auto", default="auto"

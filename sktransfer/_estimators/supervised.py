@@ -27,6 +27,7 @@ class FineTuned(TrainedEstimator):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **TrainedEstimator._parameter_constraints,
+        "precision": [StrOptions({"auto", "float32", "bfloat16", "int8"})],
         "head": [StrOptions({"linear"}), list, tuple, nn.Module],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "head_epochs": [StrOptions({"auto"}), Interval(Integral, 0, None, closed="left")],

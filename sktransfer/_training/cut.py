@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sktransfer._engine.device import INT8
 from sktransfer._engine.runner import Runner
 from sktransfer.models._blocks import blocks_named
 
@@ -52,7 +53,7 @@ def find_cut(runner: Runner, unfreeze: int | str | Sequence[str]) -> Unfrozen:
     Raises
     ------
     ValueError
-        If the network has no such blocks.
+        If the network has no such blocks, or if some are to be trained in 8 bits.
     TypeError
         If a list holds anything but names.
     """
@@ -61,7 +62,19 @@ def find_cut(runner: Runner, unfreeze: int | str | Sequence[str]) -> Unfrozen:
         runner.trace  # noqa: B018 raises an error that says why a network can't be cut
     reason = "" if runner.can_be_cut else ", as it can't be traced"
     blocks = trained_blocks(unfreeze, names, f"{runner.name!r} has", reason)
+    if blocks or unfreeze == "all":
+        check_is_trainable(runner.precision)
     return Unfrozen(min(blocks, default=runner.embedding), blocks, len(names))
+
+
+def check_is_trainable(precision: str) -> None:
+    """Raise an error that says what to use, if blocks can't be trained in a precision."""
+    if precision == INT8:
+        raise ValueError(
+            "precision='int8' is for frozen networks: blocks can't be trained in 8 bits. Pass "
+            "unfreeze=0, which trains a head on the frozen network, or precision='bfloat16' or "
+            "'float32'."
+        )
 
 
 def trained_blocks(

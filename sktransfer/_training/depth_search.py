@@ -12,6 +12,7 @@ from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.model_selection import HalvingGridSearchCV, KFold, StratifiedKFold
 
 from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._training.cut import check_is_trainable
 from sktransfer.io import ImageSequence
 
 _FOLDS = 3
@@ -207,6 +208,7 @@ def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
             "unfreeze='auto' compares what training makes of each depth, and max_epochs=0 trains "
             "nothing: pass more epochs, or unfreeze=0."
         )
+    check_is_trainable(model.precision)
     runner, preprocessing = model.load_network()
     n_blocks = len(runner.block_names)
     if n_blocks == 0:

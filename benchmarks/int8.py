@@ -1,0 +1,274 @@
+"""8 bits: images a second, the loss in the features, and the loss in accuracy.
+
+    python benchmarks/int8.py speed       # images that are ready, in every precision; cosines
+    python benchmarks/int8.py accuracy    # ELPV and digits, in float32 and in 8 bits
+    python benchmarks/int8.py files       # from JPEG files, against float32, peers and limits
+    python benchmarks/int8.py start       # seconds to the first row in a new process
+
+`speed`: what a network does with images of its size in memory, by our extractor; the precisions
+take turns, in processes of their own; medians. The cosine is the mean of those of embeddings to
+float32 ones on the calibration crops. Networks without embedded weights have random ones: their
+speed is right, and their cosine says only that the conversion is. `accuracy`: ELPV, p > 0.5, the
+five 75/25 splits of `elpv.py`, and scikit-learn's digits, five-fold; an SVM (C=10) and a logistic
+regression (C=0.01) on standardised features, trained and tested in one precision. `files`: the
+sides of `throughput.py`; the bare forward pass in 8 bits is NNCF's network without any layer but
+the last, one image at a time in a stream on each core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import (
+    Built,
+    environment,
+    median,
+    say,
+    sides,
+    table,
+    take_turns,
+    weights_of,
+    write_photographs,
+)
+from runtimes import build_forward
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+from throughput import Case, Job, build_decoding, build_embetter, build_img2vec, build_loader
+
+from sktransfer import PretrainedFeatureExtractor, get_model
+from sktransfer._cli import benchmark as _benchmark
+from sktransfer._engine.quantising import calibration_images
+from sktransfer._engine.runner import get_runner
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+NETWORKS = (*LITE, "resnet50", "mobilenet_v3_large", "vit_b_16", "convnext_tiny")
+FILES = ("resnet50", "efficientnet_lite0", "mobilenet_v3_large")
+CLASSIFIERS = {
+    "SVM": SVC(C=10),
+    "logistic regression": LogisticRegression(C=0.01, max_iter=1000),
+}
+PEERS = {
+    "loader": (build_loader, True),
+    "loader-plain": (build_loader, False),
+    "img2vec": (build_img2vec,),
+    "embetter": (build_embetter,),
+}
+_START = """
+import time, sys, numpy as np
+from sktransfer import PretrainedFeatureExtractor, get_model
+name, weights, precision, memory = sys.argv[1:]
+backbone = get_model(name, weights if weights == "default" else None)
+X = np.random.default_rng().integers(256, size=(2, 300, 300, 3), dtype=np.uint8)
+start = time.perf_counter()
+PretrainedFeatureExtractor(backbone, precision=precision, memory=memory).transform(X)
+print(time.perf_counter() - start)
+"""
+
+
+def extractor(backbone: str, precision: str, **options: Any) -> PretrainedFeatureExtractor:
+    weights = weights_of(backbone)
+    return PretrainedFeatureExtractor(backbone, weights=weights, precision=precision, **options)
+
+
+# ------------------------------------------------------------------------------ speed
+
+
+def build_ready(backbone: str, precision: str, n: int) -> Built:
+    """Build a side whose turn is the embedding of images that have the size of the network."""
+    preprocessing = get_model(backbone, weights_of(backbone)).preprocessing
+    crops = calibration_images(preprocessing)
+    model = extractor(backbone, precision, runtime="openvino")
+    rows = model.transform(crops)
+    images = crops[np.arange(n) % len(crops)]
+    return Built(lambda: model.transform(images), {"rows": rows})
+
+
+def speed(args: argparse.Namespace) -> None:
+    found = []
+    for backbone in args.networks or NETWORKS:
+        say(backbone)
+        named = {p: (build_ready, backbone, p, args.images) for p in PRECISIONS}
+        with sides(named) as built:
+            seconds = take_turns(built, args.repeats)
+            rows = {p: side.notes.get("rows") for p, side in built.items()}
+            errors = {p: side.error for p, side in built.items()}
+        row = {"network": backbone, "weights": weights_of(backbone) or "random"}
+        row |= {p: f"{args.images / median(seconds[p]):.1f}" for p in PRECISIONS}
+        row["int8 / float32"] = f"{median(seconds['float32']) / median(seconds['int8']):.2f}"
+        for p in ("bfloat16", "int8"):
+            both = rows[p], rows["float32"]
+            row[f"cosine {p}"] = errors[p] or f"{cosine(*both):.4f}"
+        found.append(row)
+        print(table(found[-1:]), flush=True)
+    print(table(found))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).mean())
+
+
+# ------------------------------------------------------------------------------ accuracy
+
+
+def tasks(name: str) -> tuple[Any, np.ndarray, list[Any]]:
+    """Return the images, labels and splits of a task."""
+    if name == "digits":
+        X, y = load_digits(return_X_y=True)
+        images = np.repeat((X.reshape(-1, 8, 8) * 15.9).astype(np.uint8), 16, 1).repeat(16, 2)
+        return images, y, list(StratifiedKFold(5, shuffle=True, random_state=0).split(X, y))
+    task = _benchmark.load_elpv()
+    y = task.targets["defective: p > 0.5"]
+    strata = np.char.add(np.char.add(y, "/"), task.groups)
+    splitter = StratifiedShuffleSplit(5, test_size=0.25, random_state=0)
+    return task.images, y, list(splitter.split(strata, strata))
+
+
+def accuracy(args: argparse.Namespace) -> None:
+    found = []
+    for name in args.tasks:
+        images, y, splits = tasks(name)
+        for backbone in args.networks or LITE:
+            exact = None
+            for precision in PRECISIONS:
+                say(f"{name}, {backbone}, {precision}")
+                X = extractor(backbone, precision, memory=args.memory).transform(images)
+                row = {"task": name, "network": backbone, "precision": precision}
+                for label, model in CLASSIFIERS.items():
+                    pipeline = make_pipeline(StandardScaler(), model)
+                    scores = cross_val_score(pipeline, X, y, cv=splits, n_jobs=args.n_jobs)
+                    row[label] = f"{scores.mean():.4f} ± {scores.std():.3f}"
+                exact = X if exact is None else exact
+                row["cosine"] = f"{cosine(X, exact):.4f}"
+                found.append(row)
+                print(table(found[-1:]), flush=True)
+    print(table(found))
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def build_files(backbone: str, precision: str, files: list[str]) -> Built:
+    model = extractor(backbone, precision, runtime="openvino")
+    model.transform(files)
+    return Built(lambda: model.transform(files), {"images": len(files)})
+
+
+def build_bare(backbone: str, n: int) -> Built:
+    """Build a side whose turn is OpenVINO's forward pass in 8 bits, and nothing else."""
+    import openvino
+    from openvino import opset13
+
+    loaded = get_model(backbone, weights_of(backbone))
+    runner = get_runner(loaded, "cpu", "int8")
+    made = runner.in_8_bits(loaded.preprocessing).made
+    core = openvino.Core()
+    model = core.read_model(made.graph, made.weights)
+    nodes = {node.get_friendly_name(): node for node in model.get_ops()}
+    name, index = made.places[runner.embedding]
+    results = [opset13.result(nodes[name].output(index))]
+    model = openvino.Model(results, model.get_parameters(), "bare")
+    n_cores = torch.get_num_threads()
+    settings = {"NUM_STREAMS": n_cores, "INFERENCE_NUM_THREADS": n_cores}
+    settings |= {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
+    compiled = core.compile_model(model, "CPU", settings)
+    crops = calibration_images(loaded.preprocessing)
+    requests = [compiled.create_infer_request() for _ in range(n_cores)]
+    threads = ThreadPoolExecutor(n_cores)
+
+    def part(i: int) -> None:
+        for k in range(i, n, n_cores):
+            requests[i].infer({0: crops[k % len(crops)][None]})
+
+    def run() -> None:
+        list(threads.map(part, range(n_cores)))
+
+    run()
+    return Built(run, {"images": n})
+
+
+def files(args: argparse.Namespace) -> None:
+    for backbone in args.networks or FILES:
+        say(backbone)
+        with tempfile.TemporaryDirectory() as name:
+            paths = write_photographs(Path(name, "files"), args.images, (500, 375), grain=5)
+            job = Job(Case(backbone, "float32", (500, 375), 8), paths, 32, name, {})
+            named: dict[str, tuple[Any, ...]] = {
+                p: (build_files, backbone, p, paths) for p in PRECISIONS
+            }
+            for p in ("float32", "bfloat16"):
+                bare = backbone, "openvino", p, args.images, 32, (1,), False
+                named[f"bare {p}"] = (build_forward, *bare)
+            named["bare int8"] = build_bare, backbone, args.images
+            named["decoding"] = build_decoding, job
+            for peer in args.peers:
+                build, *more = PEERS[peer]
+                named[peer] = (build, job, *more)
+            with sides(named) as built:
+                seconds = take_turns(built, args.repeats)
+                n_of = {n: side.notes.get("images", args.images) for n, side in built.items()}
+                errors = {n: side.error for n, side in built.items()}
+        speeds = {n: n_of[n] / median(times) for n, times in seconds.items()}
+        print(f"\n{backbone}, {args.images} files of 500 × 375 pixels")
+        print(table([_row(n, speeds, errors[n]) for n in speeds]), flush=True)
+
+
+def _row(name: str, speeds: dict[str, float], error: str | None) -> dict[str, str]:
+    row = {"side": name, "images/s": error or f"{speeds[name]:.1f}"}
+    row["int8 / this"] = f"{speeds['int8'] / speeds[name]:.2f}"
+    if name in PRECISIONS:
+        one_by_one = 1 / (1 / speeds["decoding"] + 1 / speeds[f"bare {name}"])
+        row["of one by one"] = f"{speeds[name] / one_by_one:.2f}"
+    return row
+
+
+# ------------------------------------------------------------------------------ start
+
+
+def start(args: argparse.Namespace) -> None:
+    found = []
+    for backbone in args.networks or ("efficientnet_lite0", "resnet50"):
+        with tempfile.TemporaryDirectory() as memory:
+            for what in ("made", "kept", "kept"):
+                command = [sys.executable, "-c", _START, backbone, weights_of(backbone) or "none"]
+                begin = time.perf_counter()
+                done = subprocess.run(
+                    [*command, "int8", memory], capture_output=True, text=True, check=True
+                )
+                seconds = float(done.stdout.split()[-1])
+                row = {"network": backbone, "8 bits": what, "first rows, s": f"{seconds:.2f}"}
+                row["process, s"] = f"{time.perf_counter() - begin:.1f}"
+                found.append(row)
+    print(table(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("piece", choices=["speed", "accuracy", "files", "start"])
+    parser.add_argument("networks", nargs="*")
+    parser.add_argument("--images", type=int, default=64, help="of a turn")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", default=["elpv", "digits"])
+    parser.add_argument("--memory", help="where `accuracy` keeps its rows")
+    parser.add_argument("--n-jobs", type=int, default=1)
+    parser.add_argument("--peers", nargs="*", default=["loader", "loader-plain"])
+    args = parser.parse_args()
+    print(environment("openvino", "nncf"), flush=True)
+    globals()[args.piece](args)
+
+
+if __name__ == "__main__":
+    main()

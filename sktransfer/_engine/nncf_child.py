@@ -1,0 +1,78 @@
+"""What runs in a process of its own: NNCF quantises a network of OpenVINO to 8 bits.
+
+Run as a script, without this package: NNCF prints, replaces the class of all loggers and would
+report its use over the network. In here, nobody sees or hears of it.
+
+The folder that it is given holds ``network.xml``, whose last result is the embedding and whose
+others are those of the cuts before it, and ``images.npy``. It writes ``quantised.xml`` and
+``report.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def quantise(folder: Path) -> None:
+    """Quantise the network of a folder; see the module."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF then has none
+    import openvino
+    from openvino._offline_transformations import apply_moc_transformations
+
+    images = [image[None] for image in np.load(folder / "images.npy")]
+    model = openvino.Core().read_model(folder / "network.xml")
+    # What NNCF expects of a network: its patterns, and the places of biases, are those.
+    apply_moc_transformations(model, cf=False)
+    sources = [result.input_value(0) for result in model.get_results()]
+    places = [(source.get_node().get_friendly_name(), source.get_index()) for source in sources]
+    network = _ending_at(model, sources[-1])
+    quantised = _quantised(network, images)
+    openvino.serialize(quantised, folder / "quantised.xml", folder / "quantised.bin")
+    cosines = _cosines(_rows(network, images), _rows(quantised, images))
+    report = {"places": places, "cosine": float(np.mean(cosines))}
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+def _ending_at(model: Any, source: Any) -> Any:
+    from openvino import Model, opset13
+
+    return Model([opset13.result(source)], model.get_parameters(), "network")
+
+
+def _quantised(model: Any, images: list[np.ndarray]) -> Any:
+    import nncf
+
+    kinds = {node.get_type_name() for node in model.get_ops()}
+    has_attention = bool(kinds & {"Softmax", "ScaledDotProductAttention"})
+    return nncf.quantize(
+        model,
+        nncf.Dataset(images),
+        subset_size=len(images),
+        model_type=nncf.ModelType.TRANSFORMER if has_attention else None,
+    )
+
+
+def _rows(model: Any, images: list[np.ndarray]) -> np.ndarray:
+    from openvino import Core
+
+    compiled = Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    rows = []
+    for image in images:
+        request.infer({0: image})
+        rows.append(request.output_tensors[0].data.ravel().copy())
+    return np.array(rows)
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(1) / np.maximum(lengths, 1e-30)
+
+
+if __name__ == "__main__":
+    quantise(Path(sys.argv[1]))
