@@ -32,7 +32,8 @@ class Settings:
     is_from_scratch: bool  # on random weights
     unfreeze: Any
     head: Any
-    pooling: str
+    pooling: Any
+    layer: Any = "auto"
     dropout: float = 0.0
     head_epochs: int | str = 0
     max_epochs: int
@@ -75,6 +76,14 @@ class Settings:
         """Whether the head starts at its optimum on the embeddings of the frozen network."""
         is_linear = isinstance(self.head, str)
         return is_linear and self.head_epochs == "auto" and not self.is_from_scratch
+
+
+def frozen_layers_error(layer: Any, unfreeze: Any) -> ValueError:
+    """Return the error of a head on several layers behind blocks that are trained."""
+    return ValueError(
+        f"layer={layer!r} puts the head on frozen layers, and unfreeze={unfreeze!r} trains blocks: "
+        "pass unfreeze=0, or layer='auto', what the network's own head sees."
+    )
 
 
 def distinct(
