@@ -71,6 +71,8 @@ with tempfile.TemporaryDirectory() as folder:
                     setting = {"unfreeze": depth, options.parameter: value}
                     given = {**setting, "memory": memory}
                     if options.parameter == "C":
-                        _head._C = _head._C_START = given.pop("C")
+                        C = given.pop("C")
+                        _head._FIXED["class"] = _head._START["class"] = C
+                        _head._FACTORS = np.ones(1)  # nothing to choose from
                     found = score(name, n_labels, **given)
                     print(f"{name}, {n_labels} labels, {setting}: {found}", flush=True)

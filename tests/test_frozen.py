@@ -57,7 +57,7 @@ def run(frozen, outputs, X, step=4):
 def test_an_activation_is_that_of_the_network_rounded_once():
     X, frozen, network = pictures(4), frozen_blocks(), small().eval()
     positions = [STEM, BODY_0, BODY_1, EMBEDDING]
-    found = run(frozen, [frozen.output(p) for p in positions], X)
+    found = run(frozen, frozen.outputs(positions), X)
     with torch.no_grad():
         x = frozen.unpack(pixels(X), 0)
         stem = network.stem(x)
@@ -76,14 +76,14 @@ def test_an_activation_is_that_of_the_network_rounded_once():
 def test_packing_loses_nothing(precision):
     X, frozen = pictures(3), frozen_blocks(precision)
     for position in (STEM, BODY_0, BODY_1, EMBEDDING):
-        (stored,) = run(frozen, [frozen.output(position)], X, 3)
+        (stored,) = run(frozen, frozen.outputs([position]), X, 3)
         assert stored.shape[1:] == frozen.shape(position)
         assert stored.dtype == frozen.dtype(position)
         assert stored[0].nbytes == frozen.n_bytes(position)
         x = frozen.unpack(torch.from_numpy(stored), position)
         assert x.dtype == torch.float32 and x.shape[1:] == frozen.runner.shape(position, (32, 32))
         if position < EMBEDDING:
-            again = stored_form(x, frozen.output(position), frozen.half, "map")
+            again = stored_form(x, *frozen.outputs([position]), frozen.half, "map")
             assert np.array_equal(again.numpy(), stored)
             program = frozen.program(position)
             assert torch.equal(frozen.activations(program, pixels(X), [position], 3)[0], x)
@@ -106,7 +106,7 @@ class Loud(nn.Module):
 def test_large_activations_stay_finite(precision):
     frozen = frozen_blocks(precision, Backbone(Loud(), SIZE))
     positions = [1, frozen.embedding]
-    found = run(frozen, [frozen.output(position) for position in positions], pictures(2))
+    found = run(frozen, frozen.outputs(positions), pictures(2))
     for x, position in zip(found, positions, strict=True):
         x = frozen.unpack(torch.from_numpy(x), position)
         assert x.isfinite().all() and (position > 1 or x.abs().max() > 60_000)
@@ -169,8 +169,9 @@ def test_a_pass_goes_on_to_the_embedding_where_that_is_cheap(tmp_path):
     assert frozen.is_worth_going_on(BODY_0) and not frozen.is_worth_going_on(STEM)
     for n, (cut, goes_on) in enumerate([(BODY_0, True), (STEM, False)]):
         stream = Activations(frozen, [cut], [cut, EMBEDDING], memory=memory)
-        assert (frozen.output(EMBEDDING) in stream.outputs) == goes_on
-        assert frozen.output(EMBEDDING) not in Activations(frozen, [cut], [EMBEDDING]).outputs
+        (embedding,) = frozen.outputs([EMBEDDING])
+        assert (embedding in stream.outputs) == goes_on
+        assert embedding not in Activations(frozen, [cut], [EMBEDDING]).outputs
         stream(views(pictures(seed=n)))
         last = Activations(frozen, [EMBEDDING], [EMBEDDING], memory=memory)
         last(views(pictures(seed=n)))
@@ -197,6 +198,11 @@ def test_equal_images_are_computed_once(tmp_path):
     assert np.array_equal(rows[0], rows[2]) and np.array_equal(rows[3], rows[4])
 
 
+def key(frozen, position):
+    """Return the name in the memory of what is kept at a position."""
+    return frozen.runner.key(*frozen.outputs([position])[0], frozen.preprocessing)
+
+
 def test_keys_name_all_that_shapes_a_result():
     frozen = frozen_blocks()
     other_weights = frozen_blocks(backbone=Backbone(small(seed=1), SIZE))
@@ -204,14 +210,14 @@ def test_keys_name_all_that_shapes_a_result():
     other_size = FrozenBlocks(frozen.runner, Preprocessing((32, 32), (40, 40)), "avg")
     other_pooling = FrozenBlocks(frozen.runner, frozen.preprocessing, "flatten")
     keys = [
-        *(frozen.key(p) for p in range(1, 5)),
-        *(f.key(p) for p in (1, 4) for f in (other_weights, other_precision, other_size)),
+        *(key(frozen, p) for p in range(1, 5)),
+        *(key(f, p) for p in (1, 4) for f in (other_weights, other_precision, other_size)),
     ]
     assert len(set(keys)) == len(keys)
-    assert other_pooling.key(1) == frozen.key(1)  # it comes later
+    assert key(other_pooling, 1) == key(frozen, 1)  # it comes later
     row = frozen.runner.key(EMBEDDING, "avg", frozen.preprocessing)
-    assert frozen.key(EMBEDDING) == row  # an extractor's
-    assert frozen_blocks().key(1) == frozen.key(1)
+    assert key(frozen, EMBEDDING) == row  # an extractor's
+    assert key(frozen_blocks(), 1) == key(frozen, 1)
 
 
 # ------------------------------------------------------------------------------ plans

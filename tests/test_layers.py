@@ -1,9 +1,15 @@
 """Several layers and several poolings: which rows they stand for, their names, their memory."""
 
+import pickle
+
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
+import skops.io
+import torch
 from networks import Untraceable, small
+from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -12,8 +18,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
-from sktransfer import PretrainedFeatureExtractor
+from sktransfer import (
+    FineTunedClassifier,
+    FineTunedRegressor,
+    PretrainedFeatureExtractor,
+    load_model,
+    model_summary,
+)
 from sktransfer._estimators.pretrained import embedding_of
+from sktransfer._training.whole import whole_of_trainer
+from sktransfer.io import check_images
 
 
 def extractor(network=None, **options):
@@ -280,3 +294,107 @@ def test_layouts_that_only_flatten_takes():
     with pytest.raises(ValueError, match=message):
         model.fit(pictures(2))
     assert model.set_params(pooling=["flatten"]).fit_transform(pictures(2)).shape == (2, 1024)
+
+
+# ------------------------------------------------------------------------------ a head on them
+
+
+BOTH = {"layer": "all", "pooling": ("avg", "max")}
+
+
+def head_on_layers(kind=FineTunedClassifier, network=None, **options):
+    network = small() if network is None else network
+    options = {"image_size": 32, "random_state": 0, **BOTH, **options}
+    return kind(network, unfreeze=0, **options)
+
+
+def fitted(model, X):
+    """Return images as the network takes them, uint8 (n, 3, h, w)."""
+    images, size = check_images(X), model.trainer().frozen.preprocessing
+    return torch.stack([images.load(i, None, size.fit_size) for i in range(len(X))])
+
+
+def labels(n=64):
+    return np.where(pictures(n)[..., 0].mean((1, 2)) > 127, "red", "blue")
+
+
+def test_a_head_on_all_layers_takes_the_rows_of_an_extractor(tmp_path, run_log):
+    X, y = pictures(), labels()
+    rows = extractor(**BOTH, memory=tmp_path).transform(X)
+    n_runs = len(run_log())
+    model = head_on_layers(memory=tmp_path).fit(X, y)
+    outputs = model.net_.module_.head(torch.from_numpy(rows)).detach().numpy()
+    assert len(run_log()) == n_runs and model.n_trainable_parameters_ == 2 * (72 + 1)
+    np.testing.assert_allclose(model.decision_function(X), np.diff(outputs)[:, 0], 1e-4, 1e-5)
+    assert model.score(X, y) > 0.7
+    head_on_layers(FineTunedRegressor, memory=tmp_path, layer="stages").fit(X, y == "red")
+    assert len(run_log()) == n_runs
+
+
+@pytest.mark.parametrize(
+    "network, layer, pooling",
+    [
+        (vgg_like, ["auto", "output", 0], ("max", "avg")),
+        (vit, "stages", ("avg", "token")),
+        (swin, ["output", "all"], "max"),
+        (Untraceable, "output", "avg"),
+    ],
+)
+def test_what_a_head_on_layers_becomes(network, layer, pooling, tmp_path):
+    X, y = pictures(12), labels(12)
+    model = head_on_layers(network=network(), layer=layer, pooling=pooling).fit(X, y)
+    expected = model.predict_proba(X)
+    opened = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(opened.predict_proba(X), expected)
+    again = clone(model).fit(X, y)
+    assert np.array_equal(again.predict_proba(X), expected)
+    rows = model.to_feature_extractor().transform(X)
+    assert rows.shape[1] * 2 + 2 == model.n_trainable_parameters_
+    whole = whole_of_trainer(model.trainer())
+    logits = whole(model.trainer().frozen.preprocessing.normalize(fitted(model, X)))
+    np.testing.assert_allclose(logits.softmax(1), expected, 1e-3, 1e-4)
+    *_, embedding, head = model_summary(model).rows
+    assert embedding.shape == (rows.shape[1],) and head.shape == (2,)
+
+
+def test_a_head_on_layers_goes_on():
+    X, y = pictures(12), labels(12)
+    model = head_on_layers(max_epochs=2, head_epochs=1, warm_start=True).fit(X, y)
+    assert len(model.fit(X, y).history_) == 4
+    assert len(model.partial_fit(X, y).history_) == 5
+    with pytest.raises(ValueError, match="layer has changed from 'all' to 'stages'"):
+        model.set_params(layer="stages").fit(X, y)
+
+
+def test_a_head_on_layers_is_written_to_files(tmp_path):
+    X, y = pictures(6), np.arange(6) % 2
+    model = FineTunedClassifier(image_size=32, unfreeze=0, **BOTH).fit(X, y)
+    skops.io.dump(model, tmp_path / "model.skops")
+    opened = load_model(tmp_path / "model.skops")
+    assert np.array_equal(opened.predict_proba(X), model.predict_proba(X))
+    model = head_on_layers(layer=["body", "output", "stem"]).fit(X, y)
+    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path / "model.onnx"))
+    (found,) = session.run(None, {"images": fitted(model, X).numpy()})
+    np.testing.assert_allclose(found, model.predict_proba(X), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("unfreeze", [1, "auto", "all", "body"])
+def test_trained_blocks_take_no_frozen_layers(unfreeze):
+    for kind in (FineTunedClassifier, FineTunedRegressor):
+        model = head_on_layers(kind).set_params(unfreeze=unfreeze)
+        with pytest.raises(ValueError, match="layer='all' puts the head on frozen.*unfreeze=0"):
+            model.fit(pictures(8), np.arange(8) % 2)
+
+
+def test_several_poolings_of_trained_blocks():
+    network = nn.Sequential(conv(3, 4), conv(4, 6, 2), nn.Flatten(), nn.Linear(1536, 2))
+    model = FineTunedClassifier(
+        network, unfreeze=1, pooling=("avg", "max"), image_size=32, max_epochs=1
+    ).fit(pictures(8), labels(8))
+    assert model.predict(pictures(3)).shape == (3,)
+
+
+@pytest.mark.parametrize("options", [{"layer": [0, "stem"]}, {"pooling": ("avg", "avg")}])
+def test_bad_layers_of_a_head(options):
+    with pytest.raises(ValueError, match="twice"):
+        head_on_layers(**options).fit(pictures(8), labels(8))

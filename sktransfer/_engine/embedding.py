@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sktransfer._engine.layers import free_rows
+from sktransfer._engine.layers import columns_of, free_rows
 from sktransfer._engine.program import Output, Program
 from sktransfer._engine.results import Names
 from sktransfer._engine.runner import Runner
@@ -114,10 +114,9 @@ class Embedding(OutputsPass):
         preprocessing: Preprocessing,
         **options: Any,
     ) -> None:
-        ends = np.cumsum([0, *(runner.width(*row, preprocessing.size) for row in rows)])
+        self.columns = columns_of(runner, rows, preprocessing.size)
         kept = [*rows, *free_rows(runner, rows, preprocessing.size)]
         super().__init__(runner, preprocessing, rows, kept, **options)
-        self.columns = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
     def __call__(self, images: ImageSequence) -> np.ndarray:
         """Return the rows of `images`, float32 of shape (n, width)."""

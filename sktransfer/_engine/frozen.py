@@ -7,6 +7,7 @@ alone. So a result does not depend on what the memory holds, nor on where a fit 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from sktransfer._engine.augmentation import Views
 from sktransfer._engine.cut_network import layout_of, pool
 from sktransfer._engine.embedding import OutputsPass
+from sktransfer._engine.layers import columns_of, poolings_of, rows_of
 from sktransfer._engine.program import ACTIVATION, LARGEST, Output, Program, to_device
 from sktransfer._engine.runner import Runner
 from sktransfer._threads import one_core_threads
@@ -31,33 +33,58 @@ class FrozenBlocks:
     ----------
     runner : Runner
     preprocessing : Preprocessing
-    pooling : {"avg", "max", "token", "flatten"}
+    pooling : {"avg", "max", "token", "flatten"} or tuple of these
+    layer : int, str or list of these, default="auto"
+        What the embedding is: the rows of an extractor with this `layer`.
+
+    Attributes
+    ----------
+    rows : list of Output
+        The pooled rows of which the embedding consists.
+    columns : list of slice
+        Where each lies in it.
+    width : int
+        The number of its features.
     """
 
-    def __init__(self, runner: Runner, preprocessing: Preprocessing, pooling: str) -> None:
-        self.runner, self.preprocessing, self.pooling = runner, preprocessing, pooling
+    def __init__(
+        self, runner: Runner, preprocessing: Preprocessing, pooling: Any, layer: Any = "auto"
+    ) -> None:
+        self.runner, self.preprocessing = runner, preprocessing
         self.size = preprocessing.size
         self.embedding = runner.embedding
-        self._whole = runner.embedding_or_output
-        self.width = runner.width(self._whole, pooling, self.size)
+        if layer == "auto" and not runner.can_be_cut:
+            layer = "output"
+        self.poolings = poolings_of(pooling)
+        self.rows = rows_of(runner, layer, pooling, self.size)
+        self.columns = columns_of(runner, self.rows, self.size)
+        self.width = self.columns[-1].stop
         self.half = runner.half
+
+    @property
+    def is_at_the_end(self) -> bool:
+        """Whether the embedding is made of what the last block, and all behind it, have."""
+        return {row.position for row in self.rows} == {self.runner.embedding_or_output}
 
     # ------------------------------------------------------------------------ outputs
 
-    def output(self, position: int) -> Output:
-        """Return what is asked for at a position: an activation or, at the last, the embedding."""
-        if position == self.embedding:
-            return Output(self._whole, self.pooling)
-        return Output(position, ACTIVATION)
+    def outputs(self, positions: Sequence[int]) -> list[Output]:
+        """Return what is asked for at positions: activations and, at the last, the embedding."""
+        outputs: list[Output] = []
+        for position in positions:
+            is_last = position == self.embedding
+            outputs += self.rows if is_last else [Output(position, ACTIVATION)]
+        return outputs
 
-    def outputs_at(self, positions: Collection[int]) -> list[Output]:
-        """Return what is kept at some positions: at each the pooled row, too, for extractors."""
+    def kept_at(self, positions: Sequence[int]) -> list[Output]:
+        """Return what is kept at some positions: at each the pooled rows, too, for extractors."""
         rows = [
-            Output(position, self.pooling)
+            Output(position, pooling)
             for position in positions
-            if position < self.embedding and self.runner.can_pool(position, self.pooling, self.size)
+            for pooling in self.poolings
+            if position < self.embedding and self.runner.can_pool(position, pooling, self.size)
         ]
-        return [*map(self.output, positions), *rows]
+        return [*self.outputs(positions), *rows]
 
     def shape(self, position: int) -> tuple[int, ...]:
         """Return the shape of one image's result, as it is stored: maps have channels last."""
@@ -80,10 +107,6 @@ class FrozenBlocks:
         """Return the size of one image's stored result."""
         return int(np.prod(self.shape(position))) * np.dtype(self.dtype(position)).itemsize
 
-    def key(self, position: int) -> str:
-        """Name what is kept at a position; at the last one, an extractor's row has the name."""
-        return self.runner.key(*self.output(position), self.preprocessing)
-
     def _is_map(self, position: int) -> bool:
         return self.runner.layout(position, self.size) == "map"
 
@@ -104,7 +127,7 @@ class FrozenBlocks:
 
     def program(self, *positions: int) -> Program:
         """Return what runs images to cuts; see `activations`."""
-        return self.runner.program([*map(self.output, positions)], self.preprocessing)
+        return self.runner.program(self.outputs(positions), self.preprocessing)
 
     def activations(
         self, program: Program, images: torch.Tensor, positions: Sequence[int], step: int
@@ -115,10 +138,13 @@ class FrozenBlocks:
         these positions: who runs a network, as in a training step, can't ask for it, see `Runner`.
         """
         step = program.step(step)
+        n_outputs = [len(self.outputs([position])) for position in positions]
 
         def run(batch: torch.Tensor) -> list[torch.Tensor]:
             padding = batch[:1].expand(step - len(batch), *batch.shape[1:])
-            return list(program.results(torch.cat([batch, padding]), len(batch)))
+            stored = iter(program.results(torch.cat([batch, padding]), len(batch)))
+            parts = [list(islice(stored, n)) for n in n_outputs]
+            return [torch.cat(part, 1) if len(part) > 1 else part[0] for part in parts]
 
         batches = images.split(step)
         if program.runs_in_threads:
@@ -132,8 +158,18 @@ class FrozenBlocks:
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Reduce the network's last activations to one float32 row an image."""
-        layout = layout_of(x.shape[1:], self.size)
-        return pool(x.float(), layout, self.pooling, self.runner.n_prefix(self._whole))
+        return self.joined(self.rows_at(x, self.runner.embedding_or_output))
+
+    def rows_at(self, x: torch.Tensor, position: int | None) -> dict[Output, torch.Tensor]:
+        """Return those of the embedding's rows that are pooled from activations at a position."""
+        layout, n_prefix = layout_of(x.shape[1:], self.size), self.runner.n_prefix(position)
+        rows = [row for row in self.rows if row.position == position]
+        return {row: pool(x.float(), layout, row.form, n_prefix) for row in rows}
+
+    def joined(self, rows: dict[Output, torch.Tensor]) -> torch.Tensor:
+        """Return the embedding (n, width) that consists of rows."""
+        parts = [rows[row] for row in self.rows]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Round what the network has at a cut as kept activations are rounded, to float32."""
@@ -182,16 +218,23 @@ class Activations(OutputsPass):
         is_kept = frozen.embedding in keep and options.get("memory") is not None
         if is_kept and last < frozen.embedding and frozen.is_worth_going_on(last):
             last = frozen.embedding
-        kept = frozen.outputs_at([position for position in keep if position <= last])
-        wanted = [frozen.output(position) for position in self.positions]
+        kept = frozen.kept_at([position for position in keep if position <= last])
+        wanted = frozen.outputs(self.positions)
         super().__init__(frozen.runner, frozen.preprocessing, wanted, kept, **options)
 
     def __call__(self, views: Views, outs: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
         """Return for each position an array with a row for each view, or fill those given."""
         if outs is None:
             outs = [self.empty(position, len(views)) for position in self.positions]
-        self.fill(views, outs)
+        pairs = zip(self.positions, outs, strict=True)
+        self.fill(views, [part for pair in pairs for part in self._parts(*pair)])
         return list(outs)
+
+    def _parts(self, position: int, out: np.ndarray) -> list[np.ndarray]:
+        """Return the part of an array for each output at a position."""
+        if position < self.frozen.embedding:
+            return [out]
+        return [out[:, columns] for columns in self.frozen.columns]
 
     def empty(self, position: int, n: int) -> np.ndarray:
         """Return an array for `n` results."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
@@ -49,6 +50,14 @@ def poolings_of(pooling: Any) -> list[str]:
         if each in poolings[:i]:
             raise ValueError(f"pooling={pooling!r} names {each!r} twice. Pass it once.")
     return poolings
+
+
+def columns_of(
+    network: CutNetwork, rows: Sequence[Output], image_size: tuple[int, int]
+) -> list[slice]:
+    """Return where each row lies if they are concatenated."""
+    ends = list(accumulate((network.width(*row, image_size) for row in rows), initial=0))
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def row_names(

@@ -32,8 +32,11 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         What is trained besides the head; see :class:`FineTunedClassifier`.
     head : "linear", tuple of int, or torch.nn.Module, default="linear"
         What turns an embedding into numbers.
-    pooling : {"avg", "max", "token", "flatten"}, default="avg"
-        How the last activations become an embedding, where the network has not pooled them.
+    layer : int, str or list of these, default="auto"
+        What the head sees: with ``unfreeze=0`` one or several layers, as `"all"`; see
+        :class:`FineTunedClassifier`.
+    pooling : {"avg", "max", "token", "flatten"} or tuple of these, default="avg"
+        How the activations of a layer become a row, where the network has not pooled them.
     dropout : float in [0, 1), default=0.0
         Share of an embedding's features, and of the hidden layers', that training leaves out.
     head_epochs : int or "auto", default="auto"
@@ -135,7 +138,8 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         weights: Any = "default",
         unfreeze: Any = 1,
         head: Any = "linear",
-        pooling: str = "avg",
+        layer: Any = "auto",
+        pooling: Any = "avg",
         dropout: float = 0.0,
         head_epochs: int | str = "auto",
         max_epochs: int = 10,
@@ -166,6 +170,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         self.weights = weights
         self.unfreeze = unfreeze
         self.head = head
+        self.layer = layer
         self.pooling = pooling
         self.dropout = dropout
         self.head_epochs = head_epochs

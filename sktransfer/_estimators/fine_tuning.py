@@ -47,8 +47,13 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     head : "linear", tuple of int, or torch.nn.Module, default="linear"
         What turns an embedding into logits: a linear layer; hidden layers of these sizes with
         ReLU, and a linear layer; or a module, which is copied.
-    pooling : {"avg", "max", "token", "flatten"}, default="avg"
-        How the last activations become an embedding, where the network has not pooled them.
+    layer : int, str or list of these, default="auto"
+        What the head sees. `"auto"`: what the network's own head does. With ``unfreeze=0`` also
+        all that :class:`PretrainedFeatureExtractor` takes, such as `"all"`, every block: the rows
+        of these layers side by side, which are entries of the memory that both share.
+    pooling : {"avg", "max", "token", "flatten"} or tuple of these, default="avg"
+        How the activations of a layer become a row, where the network has not pooled them; of a
+        tuple, each layer has a row for each pooling.
     dropout : float in [0, 1), default=0.0
         Share of an embedding's features, and of the hidden layers', that training leaves out.
     head_epochs : int or "auto", default="auto"
@@ -225,7 +230,8 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         weights: Any = "default",
         unfreeze: Any = 1,
         head: Any = "linear",
-        pooling: str = "avg",
+        layer: Any = "auto",
+        pooling: Any = "avg",
         dropout: float = 0.0,
         head_epochs: int | str = "auto",
         max_epochs: int = 10,
@@ -257,6 +263,7 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         self.weights = weights
         self.unfreeze = unfreeze
         self.head = head
+        self.layer = layer
         self.pooling = pooling
         self.dropout = dropout
         self.head_epochs = head_epochs

@@ -15,9 +15,10 @@ from torch import nn
 from sktransfer._engine.augmentation import AUGMENTATIONS
 from sktransfer._estimators.base import Interval, StrOptions, check_sample_weight
 from sktransfer._estimators.labels import refuse_missing
+from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._estimators.trained import TrainedEstimator
 from sktransfer._training.depth_search import search_depth
-from sktransfer._training.settings import Settings, distinct
+from sktransfer._training.settings import Settings, distinct, frozen_layers_error
 from sktransfer._training.whole import export_onnx
 from sktransfer.io import ImageSequence
 
@@ -29,6 +30,8 @@ class FineTuned(TrainedEstimator):
         **TrainedEstimator._parameter_constraints,
         "precision": [StrOptions({"auto", "float32", "bfloat16", "int8"})],
         "head": [StrOptions({"linear"}), list, tuple, nn.Module],
+        "layer": PretrainedFeatureExtractor._parameter_constraints["layer"],
+        "pooling": PretrainedFeatureExtractor._parameter_constraints["pooling"],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "head_epochs": [StrOptions({"auto"}), Interval(Integral, 0, None, closed="left")],
         "augment": [StrOptions(set(AUGMENTATIONS)), callable, None],
@@ -40,6 +43,7 @@ class FineTuned(TrainedEstimator):
     }
 
     _kind: str
+    layer: Any
 
     # ------------------------------------------------------------------------ fitting
 
@@ -83,6 +87,8 @@ class FineTuned(TrainedEstimator):
                 "unfreeze='auto' searches for how much of the pretrained weights to keep, and "
                 "weights=None has none: pass unfreeze='all'."
             )
+        if self.layer != "auto":
+            raise frozen_layers_error(self.layer, self.unfreeze)
         self.depth_search_ = search_depth(self, images, targets, weights, seed, self._kind)
         if self.verbose:
             depths = ", ".join(map(str, self.depth_search_["depths"]))

@@ -27,7 +27,7 @@ from sktransfer.io import ImageSequence
 from sktransfer.models import Backbone
 
 # What a fit trains: a later change counts for one that starts anew.
-_SHAPE = ("unfreeze", "head", "pooling", "dropout", "head_epochs", "image_size")
+_SHAPE = ("unfreeze", "head", "layer", "pooling", "dropout", "head_epochs", "image_size")
 
 
 class TrainedEstimator(KeepsTrainer):

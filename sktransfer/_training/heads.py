@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +21,15 @@ from sktransfer.models._modules import copy_of
 # start of training, where one that is sure of itself costs log-loss; tables in docs/results.md.
 _C = 0.03
 _C_START = 0.003
-_ALPHA = 10  # and of ridge regression
+_ALPHA = 10.0  # and of ridge regression
+_FIXED = {"class": _C, "label": _C, "value": _ALPHA}
+_START = {"class": _C_START, "label": _C_START, "value": _ALPHA}
+_WIDTH = 1280  # of the embeddings for which these are good
+# By which what is compared differs from them, from the strongest regularisation on.
+_FACTORS = 10.0 ** np.arange(-1, 2, 0.5)
+_RIDGE_FACTORS = 10.0 ** np.arange(3, -1.5, -0.5)
+_FOLDS, _MOST_FOLDS, _FEW = 3, 5, 500  # folds; and of so few images, which takes no time
+_ROUGH = 1e-3  # tolerance of what is only compared
 
 
 def make_head(head: Any, width: int, n_outputs: int, dropout: float) -> nn.Module:
@@ -79,6 +88,32 @@ def _checked_copy(head: nn.Module, width: int, n_outputs: int | None) -> nn.Modu
     return head.train(was_training)
 
 
+class Learnt(NamedTuple):
+    """What a linear head is solved for: rows, and what they are to become.
+
+    Attributes
+    ----------
+    rows : ndarray of shape (n, width), float32
+    targets : ndarray
+        Class numbers (n,) of kind "class"; zeros and ones (n, k) of kind "label"; values (n, k)
+        of kind "value".
+    weights : ndarray of shape (n,)
+    kind : {"class", "label", "value"}
+    n_outputs : int
+    """
+
+    rows: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    kind: str
+    n_outputs: int
+
+    def part(self, numbers: np.ndarray) -> Learnt:
+        """Return some rows of all this."""
+        parts = (self.rows[numbers], self.targets[numbers], self.weights[numbers])
+        return Learnt(*parts, self.kind, self.n_outputs)
+
+
 def solve_head(
     head: nn.Sequential,
     embeddings: np.ndarray,
@@ -87,11 +122,14 @@ def solve_head(
     kind: str,
     *,
     is_start: bool = False,
+    n_views: int = 1,
+    seed: int = 0,
 ) -> None:
     """Set the linear layer of `head` to the optimum on frozen embeddings.
 
     Logistic regression, or ridge regression, on embeddings of mean 0 and mean variance 1; this
-    scaling is folded into the layer.
+    scaling is folded into the layer. How much it is regularised is chosen by cross-validation.
+    Features are divided by the root of their deviations (Pareto scaling).
 
     Parameters
     ----------
@@ -99,39 +137,129 @@ def solve_head(
         From ``make_head("linear", ...)``.
     embeddings : ndarray of shape (n, width), float32
     targets : ndarray
-        Class numbers (n,) of kind "class"; zeros and ones (n, k) of kind "label"; values (n, k)
-        of kind "value".
+        See `Learnt`.
     weights : ndarray of shape (n,) or None
     kind : {"class", "label", "value"}
     is_start : bool, default=False
-        Whether blocks are trained from here on: a logistic regression is then regularised more.
+        Whether blocks are trained from here on: a logistic regression is then regularised more,
+        by a fixed value.
+    n_views : int, default=1
+        Rows that follow each other and show one image.
+    seed : int, default=0
+        Of the folds.
     """
-    C = _C_START if is_start else _C
     weights = np.ones(len(embeddings)) if weights is None else weights
     mean = np.average(embeddings, axis=0, weights=weights)
-    # One scale for all features: with one for each, those that hardly vary would get weights so
-    # large that their gradients spoil the blocks as soon as these are trained.
-    scale = np.sqrt(np.average((embeddings - mean) ** 2, axis=0, weights=weights).mean()) or 1.0
-    X = ((embeddings - mean) / scale).astype(np.float32)
+    scale = _scale(np.average((embeddings - mean) ** 2, axis=0, weights=weights), is_start)
+    rows = ((embeddings - mean) / scale).astype(np.float32)
     layer = head[-1]
     assert isinstance(layer, nn.Linear)
-    n_outputs = layer.out_features
-    if kind == "value":
-        model = Ridge(alpha=_ALPHA).fit(X, targets, weights)
-        coef, intercept = np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
-    elif kind == "label":
-        parts = [_logistic(X, column, weights, [0, 1], C) for column in targets.T]
-        coef = np.stack([coef[1] - coef[0] for coef, _ in parts])
-        intercept = np.stack([intercept[1] - intercept[0] for _, intercept in parts])
-    else:
-        coef, intercept = _logistic(X, targets, weights, range(n_outputs), C)
+    learnt = Learnt(rows, targets, weights, kind, layer.out_features)
+    chosen = _START[kind] if is_start else _choose_strength(learnt, n_views, seed)
+    coef, intercept = _fit(learnt, chosen)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(coef / scale))
         layer.bias.copy_(torch.from_numpy(intercept - (coef / scale) @ mean))
 
 
+def _scale(variances: np.ndarray, is_start: bool) -> np.ndarray:
+    """Return by what features are divided, so that their variances are 1 in the mean.
+
+    It is between one scale for all, by which the layers that vary most decide, and one for each,
+    by which noise counts as much as all else: see `benchmarks/all_layers.py`.
+    """
+    deviations = np.sqrt(variances)
+    if is_start:
+        # With a scale for each, those that hardly vary would get weights so large that their
+        # gradients spoil the blocks as soon as these are trained.
+        deviations = np.full_like(deviations, np.sqrt(variances.mean()))
+    scale = np.sqrt(deviations * deviations.mean())
+    return np.where(scale > 0, scale, 1.0)
+
+
+def _choose_strength(learnt: Learnt, n_views: int, seed: int) -> float:
+    """Return the strength of the regularisation of the smallest loss on rows held out.
+
+    From the strongest on, until the loss rises: it has one minimum, and weak ones take long. Too
+    few images to hold some of each class out leave the fixed value.
+    """
+    folds = _folds(learnt.targets[::n_views], learnt.kind, seed)
+    numbers = np.arange(len(learnt.rows)).reshape(-1, n_views)
+    parts = [[learnt.part(numbers[images].ravel()) for images in fold] for fold in folds]
+    if not parts:
+        return _FIXED[learnt.kind]
+    models: list[dict[int, Any]] = [{} for _ in parts]  # each goes on from the one before
+    best, chosen = np.inf, _FIXED[learnt.kind]
+    for strength in _strengths(learnt):
+        loss = 0.0
+        for (train, test), known in zip(parts, models, strict=True):
+            loss += _loss(test, *_fit(train, strength, known))
+        if loss > best:
+            break
+        best, chosen = loss, strength
+    return chosen
+
+
+def _strengths(learnt: Learnt) -> np.ndarray:
+    """Return what is compared, from the strongest regularisation on."""
+    # By the width: what a row adds up to has one variance, however many features it has.
+    share = learnt.rows.shape[1] / _WIDTH
+    if learnt.kind == "value":
+        return _FIXED["value"] * share * _RIDGE_FACTORS
+    return _FIXED["class"] / share * _FACTORS
+
+
+def _folds(targets: np.ndarray, kind: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return numbers of images to learn from, and to score on; none if there are too few."""
+    n = len(targets)
+    fewest = np.unique(targets, return_counts=True)[1].min() if kind == "class" else n // 2
+    n_folds = min(_MOST_FOLDS if n <= _FEW else _FOLDS, int(fewest))
+    if n_folds < 2:
+        return []
+    splitter = StratifiedKFold if kind == "class" else KFold
+    return list(splitter(n_folds, shuffle=True, random_state=seed).split(targets, targets))
+
+
+def _fit(
+    learnt: Learnt, strength: float, models: dict[int, Any] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return coefficients (n_outputs, width) and intercepts of the optimum on rows.
+
+    With `models`, only roughly, from what they are; they are there for the next call.
+    """
+    rows, targets, weights, kind, n_outputs = learnt
+    if kind == "value":
+        model = Ridge(alpha=strength).fit(rows, targets, weights)
+        return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+    if kind == "class":
+        return _logistic(rows, targets, weights, range(n_outputs), _model(strength, models, 0))
+    parts = [
+        _logistic(rows, column, weights, [0, 1], _model(strength, models, i))
+        for i, column in enumerate(targets.T)
+    ]
+    coef = np.stack([coef[1] - coef[0] for coef, _ in parts])
+    return coef, np.stack([intercept[1] - intercept[0] for _, intercept in parts])
+
+
+def _model(C: float, models: dict[int, Any] | None, number: int) -> LogisticRegression:
+    if models is None:
+        return LogisticRegression(C=C, max_iter=1000)
+    rough = LogisticRegression(tol=_ROUGH, warm_start=True)
+    return models.setdefault(number, rough).set_params(C=C)
+
+
+def _loss(learnt: Learnt, coef: np.ndarray, intercept: np.ndarray) -> float:
+    """Return the sum of the weighted losses of rows."""
+    outputs = torch.from_numpy(learnt.rows @ coef.T + intercept)
+    targets = torch.from_numpy(learnt.targets)
+    if learnt.kind != "class":
+        targets = targets.reshape(len(outputs), -1).to(outputs.dtype)
+    losses = Loss(learnt.kind)(outputs, targets).double().numpy()
+    return float(losses @ learnt.weights)
+
+
 def _logistic(
-    X: np.ndarray, y: np.ndarray, weights: np.ndarray, classes: Sequence[int], C: float
+    X: np.ndarray, y: np.ndarray, weights: np.ndarray, classes: Sequence[int], model: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a row of coefficients and an intercept for each class; one never seen is unlikely."""
     coef = np.zeros((len(classes), X.shape[1]))
@@ -142,7 +270,7 @@ def _logistic(
         return coef, intercept
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # training goes on from here
-        model = LogisticRegression(C=C, max_iter=1000).fit(X, y, weights)
+        model.fit(X, y, weights)
     rows, offsets = model.coef_, model.intercept_
     if len(seen) == 2:  # scikit-learn gives one row, the difference of two
         rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2

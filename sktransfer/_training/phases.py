@@ -199,6 +199,8 @@ def solve_new_head(
         np.repeat(weights / n_views, n_views),
         task.settings.kind,
         is_start=task.cut < task.frozen.embedding,
+        n_views=n_views,
+        seed=examples.seed,
     )
 
 

@@ -35,7 +35,8 @@ class Settings:
     unfreeze: Any
     precision: str = "float32"
     head: Any
-    pooling: str
+    pooling: Any
+    layer: Any = "auto"
     dropout: float = 0.0
     head_epochs: int | str = 0
     max_epochs: int
@@ -93,6 +94,14 @@ class Settings:
 def rate_of_head(lr: float, head_lr: float | None) -> float:
     """Return the learning rate of new layers: None stands for that of the pretrained ones."""
     return lr if head_lr is None else head_lr
+
+
+def frozen_layers_error(layer: Any, unfreeze: Any) -> ValueError:
+    """Return the error of a head on several layers behind blocks that are trained."""
+    return ValueError(
+        f"layer={layer!r} puts the head on frozen layers, and unfreeze={unfreeze!r} trains blocks: "
+        "pass unfreeze=0, or layer='auto', what the network's own head sees."
+    )
 
 
 def distinct(

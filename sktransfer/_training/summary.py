@@ -238,7 +238,8 @@ def _frozen_blocks(backbone: Backbone, parameters: dict[str, Any], image_size: A
     size = parameters.get("image_size") if image_size is None else image_size
     preprocessing = backbone.preprocessing.with_size(size)
     runner = get_runner(backbone, "cpu", "float32", image_size=preprocessing.size)
-    return FrozenBlocks(runner, preprocessing, parameters.get("pooling", "avg"))
+    layer = parameters.get("layer", "auto") if "unfreeze" in parameters else "auto"
+    return FrozenBlocks(runner, preprocessing, parameters.get("pooling", "avg"), layer)
 
 
 def _own_head(frozen: FrozenBlocks, state: str = "") -> BlockRow | None:

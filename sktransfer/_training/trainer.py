@@ -37,7 +37,7 @@ from sktransfer._training.phases import (
     train_head,
 )
 from sktransfer._training.plan import Plan
-from sktransfer._training.settings import Settings
+from sktransfer._training.settings import Settings, frozen_layers_error
 from sktransfer._training.task import Examples, Task
 from sktransfer._training.trained_part import TrainedPart
 from sktransfer.io import ImageSequence
@@ -77,8 +77,10 @@ class Trainer:
 
     def __init__(self, runner: Runner, preprocessing: Preprocessing, settings: Settings) -> None:
         self.settings = settings
-        self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling)
+        self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling, settings.layer)
         self.unfrozen = find_cut(runner, settings.unfreeze)
+        if self.unfrozen.cut < self.frozen.embedding and not self.frozen.is_at_the_end:
+            raise frozen_layers_error(settings.layer, settings.unfreeze)
         self.n_left = 0
         self._progress = Progress()
         self._chance = Chance(0)  # of the fit in progress

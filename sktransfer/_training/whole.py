@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._engine.program import Output
 from sktransfer._engine.runner import Runner
 from sktransfer._optional import load_optional
 from sktransfer._torch_state import float32_by_default, network_lock
@@ -64,19 +65,27 @@ class WholeNetwork(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Turn normalised images (n, 3, height, width) into outputs (n, n_outputs)."""
+        rows: dict[Output, torch.Tensor] = {}
         for position, block in enumerate(self.blocks, start=1):
             x = block(x)
-            if position == self.cut and self.frozen is not None:
-                x = self.frozen.round(x)
-        if self.frozen is not None:
-            x = self.frozen.pool(x)
-        return self.head(x)
+            if self.frozen is not None:
+                x = self.frozen.round(x) if position == self.cut else x
+                rows |= self.frozen.rows_at(x, self._name(position))
+        return self.head(x if self.frozen is None else self.frozen.joined(rows))
+
+    def _name(self, position: int) -> int | None:
+        """Return a position as rows have it: the output of the whole network is None."""
+        assert self.frozen is not None
+        end = self.frozen.runner.embedding_or_output
+        return None if end is None or position > end else position
 
 
 def whole_of_trainer(trainer: Trainer) -> WholeNetwork:
     """Return frozen and trained blocks with the new head, on the trainer's device."""
     frozen, part = trainer.frozen, trainer.net.module_
     before = [frozen.runner.segment(i, frozen.size) for i in range(part.cut)]
+    if not frozen.is_at_the_end and None in {row.position for row in frozen.rows}:
+        before.append(frozen.runner.segment(frozen.embedding, frozen.size))  # the head it had
     rounded = part.cut if part.cut < frozen.embedding else 0  # the embedding is exact
     return WholeNetwork([*before, *part.blocks], rounded, frozen, part.head)
 
