@@ -4,23 +4,29 @@
 
 `--part head`: linear heads on the rows of frozen layers, by how they are regularised and scaled, on
 ELPV (p > 0.5) and scikit-learn's digits as images, with 50, 200 and all labels of five splits.
+
+`--part fusion`: the linear head on all layers against an attentive fusion of them, on these two and
+on noisy crops of 16 regions of scikit-learn's photographs.
 """
 
 import argparse
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from _common import Built, environment, median, say, sides, table, take_turns
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import log_loss, roc_auc_score
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
+from torch import nn
 
 from sktransfer import PretrainedFeatureExtractor
 from sktransfer._cli import benchmark as _benchmark
+from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._training import heads as _heads
 
 ALL = {"layer": "all", "pooling": ("avg", "max")}
@@ -78,6 +84,17 @@ def _tasks() -> Iterator[tuple[str, Any, np.ndarray]]:
     yield "digits", (digits.images / 16 * 255).astype(np.uint8), digits.target.astype(np.int64)
 
 
+def _splits(y: np.ndarray, n: Any, n_splits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield training and test rows; of the former `n`, or "all"."""
+    for split in range(n_splits):
+        train, test = train_test_split(
+            np.arange(len(y)), test_size=0.25, stratify=y, random_state=split
+        )
+        if n != "all":
+            train, _ = train_test_split(train, train_size=n, stratify=y[train], random_state=split)
+        yield train, test
+
+
 def _features(images: Any, memory: str) -> dict[str, np.ndarray]:
     choices = dict(reversed(CHOICES.items()))  # the largest first: the others are read
     del choices["stages, mean"]
@@ -116,14 +133,7 @@ def head(n_splits: int = 5, memory: str | None = None) -> None:
             features = _features(images, memory or folder)
             for n in LABELS:
                 found: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-                for split in range(n_splits):
-                    train, test = train_test_split(
-                        np.arange(len(y)), test_size=0.25, stratify=y, random_state=split
-                    )
-                    if n != "all":
-                        train, _ = train_test_split(
-                            train, train_size=n, stratify=y[train], random_state=split
-                        )
+                for split, (train, test) in enumerate(_splits(y, n, n_splits)):
                     for name, X in features.items():
                         for how in HEADS:
                             p = _probabilities(X[train], y[train], X[test], how)
@@ -140,16 +150,125 @@ def head(n_splits: int = 5, memory: str | None = None) -> None:
     print(table(rows))
 
 
-PARTS = {"time": time, "head": head}
+# ------------------------------------------------------------------------------ attentive fusion
+
+
+class Fusion(nn.Module):
+    """A learnt query attends to one token for each layer and pooling; a linear layer follows.
+
+    After the attentive probes of all layers of 2025 and 2026, for layers of different widths: each
+    has a norm and a projection of its own.
+    """
+
+    def __init__(self, widths: list[int], n_outputs: int, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.widths = widths
+        self.project = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(w), nn.Dropout(0.1), nn.Linear(w, width)) for w in widths
+        )
+        self.place = nn.Parameter(torch.randn(len(widths), width) * 0.02)
+        self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm, self.output = nn.LayerNorm(width), nn.Linear(width, n_outputs)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        parts = zip(self.project, rows.split(self.widths, 1), strict=True)
+        tokens = torch.stack([project(part) for project, part in parts], 1) + self.place
+        attended, _ = self.attend(self.query.expand(len(rows), -1, -1), tokens, tokens)
+        return self.output(self.norm(attended[:, 0]))
+
+
+def _fused(
+    X: torch.Tensor, y: torch.Tensor, widths: list[int], n_outputs: int, decay: float, epochs: int
+) -> Fusion:
+    torch.manual_seed(0)
+    fusion = Fusion(widths, n_outputs)
+    optimizer = torch.optim.AdamW(fusion.parameters(), lr=2e-3, weight_decay=decay)
+    n_steps = epochs * -(-len(X) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=n_steps)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(X)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(fusion(X[batch]), y[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    return fusion.eval()
+
+
+def _fusion_probabilities(
+    X: np.ndarray, y: np.ndarray, test: np.ndarray, widths: list[int]
+) -> np.ndarray:
+    """Train with the weight decay and the epochs of the least loss in three folds."""
+    rows, targets, n_outputs = torch.from_numpy(X), torch.from_numpy(y), int(y.max()) + 1
+    folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(X, y))
+
+    def loss(choice: tuple[float, int]) -> float:
+        total = 0.0
+        for learnt, held_out in folds:
+            fusion = _fused(rows[learnt], targets[learnt], widths, n_outputs, *choice)
+            with torch.inference_mode():
+                outputs = fusion(rows[held_out])
+                total += nn.functional.cross_entropy(outputs, targets[held_out]).item()
+        return total
+
+    epochs = (10, 30) if len(X) > 500 else (20, 60)
+    fusion = _fused(rows, targets, widths, n_outputs, *min(product((1e-2, 1.0), epochs), key=loss))
+    with torch.inference_mode():
+        return fusion(torch.from_numpy(test)).double().softmax(1).numpy()
+
+
+def _regions() -> tuple[Any, np.ndarray]:
+    """Return noisy crops of 16 regions of scikit-learn's photographs, and their regions."""
+    chance, crops, regions = np.random.default_rng(0), [], []
+    for number, photo in enumerate(load_sample_images().images):
+        for strip in range(8):
+            for _ in range(40):
+                top, left = chance.integers(0, 380), 80 * strip + chance.integers(0, 40)
+                crop = photo[top : top + 40, left : left + 40].mean(2, keepdims=True)
+                crop = chance.uniform(0.5, 1.5) * crop + chance.uniform(-40, 40)
+                noise = chance.normal(0, 15, crop.shape)
+                crops.append((crop + noise).clip(0, 255).repeat(3, 2).astype(np.uint8))
+                regions.append(8 * number + strip)
+    return np.stack(crops), np.array(regions)
+
+
+def fusion(n_splits: int = 3, memory: str | None = None) -> None:
+    """Print accuracy, ROC AUC and log-loss of attentive fusion and of the linear head."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for task, images, y in [*_tasks(), ("regions of photographs", *_regions())]:
+            extractor = PretrainedFeatureExtractor(memory=memory or folder, **ALL)
+            X = extractor.transform(images)
+            widths = [part.stop - part.start for part in embedding_of(extractor).columns]
+            sizes = {"ELPV": (50, 200, "all"), "digits": (100, "all")}.get(task, (80, "all"))
+            for n in sizes:
+                found: dict[str, list[tuple[float, ...]]] = {"linear": [], "fusion": []}
+                for train, test in _splits(y, n, n_splits):
+                    linear = _probabilities(X[train], y[train], X[test], "chosen, Pareto")
+                    fused = _fusion_probabilities(X[train], y[train], X[test], widths)
+                    found["linear"].append(_scores(y[test], linear))
+                    found["fusion"].append(_scores(y[test], fused))
+                say(f"  {task}, {n} labels")
+                row = {"task": task, "labels": n}
+                for name, scores in found.items():
+                    accuracy, auc, loss = np.mean(scores, axis=0)
+                    cell = f"{accuracy:.3f} ± {np.std(scores, axis=0)[0]:.3f}"
+                    row[name] = f"{cell}{'' if np.isnan(auc) else f' ({auc:.3f})'}, {loss:.2f}"
+                rows.append(row)
+    print(f"Accuracy (ROC AUC), log-loss on all layers, mean of {n_splits} splits 75/25\n")
+    print(table(rows))
+
+
+PARTS = {"time": time, "head": head, "fusion": fusion}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="(default: all parts)")
-    parser.add_argument("--memory", help="folder that keeps the rows of --part head")
+    parser.add_argument("--memory", help="folder that keeps the rows")
     options = parser.parse_args()
     for part in options.part or PARTS:
-        PARTS[part](**({"memory": options.memory} if part == "head" else {}))
+        PARTS[part](**({} if part == "time" else {"memory": options.memory}))
 
 
 if __name__ == "__main__":
