@@ -47,14 +47,25 @@ def _ending_at(model: Any, source: Any) -> Any:
 def _quantised(model: Any, images: list[np.ndarray]) -> Any:
     import nncf
 
-    kinds = {node.get_type_name() for node in model.get_ops()}
+    nodes = model.get_ops()
+    kinds = {node.get_type_name() for node in nodes}
+    depthwise = [node.get_friendly_name() for node in nodes if _is_depthwise(node)]
     has_attention = bool(kinds & {"Softmax", "ScaledDotProductAttention"})
     return nncf.quantize(
         model,
         nncf.Dataset(images),
         subset_size=len(images),
         model_type=nncf.ModelType.TRANSFORMER if has_attention else None,
+        # They lose most of all, and gain least: their few operations wait for memory.
+        ignored_scope=nncf.IgnoredScope(names=depthwise),
     )
+
+
+def _is_depthwise(node: Any) -> bool:
+    """Tell whether a node is a depthwise convolution: each of its groups has one channel."""
+    if node.get_type_name() != "GroupConvolution":
+        return False
+    return bool(node.input_value(1).get_partial_shape()[2] == 1)  # (groups, out, in, h, w)
 
 
 def _rows(model: Any, images: list[np.ndarray]) -> np.ndarray:
