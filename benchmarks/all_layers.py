@@ -11,7 +11,7 @@ on noisy crops of 16 regions of scikit-learn's photographs.
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -48,10 +48,10 @@ def _build(options: dict, n: int) -> Built:
     return Built(partial(extractor.transform, files), {})
 
 
-def time(n: int = 300, repeats: int = 7) -> None:
+def time(n: int = 300, repeats: int = 7, runtimes: Sequence[str] = ("openvino", "torch")) -> None:
     """Print the seconds by the layers taken, the sides in turns."""
     print(environment("openvino"), "\n")
-    for runtime in ("openvino", "torch"):
+    for runtime in runtimes:
         builders = {
             name: (_build, {**options, "runtime": runtime}, n) for name, options in CHOICES.items()
         }
@@ -127,9 +127,10 @@ def _scores(y: np.ndarray, p: np.ndarray) -> tuple[float, ...]:
 
 def head(n_splits: int = 5, memory: str | None = None) -> None:
     """Print accuracy, ROC AUC and log-loss of linear heads, means over splits."""
-    rows = []
+    print(f"Accuracy (ROC AUC), log-loss of linear heads, means of {n_splits} splits 75/25\n")
     with tempfile.TemporaryDirectory() as folder:
         for task, images, y in _tasks():
+            rows: list[dict[str, Any]] = []
             features = _features(images, memory or folder)
             for n in LABELS:
                 found: dict[tuple[str, str], list[tuple[float, ...]]] = {}
@@ -146,8 +147,7 @@ def head(n_splits: int = 5, memory: str | None = None) -> None:
                     if not rows or any(rows[-1][key] != value for key, value in start.items()):
                         rows.append(start)
                     rows[-1][how] = f"{cell}, {loss:.2f}"
-    print(f"Accuracy (ROC AUC), log-loss of linear heads, means of {n_splits} splits 75/25\n")
-    print(table(rows))
+            print(table(rows), "\n", flush=True)
 
 
 # ------------------------------------------------------------------------------ attentive fusion

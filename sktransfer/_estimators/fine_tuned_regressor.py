@@ -41,7 +41,8 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         Share of an embedding's features, and of the hidden layers', that training leaves out.
     head_epochs : int or "auto", default="auto"
         Epochs that train the head alone. `"auto"` sets a linear head to the optimum of a ridge
-        regression on the embeddings, which is the same alone and as a start.
+        regression on the embeddings. With ``unfreeze=0``, how much it is regularised is chosen by
+        cross-validation.
     max_epochs : int, default=10
         Epochs that train the unfrozen blocks and the head.
     batch_size : int or "auto", default=32

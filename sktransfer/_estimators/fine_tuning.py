@@ -58,8 +58,9 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         Share of an embedding's features, and of the hidden layers', that training leaves out.
     head_epochs : int or "auto", default="auto"
         Epochs of the first phase. `"auto"` sets a linear head to the optimum of a regularised
-        logistic regression on the embeddings, which is all there is to do with ``unfreeze=0``, and
-        else a start that is regularised ten times more; another head gets `max_epochs` of them,
+        logistic regression on the embeddings. With ``unfreeze=0``, that is all there is to do: how
+        much it is regularised is chosen by cross-validation, and fixed where a class has a single
+        image. Else it is a start that is regularised more. Another head gets `max_epochs` of them,
         unless it is all that is trained.
     max_epochs : int, default=10
         Epochs of the second phase.
@@ -213,6 +214,9 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     ['flower', 'china']
     >>> model.unfrozen_block_names_, model.n_trainable_parameters_
     (['conv_head'], 414722)
+    >>> model = FineTunedClassifier(unfreeze=0, layer="all", pooling=("avg", "max")).fit(X, y)
+    >>> model.n_trainable_parameters_                   # two classes, 6240 features of 18 blocks
+    12482
     """
 
     classes_: np.ndarray
