@@ -12,7 +12,7 @@ from processes import run_code
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import make_multilabel_classification
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import (
     GridSearchCV,
@@ -36,7 +36,15 @@ from sktransfer import (
     register_model,
 )
 from sktransfer._engine.runtime import has_bfloat16
-from sktransfer._training.heads import _C, _C_START, _FACTORS, make_head, solve_head
+from sktransfer._training.heads import (
+    _ALPHA,
+    _C,
+    _C_START,
+    _FACTORS,
+    _RIDGE_FACTORS,
+    make_head,
+    solve_head,
+)
 from sktransfer._training.plan import Plan
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -583,7 +591,8 @@ def test_views_of_an_image_are_held_out_together():
 def test_a_class_of_one_image_leaves_the_fixed_regularisation():
     rows, y, _ = noisy_rows()
     y[7] = 2
-    expected = LogisticRegression(C=_C, max_iter=1000).fit(pareto_scaled(rows), y)
+    C = _C * 1280 / rows.shape[1]  # of the embeddings for which it is good
+    expected = LogisticRegression(C=C, max_iter=1000).fit(pareto_scaled(rows), y)
     found = torch.from_numpy(solved(rows, y, "class", 3)).softmax(1)
     np.testing.assert_allclose(found, expected.predict_proba(pareto_scaled(rows)), atol=1e-3)
 
@@ -593,6 +602,31 @@ def test_features_that_are_constant_do_no_harm():
     rows[:, 5] = 7
     assert np.isfinite(solved(rows, y, "class", 2)).all()
     assert np.isfinite(solved(np.ones_like(rows), y, "class", 2)).all()
+
+
+@pytest.mark.parametrize("width", [4, 1500])
+def test_features_that_are_equal_do_no_harm(width):
+    line = np.random.default_rng(0).normal(size=(1000, 1)).astype(np.float32)
+    rows = np.repeat(
+        line, width, axis=1
+    )  # many of them: the system of equations is ill-conditioned
+    np.testing.assert_allclose(solved(rows, line, "value", 1), line, atol=0.01)
+
+
+@pytest.mark.parametrize("width", [20, 100])
+def test_a_linear_head_for_values_is_ridge_regression(width):
+    rows, _, _ = noisy_rows(width=width)
+    values = rows[:, :2] + 3
+    weights = np.random.default_rng(0).uniform(0.1, 1, len(rows))
+    centred = rows - np.average(rows, axis=0, weights=weights)
+    deviation = np.sqrt(np.average(centred**2, axis=0, weights=weights))
+    scaled = centred / np.sqrt(deviation * deviation.mean())
+    found = solved(rows, values, "value", 2, weights)
+    errors = []
+    for alpha in _ALPHA * width / 1280 * _RIDGE_FACTORS:
+        expected = Ridge(alpha=alpha).fit(scaled, values, weights).predict(scaled)
+        errors.append(np.abs(found - expected).max())
+    assert min(errors) < 1e-4
 
 
 def test_the_start_of_training_is_regularised_more():

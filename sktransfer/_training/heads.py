@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 from torch.nn import functional as F
@@ -183,30 +183,24 @@ def _choose_strength(learnt: Learnt, n_views: int, seed: int) -> float:
     From the strongest on, until the loss rises: it has one minimum, and weak ones take long. Too
     few images to hold some of each class out leave the fixed value.
     """
+    # By the width: what a row adds up to has one variance, however many features it has.
+    share, is_ridge = learnt.rows.shape[1] / _WIDTH, learnt.kind == "value"
+    chosen = _FIXED[learnt.kind] * (share if is_ridge else 1 / share)
+    strengths = chosen * (_RIDGE_FACTORS if is_ridge else _FACTORS)
     folds = _folds(learnt.targets[::n_views], learnt.kind, seed)
     numbers = np.arange(len(learnt.rows)).reshape(-1, n_views)
-    parts = [[learnt.part(numbers[images].ravel()) for images in fold] for fold in folds]
-    if not parts:
-        return _FIXED[learnt.kind]
-    models: list[dict[int, Any]] = [{} for _ in parts]  # each goes on from the one before
-    best, chosen = np.inf, _FIXED[learnt.kind]
-    for strength in _strengths(learnt):
+    models: list[dict[int, Any]] = [{} for _ in folds]  # each goes on from the one before
+    best = np.inf
+    for strength in strengths if folds else ():
         loss = 0.0
-        for (train, test), known in zip(parts, models, strict=True):
+        for fold, known in zip(folds, models, strict=True):
+            # One fold at a time: copies of all take several times the memory of the rows.
+            train, test = (learnt.part(numbers[images].ravel()) for images in fold)
             loss += _loss(test, *_fit(train, strength, known))
         if loss > best:
             break
         best, chosen = loss, strength
     return chosen
-
-
-def _strengths(learnt: Learnt) -> np.ndarray:
-    """Return what is compared, from the strongest regularisation on."""
-    # By the width: what a row adds up to has one variance, however many features it has.
-    share = learnt.rows.shape[1] / _WIDTH
-    if learnt.kind == "value":
-        return _FIXED["value"] * share * _RIDGE_FACTORS
-    return _FIXED["class"] / share * _FACTORS
 
 
 def _folds(targets: np.ndarray, kind: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -229,8 +223,10 @@ def _fit(
     """
     rows, targets, weights, kind, n_outputs = learnt
     if kind == "value":
-        model = Ridge(alpha=strength).fit(rows, targets, weights)
-        return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+        known = {} if models is None else models
+        if not known:
+            known[0] = _Ridge(rows, targets, weights)
+        return known[0].solve(rows, strength)
     if kind == "class":
         return _logistic(rows, targets, weights, range(n_outputs), _model(strength, models, 0))
     parts = [
@@ -246,6 +242,38 @@ def _model(C: float, models: dict[int, Any] | None, number: int) -> LogisticRegr
         return LogisticRegression(C=C, max_iter=1000)
     rough = LogisticRegression(tol=_ROUGH, warm_start=True)
     return models.setdefault(number, rough).set_params(C=C)
+
+
+class _Ridge:
+    """Ridge regression, for several strengths: what takes longest is computed once.
+
+    In float64, as products of many rows differ so much in size that float32 may not do.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (n, width)
+    targets : ndarray of shape (n, k)
+    weights : ndarray of shape (n,)
+    """
+
+    def __init__(self, rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> None:
+        self.mean = np.average(rows, axis=0, weights=weights)
+        self.mean_target = np.average(targets, axis=0, weights=weights)
+        self.roots = np.sqrt(weights)[:, None]
+        rows, targets = (rows - self.mean) * self.roots, (targets - self.mean_target) * self.roots
+        self.is_wide = rows.shape[1] > len(rows)  # then a coefficient for each row is sought
+        self.products = rows @ rows.T if self.is_wide else rows.T @ rows
+        self.right = targets if self.is_wide else rows.T @ targets
+
+    def solve(self, rows: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return coefficients (k, width) and intercepts (k,); `rows` are those that it has seen."""
+        products = self.products.copy()
+        products.flat[:: len(products) + 1] += alpha
+        coef = np.linalg.solve(products, self.right)
+        if self.is_wide:
+            of_rows = coef * self.roots
+            coef = rows.T @ of_rows.astype(rows.dtype) - np.outer(self.mean, of_rows.sum(0))
+        return coef.T, self.mean_target - self.mean @ coef
 
 
 def _loss(learnt: Learnt, coef: np.ndarray, intercept: np.ndarray) -> float:
