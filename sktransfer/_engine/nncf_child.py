@@ -35,9 +35,8 @@ def quantise(folder: Path) -> None:
     network = _ending_at(model, sources[-1])
     quantised = _quantised(network, images)
     openvino.serialize(quantised, folder / "quantised.xml", folder / "quantised.bin")
-    written = openvino.Core().read_model(
-        folder / "quantised.xml"
-    )  # whole, if the disk was not full
+    # What was written is what is measured: the disk may be full.
+    written = openvino.Core().read_model(folder / "quantised.xml")
     cosines = _cosines(_rows(network, images), _rows(written, images))
     report = {"places": places, "cosine": float(np.mean(cosines))}
     (folder / "report.json").write_text(json.dumps(report))
