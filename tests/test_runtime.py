@@ -235,7 +235,7 @@ EMPTY = {
 
 def program(module, *shape, n_streams=2):
     x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
-    return OpenVinoProgram(module.eval(), x, "float32", 2, n_streams)
+    return OpenVinoProgram(module.eval, x, "float32", 2, n_streams)
 
 
 @pytest.mark.parametrize("name", EMPTY)
@@ -353,7 +353,7 @@ def kept_program(path, module=None, n_streams=2):
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     file = ProgramFile(path, "name", n_streams)
     module = Refuses() if module is None else module.eval()
-    return OpenVinoProgram(module, x, "float32", 2, n_streams, file)
+    return OpenVinoProgram(lambda: module, x, "float32", 2, n_streams, file)
 
 
 def test_a_program_is_read_from_its_file(tmp_path):

@@ -83,13 +83,17 @@ class CutNetwork:
         network = backbone.network
         if device.type != "cpu":
             network = copy_of(network).to(device)
-        self.network: nn.Module = network.to(memory_format=torch.channels_last)
+        self.network: nn.Module = network
         self._image_size = backbone.preprocessing.size
         self._sizes = [self._image_size]  # by which blocks are looked for
         self._traced: TracedNetwork | None = None
         self._why_whole = ""  # why it can't be cut, at the last of the sizes
         self._shapes: dict[Any, tuple[int, ...]] = {}
         self._flops: dict[tuple[int, int], list[int]] = {}
+
+    def lay_out_for_torch(self) -> None:
+        """Let weights lie as torch runs them fastest; this reads all of them."""
+        self.network.to(memory_format=torch.channels_last)
 
     def add_size(self, image_size: tuple[int, int]) -> None:
         """Look for blocks at this size, too, if the backbone's own size shows none.

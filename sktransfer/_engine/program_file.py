@@ -19,7 +19,7 @@ import torch
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 _HEAD = struct.Struct("<8s16sQ")  # what it is, a digest of what follows, bytes of the results
-_MAGIC = b"skt-prg1"
+_MAGIC = b"skt-prg2"
 _SHARE_OF_DISK = 0.1  # of what is free, that a new file may take
 
 
@@ -76,7 +76,7 @@ class ProgramFile:
         with contextlib.suppress(OSError, ValueError, EOFError, MemoryError, struct.error):
             if self.path.is_file():  # opening a pipe would wait for whoever writes to it
                 with self.path.open("rb") as file:
-                    return _read(file, self.path.stat().st_size)
+                    return _read(file, self.path.stat().st_size, self.path.name)
         return None
 
     def write(self, program: KeptProgram) -> None:
@@ -87,7 +87,7 @@ class ProgramFile:
             if len(program.blob) > _SHARE_OF_DISK * shutil.disk_usage(self.path.parent).free:
                 return
             with draft.open("xb") as file:
-                _write(file, program)
+                _write(file, program, self.path.name)
             draft.replace(self.path)
         except OSError:
             pass
@@ -101,30 +101,30 @@ class ProgramFile:
             self.path.unlink(missing_ok=True)
 
 
-def _write(file: BinaryIO, program: KeptProgram) -> None:
+def _write(file: BinaryIO, program: KeptProgram, name: str) -> None:
     results = BytesIO()
     for arrays in program.expected:
         results.write(struct.pack("<Q", len(arrays)))
         for array in arrays:
             np.lib.format.write_array(results, array, allow_pickle=False)
-    digest = _digest(results.getvalue(), program.blob)
+    digest = _digest(name, results.getvalue(), program.blob)
     file.write(_HEAD.pack(_MAGIC, digest, len(results.getvalue())))
     file.write(results.getvalue())
     file.write(program.blob)
 
 
-def _read(file: BinaryIO, size: int) -> KeptProgram:
+def _read(file: BinaryIO, size: int, name: str) -> KeptProgram:
     magic, expected_digest, n_bytes = _HEAD.unpack(file.read(_HEAD.size).ljust(_HEAD.size, b"\0"))
     if magic != _MAGIC or n_bytes > size:
         raise ValueError("not a program, or cut off")
     results, blob = file.read(n_bytes), file.read()
-    if _digest(results, blob) != expected_digest:
-        raise ValueError("damaged")
+    if _digest(name, results, blob) != expected_digest:
+        raise ValueError("damaged, or that of another program")
     return KeptProgram(blob, _arrays(BytesIO(results)))
 
 
-def _digest(results: bytes, blob: bytes) -> bytes:
-    digest = xxh3_128(b"%d:" % len(results))  # where one ends and the other begins
+def _digest(name: str, results: bytes, blob: bytes) -> bytes:
+    digest = xxh3_128(f"{name} {len(results)}:".encode())  # where one ends and the other begins
     digest.update(results)
     digest.update(blob)
     return digest.digest()

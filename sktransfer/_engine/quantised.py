@@ -169,15 +169,18 @@ class QuantisedNetwork:
             file = None if folder is None else ProgramFile(folder, *name)
             crop = calibration_images(self.preprocessing, 1)
             example = torch.from_numpy(crop).permute(0, 3, 1, 2)
-            module = _FixedOutputs(self, self._outputs[kind])
+            settings = INT8, self._n_cores, n_streams, file
             try:
-                program = OpenVinoProgram(module, example, INT8, self._n_cores, n_streams, file)
+                program = OpenVinoProgram(
+                    lambda: _FixedOutputs(self, self._outputs[kind]), example, *settings
+                )
             except Exception as error:  # OpenVINO's own, of what it can't compile
                 raise ValueError(refusal(self.runner, reason_of(error))) from error
             self._programs[kind, n_streams] = program
         return program
 
     def _head(self) -> nn.Module:
+        self.runner.lay_out_for_torch()  # another order would round otherwise
         positions = {self.runner.embedding, None}
         with network_lock.shared():
             return self.runner.slices(positions, self.preprocessing.size)[-1][1]

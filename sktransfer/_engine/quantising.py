@@ -165,7 +165,7 @@ def _serialise(model: Any, path: Path) -> None:
 def run_apart(folder: Path) -> str | None:
     """Let NNCF work in a process of its own; return what went wrong, if anything did.
 
-    See `nncf_child` for why. The process ends with this call, whatever ends it.
+    See `nncf_child` for why. The process ends with this call, and with this process.
     """
     is_over = threading.Event()
     with ThreadPoolExecutor(1) as thread:
@@ -176,6 +176,13 @@ def run_apart(folder: Path) -> str | None:
 
 
 def _run_child(folder: Path, is_over: threading.Event) -> str | None:
+    # The child ends where its end of a pipe does: when this process was killed.
+    ear, mouth = os.pipe()
+    with open(ear, "rb"), open(mouth, "wb"):
+        return _wait_for_child(folder, ear, is_over)
+
+
+def _wait_for_child(folder: Path, ear: int, is_over: threading.Event) -> str | None:
     script = Path(__file__).with_name("nncf_child.py")
     code = (
         "import runpy, sys; sys.path[:] = sys.argv[3:]; sys.argv = sys.argv[1:3]; "
@@ -183,12 +190,13 @@ def _run_child(folder: Path, is_over: threading.Event) -> str | None:
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(script), str(folder), *sys.path],
-        stdin=subprocess.DEVNULL,
+        stdin=ear,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={**os.environ, "NNCF_CI": "1"},  # it then reports nothing
+        # It then reports nothing, and has no warnings, of which the user may have made errors.
+        env={**os.environ, "NNCF_CI": "1", "PYTHONWARNINGS": "ignore"},
         start_new_session=True,  # Ctrl-C is for this process, which ends the other one
     )
     messages = None
@@ -200,6 +208,8 @@ def _run_child(folder: Path, is_over: threading.Event) -> str | None:
                 child.kill()
     if child.returncode == 0:
         return None
+    if child.returncode < 0:
+        return f"signal {-child.returncode} ended NNCF, maybe for want of memory"
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
     return (lines or [f"NNCF ended with code {child.returncode}"])[-1].rstrip(".")
 
@@ -238,7 +248,7 @@ def quantise(
 ) -> Made:
     """Return a network in 8 bits: of a file, or `known`, or made anew; it is then in the file."""
     if folder is None:
-        return known or _make_aloud(runner, preprocessing, verbose)
+        return known or _make_aloud(runner, preprocessing, None, verbose)
     file, owner = _file(runner, preprocessing, folder), object()
     if (made := _kept(file)) is not None:
         return made
@@ -248,8 +258,9 @@ def quantise(
         while not claims.take_free([place], owner)[0]:  # others make it just now
             claims.wait_until_free(place, owner)
         if (made := _kept(file)) is None:
-            made = known or _make_aloud(runner, preprocessing, verbose)
-            _keep(file, made)
+            if known is not None:
+                _keep(file, known)
+            made = known or _make_aloud(runner, preprocessing, file, verbose)
     finally:
         claims.give_all_back(owner)
     return made
@@ -262,11 +273,15 @@ def _try_to_make(folder: str) -> None:
         pass
 
 
-def _make_aloud(runner: Runner, preprocessing: Preprocessing, verbose: bool) -> Made:
+def _make_aloud(
+    runner: Runner, preprocessing: Preprocessing, file: ProgramFile | None, verbose: bool
+) -> Made:
     what = f"{runner.name}: to 8 bits, once"
     with tqdm(total=1, desc=what, unit="network", disable=not verbose) as bar:
         made = _make(runner, preprocessing)
         bar.update()
+    if file is not None:
+        _keep(file, made)  # before the warning, of which the user may make an error
     if _REFUSE_BELOW <= made.cosine < _WARN_BELOW:
         warnings.warn(f"{_loss(runner, made)} {_OTHERS}", UserWarning, stacklevel=2)
     return made
@@ -274,7 +289,7 @@ def _make_aloud(runner: Runner, preprocessing: Preprocessing, verbose: bool) -> 
 
 def check_loss(runner: Runner, made: Made) -> None:
     """Raise an error if too much is lost."""
-    if made.cosine < _REFUSE_BELOW:
+    if not made.cosine >= _REFUSE_BELOW:  # it may be not a number
         raise ValueError(f"{_loss(runner, made)} {_OTHERS}")
 
 

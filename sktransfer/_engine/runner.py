@@ -147,6 +147,8 @@ class Runner(CutNetwork):
         waits_for_work: bool = False,
     ) -> None:
         super().__init__(backbone, device)
+        if precision != INT8:  # of which torch runs at most the head
+            self.lay_out_for_torch()
         self.precision, self.runtime, self.half = precision, runtime, half_of(precision)
         self._waits_for_work = waits_for_work
         # As many cores as torch may use here, which joblib limits in its workers.
@@ -407,10 +409,9 @@ class Runner(CutNetwork):
             return stored_form(x, output, self.half, layouts[output])
 
         if n_streams is not None:
-            module = Outputs(self, outputs, preprocessing, None)
             if (reason := why_not_imported()) is None:
                 try:
-                    return self._on_openvino(module, finish, n_streams, file)
+                    return self._on_openvino(outputs, preprocessing, finish, n_streams, file)
                 except Exception as error:  # OpenVINO's own, of what it can't convert or compile
                     reason = f"it can't take this network ({reason_of(error)})"
             self.runtime = "torch"
@@ -424,18 +425,27 @@ class Runner(CutNetwork):
         return Program(run, self.device)
 
     def _on_openvino(
-        self, module: Outputs, finish: Any, n_streams: int, file: ProgramFile | None
+        self,
+        outputs: Sequence[Output],
+        preprocessing: Preprocessing,
+        finish: Any,
+        n_streams: int,
+        file: ProgramFile | None,
     ) -> Program:
         """Compile a module whose results are finished behind: it is as fast, compiled earlier."""
         if not self.can_be_cut:
             raise ValueError("it can't be traced, so what it does may depend on the pixels")
-        noise = np.random.default_rng(0).integers(256, size=(1, 3, *module.preprocessing.size))
+        noise = np.random.default_rng(0).integers(256, size=(1, 3, *preprocessing.size))
         example = torch.from_numpy(noise.astype(np.uint8))
-        compiled = OpenVinoProgram(module, example, self.precision, self._n_cores, n_streams, file)
+
+        def make() -> Outputs:
+            return Outputs(self, outputs, preprocessing, None)
+
+        compiled = OpenVinoProgram(make, example, self.precision, self._n_cores, n_streams, file)
 
         def run(batch: torch.Tensor) -> list[torch.Tensor]:
             with torch.inference_mode():
-                pairs = zip(compiled(batch), module.outputs, strict=True)
+                pairs = zip(compiled(batch), outputs, strict=True)
                 return [finish(x, output) for x, output in pairs]
 
         return Program(run, self.device, runs_in_threads=True)

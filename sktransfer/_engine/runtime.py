@@ -322,10 +322,10 @@ class OpenVinoProgram:
 
     Parameters
     ----------
-    module : nn.Module
-        In eval mode; from a tensor to one, or to a tuple of them. If it has a method
-        `openvino_model`, that model computes, for inputs and maps with their channels last, and the
-        module says what comes out in float32.
+    make_module : callable
+        Called where there is no file to read. Returns an nn.Module in eval mode, from a tensor to
+        one, or to a tuple of them. If it has a method `openvino_model`, that model computes, for
+        inputs and maps with their channels last, and the module says what comes out in float32.
     example : Tensor
         An input, of the only shape and dtype that calls then take.
     precision : {"float32", "bfloat16", "int8"}
@@ -335,7 +335,7 @@ class OpenVinoProgram:
         That many calls run at once, on ``n_cores / n_streams`` cores each.
     file : ProgramFile, optional
         Read instead of compiling, or written once the program is compiled. Its name must tell
-        `module` and all of the other parameters.
+        the module and all of the other parameters.
 
     Raises
     ------
@@ -352,7 +352,7 @@ class OpenVinoProgram:
 
     def __init__(
         self,
-        module: nn.Module,
+        make_module: Callable[[], nn.Module],
         example: torch.Tensor,
         precision: str,
         n_cores: int,
@@ -366,7 +366,7 @@ class OpenVinoProgram:
         self._idle: list[Any] = []  # requests, each with buffers of its own
         inputs = [example, (example / 2).to(example.dtype)]
         if file is None or not self._read(file, inputs):
-            self._make(module, inputs, file)
+            self._make(make_module(), inputs, file)
 
     def _read(self, file: ProgramFile, inputs: list[torch.Tensor]) -> bool:
         """Take the program of a file, if there is one that works and computes what torch did."""
