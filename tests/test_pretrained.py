@@ -301,7 +301,7 @@ def test_untraceable_network_still_gives_its_output(tiles):
         ({"pooling": "token", "layer": "stem"}, "no class token.*'avg'"),
         ({"device": "cuda:99"}, "device='cuda:99' can't be used"),
         ({"device": "warp"}, "device='warp' can't be used"),
-        ({"precision": "int8"}, "'precision' parameter"),
+        ({"precision": "int4"}, "'precision' parameter"),
         ({"batch_size": 0}, "'batch_size' parameter"),
         ({"image_size": 0}, "'image_size' parameter"),
         ({"memory": 3}, "'memory' parameter"),
