@@ -212,11 +212,12 @@ def rank_backbones(
             ranked[_PAIRED:] = [one._replace(X=None) for one in ranked[_PAIRED:]]
             progress.update()
     if pairs and len(ranked) > 1 and sort_by != "leep":  # two heads make no third
-        best = max(
+        two = max(
             combinations(ranked[:_PAIRED], 2),
-            key=lambda two: _side_by_side(*two, folds, [sort_by]).row[sort_by],
+            key=lambda two: _side_by_side(two[0], two[1], folds, [sort_by]).row[sort_by],
         )
-        ranked = _best_first([*ranked, _side_by_side(*best, folds, scores)], sort_by)
+        pair = _side_by_side(two[0], two[1], folds, scores)
+        ranked = _best_first([*ranked, pair], sort_by)
     table = pandas.DataFrame([one.row for one in ranked])
     # Else it loses None.
     table["weights"] = pandas.Series([one.row["weights"] for one in ranked], dtype=object)
