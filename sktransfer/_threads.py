@@ -6,6 +6,8 @@ import functools
 import multiprocessing
 import os
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -70,3 +72,33 @@ def renewed_in_forks(lock: _Lock) -> _Lock:
     """
     call_in_forks(lock._at_fork_reinit)  # type: ignore[attr-defined]
     return lock
+
+
+class WithoutWarnings:
+    """A context that hides a category of warnings, and that several threads may enter at once.
+
+    Where one of them leaves later than another, `warnings.catch_warnings` would hide them for good.
+
+    Parameters
+    ----------
+    category : type of Warning
+    """
+
+    def __init__(self, category: type[Warning]) -> None:
+        self.category, self._n_inside = category, 0
+        self._lock = renewed_in_forks(threading.Lock())
+        self._restoring = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._n_inside:
+                self._restoring = warnings.catch_warnings()
+                self._restoring.__enter__()
+                warnings.simplefilter("ignore", self.category)
+            self._n_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if not self._n_inside:
+                self._restoring.__exit__(None, None, None)

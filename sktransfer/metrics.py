@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from scipy.linalg import svd
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils import check_X_y
@@ -208,15 +208,26 @@ def h_score(X: Any, y: Any) -> float:
     X = X - X.mean(axis=0)
     if not X.any():
         raise ValueError("All rows of X are equal: there is nothing to score.")
-    covariance, shrinkage = ledoit_wolf(X, assume_centered=True)
+    shrinkage = ledoit_wolf_shrinkage(X, assume_centered=True)
+    mean_variance = np.square(X).mean()
+    rows, squares = _without_correlations(X)
+    values = (1 - shrinkage) * squares / len(X) + shrinkage * mean_variance
+    kept = values > values[-1] * X.shape[1] * np.finfo(float).eps  # not shrunk, it may be singular
     counts = np.bincount(classes)
-    sums = np.zeros((len(counts), X.shape[1]))
-    np.add.at(sums, classes, X)
+    sums = np.zeros((len(counts), rows.shape[1]))
+    np.add.at(sums, classes, rows)
     means = sums / np.sqrt(counts * len(X))[:, None]  # means.T @ means is the covariance of means
-    values, vectors = np.linalg.eigh(covariance)
-    kept = values > values[-1] * len(values) * np.finfo(float).eps  # not shrunk, it may be singular
-    rotated = means @ vectors[:, kept]
-    return float((1 - shrinkage) * (rotated**2 / values[kept]).sum())
+    return float((1 - shrinkage) * (means[:, kept] ** 2 / values[kept]).sum())
+
+
+def _without_correlations(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return centred rows, rotated so that no two features correlate, and their square sums."""
+    if X.shape[1] > len(X):  # no more directions than rows: found among the rows, in less time
+        squares, left = np.linalg.eigh(X @ X.T)
+        squares = squares.clip(0)
+        return left * np.sqrt(squares), squares
+    squares, directions = np.linalg.eigh(X.T @ X)
+    return X @ directions, squares.clip(0)
 
 
 def leep_score(probabilities: Any, y: Any) -> float:

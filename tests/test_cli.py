@@ -205,9 +205,9 @@ def test_rank(tiles, tmp_path, capsys):
     out = run(capsys, "rank", tiles[0], *names, "--cv", 2, "-o", output, *SMALL)
     assert "efficientnet_lite1" in out and "logme" in out and "±" in out
     table = pandas.read_csv(output)
-    pair = table["backbone"].str.contains(" + ", regex=False)
-    assert sorted(table["backbone"][~pair]) == ["efficientnet_lite0", "efficientnet_lite1"]
-    assert pair.sum() == 1
+    alone = {"efficientnet_lite0", "efficientnet_lite1"}
+    (pair,) = set(table["backbone"]) - alone
+    assert len(table) == 3 and set(pair.split(" + ")) == alone
     assert table["logistic"].is_monotonic_decreasing and table["logistic"].min() > 0.7
 
 

@@ -1,5 +1,7 @@
+import gc
 import math
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import nn
 
 from sktransfer import PretrainedFeatureExtractor, get_model, list_models, register_model
 from sktransfer.metrics import h_score, knn_score, leep_score, log_me_score
-from sktransfer.model_selection import rank_backbones, transfer_gain
+from sktransfer.model_selection import _ranking, rank_backbones, transfer_gain
 from sktransfer.model_selection._transfer_gain import TransferGain, corrected_interval
 from sktransfer.models import RECOMMENDED
 from sktransfer.models._registry import Backbone, imagenet_accuracy
@@ -240,6 +242,22 @@ def test_the_best_pair_knows_what_neither_of_its_networks_knows():
     )
 
 
+def test_a_ranking_holds_the_embeddings_of_three_networks_at_most(monkeypatch):
+    held, score = weakref.WeakValueDictionary(), _ranking._score
+    most = 0
+
+    def counted(name, X, *others):
+        nonlocal most
+        held[id(X)] = X
+        gc.collect()
+        most = max(most, len(held))
+        return score(name, X, *others)
+
+    monkeypatch.setattr(_ranking, "_score", counted)
+    rank_backbones(*pictures(12), ["colours"] * 7, scoring="knn", cv=2, pairs=False, random_state=0)
+    assert most == 4  # one is being scored
+
+
 def test_without_names_what_can_be_loaded_is_ranked(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy"):  # nothing listens there
@@ -247,8 +265,9 @@ def test_without_names_what_can_be_loaded_is_ranked(monkeypatch, tmp_path):
     X, y = pictures(12)
     options = {"scoring": "knn", "cv": 2, "image_size": 32, "random_state": 0}
     words = "Ranked are efficientnet_lite0, .*can't be loaded here: timm/mobilenetv4_conv_small"
-    with pytest.warns(UserWarning, match=words):
+    with pytest.warns(UserWarning, match=words) as caught:
         table = rank_backbones(X, y, **options)
+    assert caught[0].filename == __file__
     assert {*RECOMMENDED["without a download"]} < {*table.backbone}
 
 

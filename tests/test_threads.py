@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +20,7 @@ from sktransfer import (
 )
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.text_model import load_text_model
+from sktransfer._threads import WithoutWarnings
 from sktransfer._torch_state import network_lock
 
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
@@ -253,3 +255,15 @@ def test_two_threads_ask_one_language_model_for_hidden_words():
     expected = [model.perplexity(part) for part in parts]
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(model.perplexity, parts * 5)) == expected * 5
+
+
+def test_warnings_hidden_by_two_threads_at_once_are_shown_again():
+    hidden, before = WithoutWarnings(RuntimeWarning), list(warnings.filters)
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(hidden)
+        second.enter_context(hidden)
+        first.close()
+        warnings.warn("hidden", RuntimeWarning, stacklevel=1)
+    assert warnings.filters == before
+    with pytest.warns(RuntimeWarning, match="shown"):
+        warnings.warn("shown", RuntimeWarning, stacklevel=1)

@@ -201,7 +201,8 @@ def _rank(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         help="which pretrained network suits these images best?",
         description=(
             "Embed the images once with each network and score how well the classes can be told "
-            "apart: cross-validated k-NN and logistic regression, LogME and H-score."
+            "apart: cross-validated k-NN and logistic regression, LogME and H-score. Of several "
+            "networks, the best pair is scored as well."
         ),
     )
     parser.add_argument("folder", metavar="FOLDER", help=_CLASSES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 from torch.nn import functional as F
 
+from sktransfer._threads import WithoutWarnings
 from sktransfer.models._modules import copy_of
 
 # Inverse regularisation of the logistic head, on embeddings of mean variance 1: alone, and as the
@@ -30,6 +30,7 @@ _FACTORS = 10.0 ** np.arange(-1, 2, 0.5)
 _RIDGE_FACTORS = 10.0 ** np.arange(3, -1.5, -0.5)
 _FOLDS, _MOST_FOLDS, _FEW = 3, 5, 500  # folds; and of so few images, which takes no time
 _ROUGH = 1e-3  # tolerance of what is only compared
+_unconverged = WithoutWarnings(ConvergenceWarning)  # what is not there yet does as well
 
 
 def make_head(head: Any, width: int, n_outputs: int, dropout: float) -> nn.Module:
@@ -296,8 +297,7 @@ def _logistic(
     if len(seen) == 1:
         intercept[int(seen[0])] = 0.0
         return coef, intercept
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # training goes on from here
+    with _unconverged:
         model.fit(X, y, weights)
     rows, offsets = model.coef_, model.intercept_
     if len(seen) == 2:  # scikit-learn gives one row, the difference of two

@@ -203,19 +203,24 @@ def rank_backbones(
         "verbose": verbose,
     }
     candidates = _recommended(options) if backbones is None else _candidates(backbones, options)
-    ranked = []
+    ranked: list[_Ranked] = []
     with tqdm(total=len(candidates), desc="backbones", disable=not verbose) as progress:
         for candidate in candidates:
             progress.set_postfix_str(candidate.name)
-            ranked.append(_rank(candidate, images, folds, scores))
+            ranked = _best_first([*ranked, _rank(candidate, images, folds, scores)], sort_by)
+            # The embeddings of many networks would fill the memory.
+            ranked[_PAIRED:] = [one._replace(X=None) for one in ranked[_PAIRED:]]
             progress.update()
-    rows = _best_first([one.row for one in ranked], sort_by)
     if pairs and len(ranked) > 1 and sort_by != "leep":  # two heads make no third
-        first = sorted(ranked, key=lambda one: rows.index(one.row))[:_PAIRED]
-        together = [_side_by_side(a, b, folds, scores) for a, b in combinations(first, 2)]
-        rows = _best_first([*rows, _best_first(together, sort_by)[0]], sort_by)
-    table = pandas.DataFrame(rows)
-    table["weights"] = pandas.Series([row["weights"] for row in rows], dtype=object)  # keeps None
+        two = max(
+            combinations(ranked[:_PAIRED], 2),
+            key=lambda two: _side_by_side(two[0], two[1], folds, [sort_by]).row[sort_by],
+        )
+        pair = _side_by_side(two[0], two[1], folds, scores)
+        ranked = _best_first([*ranked, pair], sort_by)
+    table = pandas.DataFrame([one.row for one in ranked])
+    # Else it loses None.
+    table["weights"] = pandas.Series([one.row["weights"] for one in ranked], dtype=object)
     return table
 
 
@@ -230,10 +235,10 @@ class _Candidate:
 
 
 class _Ranked(NamedTuple):
-    """A row of the table, and the embeddings that it is about."""
+    """A row of the table, and the embeddings that it is about, if they may be paired."""
 
     row: dict[str, Any]
-    X: np.ndarray
+    X: np.ndarray | None = None
 
 
 @dataclass
@@ -307,7 +312,7 @@ def _recommended(options: dict[str, Any]) -> list[_Candidate]:
             f"Ranked are {', '.join(one.name for one in candidates)}. Of the recommended networks, "
             f"these can't be loaded here: {', '.join(left_out)}. The first of them: {why}",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
     return candidates
 
@@ -350,8 +355,8 @@ def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
     return _Candidate(name, weights if is_name else "own", extractor, accuracy)
 
 
-def _best_first(rows: list[dict[str, Any]], sort_by: str) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: -np.nan_to_num(row[sort_by], nan=-np.inf))
+def _best_first(ranked: list[_Ranked], sort_by: str) -> list[_Ranked]:
+    return sorted(ranked, key=lambda one: -np.nan_to_num(one.row[sort_by], nan=-np.inf))
 
 
 def _rank(
@@ -378,18 +383,19 @@ def _rank(
     return _Ranked(row, X)
 
 
-def _side_by_side(a: _Ranked, b: _Ranked, folds: _Folds, scores: Sequence[str]) -> dict[str, Any]:
-    """Score the embeddings of two networks, side by side: a row of the table."""
+def _side_by_side(a: _Ranked, b: _Ranked, folds: _Folds, scores: Sequence[str]) -> _Ranked:
+    """Score the embeddings of two networks, side by side."""
+    assert a.X is not None and b.X is not None
     no_logits = np.empty((len(a.X), 0))
     # So that both have a say in distances: networks differ in scale.
-    X = np.hstack([one.X / (np.sqrt((one.X**2).sum(1).mean()) or 1.0) for one in (a, b)])
+    X = np.hstack([one / (np.sqrt((one**2).sum(1).mean()) or 1.0) for one in (a.X, b.X)])
     row: dict[str, Any] = {"backbone": f"{a.row['backbone']} + {b.row['backbone']}"}
     row["weights"] = (a.row["weights"], b.row["weights"])
     for score in scores:
         row |= _score(score, X, no_logits, folds)
     for cost in ("seconds_per_1000_images", "n_parameters", "n_features"):
         row[cost] = a.row[cost] + b.row[cost]
-    return row | {"imagenet_accuracy": np.nan}
+    return _Ranked(row | {"imagenet_accuracy": np.nan})
 
 
 def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:
