@@ -9,10 +9,10 @@
 take turns, in processes of their own; medians. The cosine is the mean of those of embeddings to
 float32 ones on the calibration crops. Networks without embedded weights have random ones, their
 batch-norms set by crops: their speed is right, and their cosine says only that the conversion is.
-`accuracy`: ELPV, p > 0.5, the five 75/25 splits of `elpv.py`, and scikit-learn's digits, five-fold; an SVM (C=10) and a logistic
-regression (C=0.01) on standardised features, trained and tested in one precision. `files`: the
-sides of `throughput.py`; the bare forward pass in 8 bits is NNCF's network without any layer but
-the last, one image at a time in a stream on each core.
+`accuracy`: ELPV, p > 0.5, the five 75/25 splits of `elpv.py`, and scikit-learn's digits, five-fold;
+an SVM (C=10) and a logistic regression (C=0.01) on standardised features, trained and tested in
+one precision. `files`: the sides of `throughput.py`; the bare forward pass in 8 bits is NNCF's
+network without any layer but the last, one image at a time in a stream on each core.
 """
 
 from __future__ import annotations
@@ -74,10 +74,11 @@ _START = """
 import time, sys, numpy as np
 from sktransfer import PretrainedFeatureExtractor, get_model
 name, weights, precision, memory = sys.argv[1:]
-backbone = get_model(name, weights if weights == "default" else None)
+options = {"weights": weights if weights == "default" else None, "precision": precision}
+get_model(name, options["weights"])
 X = np.random.default_rng().integers(256, size=(2, 300, 300, 3), dtype=np.uint8)
 start, processor = time.perf_counter(), time.process_time()
-PretrainedFeatureExtractor(backbone, precision=precision, memory=memory).transform(X)
+PretrainedFeatureExtractor(name, memory=memory, **options).transform(X)
 print(time.process_time() - processor, time.perf_counter() - start)
 """
 
