@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from _common import (
     Built,
+    Side,
     environment,
     median,
     say,
@@ -136,18 +137,31 @@ def speed(args: argparse.Namespace) -> None:
             for p in PRECISIONS
         }
         with sides(named) as built:
-            seconds = take_turns(built, args.repeats)
+            seconds, processor = measure(built, args.repeats)
             rows = {p: side.notes.get("rows") for p, side in built.items()}
             errors = {p: side.error for p, side in built.items()}
         row = {"network": backbone, "weights": weights_of(backbone) or "random"}
-        row |= {p: f"{args.images / median(seconds[p]):.1f}" for p in PRECISIONS}
+        for p in PRECISIONS:
+            row[p] = f"{args.images / median(seconds[p]):.1f}"
+            row[f"{p}, ms of a core"] = f"{1000 * processor[p] / args.images:.1f}"
         row["int8 / float32"] = f"{median(seconds['float32']) / median(seconds['int8']):.2f}"
+        row["by processor time"] = f"{processor['float32'] / processor['int8']:.2f}"
         for p in ("bfloat16", "int8"):
             both = rows[p], rows["float32"]
             row[f"cosine {p}"] = errors[p] or f"{cosine(*both):.4f}"
         found.append(row)
         print(table(found[-1:]), flush=True)
     print(table(found))
+
+
+def measure(
+    built: dict[str, Side], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the seconds of turns, and the processor time of one, which a busy machine leaves."""
+    before = {name: side.processor_seconds() for name, side in built.items()}
+    seconds = take_turns(built, repeats)
+    after = {name: side.processor_seconds() for name, side in built.items()}
+    return seconds, {name: (after[name] - before[name]) / repeats for name in built}
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -255,20 +269,27 @@ def files(args: argparse.Namespace) -> None:
                 build, *more = PEERS[peer]
                 named[peer] = (build, job, *more)
             with sides(named) as built:
-                seconds = take_turns(built, args.repeats)
+                seconds, processor = measure(built, args.repeats)
                 n_of = {n: side.notes.get("images", args.images) for n, side in built.items()}
                 errors = {n: side.error for n, side in built.items()}
         speeds = {n: n_of[n] / median(times) for n, times in seconds.items()}
+        costs = {n: processor[n] / n_of[n] for n in seconds}
         print(f"\n{backbone}, {args.images} files of 500 × 375 pixels")
-        print(table([_row(n, speeds, errors[n]) for n in speeds]), flush=True)
+        print(table([_row(n, speeds, costs, errors[n]) for n in speeds]), flush=True)
 
 
-def _row(name: str, speeds: dict[str, float], error: str | None) -> dict[str, str]:
+def _row(
+    name: str, speeds: dict[str, float], costs: dict[str, float], error: str | None
+) -> dict[str, str]:
     row = {"side": name, "images/s": error or f"{speeds[name]:.1f}"}
     row["int8 / this"] = f"{speeds['int8'] / speeds[name]:.2f}"
+    row["ms of a core"] = f"{1000 * costs[name]:.1f}"
+    row["by processor time"] = f"{costs[name] / costs['int8']:.2f}"
     if name in PRECISIONS:
         one_by_one = 1 / (1 / speeds["decoding"] + 1 / speeds[f"bare {name}"])
         row["of one by one"] = f"{speeds[name] / one_by_one:.2f}"
+        cost = costs["decoding"] + costs[f"bare {name}"]
+        row["the same by processor time"] = f"{cost / costs[name]:.2f}"
     return row
 
 
