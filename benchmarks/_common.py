@@ -244,6 +244,15 @@ class Side:
             return self._receive()
         return None
 
+    def processor_seconds(self) -> float:
+        """Return the processor time that its process, and those that it has started, have taken."""
+        try:
+            mine = psutil.Process(self._process.pid)
+            times = [p.cpu_times() for p in (mine, *mine.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            return float("nan")
+        return sum(some.user + some.system for some in times)
+
     def close(self) -> None:
         """End the process."""
         self._pipe.close()

@@ -9,10 +9,10 @@
 take turns, in processes of their own; medians. The cosine is the mean of those of embeddings to
 float32 ones on the calibration crops. Networks without embedded weights have random ones, their
 batch-norms set by crops: their speed is right, and their cosine says only that the conversion is.
-`accuracy`: ELPV, p > 0.5, the five 75/25 splits of `elpv.py`, and scikit-learn's digits, five-fold; an SVM (C=10) and a logistic
-regression (C=0.01) on standardised features, trained and tested in one precision. `files`: the
-sides of `throughput.py`; the bare forward pass in 8 bits is NNCF's network without any layer but
-the last, one image at a time in a stream on each core.
+`accuracy`: ELPV, p > 0.5, the five 75/25 splits of `elpv.py`, and scikit-learn's digits, five-fold;
+an SVM (C=10) and a logistic regression (C=0.01) on standardised features, trained and tested in
+one precision. `files`: the sides of `throughput.py`; the bare forward pass in 8 bits is NNCF's
+network without any layer but the last, one image at a time in a stream on each core.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from _common import (
     Built,
+    Side,
     environment,
     median,
     say,
@@ -74,10 +75,11 @@ _START = """
 import time, sys, numpy as np
 from sktransfer import PretrainedFeatureExtractor, get_model
 name, weights, precision, memory = sys.argv[1:]
-backbone = get_model(name, weights if weights == "default" else None)
+options = {"weights": weights if weights == "default" else None, "precision": precision}
+get_model(name, options["weights"])
 X = np.random.default_rng().integers(256, size=(2, 300, 300, 3), dtype=np.uint8)
 start, processor = time.perf_counter(), time.process_time()
-PretrainedFeatureExtractor(backbone, precision=precision, memory=memory).transform(X)
+PretrainedFeatureExtractor(name, memory=memory, **options).transform(X)
 print(time.process_time() - processor, time.perf_counter() - start)
 """
 
@@ -135,18 +137,31 @@ def speed(args: argparse.Namespace) -> None:
             for p in PRECISIONS
         }
         with sides(named) as built:
-            seconds = take_turns(built, args.repeats)
+            seconds, processor = measure(built, args.repeats)
             rows = {p: side.notes.get("rows") for p, side in built.items()}
             errors = {p: side.error for p, side in built.items()}
         row = {"network": backbone, "weights": weights_of(backbone) or "random"}
-        row |= {p: f"{args.images / median(seconds[p]):.1f}" for p in PRECISIONS}
+        for p in PRECISIONS:
+            row[p] = f"{args.images / median(seconds[p]):.1f}"
+            row[f"{p}, ms of a core"] = f"{1000 * processor[p] / args.images:.1f}"
         row["int8 / float32"] = f"{median(seconds['float32']) / median(seconds['int8']):.2f}"
+        row["by processor time"] = f"{processor['float32'] / processor['int8']:.2f}"
         for p in ("bfloat16", "int8"):
             both = rows[p], rows["float32"]
             row[f"cosine {p}"] = errors[p] or f"{cosine(*both):.4f}"
         found.append(row)
         print(table(found[-1:]), flush=True)
     print(table(found))
+
+
+def measure(
+    built: dict[str, Side], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the seconds of turns, and the processor time of one, which a busy machine leaves."""
+    before = {name: side.processor_seconds() for name, side in built.items()}
+    seconds = take_turns(built, repeats)
+    after = {name: side.processor_seconds() for name, side in built.items()}
+    return seconds, {name: (after[name] - before[name]) / repeats for name in built}
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -254,20 +269,27 @@ def files(args: argparse.Namespace) -> None:
                 build, *more = PEERS[peer]
                 named[peer] = (build, job, *more)
             with sides(named) as built:
-                seconds = take_turns(built, args.repeats)
+                seconds, processor = measure(built, args.repeats)
                 n_of = {n: side.notes.get("images", args.images) for n, side in built.items()}
                 errors = {n: side.error for n, side in built.items()}
         speeds = {n: n_of[n] / median(times) for n, times in seconds.items()}
+        costs = {n: processor[n] / n_of[n] for n in seconds}
         print(f"\n{backbone}, {args.images} files of 500 × 375 pixels")
-        print(table([_row(n, speeds, errors[n]) for n in speeds]), flush=True)
+        print(table([_row(n, speeds, costs, errors[n]) for n in speeds]), flush=True)
 
 
-def _row(name: str, speeds: dict[str, float], error: str | None) -> dict[str, str]:
+def _row(
+    name: str, speeds: dict[str, float], costs: dict[str, float], error: str | None
+) -> dict[str, str]:
     row = {"side": name, "images/s": error or f"{speeds[name]:.1f}"}
     row["int8 / this"] = f"{speeds['int8'] / speeds[name]:.2f}"
+    row["ms of a core"] = f"{1000 * costs[name]:.1f}"
+    row["by processor time"] = f"{costs[name] / costs['int8']:.2f}"
     if name in PRECISIONS:
         one_by_one = 1 / (1 / speeds["decoding"] + 1 / speeds[f"bare {name}"])
         row["of one by one"] = f"{speeds[name] / one_by_one:.2f}"
+        cost = costs["decoding"] + costs[f"bare {name}"]
+        row["the same by processor time"] = f"{cost / costs[name]:.2f}"
     return row
 
 

@@ -1,13 +1,17 @@
 """Networks in 8 bits: rows, what the memory keeps, and what can't be had."""
 
-import _thread
 import logging
 import multiprocessing
 import os
+import pickle
+import signal
+import subprocess
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -25,8 +29,10 @@ from sktransfer import (
     get_model,
 )
 from sktransfer._cli import main
-from sktransfer._engine import quantising, runner
+from sktransfer._engine import nncf_child, quantising, runner
 from sktransfer._engine.nncf_child import quantise
+from sktransfer._engine.program_file import ProgramFile
+from sktransfer._engine.quantising import run_apart
 from sktransfer._engine.runner import get_runner
 from sktransfer._engine.runtime import check_can_quantise, has_int8
 from sktransfer._estimators.pretrained import embedding_of
@@ -155,6 +161,8 @@ def test_all_that_run_a_frozen_network_take_it(tmp_path, tiles, capsys, makes):
     model = FineTunedClassifier(backbone, unfreeze=0, random_state=0, **options).fit(paths, y)
     assert model.score(paths, y) > 0.5
     FineTunedRegressor(backbone, unfreeze=0, **options).fit(paths, np.arange(len(y)))
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict_proba(paths), model.predict_proba(paths))
     assert model.to_feature_extractor().transform(paths[:2]).shape == (2, 16)
     assert len(makes) == 1
 
@@ -191,6 +199,9 @@ def test_a_network_that_is_damaged_is_made_anew(tmp_path, makes):
     for damaged in (b"", b"anything", whole[:20], whole + b"0", flipped, whole[:-1]):
         file.path.write_bytes(damaged)
         assert quantising._kept(file) is None
+    other = ProgramFile(folder, "another network", suffix=".quantised")
+    other.path.write_bytes(whole)
+    assert quantising._kept(other) is None
     for program in file.path.parent.glob("*.program"):
         program.unlink()
     check_memory(tmp_path).memory.reduce_size(items_limit=0)  # rows
@@ -240,12 +251,29 @@ def test_nncf_works_apart_and_in_silence(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "") and logging.getLoggerClass() is loggers
 
 
-def test_what_nncf_says_of_a_failure(tmp_path, monkeypatch):
-    monkeypatch.undo()
+def test_what_nncf_says_of_a_failure(tmp_path):
     np.save(tmp_path / "images.npy", pictures(1))
-    assert "network.xml" in quantising.run_apart(tmp_path)
+    assert "network.xml" in run_apart(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_it_ends_with_who_started_it_and_its_end_is_told(tmp_path):
+    os.mkfifo(tmp_path / "images.npy")  # it waits for them
+    command = [sys.executable, nncf_child.__file__, str(tmp_path)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.communicate(timeout=60) == (None, b"")
+    assert child.returncode == 1
+
+    others = {*psutil.Process().children()}
+    with ThreadPoolExecutor(1) as thread:
+        failure = thread.submit(run_apart, tmp_path)
+        while not (started := {*psutil.Process().children()} - others):
+            time.sleep(0.01)
+        started.pop().kill()
+        assert "signal 9 ended NNCF" in failure.result()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signals of threads")
 def test_an_interruption_ends_it_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     model = extractor(residual(18), memory=tmp_path)
@@ -254,9 +282,9 @@ def test_an_interruption_ends_it_and_leaves_nothing(tmp_path, monkeypatch):
 
     def interrupt():
         while not {*me.children()} - others:
-            pass
+            time.sleep(0.01)
         started.set()
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
@@ -301,6 +329,18 @@ def test_a_loss_warns_and_a_large_one_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(quantising, "_REFUSE_BELOW", 1.1)
     with pytest.raises(ValueError, match="mean cosine .* Use precision='bfloat16' or 'float32'"):
         extractor(anew(network), memory=tmp_path).transform(pictures(seed=1))
+    mine, made = get_runner(get_model(network), "cpu", "int8"), quantising.Made(b"", b"", {}, 0, "")
+    with pytest.raises(ValueError, match="is nan on"):
+        quantising.check_loss(mine, made._replace(cosine=float("nan")))
+
+
+def test_a_loss_may_be_an_error_and_the_network_is_kept(monkeypatch, tmp_path, makes):
+    network = residual(23)
+    monkeypatch.setattr(quantising, "_WARN_BELOW", 1.1)
+    for _ in range(2):  # pytest makes errors of warnings
+        with suppress(UserWarning):
+            extractor(anew(network), memory=tmp_path).transform(pictures())
+    assert len(makes) == 1
 
 
 def test_where_it_cannot_be_had(monkeypatch):
@@ -323,6 +363,19 @@ def test_blocks_are_not_trained_in_it():
             model.fit(X, y)
     with pytest.raises(ValueError, match=r"'precision' parameter.*'bfloat16'.*Got 'int8'"):
         ContrastivePretrainer(small(), precision="int8").fit(X)
+
+
+def test_a_full_disk():
+    resource = pytest.importorskip("resource", reason="needs limits of files")
+    model = extractor(residual(22))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(ValueError, match="'int8': .*is the disk of .* full"):
+            model.transform(pictures())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert model.transform(pictures()).shape == (3, 16)
 
 
 def test_a_cpu_without_instructions_is_told(recwarn):

@@ -134,10 +134,10 @@ def _make(runner: Runner, preprocessing: Preprocessing) -> Made:
                 model = converted(module, torch.from_numpy(images[:1]))
             _serialise(model, folder / "network.xml")
         except Exception as error:  # OpenVINO's own, of what it can't convert
-            raise ValueError(refusal(runner, reason_of(error))) from error
+            raise ValueError(refusal(runner, _with_hint(reason_of(error)))) from error
         np.save(folder / "images.npy", images)
         if (failure := run_apart(folder)) is not None:
-            raise ValueError(refusal(runner, failure))
+            raise ValueError(refusal(runner, _with_hint(failure)))
         report = json.loads((folder / "report.json").read_text())
         graph = (folder / "quantised.xml").read_bytes()
         weights = (folder / "quantised.bin").read_bytes()
@@ -154,6 +154,11 @@ def _made(graph: bytes, weights: bytes, places: dict[int, Any], cosine: float) -
 def refusal(runner: Runner, reason: str) -> str:
     """Say that there is no such network, why not, and what to use."""
     return f"Backbone {runner.name!r} can't be computed with precision='int8': {reason}. {_OTHERS}"
+
+
+def _with_hint(reason: str) -> str:
+    is_of_disk = "iostream" in reason  # all that OpenVINO says of it
+    return f"{reason} (is the disk of {tempfile.gettempdir()} full?)" if is_of_disk else reason
 
 
 def _serialise(model: Any, path: Path) -> None:
