@@ -7,8 +7,9 @@
 
 `speed`: what a network does with images of its size in memory, by our extractor; the precisions
 take turns, in processes of their own; medians. The cosine is the mean of those of embeddings to
-float32 ones on the calibration crops. Networks without embedded weights have random ones, their
-batch-norms set by crops: their speed is right, and their cosine says only that the conversion is.
+float32 ones on the calibration crops, resized again. Networks without embedded weights have random
+ones, their batch-norms set by crops: their speed is right, and their cosine says only that the
+conversion is.
 `accuracy`: ELPV, p > 0.5, the five 75/25 splits of `elpv.py`, and scikit-learn's digits, five-fold;
 an SVM (C=10) and a logistic regression (C=0.01) on standardised features, trained and tested in
 one precision. `files`: the sides of `throughput.py`; the bare forward pass in 8 bits is NNCF's
@@ -268,6 +269,7 @@ def files(args: argparse.Namespace) -> None:
             for peer in args.peers:
                 build, *more = PEERS[peer]
                 named[peer] = (build, job, *more)
+            named = {n: named[n] for n in args.sides or named}
             with sides(named) as built:
                 seconds, processor = measure(built, args.repeats)
                 n_of = {n: side.notes.get("images", args.images) for n, side in built.items()}
@@ -285,7 +287,7 @@ def _row(
     row["int8 / this"] = f"{speeds['int8'] / speeds[name]:.2f}"
     row["ms of a core"] = f"{1000 * costs[name]:.1f}"
     row["by processor time"] = f"{costs[name] / costs['int8']:.2f}"
-    if name in PRECISIONS:
+    if name in PRECISIONS and {"decoding", f"bare {name}"} <= speeds.keys():
         one_by_one = 1 / (1 / speeds["decoding"] + 1 / speeds[f"bare {name}"])
         row["of one by one"] = f"{speeds[name] / one_by_one:.2f}"
         cost = costs["decoding"] + costs[f"bare {name}"]
@@ -322,6 +324,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tasks", nargs="+", default=["elpv", "digits"])
     parser.add_argument("--memory", help="where `accuracy` keeps its rows")
+    parser.add_argument("--sides", nargs="*", help="of `files`, int8 among them; default: all")
     parser.add_argument("--kept", help="folder of networks in 8 bits, for the next piece")
     parser.add_argument("--n-jobs", type=int, default=1)
     parser.add_argument("--peers", nargs="*", default=["loader", "loader-plain"])
