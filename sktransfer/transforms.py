@@ -134,23 +134,25 @@ class Preprocessing:
 
         Parameters
         ----------
-        image : uint8 tensor of shape (3, height, width)
+        image : uint8 tensor of shape ([n,] 3, height, width)
 
         Returns
         -------
-        uint8 tensor of shape (3, height, width), those of `size`
+        uint8 tensor of shape ([n,] 3, height, width), those of `size`
         """
-        height, width = image.shape[1:]
+        height, width = image.shape[-2:]
         scaled = self.scaled_size(height, width)
         ratios = self.resize[0] / height, self.resize[1] / width
         if max(ratios) > _EXTREME * min(ratios):
+            if image.ndim == 4:
+                return torch.stack([self.fit_size(each) for each in image])
             image = _scale_center(image, scaled, self.size, self.interpolation)
         else:
             mode = InterpolationMode(self.interpolation)
             image = F.resize(image, list(scaled), interpolation=mode, antialias=True)
         if self.mode == "border":
             missing = [
-                max(0, want - have) for want, have in zip(self.size, image.shape[1:], strict=True)
+                max(0, want - have) for want, have in zip(self.size, image.shape[-2:], strict=True)
             ]
             top, left = missing[0] // 2, missing[1] // 2
             padding = [left, top, missing[1] - left, missing[0] - top]

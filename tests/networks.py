@@ -16,7 +16,7 @@ def count(x: torch.Tensor) -> torch.Tensor:
     """Append the digest of every distinct image of a real batch to the log file."""
     log = Path(os.environ.get(LOG, ""))
     if log.is_file() and x.device.type != "meta" and type(x) is torch.Tensor:
-        digests = {xxhash.xxh3_64_hexdigest(row.contiguous().numpy()) for row in x}
+        digests = {xxhash.xxh3_64_hexdigest(row.contiguous().cpu().numpy()) for row in x}
         with log.open("a") as file:
             file.write("".join(f"{digest}\n" for digest in digests))
     return x

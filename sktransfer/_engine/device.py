@@ -81,7 +81,8 @@ class _Fetched:
     """An array on its way from a GPU; it waits for it only when it is looked at."""
 
     def __init__(self, x: torch.Tensor) -> None:
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        # Whatever the user's default device is, which may be this GPU.
+        self._host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
         self._host.copy_(x, non_blocking=True)
         self._done = torch.cuda.Event()
         self._done.record(torch.cuda.current_stream(x.device))

@@ -130,3 +130,9 @@ class Embedding(OutputsPass):
     def _load(self, row: int, digest: bytes | None) -> torch.Tensor:
         # The file is read again: those that wait to be decoded would fill the memory.
         return self._images.load(row, digest, self.preprocessing.fit_size)  # (3, *size)
+
+    def _load_several(self, rows: Sequence[int], digests: Sequence[bytes | None]) -> list[Any]:
+        block = self._images.block(rows, digests)
+        if block is None:
+            return super()._load_several(rows, digests)
+        return list(self.preprocessing.fit_size(block))

@@ -154,7 +154,8 @@ class Program:
         parts: list[list[Any]] = []
         for start in range(0, len(images), step):
             batch = list(images[start : start + step])
-            parts.append([fetch(x) for x in self.results(_stacked(batch, step), len(batch))])
+            stacked = _stacked(batch, step, self.device)
+            parts.append([fetch(x) for x in self.results(stacked, len(batch))])
         columns = zip(*parts, strict=True)
         return [part[0] if len(part) == 1 else np.concatenate(part) for part in columns]
 
@@ -170,12 +171,18 @@ class Program:
 
 def to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Start to copy a batch to the device."""
-    if device.type == "cuda" and batch.device.type == "cpu":
+    if device.type == "cuda" and batch.device.type == "cpu" and not batch.is_pinned():
         batch = batch.pin_memory()  # from memory that stays in place, the copy does not wait
     return batch.to(device, non_blocking=True)
 
 
-def _stacked(images: list[torch.Tensor], step: int) -> torch.Tensor:
+def _stacked(images: list[torch.Tensor], step: int, device: torch.device) -> torch.Tensor:
     """Return a batch (step, 3, h, w) that repeats its first image; channels last, as they lie."""
     last = [image.permute(1, 2, 0) for image in images]
-    return torch.stack(last + last[:1] * (step - len(last))).permute(0, 3, 1, 2)
+    last += last[:1] * (step - len(last))
+    if device.type != "cuda":
+        return torch.stack(last).permute(0, 3, 1, 2)
+    # Into memory from which it is copied as it is, and which torch keeps for the next batch.
+    kind = {"dtype": last[0].dtype, "device": "cpu", "pin_memory": True}
+    batch = torch.empty((step, *last[0].shape), **kind)
+    return torch.stack(last, out=batch).permute(0, 3, 1, 2)

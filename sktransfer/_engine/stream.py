@@ -44,12 +44,26 @@ class Images(Protocol):
 
 
 @dataclass
+class _Part:
+    """One of the results, or errors, of a task that loads several images."""
+
+    task: Future[list[Any]]
+    number: int
+
+    def result(self) -> Any:
+        loaded = self.task.result()[self.number]
+        if isinstance(loaded, Exception):
+            raise loaded
+        return loaded
+
+
+@dataclass
 class _Miss:
     """An image that must be computed: the rows it fills and, soon, what its computation takes."""
 
     rows: list[int]
     digest: bytes
-    loaded: Future[Any]
+    loaded: Future[Any] | _Part
     done: bool = False
 
 
@@ -116,6 +130,16 @@ class Stream(ABC):
     @abstractmethod
     def _load(self, row: int, digest: bytes | None) -> Any:
         """Fetch what the computation of a row takes; called in threads."""
+
+    def _load_several(self, rows: Sequence[int], digests: Sequence[bytes | None]) -> list[Any]:
+        """Fetch what the computation of some rows takes, or the error of a row; in threads."""
+        loaded: list[Any] = []
+        for row, digest in zip(rows, digests, strict=True):
+            try:
+                loaded.append(self._load(row, digest))
+            except Exception as error:
+                loaded.append(error)
+        return loaded
 
     @abstractmethod
     def _run(self, loaded: list[Any]) -> list[Any]:
@@ -191,9 +215,11 @@ class Stream(ABC):
             self.memory.wait(self._names.claim, next(iter(others.values())), self._owner)
         return list(others)
 
-    def _all(self, rows: Iterable[int]) -> Iterator[_Miss]:
-        for row in rows:
-            yield _Miss([row], row.to_bytes(8, "little"), self._submit(row))
+    def _all(self, rows: Sequence[int]) -> Iterator[_Miss]:
+        for start in range(0, len(rows), _LOOKUP):
+            part = rows[start : start + _LOOKUP]
+            for row, loaded in zip(part, self._submit(part, [None] * len(part)), strict=True):
+                yield _Miss([row], row.to_bytes(8, "little"), loaded)
 
     def _missing(self, rows: Sequence[int], others: dict[int, bytes]) -> Iterator[_Miss]:
         """Fill what the memory holds, yield what it lacks; `others` gets what is not ours."""
@@ -207,9 +233,10 @@ class Stream(ABC):
             for digest in list(lacking):
                 if miss := self._misses.get(digest):  # the writer may take it out at any time
                     self._join(miss, lacking.pop(digest))
-            for digest in self._claim(lacking, others):
-                rows_ = lacking[digest]
-                self._misses[digest] = _Miss(rows_, digest, self._submit(rows_[0], digest))
+            mine = self._claim(lacking, others)
+            loading = self._submit([lacking[digest][0] for digest in mine], mine)
+            for digest, loaded in zip(mine, loading, strict=True):
+                self._misses[digest] = _Miss(lacking[digest], digest, loaded)
                 yield self._misses[digest]
 
     def _claim(self, lacking: dict[bytes, list[int]], others: dict[int, bytes]) -> list[bytes]:
@@ -257,12 +284,30 @@ class Stream(ABC):
     def _digest(self, rows: Sequence[int]) -> list[bytes]:
         return [self._images.digest(row) for row in rows]
 
-    def _submit(self, row: int, digest: bytes | None = None) -> Future[Any]:
-        """Load a row in a thread and, if images run by themselves, compute it there."""
+    def _submit(
+        self, rows: Sequence[int], digests: Sequence[bytes | None]
+    ) -> Iterator[Future[Any] | _Part]:
+        """Load rows in threads, when they are asked for, and compute them there if images run
+        by themselves.
+
+        Else several are one task: threads that only load take Python's lock from each other.
+        """
+        pairs = list(zip(rows, digests, strict=True))
+        if not pairs:
+            return
         self._ensure_ready()
-        if not self.in_threads:
-            return self._threads.submit(self._load, row, digest)
-        return self._threads.submit(lambda: self._run([self._load(row, digest)]))
+        if self.in_threads:
+            for row, digest in pairs:
+                yield self._threads.submit(self._load_and_run, row, digest)
+            return
+        size = max(1, min(self.batch_size, len(self._images)) // (2 * self.n_threads))
+        for start in range(0, len(pairs), size):
+            part = list(zip(*pairs[start : start + size], strict=True))
+            task = self._threads.submit(self._load_several, *part)
+            yield from (_Part(task, number) for number in range(len(part[0])))
+
+    def _load_and_run(self, row: int, digest: bytes | None) -> list[Any]:
+        return self._run([self._load(row, digest)])
 
     def _compute(self, group: Sequence[_Miss]) -> list[Any]:
         """Compute an array-like for each result of a group; see `_run`."""
@@ -282,9 +327,11 @@ class Stream(ABC):
 
     def _save_finished(self, group: Sequence[_Miss]) -> None:
         """Keep what threads computed of a group in which an image failed."""
-        futures = [(miss, miss.loaded) for miss in group if miss.loaded.done()]
-        finished = [m for m, f in futures if not f.cancelled() and f.exception() is None]
-        if finished and self.in_threads and self.memory is not None:
+        if not self.in_threads or self.memory is None:
+            return
+        futures = [(m, m.loaded) for m in group if isinstance(m.loaded, Future)]
+        done = [(m, f) for m, f in futures if f.done() and not f.cancelled()]
+        if finished := [m for m, f in done if f.exception() is None]:
             results = self._deliver(finished, self._compute(finished))
             self._writer.submit(self._store, *_finite(finished, results))
 
@@ -292,11 +339,14 @@ class Stream(ABC):
         """Fill the rows of a group; return all results of it, for the memory."""
         arrays = [np.asarray(value) for value in values]
         self.n_computed += len(group)
-        for i, miss in enumerate(group):
-            for out, array in zip(self._outs, arrays, strict=False):  # by-products have no out
-                out[miss.rows] = array[i]
+        rows = [row for miss in group for row in miss.rows]
+        numbers = [number for number, miss in enumerate(group) for _ in miss.rows]
+        is_plain = len(numbers) == len(group)
+        for out, array in zip(self._outs, arrays, strict=False):  # by-products have no out
+            out[rows] = array if is_plain else array[numbers]
+        for miss in group:
             miss.done = True
-            self._progress.update(len(miss.rows))
+        self._progress.update(len(rows))
         digests = [miss.digest for miss in group]
         names = [*self._names.wanted, *self._names.by_products]
         if self.memory is None:
