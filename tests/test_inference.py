@@ -167,6 +167,38 @@ def test_what_was_computed_before_a_bad_image_is_kept(tiles, tmp_path, run_log):
     assert len(run_log()) == len(paths)
 
 
+def test_an_array_gives_the_rows_of_its_images(tmp_path, run_log):
+    X = np.random.default_rng(0).integers(0, 256, (40, 36, 50, 3)).astype(np.uint8)
+    expected = extractor(None).transform(list(X))
+    frozen = X[::-1].copy()
+    frozen.flags.writeable = False  # as joblib gives it to workers
+    np.testing.assert_array_equal(extractor(None).transform(frozen), expected[::-1])
+    model = extractor(tmp_path / "m")
+    for some in ([3, 8, 5], slice(None)):
+        np.testing.assert_array_equal(model.transform(X[some]), expected[some])
+        pixels = X.astype(float)[some] / 255
+        np.testing.assert_array_equal(model.transform(pixels), expected[some])  # of the memory
+    grey = X[..., 0]
+    np.testing.assert_array_equal(
+        model.transform(grey), model.transform(np.repeat(grey[..., None], 3, 3))
+    )
+    assert max(Counter(run_log()).values()) == 3  # without a memory twice, with one once
+
+
+def test_a_block_is_of_the_digests_it_was_asked_for():
+    X = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    images = check_images(X)[[5, 1, 2, 3]]
+    digests = [images.digest(row) for row in range(4)]
+    assert np.array_equal(
+        images.block([0, 3], digests[:1] + digests[3:]).permute(0, 2, 3, 1), X[[5, 3]]
+    )
+    X[2] += 1  # while its embedding is computed
+    assert images.block(range(4), digests) is None
+    with pytest.raises(ValueError, match="row 2: the file changed while it was read"):
+        images.load(2, digests[2])
+    assert check_images(list(X)).block([0, 1]) is None
+
+
 SCRIPT = """
 import sys, time
 from networks import small

@@ -144,6 +144,17 @@ def test_pixels_of_photographs_are_exactly_those_of_torch(mode):
             assert torch.equal(preprocessing.fit_size(image), whole_then_crop(preprocessing, image))
 
 
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(70, 90), (36, 36), (20, 500)])
+def test_several_images_get_the_pixels_of_each(mode, interpolation, size):
+    preprocessing = Preprocessing((32, 32), (36, 36), mode, interpolation)
+    last = torch.stack([photo(*size).roll(i, 2).permute(1, 2, 0) for i in range(3)])
+    batch = last.permute(0, 3, 1, 2)  # channels last, as arrays of users lie in memory
+    expected = torch.stack([preprocessing.fit_size(image) for image in batch])
+    assert torch.equal(preprocessing.fit_size(batch), expected)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="resource limits of POSIX")
 def test_memory_that_a_very_long_image_takes():
     code = """

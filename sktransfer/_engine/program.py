@@ -183,6 +183,6 @@ def _stacked(images: list[torch.Tensor], step: int, device: torch.device) -> tor
     if device.type != "cuda":
         return torch.stack(last).permute(0, 3, 1, 2)
     # Into memory from which it is copied as it is, and which torch keeps for the next batch.
-    kind = {"dtype": last[0].dtype, "device": "cpu", "pin_memory": True}
-    batch = torch.empty((step, *last[0].shape), **kind)
+    shape, dtype = (step, *last[0].shape), last[0].dtype
+    batch = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
     return torch.stack(last, out=batch).permute(0, 3, 1, 2)
