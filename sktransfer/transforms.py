@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -148,8 +149,7 @@ class Preprocessing:
                 return torch.stack([self.fit_size(each) for each in image])
             image = _scale_center(image, scaled, self.size, self.interpolation)
         else:
-            mode = InterpolationMode(self.interpolation)
-            image = F.resize(image, list(scaled), interpolation=mode, antialias=True)
+            image = _scale(image, scaled, self.interpolation)
         if self.mode == "border":
             missing = [
                 max(0, want - have) for want, have in zip(self.size, image.shape[-2:], strict=True)
@@ -158,7 +158,10 @@ class Preprocessing:
             padding = [left, top, missing[1] - left, missing[0] - top]
             fill = [float(round(255 * value)) for value in self.mean]
             image = F.pad(image, padding, fill=fill)
-        return F.center_crop(image, list(self.size))
+        rows, columns = (_center(*sides) for sides in zip(image.shape[-2:], self.size, strict=True))
+        if (len(rows), len(columns)) != self.size:
+            return F.center_crop(image, list(self.size))  # which pads
+        return image[..., rows.start : rows.stop, columns.start : columns.stop]
 
     def scaled_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width to which an image is scaled before the crop."""
@@ -194,6 +197,31 @@ def _constants_on(device: torch.device, *values: tuple[float, ...]) -> list[torc
     """Return the same tensors at every call, for use in and out of inference mode."""
     with torch.inference_mode(False):
         return _constants(device, *values)
+
+
+def _scale(image: torch.Tensor, scaled: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """Scale uint8 images ([n,] 3, height, width) as torchvision does, to the same pixels.
+
+    By one operation of torch, where it has one for 8 bits: threads that decode wait for each other
+    at each of them, as it leaves Python's lock and takes it again.
+    """
+    height, width = image.shape[-2:]
+    if (height, width) == scaled:
+        return image
+    is_plain = type(image) is torch.Tensor and image.device.type == "cpu"
+    if not is_plain or (interpolation == "bilinear" and not _scales_8_bits()):
+        mode = InterpolationMode(interpolation)
+        return F.resize(image, list(scaled), interpolation=mode, antialias=True)
+    last = image.numpy().transpose((1, 2, 0) if image.ndim == 3 else (0, 2, 3, 1))
+    batch = torch.from_numpy(last.reshape(-1, height, width, 3).transpose(0, 3, 1, 2))
+    batch = interpolate(batch, scaled, mode=interpolation, align_corners=False, antialias=True)
+    return torch.from_numpy(batch.numpy().reshape(*image.shape[:-2], *scaled))
+
+
+@functools.cache
+def _scales_8_bits() -> bool:
+    """Tell whether torch's bilinear scaling of uint8 is exact here, as torchvision holds it."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _scale_center(

@@ -178,7 +178,8 @@ def to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _stacked(images: list[torch.Tensor], step: int, device: torch.device) -> torch.Tensor:
     """Return a batch (step, 3, h, w) that repeats its first image; channels last, as they lie."""
-    last = [image.permute(1, 2, 0) for image in images]
+    # By NumPy: torch lets threads that decode in between at each of so many operations.
+    last = [torch.from_numpy(image.numpy().transpose(1, 2, 0)) for image in images]
     last += last[:1] * (step - len(last))
     if device.type != "cuda":
         return torch.stack(last).permute(0, 3, 1, 2)

@@ -32,6 +32,7 @@ _DAMAGE = ("Corrupt JPEG data", "Inconsistent progression")  # how libjpeg's war
 _HARMLESS = "bad ICC marker"
 _END_OF_JPEG = b"\xff\xd9"
 _STARTS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8", "MPO": b"\xff\xd8"}
+_KINDS = {b"\xff\xd8\xff": ("JPEG",), _STARTS["PNG"]: ("PNG",)}
 _SEEN = "_sktransfer_seen"  # the attribute of a user's image with what is in `_Seen`
 
 
@@ -159,8 +160,10 @@ def why_unknown(data: bytes) -> str:
 
 def _open(data: bytes) -> Image.Image:
     refuse_unreadable(data)
+    # Only their own plugins: once all are loaded, others would try to read them before.
+    formats = next((kinds for start, kinds in _KINDS.items() if data.startswith(start)), None)
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError:
         if get_config()["max_pixels"] == "pillow":
             raise

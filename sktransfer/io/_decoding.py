@@ -23,7 +23,7 @@ from sktransfer._config import get_config
 from sktransfer._threads import renewed_in_forks
 from sktransfer.io._bit_depth import UnusableImage
 from sktransfer.io._codecs import Decoded, decode, decode_pillow, why_unknown
-from sktransfer.io._files import open_regular, room_for
+from sktransfer.io._files import read_regular, room_for
 from sktransfer.io._messages import speaking_of
 
 _LONGEST_NAME = 500  # characters in an error
@@ -72,7 +72,7 @@ class OpenImage:
         No other large image is decoded before `use` returns.
         """
         with ExitStack() as room:
-            pixels = torch.from_numpy(self._pixels(room)).permute(2, 0, 1)
+            pixels = torch.from_numpy(self._pixels(room).transpose(2, 0, 1))
             return pixels if use is None else use(pixels)
 
     def _pixels(self, room: ExitStack) -> np.ndarray:
@@ -146,8 +146,7 @@ def kind_of(item: Any) -> str:
 
 def _read(path: str | os.PathLike, where: str) -> bytes:
     try:
-        with open_regular(path) as file:
-            data = file.read()
+        data = read_regular(path)
     except FileNotFoundError as error:
         here = "" if os.path.isabs(path) else f" in {os.getcwd()!r}"
         raise ValueError(f"{where}: there is no such file{here}; check the path.") from error
