@@ -28,8 +28,9 @@ import torch
 from _common import environment, median, say, table
 
 from sktransfer import FineTunedClassifier, get_model
+from sktransfer._engine.folding import fold_batch_norms
+from sktransfer._engine.openvino_program import OpenVinoProgram
 from sktransfer._engine.program_file import ProgramFile
-from sktransfer._engine.runtime import OpenVinoProgram, fold_batch_norms
 from sktransfer.models._blocks import TracedNetwork
 
 N_CELLS = 200

@@ -19,18 +19,15 @@ from processes import run_code
 from torch import nn
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
-from sktransfer._engine import runtime as runtimes
+from sktransfer._engine import openvino_program
 from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._engine.folding import fold_batch_norms
 from sktransfer._engine.frozen import Activations, FrozenBlocks
+from sktransfer._engine.openvino_program import OpenVinoProgram
 from sktransfer._engine.program import Output
 from sktransfer._engine.program_file import KeptProgram, ProgramFile
 from sktransfer._engine.runner import get_runner
-from sktransfer._engine.runtime import (
-    OpenVinoProgram,
-    fold_batch_norms,
-    has_bfloat16,
-    is_worth_compiling,
-)
+from sktransfer._engine.runtime import has_bfloat16, is_worth_compiling
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._memory.memory import check_memory
 from sktransfer._torch_state import network_lock
@@ -141,14 +138,14 @@ def test_compiling_leaves_the_seed_alone(photos):
 
 
 def test_nobody_waits_for_a_compilation(monkeypatch, photos):
-    compiling, go_on, convert = threading.Event(), threading.Event(), runtimes._convert
+    compiling, go_on, convert = threading.Event(), threading.Event(), openvino_program._convert
 
     def convert_late(*args):
         compiling.set()
         assert go_on.wait(60)
         return convert(*args)
 
-    monkeypatch.setattr(runtimes, "_convert", convert_late)
+    monkeypatch.setattr(openvino_program, "_convert", convert_late)
     with ThreadPoolExecutor(2) as threads:
         embedding = threads.submit(extractor(backbone=Wide()).transform, photos)
         try:

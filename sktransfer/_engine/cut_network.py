@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sktransfer._engine.device import first_line
-from sktransfer._engine.runtime import fold_batch_norms
+from sktransfer._engine.folding import fold_batch_norms
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.models import Backbone
 from sktransfer.models._blocks import TracedNetwork, TracingError

@@ -17,10 +17,10 @@ from torch import nn
 
 from sktransfer._engine.cut_network import layout_of, pool
 from sktransfer._engine.device import INT8
+from sktransfer._engine.openvino_program import OpenVinoProgram, converted, read_model, reason_of
 from sktransfer._engine.program import ACTIVATION, Output, Outputs
 from sktransfer._engine.program_file import ProgramFile
 from sktransfer._engine.quantising import Made, calibration_images, check_loss, quantise, refusal
-from sktransfer._engine.runtime import OpenVinoProgram, converted, read_model, reason_of
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer.transforms import Preprocessing
 

@@ -24,12 +24,9 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from tqdm.auto import tqdm
 
+from sktransfer._engine.openvino_program import converted, reason_of
 from sktransfer._engine.program import ACTIVATION, Output, Outputs
 from sktransfer._engine.program_file import KeptProgram, ProgramFile
-from sktransfer._engine.runtime import (
-    converted,
-    reason_of,
-)
 from sktransfer._memory.claims import open_claims
 from sktransfer._torch_state import float32_by_default
 from sktransfer.transforms import Preprocessing

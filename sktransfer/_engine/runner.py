@@ -27,6 +27,7 @@ from sktransfer._engine.device import (
     resolve_device,
     warn_of_copies,
 )
+from sktransfer._engine.openvino_program import OpenVinoProgram, reason_of
 from sktransfer._engine.program import (
     ACTIVATION,
     Output,
@@ -39,11 +40,9 @@ from sktransfer._engine.program_file import ProgramFile
 from sktransfer._engine.quantised import QuantisedNetwork, QuantisedNetworks
 from sktransfer._engine.quantising import versions
 from sktransfer._engine.runtime import (
-    OpenVinoProgram,
     check_can_quantise,
     forget_openvino,
     is_worth_compiling,
-    reason_of,
     resolve_runtime,
     waits_for_work,
     warn_fallback,
