@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sktransfer._estimators.fine_tuning import FineTunedClassifier
     from sktransfer._estimators.masked_language import MaskedLanguagePretrainer
     from sktransfer._estimators.model_file import load_model
-    from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+    from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, make_classifier
     from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
     from sktransfer.inspection import model_summary
     from sktransfer.io import load_image_folder
@@ -35,6 +35,7 @@ __all__ = [
     "load_coco",
     "load_image_folder",
     "load_model",
+    "make_classifier",
     "model_summary",
     "register_model",
     "set_config",
@@ -55,6 +56,7 @@ _HOMES = {
     "load_coco": "io._coco",
     "load_image_folder": "io",
     "load_model": "_estimators.model_file",
+    "make_classifier": "_estimators.pretrained",
     "model_summary": "inspection",
     "register_model": "models",
     "set_config": "_config",

@@ -9,8 +9,11 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pytest
+import skops.io
 from PIL import Image
+from sklearn.base import clone
 
+from sktransfer import load_model
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import main
 from sktransfer._cli import report as _report
@@ -151,12 +154,43 @@ def test_a_memory_is_used_again(tiles, tmp_path):
 def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_path, capsys):
     arguments = ["benchmark", str(many_classes), "--splits", "1", "--image-size", "64"]
     arguments += ["--backbone", "efficientnet_lite0", "--backbone", "efficientnet_lite1"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    best = tmp_path / "best.skops"
+    assert main([*arguments, "--output", str(tmp_path), "--save-best", str(best)]) == 0
     out, err = capsys.readouterr()
     assert "12 class a, 12 class b, 12 class c" in out
     assert "efficientnet_lite1" in out and "report.html" in out
     assert err == ""  # no progress bar in a pipe
     assert (tmp_path / "report.html").is_file()
+    with (tmp_path / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["backbone"] != "none"]
+    first = max(rows, key=lambda row: float(row["accuracy_mean"]))
+    name = f"the best: {first['classifier']} on {first['backbone']}, fitted on all 36 images"
+    assert name in out and f"sktransfer predict {best} FOLDER" in out
+    # The best as an estimator of images, which `predict` reads as any other file.
+    assert main(["predict", str(best), str(many_classes), "--csv"]) == 0
+    table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(table) == 36
+    right = [row["label"] == Path(row["path"]).parent.name for row in table]
+    assert np.mean(right) > 0.9
+    model = load_model(best)
+    assert model[0].memory is None and model[0].backbone == first["backbone"]
+
+
+@pytest.mark.parametrize("classifier", ["RBF SVM, all layers", "fine-tuned, unfreeze=0"])
+def test_the_best_is_tuned_as_in_the_comparison(tiles, tmp_path, classifier):
+    task = _benchmark.load_folder(str(tiles[0]))
+    task.names = {"china": "=china()", "flower": "flower"}
+    options = {"memory": str(tmp_path), "verbose": 0, "image_size": 64}
+    depths = [0] if "fine-tuned" in classifier else []
+    candidates, _ = _benchmark._candidates(task, ["efficientnet_lite0"], depths, 0, options)
+    (chosen,) = [one for one in candidates if one.name == classifier]
+    result = _benchmark._results(task, [chosen], bool(depths), 1, 0, 0)
+    best = _benchmark._fit_best(task, [chosen], result)
+    plain = clone(chosen.model).fit(chosen.X, task.targets[""])
+    wanted = [task.names[label] for label in plain.predict(chosen.X)]
+    assert best.model.predict(task.images).tolist() == wanted
+    skops.io.dump(best.model, tmp_path / "m.skops")
+    assert load_model(tmp_path / "m.skops").predict(task.images).tolist() == wanted
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -155,12 +155,12 @@ examples:
 def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add_parser(
         "predict",
-        help="label images with a model that `fit` wrote",
+        help="label images with a model that `fit` or `benchmark` wrote",
         description=(
-            "Label images with a model that `fit` wrote, or that skops wrote of an estimator "
-            "or pipeline of this library and scikit-learn. Columns: path, label and probability; "
-            "labels, as numbers of columns of y, if an image may have several; value of a "
-            "regressor."
+            "Label images with a model that `fit` or `benchmark` wrote, or that skops wrote of an "
+            "estimator or pipeline of this library and scikit-learn. Columns: path, label and "
+            "probability; labels, as numbers of columns of y, if an image may have several; value "
+            "of a regressor."
         ),
     )
     parser.add_argument("model", metavar="FILE.skops")
@@ -249,6 +249,7 @@ examples:
   sktransfer benchmark photos/                your own: photos/cat/1.jpg, photos/dog/7.jpg, ...
   sktransfer benchmark photos/ --backbone resnet50 --backbone timm/convnext_tiny.in12k_ft_in1k
   sktransfer benchmark photos/ --output report/ --memory cache/
+  sktransfer benchmark photos/ --save-best model.skops      fit the best on all images
   sktransfer benchmark photos/ --depth          how many blocks should be fine-tuned?
 """,
         formatter_class=_FORMATTER,
@@ -272,6 +273,11 @@ examples:
         help="these numbers, names of blocks or 'all', separated by commas (default 0,1,2,4,8)",
     )
     _add_output(parser, "DIR", "write results.csv and report.html with plots there")
+    add(
+        "--save-best",
+        metavar="FILE.skops",
+        help="fit the most accurate classifier on all images, and write it there for `predict`",
+    )
     add("--splits", type=int, default=5, metavar="N", help="number of random splits (default 5)")
     add("--seed", type=int, default=0, metavar="N", help="of the splits (default 0)")
     _add_running(parser)

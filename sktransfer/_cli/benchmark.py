@@ -7,67 +7,51 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC, LinearSVC
 from tqdm.auto import tqdm
 
-from sktransfer._escaping import escape
+from sktransfer._cli.tasks import Task, load_elpv, load_folder, read_elpv
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
-from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer._estimators.pretrained import GOOD_FEATURES, PretrainedFeatureExtractor
 from sktransfer._training.cut import find_cut
-from sktransfer.io import check_images, load_image_folder
+from sktransfer.io import check_images
 from sktransfer.model_selection._comparison import (
     PIXELS,
     embed,
     fit_and_score,
-    name_rare_classes,
     pixel_svm,
     thumbnails,
 )
 
+__all__ = [
+    "Best",
+    "Cost",
+    "METRICS",
+    "Report",
+    "Result",
+    "Task",
+    "best_of",
+    "classifiers",
+    "compare",
+    "load_elpv",
+    "load_folder",
+    "read_elpv",
+]
+
 _ON_ALL_LAYERS = ("logistic regression", "RBF SVM")  # the best two; others take long on wide rows
 METRICS = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
-
-
-@dataclass
-class Task:
-    """Images with labels, under one or several conventions of what the labels are.
-
-    Parameters
-    ----------
-    name : str
-    images : list of str
-        Paths.
-    targets : dict of str to ndarray of shape (n,)
-        The labels under each convention.
-    groups : ndarray of shape (n,) or None
-        Splits are stratified by label and, if given, by this as well.
-    published : list of dict
-        Figures of others: `convention`, `classifier`, and those of `METRICS` that they give.
-    note : str
-        Source and licence.
-    positive : str or None
-        Of two classes, the one that F1 and the ROC curve are about; None for the second.
-    """
-
-    name: str
-    images: list[str]
-    targets: dict[str, np.ndarray]
-    groups: np.ndarray | None = None
-    published: list[dict[str, Any]] = field(default_factory=list)
-    note: str = ""
-    positive: str | None = None
 
 
 @dataclass
@@ -108,73 +92,15 @@ class Report:
     results: list[Result]
     costs: list[Cost]
     n_splits: int
+    best: Best | None = None  # if it was asked for
 
 
-# ------------------------------------------------------------------------------ tasks
+@dataclass
+class Best:
+    """The most accurate classifier of a network, fitted on all images under one convention."""
 
-
-def read_elpv() -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the paths of the ELPV solar cells, their probabilities, and their module types.
-
-    2,624 electroluminescence photographs, 300 × 300 pixels. Deitsch et al., "Automatic
-    classification of defective photovoltaic module cells in electroluminescence images", Solar
-    Energy 185 (2019). Experts gave each cell a probability p of being defective: 0, 1/3, 2/3 or 1.
-    """
-    try:
-        import elpv_dataset
-    except ImportError as error:
-        raise ImportError(
-            "The ELPV solar cells come with an extra: pip install 'sktransfer[demo]'. "
-            "Or name a folder of your own with one subfolder of images a class."
-        ) from error
-    data = Path(elpv_dataset.__file__).parent / "data"
-    table = [line.split() for line in (data / "labels.csv").read_text().splitlines() if line]
-    paths, probability, kinds = zip(*table, strict=True)
-    return [str(data / path) for path in paths], np.array(probability, float), np.array(kinds)
-
-
-def load_elpv() -> Task:
-    """Make a task of the ELPV solar cells, by two conventions of which cells are defective."""
-    paths, probability, kinds = read_elpv()
-    return Task(
-        "ELPV solar cells",
-        paths,
-        {
-            f"defective: p > {threshold}": np.where(probability > threshold, "defective", "sound")
-            for threshold in (0.5, 0)
-        },
-        kinds,
-        [
-            {
-                "convention": "defective: p > 0.5",
-                "classifier": f"Deitsch et al. 2019, {classifier} (published)",
-                "accuracy": accuracy,
-                "roc_auc": auc,
-            }
-            for classifier, accuracy, auc in (
-                ("SVM on features", 0.824, 0.885),
-                ("fine-tuned VGG-19", 0.884, 0.944),
-            )
-        ],
-        "Images: elpv-dataset, CC BY-NC-SA 4.0. Splits 75/25, stratified by label and module "
-        "type. The published figures are of one split of the authors' own, and count p = 1/3 as "
-        "positive with weight 0.33.",
-        "defective",
-    )
-
-
-def load_folder(folder: str) -> Task:
-    """Make a task of a folder with one subfolder of images a class, names escaped to be shown."""
-    data = load_image_folder(folder)
-    names = data.target_names
-    labels = np.array([escape(name) for name in names])[data.target]
-    if len(names) < 2 or (rare := name_rare_classes(np.array(names)[data.target], 8)):
-        few = rare if len(names) > 1 else f"one class, {names[0]!r}"
-        raise ValueError(
-            f"{folder!r}: only {few}. A comparison needs at least two classes of 8 images each: "
-            "add images, or remove the folders of small classes."
-        )
-    return Task(escape(Path(folder).resolve().name), list(data.data), {"": labels})
+    result: Result
+    model: Any = field(repr=False)
 
 
 # ------------------------------------------------------------------------------ classifiers
@@ -206,6 +132,7 @@ def compare(
     memory: str | None = None,
     random_state: int = 0,
     verbose: int = 0,
+    fit_best: bool = False,
     **options: Any,
 ) -> Report:
     """Score every classifier on the embeddings of every backbone, or every freezing depth.
@@ -226,6 +153,9 @@ def compare(
         Of the splits.
     verbose : int, default=0
         1 shows progress bars.
+    fit_best : bool, default=False
+        Whether the most accurate classifier on a network, under the first convention, is fitted
+        once more on all images, as an estimator that takes images.
     **options
         Further parameters of :class:`sktransfer.PretrainedFeatureExtractor` and, with `depths`,
         of :class:`sktransfer.FineTunedClassifier`.
@@ -238,36 +168,51 @@ def compare(
         raise ValueError(f"The number of splits must be at least 1, got {n_splits}.")
     with tempfile.TemporaryDirectory() as folder:
         options |= {"memory": memory or folder, "verbose": verbose}
-        results, costs = _results(task, backbones, depths, n_splits, random_state, options)
-    return Report(task, results, costs, n_splits)
+        candidates, costs = _candidates(task, backbones, depths, random_state, options)
+        results = _results(task, candidates, bool(depths), n_splits, random_state, verbose)
+        best = _fit_best(task, candidates, results) if fit_best else None
+    return Report(task, results, costs, n_splits, best)
 
 
-def _results(
+def _candidates(
     task: Task,
     backbones: Sequence[str],
     depths: Sequence[Any],
-    n_splits: int,
     random_state: int,
     options: dict[str, Any],
-) -> tuple[list[Result], list[Cost]]:
+) -> tuple[list[_Candidate], list[Cost]]:
+    """Embed the images; return all that is to be compared, and what the embeddings cost."""
     for name in backbones if depths else ():
         runner, _ = PretrainedFeatureExtractor(name, **options).load_network()
         for depth in depths:
             find_cut(runner, depth)  # a wrong one is an error now, not after an hour
     costs, candidates = [], _baselines(task, with_pixels=not depths)
     for name in backbones:
-        rows, cost = _embed(PretrainedFeatureExtractor(name, **options), task.images)
+        representations, cost = _embed(PretrainedFeatureExtractor(name, **options), task.images)
         costs.append(cost)
         models = classifiers(len(task.images))
-        for layers, X in rows.items():
+        for layers, (X, extractor) in representations.items():
             asked = [k for k in models if k in _ON_ALL_LAYERS or not layers]
             asked = ["RBF SVM"] if depths else asked
-            candidates += [_Candidate(name, f"{k}{layers}", models[k], X) for k in asked]
+            candidates += [
+                _Candidate(name, f"{k}{layers}", models[k], X, extractor=extractor) for k in asked
+            ]
         candidates += _depths(name, task.images, depths, random_state, options)
-    conventions = list(task.targets)[:1] if depths else list(task.targets)
+    return candidates, costs
+
+
+def _results(
+    task: Task,
+    candidates: Sequence[_Candidate],
+    are_tuned: bool,
+    n_splits: int,
+    random_state: int,
+    verbose: int,
+) -> list[Result]:
+    conventions = list(task.targets)[:1] if are_tuned else list(task.targets)
     results = []
     total = len(conventions) * len(candidates) * n_splits
-    with tqdm(total=total, desc="fits", unit="fit", disable=not options["verbose"]) as progress:
+    with tqdm(total=total, desc="fits", unit="fit", disable=not verbose) as progress:
         for convention in conventions:
             y = task.targets[convention]
             strata = y if task.groups is None else np.char.add(np.char.add(y, "/"), task.groups)
@@ -278,17 +223,18 @@ def _results(
                 results.append(
                     Result(convention, one.backbone, one.name, **scored, depth=one.depth)
                 )
-    return results, costs
+    return results
 
 
 class _Candidate(NamedTuple):
-    """A classifier, and what it is fitted on."""
+    """A classifier, what it is fitted on, and what makes that of images, if it isn't images."""
 
     backbone: str
     name: str
     model: Any
     X: np.ndarray
     depth: Any = None
+    extractor: PretrainedFeatureExtractor | None = None
 
 
 def _baselines(task: Task, *, with_pixels: bool) -> list[_Candidate]:
@@ -323,31 +269,60 @@ def _depths(
 
 def _embed(
     extractor: PretrainedFeatureExtractor, images: list[str]
-) -> tuple[dict[str, np.ndarray], Cost]:
-    """Return the rows of the last layer and of all layers, by what their names end with.
+) -> tuple[dict[str, tuple[np.ndarray, PretrainedFeatureExtractor]], Cost]:
+    """Return rows of the last layer and of all layers, by what their names end with, and by whom.
 
     A network without blocks has the first only. The images are embedded twice: the second time
     shows what the memory is worth.
     """
-    asked: dict[str, dict[str, Any]] = {"": {}}
+    extractors = {"": clone(extractor).set_params(normalize=True, verbose=0)}
     if extractor.load_network()[0].block_names:
-        asked[", all layers"] = {"layer": "all", "pooling": ("avg", "max")}
-    *_, most = asked.values()
-    X, n_computed, seconds = embed(extractor.set_params(**most), check_images(images))
-    extractor.set_params(verbose=0, normalize=True)
-    start = time.perf_counter()
-    extractor.transform(images)
-    cost = Cost(
-        str(extractor.backbone),
-        len(images),
-        n_computed,
-        X.shape[1],
-        seconds,
-        time.perf_counter() - start,
+        extractors[", all layers"] = clone(extractor).set_params(**GOOD_FEATURES, verbose=0)
+    *_, most = extractors.values()
+    X, n_computed, seconds = embed(
+        clone(most).set_params(verbose=extractor.verbose), check_images(images)
     )
-    last = {"layer": "auto", "pooling": "avg"}
-    rows = {k: extractor.set_params(**(last | v)).transform(images) for k, v in asked.items()}
-    return rows, cost
+    start = time.perf_counter()
+    rows = most.transform(images)
+    second_seconds = time.perf_counter() - start
+    cost = Cost(
+        str(extractor.backbone), len(images), n_computed, X.shape[1], seconds, second_seconds
+    )
+    return {k: (rows if e is most else e.transform(images), e) for k, e in extractors.items()}, cost
+
+
+def best_of(results: Sequence[Result]) -> Result:
+    """Return the most accurate; the first of several."""
+    return max(results, key=lambda result: result.scores["accuracy"].mean())
+
+
+def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Result]) -> Best:
+    """Fit the best that takes images, on all of them, tuned as in the comparison."""
+    convention = results[0].convention
+    of_networks = [r for r in results if r.backbone != "none" and r.convention == convention]
+    best = best_of(of_networks)
+    chosen = next(c for c in candidates if (c.backbone, c.name) == (best.backbone, best.classifier))
+    y = np.array([task.names.get(label, label) for label in task.targets[convention]])
+    if chosen.extractor is None:
+        model = clone(chosen.model).fit(chosen.X, y)
+    else:
+        classifier = _tuned(chosen.model, chosen.X, y)
+        model = make_pipeline(clone(chosen.extractor), classifier).fit(task.images, y)
+    # Of this run, not of those that load the model.
+    steps = [model[0] if isinstance(model, Pipeline) else model]
+    steps[0].set_params(memory=None, verbose=0)
+    return Best(best, model)
+
+
+def _tuned(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> BaseEstimator:
+    """Return the classifier with the parameters that a search finds, not fitted.
+
+    A kernel that is a function becomes the name of the same, which a model file may hold.
+    """
+    parameters = clone(search).set_params(refit=False).fit(X, y).best_params_
+    if callable(kernel := parameters.get("kernel")):
+        parameters |= {"kernel": "rbf", "gamma": kernel.keywords["gamma"]}
+    return clone(search.estimator).set_params(**parameters)
 
 
 class _Scorer:

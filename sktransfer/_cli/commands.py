@@ -6,6 +6,7 @@ import argparse
 import datetime
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,8 +69,7 @@ def fit(options: argparse.Namespace) -> None:
         )
         report = classification_report(labels, predictions, zero_division=0.0)
         lines += ["", f"on {len(X_test)} images that were held out:", "", report]
-    size = os.path.getsize(options.output) / 1e3
-    print(*lines, f"written: {escape(options.output)} ({size:,.0f} KB)", sep="\n")
+    print(*lines, _written(options.output), sep="\n")
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -237,6 +237,8 @@ def benchmark(options: argparse.Namespace) -> None:
     """Compare classifiers on embeddings with pixels and the majority class."""
     if options.output:
         _report.prepare(options.output)
+    if options.save_best:
+        _check_output(options.save_best, (".skops",))
     task = _benchmark.load_folder(options.folder) if options.folder else _benchmark.load_elpv()
     depths = options.depths or ("0,1,2,4,8" if options.depth else "")
     common = _common(options)
@@ -246,6 +248,7 @@ def benchmark(options: argparse.Namespace) -> None:
         depths=[_depth(d) for d in depths.split(",") if d],
         n_splits=options.splits,
         random_state=options.seed,
+        fit_best=bool(options.save_best),
         **common,
     )
     paths = []
@@ -256,6 +259,27 @@ def benchmark(options: argparse.Namespace) -> None:
         print(_report.as_text(report))
     for path in paths:
         print(f"written: {escape(str(path))}")
+    if report.best:
+        print(_write_best(report.best, len(task.images), options.save_best))
+
+
+def _write_best(best: _benchmark.Best, n_images: int, path: str) -> str:
+    skops.io.dump(best.model, path)
+    result = best.result
+    of = f" of {result.convention!r}" if result.convention else ""
+    return (
+        f"the best{of}: {result.classifier} on {result.backbone}, fitted on all {n_images} images\n"
+        f"{_written(path)}"
+    )
+
+
+def _written(path: str) -> str:
+    """Return where a model is, and the line that uses it."""
+    size = os.path.getsize(path) / 1e6
+    return (
+        f"written: {escape(path)} ({size:,.1f} MB)\n"
+        f"to label images by it: sktransfer predict {shlex.quote(escape(path))} FOLDER"
+    )
 
 
 # ------------------------------------------------------------------------------ the memory

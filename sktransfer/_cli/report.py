@@ -17,7 +17,7 @@ import torch
 from sklearn.metrics import auc, roc_curve
 from tabulate import tabulate
 
-from sktransfer._cli.benchmark import METRICS, Report, Result
+from sktransfer._cli.benchmark import METRICS, Report, Result, best_of
 from sktransfer._escaping import csv_cell
 
 
@@ -158,10 +158,6 @@ def _of(report: Report, convention: str) -> list[Result]:
     return [result for result in report.results if result.convention == convention]
 
 
-def _best(results: Sequence[Result]) -> Result:
-    return max(results, key=lambda result: result.scores["accuracy"].mean())
-
-
 # ------------------------------------------------------------------------------ the page
 
 _STYLE = """
@@ -187,7 +183,7 @@ def _page(report: Report) -> str:
         plots = [
             ("Accuracy against cost", _plot_cost(report, results)),
             ("ROC curves", _plot_roc(results)),
-            ("Confusion matrix", _plot_confusion(_best(results), results)),
+            ("Confusion matrix", _plot_confusion(best_of(results), results)),
         ]
         if any(result.depth is not None for result in results):
             plots.insert(0, ("Accuracy and cost against the depth", _plot_depth(results)))
@@ -195,7 +191,7 @@ def _page(report: Report) -> str:
         heading = html.escape(convention or "Classifiers")
         sections.append(
             f"<h2>{heading}</h2><p>{html.escape(_shares(report, convention))}</p>"
-            f"{_table(_rows(report, convention), _best(results))}"
+            f"{_table(_rows(report, convention), best_of(results))}"
             f'<div class="plots">{images}</div>'
         )
     title = html.escape(f"{report.task.name}: {len(report.task.images)} images")
@@ -334,7 +330,7 @@ def _plot_roc(results: Sequence[Result]) -> str:
         ]
         title = f"ROC curves, all splits pooled: {_drawn(repr(positive))}"
     else:
-        best = _best(results)
+        best = best_of(results)
         scores, truth = np.concatenate(best.y_score), np.concatenate(best.y_true)
         curves = [
             ({"label": _drawn(str(c)), "color": f"C{i}"}, truth == c, scores[:, i])

@@ -1,0 +1,112 @@
+"""What a comparison is about: images with labels, of a folder or the ELPV solar cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sktransfer._escaping import escape
+from sktransfer.io import load_image_folder
+from sktransfer.model_selection._comparison import name_rare_classes
+
+
+@dataclass
+class Task:
+    """Images with labels, under one or several conventions of what the labels are.
+
+    Parameters
+    ----------
+    name : str
+    images : list of str
+        Paths.
+    targets : dict of str to ndarray of shape (n,)
+        The labels under each convention.
+    groups : ndarray of shape (n,) or None
+        Splits are stratified by label and, if given, by this as well.
+    published : list of dict
+        Figures of others: `convention`, `classifier`, and those of `METRICS` that they give.
+    note : str
+        Source and licence.
+    positive : str or None
+        Of two classes, the one that F1 and the ROC curve are about; None for the second.
+    names : dict of str to str
+        What the labels stand for, of those that are escaped.
+    """
+
+    name: str
+    images: list[str]
+    targets: dict[str, np.ndarray]
+    groups: np.ndarray | None = None
+    published: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
+    positive: str | None = None
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def read_elpv() -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return the paths of the ELPV solar cells, their probabilities, and their module types.
+
+    2,624 electroluminescence photographs, 300 × 300 pixels. Deitsch et al., "Automatic
+    classification of defective photovoltaic module cells in electroluminescence images", Solar
+    Energy 185 (2019). Experts gave each cell a probability p of being defective: 0, 1/3, 2/3 or 1.
+    """
+    try:
+        import elpv_dataset
+    except ImportError as error:
+        raise ImportError(
+            "The ELPV solar cells come with an extra: pip install 'sktransfer[demo]'. "
+            "Or name a folder of your own with one subfolder of images a class."
+        ) from error
+    data = Path(elpv_dataset.__file__).parent / "data"
+    table = [line.split() for line in (data / "labels.csv").read_text().splitlines() if line]
+    paths, probability, kinds = zip(*table, strict=True)
+    return [str(data / path) for path in paths], np.array(probability, float), np.array(kinds)
+
+
+def load_elpv() -> Task:
+    """Make a task of the ELPV solar cells, by two conventions of which cells are defective."""
+    paths, probability, kinds = read_elpv()
+    return Task(
+        "ELPV solar cells",
+        paths,
+        {
+            f"defective: p > {threshold}": np.where(probability > threshold, "defective", "sound")
+            for threshold in (0.5, 0)
+        },
+        kinds,
+        [
+            {
+                "convention": "defective: p > 0.5",
+                "classifier": f"Deitsch et al. 2019, {classifier} (published)",
+                "accuracy": accuracy,
+                "roc_auc": auc,
+            }
+            for classifier, accuracy, auc in (
+                ("SVM on features", 0.824, 0.885),
+                ("fine-tuned VGG-19", 0.884, 0.944),
+            )
+        ],
+        "Images: elpv-dataset, CC BY-NC-SA 4.0. Splits 75/25, stratified by label and module "
+        "type. The published figures are of one split of the authors' own, and count p = 1/3 as "
+        "positive with weight 0.33.",
+        "defective",
+    )
+
+
+def load_folder(folder: str) -> Task:
+    """Make a task of a folder with one subfolder of images a class, names escaped to be shown."""
+    data = load_image_folder(folder)
+    names = data.target_names
+    shown = {escape(name): name for name in names}
+    labels = np.array([*shown])[data.target]
+    if len(names) < 2 or (rare := name_rare_classes(np.array(names)[data.target], 8)):
+        few = rare if len(names) > 1 else f"one class, {names[0]!r}"
+        raise ValueError(
+            f"{folder!r}: only {few}. A comparison needs at least two classes of 8 images each: "
+            "add images, or remove the folders of small classes."
+        )
+    name = escape(Path(folder).resolve().name)
+    return Task(name, list(data.data), {"": labels}, names=shown)
