@@ -17,6 +17,7 @@ from sktransfer import load_model
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import main
 from sktransfer._cli import report as _report
+from sktransfer._cli.page import page
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,9 @@ def test_csv_and_page(report, tmp_path):
     for row, result in zip(rows, report.results, strict=True):
         assert float(row["roc_auc_mean"]) == pytest.approx(result.scores["roc_auc"].mean())
     text = page.read_text(encoding="utf-8")
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("<svg") == 3 and text.count("data:image/jpeg;base64,") >= 4
+    assert "is right about" in text and "95% interval" in text and text.count("±") >= 8
+    assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
     assert "http" not in text  # self-contained
 
 
@@ -135,8 +138,8 @@ def test_no_name_is_html(report):
         for i, r in enumerate(report.results)
     ]
     costs = [replace(cost, backbone=bad.format(6)) for cost in report.costs]
-    page = _report._page(replace(report, task=task, results=results, costs=costs))
-    assert "<script" not in page and page.count("&lt;script&gt;") > len(results)
+    text = page(replace(report, task=task, results=results, costs=costs))
+    assert "<script" not in text and text.count("&lt;script&gt;") > len(results)
 
 
 def test_a_memory_is_used_again(tiles, tmp_path):
@@ -231,7 +234,7 @@ def test_the_freezing_depth_on_the_command_line(tiles, tmp_path, capsys):
         rows = {row["unfreeze"]: row for row in csv.DictReader(file)}
     assert rows["0"]["n_trained"] == "2562" and float(rows["1"]["accuracy_mean"]) > 0.7
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Accuracy and cost against the depth" in page
+    assert "Accuracy and seconds against the depth" in page
 
 
 def test_too_few_images_of_a_class(tmp_path, tiles):

@@ -67,6 +67,7 @@ class Result:
     y_pred: list[np.ndarray] = field(repr=False)
     y_score: list[np.ndarray] = field(repr=False)  # (n,) for two classes, else (n, n_classes)
     classes: np.ndarray = field(repr=False)
+    tests: list[np.ndarray] = field(repr=False)  # numbers of the test images of each split
     positive: Any = None  # of two classes, the one that F1 and ROC are about
     depth: Any = None  # of a fine-tuned network, `unfreeze`
     n_trained: int | None = None  # its trained parameters
@@ -93,6 +94,23 @@ class Report:
     costs: list[Cost]
     n_splits: int
     best: Best | None = None  # if it was asked for
+
+    @property
+    def conventions(self) -> list[str]:
+        return list(dict.fromkeys(result.convention for result in self.results))
+
+    def of(self, convention: str) -> list[Result]:
+        """Return the results under a convention."""
+        return [result for result in self.results if result.convention == convention]
+
+    def published(self, convention: str) -> list[dict[str, Any]]:
+        """Return what others published under a convention."""
+        return [each for each in self.task.published if each["convention"] == convention]
+
+    def counts(self, convention: str) -> dict[str, int]:
+        """Return the images of each class."""
+        labels, counts = np.unique(self.task.targets[convention], return_counts=True)
+        return dict(zip(map(str, labels), counts.tolist(), strict=True))
 
 
 @dataclass
@@ -220,9 +238,8 @@ def _results(
             splits = list(splitter.split(strata, strata))
             for one in candidates:
                 scored = _score(one.model, one.X, y, splits, task.positive, progress)
-                results.append(
-                    Result(convention, one.backbone, one.name, **scored, depth=one.depth)
-                )
+                scored |= {"tests": [test for _, test in splits], "depth": one.depth}
+                results.append(Result(convention, one.backbone, one.name, **scored))
     return results
 
 
