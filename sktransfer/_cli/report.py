@@ -8,16 +8,18 @@ import html
 import importlib.util
 import io
 import platform
+import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import auc, roc_curve
-from tabulate import tabulate
 
 from sktransfer._cli.benchmark import METRICS, Report, Result, best_of
+from sktransfer._cli.tables import as_table
 from sktransfer._escaping import csv_cell
 
 
@@ -38,10 +40,52 @@ def as_text(report: Report) -> str:
             parts.append(f"\n{convention}  ({_shares(report, convention)})")
         else:
             parts.append(f"({_shares(report, convention)})")
-        parts.append(tabulate(_rows(report, convention), headers="keys", disable_numparse=True))
-    parts += ["", tabulate(_cost_rows(report), headers="keys", disable_numparse=True)]
-    parts += ["", f"Mean ± standard deviation over the splits. {report.task.note}".rstrip()]
-    return "\n".join(parts)
+        parts.append(as_table(_columns(_short_rows(report, convention))))
+    parts += ["", as_table(_columns(_cost_rows(report)))]
+    words = "Means over the splits, ± one standard deviation; F1"
+    words += _positive_in_words(report.results[0]) + "; fit: tuning included."
+    return "\n".join([*parts, "", *textwrap.wrap(f"{words} {report.task.note}", 80)])
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """Return all that a program may want to know."""
+    return {
+        "task": report.task.name,
+        "n_images": len(report.task.images),
+        "n_splits": report.n_splits,
+        "results": list(_csv_rows(report)),
+        "embeddings": [asdict(cost) for cost in report.costs],
+    }
+
+
+def _columns(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _short_rows(report: Report, convention: str) -> list[dict[str, str]]:
+    """Return rows of which 80 columns hold all: one deviation, and a line for each network."""
+    results, rows = _of(report, convention), []
+    titles = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "f1": "F1"}
+    titles["roc_auc"] = "ROC AUC"
+    network = "none"
+    for result in results:
+        if result.backbone != network:
+            network = result.backbone
+            rows.append({"classifier": f"{network}:"})
+        row = {"classifier": result.classifier}
+        row |= {title: f"{result.scores[m].mean():.3f}" for m, title in titles.items()}
+        row["accuracy"] += f" ± {result.scores['accuracy'].std():.3f}"
+        if any(other.depth is not None for other in report.results):
+            row["trained"] = "" if result.n_trained is None else f"{result.n_trained:,}"
+        rows.append(row | {"fit, s": f"{result.fit_seconds.mean():.1f}"})
+    for figure in _published(report, results):
+        row = {t: f"{figure[m]:.3f}" for m, t in titles.items() if m in figure}
+        rows.append({"classifier": figure["classifier"], **row})
+    return [dict.fromkeys(rows[0], "") | row for row in rows]
+
+
+def _positive_in_words(result: Result) -> str:
+    return ": their mean" if result.positive is None else f" of {result.positive!r}"
 
 
 def write(report: Report, folder: str) -> list[Path]:
@@ -305,7 +349,7 @@ def _plot_depth(results: Sequence[Result]) -> str:
             label = f"{result.classifier} on embeddings"
             upper.axhline(result.scores["accuracy"].mean(), color="grey", ls=":", label=label)
     upper.set(ylabel="accuracy", title="Accuracy and cost against the depth")
-    lower.set(yscale="log", ylabel="seconds of a fit", xlabel="unfrozen blocks (unfreeze)")
+    lower.set(yscale="log", ylabel="seconds of a fit", xlabel="unfrozen blocks (depth)")
     lower.set_xticks(range(len(names)), [_drawn(name) for name in names])
     upper.legend(fontsize="x-small")
     for axes in (upper, lower):
