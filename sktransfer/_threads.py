@@ -1,4 +1,4 @@
-"""Threads that read and decode images: how many, their cores, and their locks after a fork."""
+"""Threads that decode images and that solve: how many, their cores, their locks after a fork."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import joblib
@@ -102,3 +103,40 @@ class WithoutWarnings:
             self._n_inside -= 1
             if not self._n_inside:
                 self._restoring.__exit__(None, None, None)
+
+
+_SMALL = 8_000_000  # values of rows; measured by benchmarks/busy_machine.py
+_blas_lock = renewed_in_forks(threading.Lock())
+_blas_limits: list[Any] = []  # one for each solve that is under way; the first one counts
+
+
+@contextmanager
+def small_solve(n_values: int) -> Iterator[None]:
+    """Let a solve on rows of so many values take one core, if they are few.
+
+    Several threads gain little there. Where other programs run, they cost many times the work, as
+    those that are ready wait for the one that has to wait for a core.
+
+    Parameters
+    ----------
+    n_values : int
+        Rows times features.
+    """
+    if n_values > _SMALL:
+        yield
+        return
+    pools = ThreadpoolController()  # of the libraries that are loaded by now
+    # OpenMP has a limit for each thread, BLAS one for the process, which the last to leave takes
+    # away: whoever came second would else restore the limit of the first.
+    with pools.limit(limits=1, user_api="openmp"):
+        with _blas_lock:
+            if not _blas_limits:
+                _blas_limits.append(pools.limit(limits=1, user_api="blas"))
+            _blas_limits.append(None)
+        try:
+            yield
+        finally:
+            with _blas_lock:
+                _blas_limits.pop()
+                if len(_blas_limits) == 1:
+                    _blas_limits.pop().restore_original_limits()

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,9 @@ from sktransfer import (
     PretrainedFeatureExtractor,
     load_model,
 )
-from sktransfer._cli import main
+from sktransfer._cli import main, tables
+from sktransfer._cli.tables import print_columns
+from sktransfer._cli.words import in_options
 from sktransfer._escaping import csv_cell, map_text
 from sktransfer.io import list_images
 from sktransfer.models import Backbone, register_model
@@ -69,7 +73,8 @@ def test_fit_says_what_it_made(model):
     path, out = model
     assert "trained on 32 images of 2 classes: the head alone, 2,562 parameters" in out
     assert "on 8 images that were held out" in out and "macro avg" in out
-    assert f"written: {path}" in out
+    assert re.search(r"1 china +\d", out) and max(map(len, out.splitlines())) <= 80 + len(str(path))
+    assert f"written: {path}" in out and f"sktransfer predict {path} FOLDER" in out
     loaded = load_model(path)
     assert loaded.memory is None and loaded.unfreeze == 0 and loaded.image_size == 64
 
@@ -169,7 +174,7 @@ def test_fit_searches_for_the_depth(tiles, tmp_path, capsys):
     path, memory = tmp_path / "model.skops", tmp_path / "memory"
     arguments = ["--depth", "auto", "--max-epochs", 1, "--memory", memory, "--test-size", 0]
     out = run(capsys, "fit", root, "-o", path, "--image-size", 32, *arguments)
-    assert "accuracy in the search" in out and "unfreeze='auto' took " in out
+    assert "accuracy in the search" in out and "--depth auto took " in out
     assert "held out" not in out and "trained on 40 images" in out
     assert len(rows_of(run(capsys, "predict", path, files[0], "--csv"))) == 1
 
@@ -229,6 +234,78 @@ def test_cache(tiles, tmp_path, capsys):
     assert "now: 0 results" in run(capsys, "cache", "reduce", memory, "--bytes", "1K")
     run(capsys, "embed", root, "-o", output, "--memory", memory, *SMALL)
     assert "now: 0 results" in run(capsys, "cache", "clear", memory)
+
+
+def test_json_is_one_document_with_names_as_they_are(model, odd, tmp_path, capsys):
+    root, files, odd_model, _ = odd
+    found = json.loads(run(capsys, "predict", odd_model, root, "--json"))["images"]
+    assert [row["path"] for row in found] == files
+    assert {row["label"] for row in found} <= {"=cmd()", "\x1b[2J\udcfe"}
+    assert all(0.5 <= row["probability"] <= 1 for row in found)
+    found = json.loads(run(capsys, "classify", files[0], "-k", 2, "--json", *SMALL))["labels"]
+    assert [row["rank"] for row in found] == [1, 2] and found[0]["path"] == files[0]
+    memory, output = tmp_path / "memory", tmp_path / "rows.csv"
+    found = run(capsys, "embed", root, "-o", output, "--memory", memory, "--json", *SMALL)
+    assert json.loads(found) == {"written": str(output), "n_images": 16, "n_features": 1280}
+    found = json.loads(run(capsys, "cache", "reduce", memory, "--items", 3, "--json"))
+    assert (found["n_results"], found["now"]["n_results"]) == (16, 3)
+    names = ["--backbone", "efficientnet_lite0"]
+    found = json.loads(run(capsys, "rank", root, *names, "--cv", 2, "--json", *SMALL))["ranking"]
+    assert found[0]["backbone"] == "efficientnet_lite0" and found[0]["imagenet_accuracy"] is None
+
+
+def test_json_of_fit_and_benchmark(tiles, tmp_path, capsys):
+    root, _, _ = tiles
+    path, best = tmp_path / "m.skops", tmp_path / "best.skops"
+    small = ["--image-size", 32]
+    found = json.loads(run(capsys, "fit", root, "-o", path, "--json", "--test-size", 0.5, *small))
+    held_out = found["held_out"]
+    wrong = np.sum(held_out["confusion"]) - np.trace(held_out["confusion"])
+    assert len(held_out["mistakes"]) == wrong == round(20 * (1 - held_out["accuracy"]))
+    assert all(row["label"] != row["predicted"] for row in held_out["mistakes"])
+    assert found["written"] == {"path": str(path), "n_bytes": path.stat().st_size}
+    arguments = ["benchmark", root, "--depths", 0, "--splits", 1, "--save-best", best, "--json"]
+    assert main([*map(str, arguments), *map(str, small)]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [row["classifier"] for row in found["results"]][-1] == "fine-tuned, depth 0"
+    assert found["best"]["path"] == str(best) and err.startswith("comparing 1 depth of fine-tuning")
+
+
+def test_tables_fit_80_columns(capsys):
+    columns = {"path": ["a/" + "b" * 90 + "/c.jpg"], "label": ["two words " * 6], "n": [1]}
+    print_columns(columns, False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == 80 and len(lines) > 3
+    assert lines[2].startswith("a/bbb") and "/c.jpg  two words" in lines[2]
+    classes = [f"class {i}" for i in range(30)]
+    counts = np.diag(np.full(30, 9))
+    counts[3, 5] = 2
+    text = tables._confusion(classes, counts)
+    assert text.splitlines()[-1].split() == ["class", "3", "class", "5", "2"]
+
+
+def test_the_mistakes_of_fit_are_named():
+    y = np.array(["a", "b", "b", "a"])
+    p = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.4, 0.6]])
+    files = ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    found = tables.held_out(files, y, np.array([*"aabb"]), p)
+    assert [row["path"] for row in found["mistakes"]] == ["2.jpg", "4.jpg"]  # the surest first
+    assert found["accuracy"] == 0.5 and found["confusion"] == [[1, 1], [1, 1]]
+    assert "50.0% right" in tables.held_out_text(found)
+
+
+def test_messages_name_the_options_of_the_command():
+    options = Namespace(command="fit", depth="x", image_size=None, test_size=0.2, memory=None)
+    for message, expected in {
+        "unfreeze='bloks', but": "--depth bloks, but",
+        "pass unfreeze=0 or 'all'.": "pass --depth 0 or 'all'.",
+        "Set `image_size` higher": "Set --image-size higher",
+        "load_image_folder('a/b') has it": "`sktransfer fit 'a/b'` has it",
+        "a file a_unfreeze=1, layer=2": "a file a_unfreeze=1, layer=2",
+        "Remove the folder, or set `categories`.": "Remove the folder.",
+    }.items():
+        assert in_options(message, options) == expected
 
 
 def test_the_commands_of_the_guide(tiles, tmp_path, monkeypatch, capsys):
@@ -405,7 +482,7 @@ def place(tiles, model, tmp_path_factory):
         ("fit {1} -o {0}/m.pickle", "must end in .skops"),
         ("fit {1} -o nowhere/m.skops", "no folder 'nowhere'"),
         ("fit {1} -o {0}/m.skops --backbone resnet5", "Did you mean 'resnet50'"),
-        ("fit {1} -o {0}/m.skops --depth 99 --image-size 64", "18 blocks"),
+        ("fit {1} -o {0}/m.skops --depth 99 --image-size 64", "--depth 99, but"),
         ("fit {1} -o {0}/m.skops --test-size 2", "pass 0 for none, or a number below 1"),
         ("fit {0}/rare -o {0}/m.skops", "'class1' has 1 image, but --test-size 0.2 needs 2"),
         ("fit {0}/few -o {0}/m.skops", "trains on 8 images and holds out 2, but"),
@@ -422,12 +499,13 @@ def place(tiles, model, tmp_path_factory):
         ("embed {0}/damaged -o {0}/e.csv --image-size 64", "row 0"),
         ("embed {1} -o {0}/e.csv --layer nolayer --image-size 64", "nolayer"),
         ("rank {0}/single", "has one class only"),
-        ("rank {0}/tiny --cv 3", "'class1' has 2 images. To go on, pass cv=2 (--cv on"),
+        ("rank {0}/tiny --cv 3", "'class1' has 2 images. To go on, pass --cv 2, or"),
         ("rank {0}/tiny --cv 2", "2 images of at least two classes, but 'class0' has 2 images"),
         ("benchmark {0}/few", "'class4' has 2 images. A comparison needs"),
         ("predict {0}/model.skops data:{2}", "AAA', 6,005 characters"),
         ("rank {1} --backbone lite0", "lite0"),
-        ("rank {1} --backbone efficientnet_lite0 --cv 1", "range [2, inf)"),
+        ("rank {1} --backbone efficientnet_lite0 --cv 1", "--cv must be at least 2, got 1"),
+        ("rank {1} --memory {0}/photo.jpg", "photo.jpg' is a file; name a folder"),
         ("classify {0}/nowhere.jpg", "nowhere.jpg"),
         ("classify {0}/photo.jpg -k 5000", "from 1 to 1000"),
         ("classify {0}/photo.jpg --weights nope.pth", "no such file"),
@@ -441,7 +519,8 @@ def test_bad_input_ends_with_one_line_and_code_2(tiles, place, capsys, arguments
     out, err = capsys.readouterr()
     errors = [line for line in err.splitlines() if not line.startswith("sktransfer: warning")]
     assert len(errors) == 1 and errors[0].startswith("sktransfer: error: ")
-    assert message in errors[0] and "Traceback" not in err and out == "" and len(err) < 3000
+    assert message in errors[0] and "Traceback" not in err and len(err) < 3000
+    assert out == "" or (arguments.startswith("benchmark") and out.count("\n") == 1)
 
 
 def test_an_argument_is_quoted_without_escape_sequences(capsys):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from networks import Pausing, small
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from sktransfer import (
     ContrastivePretrainer,
@@ -20,8 +22,10 @@ from sktransfer import (
 )
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.text_model import load_text_model
-from sktransfer._threads import WithoutWarnings
+from sktransfer._threads import WithoutWarnings, small_solve
 from sktransfer._torch_state import network_lock
+from sktransfer._training import heads
+from sktransfer.model_selection import _ranking, rank_backbones
 
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)
 Y = np.arange(8) % 2
@@ -267,3 +271,58 @@ def test_warnings_hidden_by_two_threads_at_once_are_shown_again():
     assert warnings.filters == before
     with pytest.warns(RuntimeWarning, match="shown"):
         warnings.warn("shown", RuntimeWarning, stacklevel=1)
+
+
+# ------------------------------------------------------------------------------ small solves
+
+
+def threads_of(kind):
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == kind}
+
+
+def test_small_solves_take_one_core_and_leave_the_threads_as_they_were():
+    with threadpool_limits(2):  # the tests run with one
+        before = threads_of("blas"), threads_of("openmp")
+        with small_solve(1000):
+            assert threads_of("blas") == threads_of("openmp") == {1}
+            with small_solve(1000):  # it may be met again
+                assert threads_of("blas") == {1}
+            assert threads_of("blas") == {1}
+        assert (threads_of("blas"), threads_of("openmp")) == before == ({2}, {2})
+        with small_solve(10**9):
+            assert threads_of("blas") == {2}
+
+
+def test_a_small_solve_that_ends_later_than_another_leaves_no_limit():
+    inside, go_on = threading.Event(), threading.Event()
+
+    def solve():
+        with small_solve(1000):
+            inside.set()
+            assert go_on.wait(60)
+
+    with threadpool_limits(2, user_api="blas"), ThreadPoolExecutor(1) as threads:
+        with small_solve(1000):
+            running = threads.submit(solve)
+            assert inside.wait(60)
+        assert threads_of("blas") == {1}  # the other one is not done yet
+        go_on.set()
+        running.result(60)
+        assert threads_of("blas") == {2}
+
+
+def test_ranking_and_heads_solve_on_one_core(monkeypatch):
+    seen = []
+
+    class Watching(LogisticRegression):
+        def fit(self, *args, **kwargs):
+            seen.append(threads_of("blas"))
+            return super().fit(*args, **kwargs)
+
+    monkeypatch.setattr(heads, "LogisticRegression", Watching)
+    monkeypatch.setattr(_ranking, "LogisticRegression", Watching)
+    with threadpool_limits(2, user_api="blas"):
+        FineTunedClassifier(NETWORK, unfreeze=0, image_size=32).fit(X, Y)
+        n_of_heads = len(seen)
+        rank_backbones(X, Y, [NETWORK], scoring="logistic", cv=2, image_size=32, random_state=0)
+    assert 0 < n_of_heads < len(seen) and all(threads == {1} for threads in seen)

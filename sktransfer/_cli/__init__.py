@@ -13,6 +13,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
+from sktransfer._cli.checks import announcement, check
+from sktransfer._cli.words import in_options
 from sktransfer._config import config_context
 from sktransfer._escaping import printable
 
@@ -37,21 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():  # who calls `main` from Python gets their own way back
-        warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        warnings.showwarning = partial(_show_warning, warnings.showwarning, options)
         return _run_command(options)
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    settings = {name: getattr(options, name, None) for name in ("damaged", "max_pixels")}
+    names = "damaged", "max_pixels", "background"
+    settings = {name: getattr(options, name, None) for name in names}
     try:
-        # Imported here: `--help` should not wait for torch.
+        check(options)
+        if options.command == "benchmark":
+            print(announcement(options), file=sys.stderr if options.json else None, flush=True)
+        # Imported here: `--help`, and an error, should not wait for torch.
         with config_context(**settings):
             getattr(import_module("sktransfer._cli.commands"), options.command)(options)
         print(end="", flush=True)  # a full disk is an error of the command as well
     except BrokenPipeError:
         raise
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        print(f"sktransfer: error: {_one_line(error)}", file=sys.stderr)
+        print(f"sktransfer: error: {_one_line(error, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         kept = getattr(options, "memory", None)
@@ -62,17 +68,21 @@ def _run_command(options: argparse.Namespace) -> int:
 
 
 def _show_warning(
-    show: Callable[..., None], message: Any, category: type[Warning], *where: Any
+    show: Callable[..., None],
+    options: argparse.Namespace,
+    message: Any,
+    category: type[Warning],
+    *where: Any,
 ) -> None:
     """Show a warning to users in one line; `show` has all others, as Python shows them."""
     if issubclass(category, UserWarning):
-        print(f"sktransfer: warning: {_one_line(message)}", file=sys.stderr)
+        print(f"sktransfer: warning: {_one_line(message, options)}", file=sys.stderr)
     else:
         show(message, category, *where)
 
 
-def _one_line(message: Any) -> str:
-    lines = (line.strip() for line in str(message).split("\n"))
+def _one_line(message: Any, options: argparse.Namespace) -> str:
+    lines = (line.strip() for line in in_options(str(message), options).split("\n"))
     text = printable(" ".join(line for line in lines if line))
     return re.sub(r"(\S{100})\S{300,}(\S{100})", r"\1...\2", text)  # a data URI given as a path
 
@@ -113,6 +123,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_json(parser: Any) -> None:
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON document instead, for programs; all else goes to the standard error",
+    )
+
+
+def _add_csv_or_json(parser: argparse.ArgumentParser) -> None:
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--csv", action="store_true", help="print CSV, text in it never a formula")
+    _add_json(formats)
+
+
 def _fit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add_parser(
         "fit",
@@ -150,6 +174,7 @@ examples:
     )
     add("--seed", type=int, default=0, metavar="N", help="of the split and of training (default 0)")
     _add_running(parser, precisions=("auto", "float32", "bfloat16", "int8"))
+    _add_json(parser)
 
 
 def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -165,7 +190,7 @@ def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("model", metavar="FILE.skops")
     _add_files(parser)
-    parser.add_argument("--csv", action="store_true", help="print CSV, text in it never a formula")
+    _add_csv_or_json(parser)
     _add_reading(parser)
 
 
@@ -192,6 +217,7 @@ def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--pooling", default="avg", help="avg, max, token, flatten; several: avg,max (default avg)"
     )
+    _add_json(parser)
     _add_running(parser)
 
 
@@ -218,6 +244,7 @@ def _rank(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--cv", type=int, default=5, metavar="N", help="folds (default 5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")
     _add_output(parser, "FILE.csv", "write the whole table there as well")
+    _add_json(parser)
     _add_running(parser)
 
 
@@ -230,7 +257,7 @@ def _classify(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     _add_files(parser)
     _add_network(parser)
     parser.add_argument("-k", type=int, default=5, help="labels an image (default 5)")
-    parser.add_argument("--csv", action="store_true", help="print CSV")
+    _add_csv_or_json(parser)
     _add_running(parser)
 
 
@@ -280,6 +307,7 @@ examples:
     )
     add("--splits", type=int, default=5, metavar="N", help="number of random splits (default 5)")
     add("--seed", type=int, default=0, metavar="N", help="of the splits (default 0)")
+    _add_json(parser)
     _add_running(parser)
 
 
@@ -297,6 +325,7 @@ def _cache(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("folder", metavar="DIR")
+        _add_json(action)
     add = action.add_argument
     add("--bytes", metavar="SIZE", help="keep at most so many, as in 500M or 10G")
     add("--items", type=int, metavar="N", help="keep at most so many results")
@@ -366,7 +395,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add which image files are refused."""
+    """Add how image files are read, and which are refused."""
     add = parser.add_argument
     add(
         "--damaged",
@@ -378,4 +407,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="refuse images of more pixels (default: twice PIL.Image.MAX_IMAGE_PIXELS)",
+    )
+    add(
+        "--background",
+        metavar="COLOUR",
+        help="on which transparent images lie, as black or #808080; the same for fit and predict "
+        "(default white)",
     )

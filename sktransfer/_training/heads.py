@@ -14,7 +14,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 from torch.nn import functional as F
 
-from sktransfer._threads import WithoutWarnings
+from sktransfer._threads import WithoutWarnings, small_solve
 from sktransfer.models._modules import copy_of
 
 # Inverse regularisation of the logistic head, on embeddings of mean variance 1: alone, and as the
@@ -156,8 +156,9 @@ def solve_head(
     layer = head[-1]
     assert isinstance(layer, nn.Linear)
     learnt = Learnt(rows, targets, weights, kind, layer.out_features)
-    chosen = _START[kind] if is_start else _choose_strength(learnt, n_views, seed)
-    coef, intercept = _fit(learnt, chosen)
+    with small_solve(rows.size):
+        chosen = _START[kind] if is_start else _choose_strength(learnt, n_views, seed)
+        coef, intercept = _fit(learnt, chosen)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(coef / scale))
         layer.bias.copy_(torch.from_numpy(intercept - (coef / scale) @ mean))

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Number
 from typing import Any
@@ -22,9 +22,16 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from sktransfer._config import get_config
 from sktransfer._threads import renewed_in_forks
 from sktransfer.io._bit_depth import UnusableImage
-from sktransfer.io._codecs import Decoded, decode, decode_pillow, why_unknown
+from sktransfer.io._codecs import (
+    Decoded,
+    decode,
+    decode_pillow,
+    is_sound_jpeg,
+    why_unknown,
+)
 from sktransfer.io._files import read_regular, room_for
 from sktransfer.io._messages import speaking_of
+from sktransfer.io._transparency import Colour, may_be_transparent
 
 _LONGEST_NAME = 500  # characters in an error
 ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
@@ -54,12 +61,18 @@ class OpenImage:
     where: str
     doubt: str = ""  # why its brightness may be wrong
     damage: str = ""  # what is wrong with the file of a PIL image
+    # Read once, as another thread may change it: pixels are never kept under another one's digest.
+    background: Colour = field(default_factory=lambda: get_config()["background"])
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that stand for the content."""
+        """16 bytes that stand for the content and, if that may show, for the background."""
         if isinstance(self.content, bytes):
-            return xxhash.xxh3_128_digest(self.content)
+            if not may_be_transparent(self.content):
+                return xxhash.xxh3_128_digest(self.content)
+            digest = xxhash.xxh3_128(f"file on {self.background}".encode())
+            digest.update(self.content)
+            return digest.digest()
         # The prefix keeps pixels apart from files, and 2×8 pixels apart from 4×4.
         digest = xxhash.xxh3_128(f"uint8 RGB pixels {self.content.shape}".encode())
         digest.update(np.ascontiguousarray(self.content).data)
@@ -75,29 +88,49 @@ class OpenImage:
             pixels = torch.from_numpy(self._pixels(room).transpose(2, 0, 1))
             return pixels if use is None else use(pixels)
 
+    def check(self) -> None:
+        """Raise the `ValueError` that `decode` would, without its warnings."""
+        if isinstance(self.content, bytes) and _guarded(is_sound_jpeg, self.content, self.where):
+            return
+        with ExitStack() as room:
+            decoded = self._decoded(room)
+            _refuse_damage(decoded, self.where)
+            _from_array(decoded.pixels, self.where)
+
     def _pixels(self, room: ExitStack) -> np.ndarray:
+        decoded = self._decoded(room)
+        _refuse_damage(decoded, self.where)
+        _warn(decoded, self.where)
         if not isinstance(self.content, bytes):
-            _tell(Decoded(self.content, self.damage, self.doubt), self.where)
-            room.enter_context(room_for(self.content.shape[0] * self.content.shape[1]))
             return self.content.copy("C")  # it may be the user's own array
-
-        def decode_in_turn(data: bytes) -> Decoded:
-            return decode(data, lambda pixels: room.enter_context(room_for(pixels)))
-
-        decoded = _guarded(decode_in_turn, self.content, self.where)
-        _tell(decoded, self.where)
         return _from_array(decoded.pixels, self.where)
 
+    def _decoded(self, room: ExitStack) -> Decoded:
+        if not isinstance(self.content, bytes):
+            room.enter_context(room_for(self.content.shape[0] * self.content.shape[1]))
+            return Decoded(self.content, self.damage, self.doubt)
 
-def _tell(decoded: Decoded, where: str) -> None:
-    """Warn of what is wrong with an image, or raise an error where the settings say so."""
+        def decode_in_turn(data: bytes) -> Decoded:
+            return decode(data, self.background, lambda n: room.enter_context(room_for(n)))
+
+        return _guarded(decode_in_turn, self.content, self.where)
+
+
+def _refuse_damage(decoded: Decoded, where: str) -> None:
+    """Raise an error of a damaged image where the settings say so."""
+    if decoded.damage and get_config()["damaged"] == "error":
+        raise ValueError(
+            f"{where}: the image is damaged ({decoded.damage}); replace it, or drop the row."
+        )
+
+
+def _warn(decoded: Decoded, where: str) -> None:
+    """Warn of what is wrong with an image."""
     if decoded.damage:
-        damaged = f"{where}: the image is damaged ({decoded.damage})"
-        if get_config()["damaged"] == "error":
-            raise ValueError(f"{damaged}; replace it, or drop the row.")
         warnings.warn(
-            f"{damaged}; what could be decoded of it is used. Replace it, or drop the row; "
-            "sktransfer.set_config(damaged='error') refuses such images.",
+            f"{where}: the image is damaged ({decoded.damage}); what could be decoded of it is "
+            "used. Replace it, or drop the row; sktransfer.set_config(damaged='error') refuses "
+            "such images.",
             DamagedImageWarning,
             stacklevel=2,
         )
@@ -212,7 +245,7 @@ def _from_users_pillow(image: Image.Image) -> Decoded:
     lock = _pillow_locks[id(image) // 64 % len(_pillow_locks)]
     # In this order: who holds the lock never waits for room, so that it is soon free again.
     with room_for(image.width * image.height), lock:
-        return decode_pillow(image)
+        return decode_pillow(image, get_config()["background"])
 
 
 def as_numpy(X: Any) -> Any:

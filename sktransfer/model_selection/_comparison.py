@@ -103,7 +103,7 @@ def _check_folds(cv: int, y: np.ndarray) -> None:
     rare = name_rare_classes(y, cv)
     counts = np.unique(y, return_counts=True)[1]
     possible = counts.min() if counts.min() > 1 or counts.max() >= cv else counts.max()
-    fewer = f"pass cv={possible} (--cv on the command line), or " if possible > 1 else ""
+    fewer = f"pass cv={possible}, or " if possible > 1 else ""
     remedy = f"{fewer}add images"
     if counts.max() < cv:
         raise ValueError(f"No class has images for cv={cv} folds: {rare}. To go on, {remedy}.")

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from sktransfer._estimators.base import StrOptions, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._optional import load_optional
+from sktransfer._threads import small_solve
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.metrics import h_score, leep_score, log_me_score
 from sktransfer.model_selection._comparison import (
@@ -273,7 +274,7 @@ class _Folds:
             raise ValueError(
                 "The scores 'knn' and 'logistic' train on parts of the images, and each part needs "
                 f"2 images of at least two classes, but {name_rare_classes(self.y, 5)}. Add "
-                "images, or pass another cv (--cv on the command line)."
+                "images, or pass another cv."
             )
 
 
@@ -400,6 +401,11 @@ def _side_by_side(a: _Ranked, b: _Ranked, folds: _Folds, scores: Sequence[str]) 
 
 def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:
     """Return a score and, of a cross-validated one, its standard deviation over the folds."""
+    with small_solve(X.size):
+        return _solved_score(name, X, logits, folds)
+
+
+def _solved_score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:
     if name in ("logme", "h_score"):
         return {name: (log_me_score if name == "logme" else h_score)(X, folds.y)}
     if name == "leep":

@@ -1,0 +1,125 @@
+"""What can be refused before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sktransfer._escaping import printable
+
+_EPOCHS = 10  # of a fine-tuned network
+_LONGEST = 1000  # characters; a longer one is no path, but an image given as text
+_SUFFIXES = {"fit": (".skops",), "embed": (".parquet", ".csv"), "rank": (".csv",)}
+_SMALLEST = {
+    "splits": 1,
+    "cv": 2,
+    "k": 1,
+    "max_epochs": 0,
+    "image_size": 1,
+    "max_pixels": 1,
+    "seed": 0,
+}
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse wrong numbers, and files and folders that are missing or can't be written."""
+    for name, smallest in _SMALLEST.items():
+        value = getattr(options, name, None)
+        if value is not None and value < smallest:
+            flag = "-k" if name == "k" else option(name)
+            raise ValueError(f"{flag} must be at least {smallest}, got {value}.")
+    share = getattr(options, "test_size", None)
+    if share is not None and not 0 <= share < 1:
+        raise ValueError(
+            f"--test-size {share:g} is not a share of the images: pass 0 for none, or a number "
+            "below 1."
+        )
+    _check_inputs(options)
+    _check_outputs(options)
+
+
+def option(parameter: str) -> str:
+    """Return the option of a parameter's name."""
+    return "--" + parameter.replace("_", "-")
+
+
+def announcement(options: argparse.Namespace) -> str:
+    """Return what `benchmark` is going to do, and about how long it takes."""
+    n_images = (
+        sum(len(files) for _, _, files in os.walk(options.folder)) if options.folder else 2624
+    )
+    networks = options.backbone or ["efficientnet_lite0"]
+    depths = (options.depths or "0,1,2,4,8").split(",") if options.depths or options.depth else []
+    what = (
+        f"{_counted(len(depths), 'depth')} of fine-tuning"
+        if depths
+        else "classifiers on frozen features"
+    )
+    seconds = _seconds(n_images, networks, len(depths), options)
+    return (
+        f"comparing {what}: {_counted(n_images, 'image')}, {', '.join(map(printable, networks))}, "
+        f"{_counted(options.splits, 'split')}; about {_in_words(seconds)}, without a GPU"
+    )
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def _seconds(n: int, networks: Sequence[str], n_depths: int, options: argparse.Namespace) -> float:
+    """Return roughly how long a comparison takes, by what it took on two idle cores."""
+    speeds = [100 if name.startswith("efficientnet_lite") else 15 for name in networks]  # images/s
+    n_fits = options.splits * (1 if options.folder or n_depths else 2)
+    fits = n_fits * len(networks) * (1 + 17 * (n / 2624) ** 1.5)
+    epochs = n_fits * n_depths * _EPOCHS if n_depths else 0
+    embedding = sum(n / speed * (1 + epochs) for speed in speeds)
+    return 15 + (embedding + fits) * 2 / (os.cpu_count() or 2)
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(10, round(seconds, -1)):.0f} seconds"
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.0f} hours"
+
+
+def _check_inputs(options: argparse.Namespace) -> None:
+    if (model := getattr(options, "model", None)) and not os.path.exists(model):
+        raise ValueError(
+            f"{model!r} is no such file; pass one that `sktransfer fit -o` or `benchmark "
+            "--save-best` wrote."
+        )
+    for file in getattr(options, "files", None) or ():
+        if len(file) < _LONGEST and not os.path.lexists(file):
+            raise ValueError(f"{file!r} does not exist: pass files or folders of images.")
+    if options.command == "cache" or not (folder := getattr(options, "folder", None)):
+        return
+    if not os.path.isdir(folder):
+        reason = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
+        what = "of images" if options.command == "embed" else "that holds a folder for each class"
+        raise ValueError(f"{folder!r} {reason}: pass the folder {what}.")
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    if (output := getattr(options, "output", None)) and options.command in _SUFFIXES:
+        check_output(output, _SUFFIXES[options.command])
+    elif output and os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f"{output!r} is a file; name a folder for the report.")
+    if best := getattr(options, "save_best", None):
+        check_output(best, (".skops",))
+    if (memory := getattr(options, "memory", None)) and os.path.isfile(memory):
+        raise ValueError(f"--memory {memory!r} is a file; name a folder.")
+
+
+def check_output(path: str, suffixes: Sequence[str]) -> str:
+    """Return a file's suffix; refuse what can't be written, before any work."""
+    file = Path(path)
+    if file.suffix not in suffixes:
+        raise ValueError(f"{path!r} must end in {' or '.join(suffixes)}.")
+    if not file.parent.is_dir():
+        raise ValueError(f"There is no folder {str(file.parent)!r} to write {file.name!r} to.")
+    if file.is_dir():
+        raise ValueError(f"{path!r} is a folder; name a file.")
+    return file.suffix
