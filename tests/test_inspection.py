@@ -98,6 +98,27 @@ def test_depth_curve_of_a_search(tiles):
     np.testing.assert_array_equal(heights, display.seconds)
 
 
+def test_what_the_first_candidate_pays_for_all_stands_apart():
+    # Three fits of a first candidate that runs the network on 2/3, 1/3 and none of the images.
+    paid = 9.0 * np.array([2 / 3, 1 / 3, 0])
+    results = {
+        "params": [{"unfreeze": 1}, {"unfreeze": 0}],
+        "param_unfreeze": np.ma.array([1, 0], object),
+        "mean_fit_time": np.array([(2 + paid).mean(), 1.0]),
+        "std_fit_time": np.array([(2 + paid).std(), 0.1]),
+        "mean_test_score": np.array([0.8, 0.7]),
+        "std_test_score": np.zeros(2),
+        **{f"split{i}_test_score": np.array([0.8, 0.7]) for i in range(3)},
+    }
+    search = GridSearchCV(classifier(), {"unfreeze": [1, 0]})
+    search.cv_results_ = results
+    display = DepthCurveDisplay.from_estimator(search)
+    np.testing.assert_allclose(display.seconds, [1, 2])
+    np.testing.assert_allclose(display.shared_seconds, [0, 3])
+    heights = [column.get_height() for column in display.ax_cost_.patches]
+    np.testing.assert_allclose(heights, [1, 2, 0, 3])
+
+
 def test_depth_curve_of_a_pipeline_and_of_several_metrics(tiles):
     _, paths, labels = tiles
     search = GridSearchCV(
@@ -290,8 +311,8 @@ def test_prototypes(tiles, linear):
     expected = 1 - np.sort(unit @ unit[3])[::-1][:3]
     np.testing.assert_allclose(display.distances[0], expected, atol=1e-5)
     assert display.axes_.shape == (2, 4)
-    assert titles(display)[0] == f"said {linear.predict(some)[0]}"
-    assert titles(display)[1] == "china\nat 0.00"
+    assert titles(display)[0] == f"query\nsaid {linear.predict(some)[0]}"
+    assert titles(display)[1] == "china\ncosine distance 0.00"
 
 
 def test_prototypes_without_labels_or_predictions(tiles):
@@ -300,7 +321,7 @@ def test_prototypes_without_labels_or_predictions(tiles):
     display = PrototypeDisplay.from_estimator(
         extractor, paths[:1], paths[10:20], n_neighbors=2, metric="euclidean"
     )
-    assert titles(display)[0] == "image 0" and titles(display)[1].startswith("image ")
+    assert titles(display)[0] == "query\nimage 0" and titles(display)[1].startswith("image ")
     with pytest.raises(ValueError, match="n_neighbors=5, but there are 3 training images"):
         PrototypeDisplay.from_estimator(extractor, paths[:1], paths[:3])
 
@@ -345,6 +366,19 @@ def test_saliency_is_grad_cam(tiles, fitted):
             fitted.predict(paths[:3]), fitted.predict_proba(paths[:3]).max(1), strict=True
         )
     ]
+
+
+def test_saliency_shows_the_whole_image_around(photos):
+    display = SaliencyDisplay.from_estimator(PretrainedClassifier(), photos)
+    for axes, image, (whole, (top, left)) in zip(
+        display.axes_, display.images, display.surroundings, strict=True
+    ):
+        assert whole.shape[:2] == (256, 383)
+        part = whole[top : top + 224, left : left + 224].astype(int)
+        assert np.abs(part - image).mean() < 4  # scaled by another filter
+        shown = axes.images[-1]
+        assert shown.get_alpha() == 0.3 and axes.get_xlim()[0] == -left - 0.5
+        assert np.ptp(axes.get_xlim()) == 383 and abs(np.diff(axes.get_ylim())) == 256
 
 
 def test_saliency_finds_the_flower(photos):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -11,6 +13,8 @@ from sklearn.utils.validation import check_is_fitted
 from sktransfer.inspection._plotting import pyplot, single_axes, text_of
 
 __all__ = ["DepthCurveDisplay", "HistoryDisplay", "TransferGainDisplay"]
+
+_LEAST_SHARE = 0.25  # of a fit; less may be the noise of its seconds
 
 
 class DepthCurveDisplay:
@@ -27,6 +31,8 @@ class DepthCurveDisplay:
     seconds : array-like of shape (n,) or None, default=None
         Mean time of a fit.
     score_name : str, default="score"
+    shared_seconds : array-like of shape (n,) or None, default=None
+        What it took besides because others had not run the frozen blocks on its images before.
 
     Attributes
     ----------
@@ -56,9 +62,11 @@ class DepthCurveDisplay:
         seconds: Any = None,
         *,
         score_name: str = "score",
+        shared_seconds: Any = None,
     ) -> None:
         self.depths, self.scores, self.scores_std = depths, scores, scores_std
         self.seconds, self.score_name = seconds, score_name
+        self.shared_seconds = shared_seconds
 
     @classmethod
     def from_estimator(
@@ -94,17 +102,21 @@ class DepthCurveDisplay:
         rows = _best_of_each_depth(results, f"mean_test_{metric}")
         depths = [results[_depth_column(results)][row] for row in rows]
         name = "score" if metric == "score" else metric.replace("_", " ")
+        shared = _shared_seconds(results)[rows]
         display = cls(
             depths,
             results[f"mean_test_{metric}"][rows],
             results[f"std_test_{metric}"][rows],
-            results["mean_fit_time"][rows],
+            results["mean_fit_time"][rows] - shared,
             score_name=f"cross-validated {name}",
+            shared_seconds=shared,
         )
         return display.plot(ax=ax, **kwargs)
 
     def plot(self, ax: Any = None, *, color: str = "C0") -> Self:
         """Draw scores as a line with bars of one standard deviation, and seconds as grey columns.
+
+        What the first candidate paid for all is hatched.
 
         Parameters
         ----------
@@ -132,8 +144,13 @@ class DepthCurveDisplay:
         if self.seconds is not None:
             self.ax_cost_ = cost = ax.twinx()
             cost.bar(places, self.seconds, width=0.5, color="0.88")
+            tops = np.asarray(self.seconds, float)
+            if self.shared_seconds is not None and np.any(self.shared_seconds):
+                hatched = {"hatch": "///", "facecolor": "none", "edgecolor": "0.85"}
+                cost.bar(places, self.shared_seconds, width=0.5, bottom=tops, **hatched)
+                tops = tops + self.shared_seconds
             # Columns below the line: they take the lower half, the line what it needs.
-            cost.set(ylabel="seconds of a fit", ylim=(0, 2 * max([*self.seconds, 1e-9])))
+            cost.set(ylabel="seconds of a fit", ylim=(0, 2 * max([*tops, 1e-9])))
             cost.yaxis.label.set_color("0.45")
             cost.tick_params(axis="y", colors="0.45")
             ax.set_zorder(cost.get_zorder() + 1)
@@ -375,6 +392,23 @@ def _metric(results: Mapping[str, Any], wanted: Any) -> str:
     if wanted not in known:
         raise ValueError(f"metric={wanted!r}, but the search has the metrics {', '.join(known)}.")
     return wanted
+
+
+def _shared_seconds(results: Mapping[str, Any]) -> np.ndarray:
+    """Estimate what the first candidate of a search paid for all, as a mean over its fits.
+
+    With a memory, its fit on the first fold runs the network on the images of that one, (k - 1) / k
+    of all; the fit on the second on the rest, 1 / k; later ones on none. That spreads the seconds
+    of its fits, by which it is told; of two folds it can't be.
+    """
+    seconds, spread = results["mean_fit_time"], results["std_fit_time"]
+    shared = np.zeros(len(seconds))
+    k = len({key.split("_")[0] for key in results if re.match(r"split\d+_test_", key)})
+    if k > 2:
+        mean = spread[0] * math.sqrt(k / ((k - 1) * (k - 2)))
+        is_known = mean > _LEAST_SHARE * seconds[0]  # else it may be chance
+        shared[0] = min(mean, seconds[0]) if is_known else 0
+    return shared
 
 
 def _best_of_each_depth(results: Mapping[str, Any], scores: str) -> list[int]:

@@ -216,6 +216,8 @@ class PrototypeDisplay:
     distances : ndarray of shape (n, k)
     rows : ndarray of shape (n, k)
         Of the neighbors, in the training images.
+    metric : str, default="cosine"
+        Of the distances.
 
     Attributes
     ----------
@@ -248,8 +250,9 @@ class PrototypeDisplay:
         neighbor_titles: Sequence[Sequence[str]],
         distances: np.ndarray,
         rows: np.ndarray,
+        metric: str = "cosine",
     ) -> None:
-        self.images, self.titles = images, titles
+        self.images, self.titles, self.metric = images, titles, metric
         self.neighbors, self.neighbor_titles = neighbors, neighbor_titles
         self.distances, self.rows = distances, rows
 
@@ -360,6 +363,7 @@ class PrototypeDisplay:
             ],
             distances,
             rows,
+            metric if isinstance(metric, str) else "",
         )
         return display.plot(ax=ax, **kwargs)
 
@@ -379,10 +383,11 @@ class PrototypeDisplay:
         self.ax_, self.axes_ = grid_axes(ax, n, 1 + k, f"{type(self).__name__}.plot")
         self.figure_ = self.ax_.figure
         for i, (first, *others) in enumerate(self.axes_):
-            put_image(first, self.images[i], [self.titles[i]])
+            put_image(first, self.images[i], ["query", self.titles[i]])
             first.title.set_fontweight("bold")
             for j, axes in enumerate(others):
-                lines = [self.neighbor_titles[i][j], f"at {self.distances[i, j]:.2f}"]
+                distance = f"{self.metric} distance {self.distances[i, j]:.2f}".strip()
+                lines = [self.neighbor_titles[i][j], distance]
                 put_image(axes, self.neighbors[i][j], lines)
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from torchvision.transforms.v2 import functional as F
 
 from sktransfer._engine.cut_network import as_map, layout_of
 from sktransfer._engine.runner import Runner
@@ -23,6 +25,7 @@ from sktransfer.transforms import Preprocessing
 
 __all__ = ["SaliencyDisplay"]
 
+_MOST_AROUND = 6  # times the pixels of the part that the network saw
 _STEP = 8  # images at once: the activations of all blocks are held for them
 
 
@@ -36,6 +39,9 @@ class SaliencyDisplay:
     saliency : ndarray of shape (n, height, width), float in [0, 1]
         Each image has its own scale.
     titles : sequence of n str
+    surroundings : sequence of n pairs (ndarray (height, width, 3), (top, left)), default=None
+        The whole images, at the scale of `images`, and where in them those begin: they are shown
+        faintly around what the network saw.
 
     Attributes
     ----------
@@ -67,8 +73,15 @@ class SaliencyDisplay:
     (2, 224, 224)
     """
 
-    def __init__(self, images: np.ndarray, saliency: np.ndarray, titles: Sequence[str]) -> None:
+    def __init__(
+        self,
+        images: np.ndarray,
+        saliency: np.ndarray,
+        titles: Sequence[str],
+        surroundings: Sequence[Any] | None = None,
+    ) -> None:
         self.images, self.saliency, self.titles = images, saliency, titles
+        self.surroundings = surroundings
 
     @classmethod
     def from_estimator(
@@ -124,7 +137,8 @@ class SaliencyDisplay:
         saliency, outputs, columns = _grad_cam(source, position, fitted, columns)
         titles = _titles(estimator, outputs, columns, X)
         shown = fitted.permute(0, 2, 3, 1).numpy()
-        return cls(shown, saliency, titles).plot(ax=ax, **kwargs)
+        around = [_surroundings(images, i, source.preprocessing) for i in range(len(images))]
+        return cls(shown, saliency, titles, around).plot(ax=ax, **kwargs)
 
     def plot(
         self,
@@ -155,11 +169,14 @@ class SaliencyDisplay:
         self.ax_, grid = grid_axes(ax, *shape, f"{type(self).__name__}.plot", n_lines=1)
         self.figure_ = self.ax_.figure
         self.axes_ = grid.ravel()[: len(self.images)]
-        for axes, image, heat, title in zip(
-            self.axes_, self.images, self.saliency, self.titles, strict=True
+        around = self.surroundings or [None] * len(self.images)
+        for axes, image, heat, title, whole in zip(
+            self.axes_, self.images, self.saliency, self.titles, around, strict=True
         ):
             put_image(axes, image, [title])
             axes.imshow(heat, cmap=cmap, alpha=alpha, vmin=0, vmax=1)
+            if whole is not None:
+                _put_faintly(axes, *whole)
         return self
 
 
@@ -244,6 +261,31 @@ def _grad_cam(
 
 def _fitted(images: ImageSequence, preprocessing: Preprocessing) -> torch.Tensor:
     return torch.stack([images.load(i, None, preprocessing.fit_size) for i in range(len(images))])
+
+
+def _surroundings(
+    images: ImageSequence, i: int, preprocessing: Preprocessing
+) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """Return a whole image at the scale at which the network saw it, and where its part begins."""
+    image = images.load(i)
+    size = preprocessing.scaled_size(*image.shape[1:])
+    if math.prod(size) > _MOST_AROUND * math.prod(preprocessing.size):
+        return None  # a very long one
+    whole = F.resize(image, list(size), antialias=True).permute(1, 2, 0).numpy()
+    (top, left) = (
+        round((length - part) / 2) for length, part in zip(size, preprocessing.size, strict=True)
+    )
+    return whole, (top, left)
+
+
+def _put_faintly(axes: Any, whole: np.ndarray, start: tuple[int, int]) -> None:
+    """Show a whole image below its part, which begins at `start` and has the axes' scale."""
+    (top, left), (height, width) = start, whole.shape[:2]
+    edges = (-left - 0.5, width - left - 0.5, height - top - 0.5, -top - 0.5)
+    xlim, ylim = axes.get_xlim(), axes.get_ylim()
+    axes.imshow(whole, alpha=0.3, extent=edges, zorder=-1)
+    axes.set_xlim(min(xlim[0], edges[0]), max(xlim[1], edges[1]))
+    axes.set_ylim(max(ylim[0], edges[2]), min(ylim[1], edges[3]))
 
 
 # ------------------------------------------------------------------------------ labels
