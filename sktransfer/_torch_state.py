@@ -224,8 +224,17 @@ def ready_to_train(held: AbstractContextManager[Any] | None = None) -> Iterator[
 
 def cpu_by_default() -> AbstractContextManager[Any]:
     """Return a context in which this thread makes tensors on the CPU, if no device is named."""
-    is_cpu = torch.get_default_device().type == "cpu"
-    return contextlib.nullcontext() if is_cpu else torch.device("cpu")
+    return as_on(torch.device("cpu"))
+
+
+def as_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context for a network on a device, whatever `torch.set_default_device` says.
+
+    In this thread the network then makes tensors, if it names no device, on that of the user's
+    two where it runs: torch's own default, the CPU, or its device.
+    """
+    default = torch.get_default_device().type
+    return contextlib.nullcontext() if default in ("cpu", device.type) else device
 
 
 def trained_tensors(state: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -240,7 +249,7 @@ def trained_tensors(state: Any, expected: Mapping[str, torch.Tensor]) -> dict[st
             f"{len(wrong) - 1} more are missing, too many or of another shape): the file from "
             "which it was loaded is damaged. Write it again, or fit the estimator again."
         )
-    return {name: torch.as_tensor(value) for name, value in kept.items()}
+    return {name: torch.as_tensor(value, device="cpu") for name, value in kept.items()}
 
 
 def _after_fork() -> None:

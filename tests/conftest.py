@@ -5,6 +5,10 @@ from pathlib import Path
 os.environ["SCIPY_ARRAY_API"] = "1"  # before scipy: one of scikit-learn's checks skips itself else
 # Before numpy: threads of BLAS that wait for each other cost small matrices several times as long.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Before torch looks for a GPU, here and in all processes that are started: most tests are of what a
+# CPU computes and decides. Those of test_cuda.py are run apart, with this variable set.
+if not os.environ.get("SKTRANSFER_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np  # noqa: E402
 import pytest

@@ -5,6 +5,8 @@ import pytest
 import timm
 import torch
 import torchvision
+from packaging.version import Version
+from timm.models import register_notrace_module
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.convnext import CNBlockConfig
@@ -127,7 +129,8 @@ TIMM = {
     "hiera_tiny_224": (13, 64, {"img_size": 64}, {"embed_dim": 16, "stages": (1, 1, 2, 1)}),
     "caformer_s18": (23, 64, {}, {}),
     "tf_efficientnet_lite0": (18, 64, {}, {}),
-    "dpn68": (23, 64, {}, {}),
+    # Before timm 1.0.31, two tensors led from one unit to the next: there was nothing to cut at.
+    "dpn68": (23 if Version(timm.__version__) >= Version("1.0.31") else 2, 64, {}, {}),
     "hrnet_w18_small": (5, 64, {}, {}),
 }
 
@@ -465,6 +468,22 @@ def test_own_network():
     traced = check_slices(small(), (20, 30))
     assert traced.names == ("stem", "blocks.0", "blocks.2")
     assert [traced.shape(i) for i in (1, 3, 4, 5)] == [(8, 9, 14), (8, 9, 14), (8,), (5,)]
+
+
+@register_notrace_module
+class AsksForDevice(nn.Module):
+    """Computes in float32, as timm's EfficientViT does, with tensors made where it runs."""
+
+    def forward(self, x):
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            x = x.float() * torch.arange(1, 1 + len(x), device=x.device).view(-1, 1, 1, 1)
+            return x / torch.arange(1, 1 + len(x), device=x.device.type).view(-1, 1, 1, 1)
+
+
+def test_a_unit_that_asks_for_its_device():
+    network = small()
+    network.blocks.insert(1, AsksForDevice())
+    assert check_slices(network, (20, 30)).names == ("stem", "blocks.0", "blocks.3")
 
 
 def test_wrapped_network():

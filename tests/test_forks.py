@@ -19,6 +19,7 @@ from processes import run_code
 from torchvision.models import resnet18
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
+from sktransfer._engine.device import check_readable, resolve_device
 from sktransfer._memory import store
 from sktransfer._memory.memory import check_memory
 from sktransfer._torch_state import Chance, chance_lock, network_lock
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
     pytest.mark.usefixtures("two_threads"),  # so that OpenMP's threads are there
 ]
+GPU = torch.device("cuda", 0)
 IMAGES = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3)).astype(np.uint8)
 
 
@@ -178,6 +180,21 @@ def test_a_fork_while_another_thread_holds_every_lock():
         finally:
             go_on.set()
     assert len(found) > 256 + 5 and all(found)
+
+
+def _asks_for_the_gpu():
+    asks = (resolve_device, check_readable)
+    return [str(pytest.raises((ValueError, RuntimeError), ask, GPU).value) for ask in asks]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
+def test_a_fork_is_told_how_to_use_a_gpu():
+    resolve_device("auto")  # looks for one, after which torch lets no child use it
+    found = in_child("fork", _asks_for_the_gpu)
+    assert all("start processes by 'spawn' or 'forkserver'" in said for said in found)
+    assert found[0].startswith("device='cuda:0' can't be used here (Cannot re-initialize CUDA")
+    assert found[1].startswith("What was trained lies on 'cuda:0'.")
+    check_readable(GPU)  # in a process that is no fork
 
 
 def test_joblib_with_forked_workers(tmp_path):

@@ -24,7 +24,7 @@ from sklearn.utils.validation import validate_data
 from skorch.callbacks import Callback
 
 from sktransfer import MaskedLanguagePretrainer
-from sktransfer._engine.text_model import TextModel, TextRunner, load_text_model
+from sktransfer._engine.text_model import TextModel, TextRunner, load_text_model, placed
 from sktransfer._memory.memory import check_memory
 from sktransfer._training.masked_words import MaskedData, hidden_logits, mask_tokens
 
@@ -466,3 +466,11 @@ def test_a_folder_is_pickled_by_its_full_path(tmp_path, monkeypatch):
     copy = pickle.loads(pickle.dumps(model))
     assert (copy.backbone, copy.tokenizer) == (str(tmp_path / "bert"), "a/name")
     assert model.backbone == "bert"
+
+
+def test_on_another_device_a_network_is_a_copy(tiny):
+    network, meta = load_text_model(tiny, None).network, torch.device("meta")
+    assert placed(network, torch.device("cpu")) is network
+    copied = placed(network, meta)
+    assert copied is placed(network, meta) and next(copied.parameters()).is_meta
+    assert not next(network.parameters()).is_meta

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from sktransfer import FineTunedClassifier, PretrainedClassifier, PretrainedFeatureExtractor
+from sktransfer._engine.cut_network import CutNetwork
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.inspection import SaliencyDisplay, model_summary
 from sktransfer.models import Backbone, get_model
@@ -213,19 +214,19 @@ def plain(seed=0):
 
 def jit_script(network):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", ".torch.jit")
         return torch.jit.script(network)
 
 
 def jit_trace(network):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", ".torch.jit")
         return torch.jit.trace(network, torch.zeros(2, 3, SIZE, SIZE))
 
 
 def jit_freeze(network):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", ".torch.jit")
         return torch.jit.freeze(torch.jit.script(network))
 
 
@@ -250,6 +251,16 @@ def test_a_scripted_or_traced_module_is_run_whole(compiled):
         assert (np.abs(moved).max() > 1e-3) == is_trained
 
 
+def test_what_runs_on_a_cpu_alone_says_so():
+    # The meta device stands for a GPU: a frozen module has its weights as constants on the CPU.
+    backbone = get_model(jit_freeze(plain()))
+    words = r"runs on a CPU alone: pass device='cpu'\. On 'meta', torch says"
+    with pytest.raises(ValueError, match=words):
+        CutNetwork(backbone, torch.device("meta")).shape(None, (SIZE, SIZE))
+    with pytest.raises(ValueError, match="can't take images of 1 × 1 pixels"):
+        CutNetwork(backbone, torch.device("meta")).shape(None, (1, 1))
+
+
 def reloaded(module):
     content = io.BytesIO()
     torch.jit.save(module, content)
@@ -258,7 +269,7 @@ def reloaded(module):
 
 
 @pytest.mark.parametrize("compiled", JIT)
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_the_fingerprint_of_a_compiled_module_is_that_of_weights_and_code(compiled):
     known = fingerprint(compiled(plain()))
     assert known == fingerprint(compiled(plain())) == fingerprint(reloaded(compiled(plain())))
@@ -276,6 +287,7 @@ def exported(n_images, dynamic):
     return torch.export.export(plain(), (images,), dynamic_shapes=shapes)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch 2.11's own
 def test_modules_of_torch_export():
     program = exported(2, dynamic=True)
     extractor = PretrainedFeatureExtractor(program.module(), layer="output", image_size=SIZE)
@@ -294,6 +306,7 @@ def test_modules_of_torch_export():
         embed(program)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # of what torch.compile imports
 def test_wrappers_are_taken_off():
     inner = plain()
     inner[0] = torch.compile(inner[0])

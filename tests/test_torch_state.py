@@ -193,17 +193,61 @@ def test_who_runs_a_network_cannot_be_alone():
     assert network_lock.alone(lambda: 3) == 3
 
 
+class MakesTensors(nn.Module):
+    """Names no device for the tensors that it makes, of which its training needs one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu() * torch.linspace(1, 2, 8).view(8, 1, 1)
+        return self.second(x).mean((2, 3)) + torch.arange(8)
+
+
+class Branches(MakesTensors):
+    """Can't be traced: what it does depends on the pixels."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else x + 1)
+
+
+@contextlib.contextmanager
+def by_default_on(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("kind", [MakesTensors, Branches])
+def test_what_a_network_makes_fits_to_it_in_any_mode(kind):
+    network = kind()
+
+    def work():
+        forget()
+        layer = "auto" if kind is MakesTensors else "output"
+        options = {"layer": layer, "image_size": 32, "runtime": "torch"}
+        rows = PretrainedFeatureExtractor(network, **options).transform(X)
+        model = FineTunedClassifier(network, unfreeze="all", **OPTIONS).fit(X, Y)
+        return [rows, model.predict_proba(X)]
+
+    expected = work()
+    with torch.inference_mode():
+        assert_same(work(), expected)
+    with by_default_on("meta"):
+        assert_same(work(), expected)
+
+
 def test_networks_load_on_the_cpu_whatever_the_default_device():
     expected = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32).transform(X)
     forget()
-    torch.set_default_device("meta")
-    try:
+    with by_default_on("meta"):
         extractor = PretrainedFeatureExtractor("resnet18", weights=None, image_size=32)
         np.testing.assert_array_equal(extractor.transform(X), expected)
         FineTunedClassifier(NETWORK, unfreeze=1, **OPTIONS).fit(X, Y).predict(X)
         ContrastivePretrainer(NETWORK, image_size=32, max_epochs=1).fit(X)
         boxes = [{"boxes": [[2, 2, 20, 20]], "labels": ["a"]}] * len(X)
         detector = FineTunedDetector(NETWORK, image_size=64, width=64, max_epochs=1, augment="auto")
-        detector.fit(X, boxes).predict(X)
-    finally:
-        torch.set_default_device(None)
+        pickle.loads(pickle.dumps(detector.fit(X, boxes))).predict(X)

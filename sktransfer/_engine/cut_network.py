@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from sktransfer._engine.device import first_line
 from sktransfer._engine.folding import fold_batch_norms
-from sktransfer._torch_state import float32_by_default, network_lock
+from sktransfer._torch_state import as_on, float32_by_default, network_lock
 from sktransfer.models import Backbone
 from sktransfer.models._blocks import TracedNetwork, TracingError
 from sktransfer.models._graph import counted_flops
@@ -127,12 +128,27 @@ class CutNetwork:
             if self._traced is not None or self._why_whole:
                 return  # by now another thread has found them, or that there are none
             try:
-                with float32_by_default():
+                with self._plain():
                     self._traced = TracedNetwork(self.network, size)
             except TracingError as error:
                 why = self._advice(size, error)
         if self._traced is None:
             self._why_whole = why
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Within this context torch is as it was at first, but for gradients, which it leaves out.
+
+        Tensors of inference mode, which a network makes while it is traced, could be neither
+        propagated nor trained with. `network_lock` must be held.
+        """
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            float32_by_default(),
+            as_on(self.device),
+        ):
+            yield
 
     def _advice(self, image_size: tuple[int, int], error: TracingError) -> str:
         """Say why the network can't be cut or, if it can't run whole either, only why not."""
@@ -229,7 +245,7 @@ class CutNetwork:
         """Return the shape of one image's activation."""
         if (position, image_size) not in self._shapes:
             is_cut = self.can_be_cut  # it may trace, for which this thread must be alone
-            with network_lock.shared(), float32_by_default():
+            with network_lock.shared(), self._plain():
                 self._shapes[position, image_size] = (
                     self._find_shape(position, image_size)
                     if is_cut
@@ -281,7 +297,7 @@ class CutNetwork:
 
     def _count_whole(self, image_size: tuple[int, int]) -> int:
         blank = torch.zeros(1, 3, *image_size, device=self.device)
-        with float32_by_default(), torch.inference_mode(), counted_flops() as counter:
+        with self._plain(), counted_flops() as counter:
             Whole(self.network)(blank)
         return counter.get_total_flops()
 
@@ -293,7 +309,7 @@ class CutNetwork:
 
     def _find_whole_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
         try:
-            with torch.inference_mode():
+            with self._plain():
                 output = Whole(self.network)(torch.zeros(2, 3, *image_size, device=self.device))
             _check_rows(output)
         except OutputError as error:
@@ -302,7 +318,20 @@ class CutNetwork:
             raise ValueError(self._refusal(image_size, error)) from error
         return tuple(output.shape[1:])
 
+    def _runs_on_cpu(self, image_size: tuple[int, int]) -> bool:
+        try:
+            with self._plain():
+                Whole(self.backbone.network)(torch.zeros(2, 3, *image_size, device="cpu"))
+        except Exception:
+            return False
+        return True
+
     def _refusal(self, image_size: tuple[int, int], error: Exception) -> str:
+        if self.device.type != "cpu" and self._runs_on_cpu(image_size):
+            return (
+                f"Backbone {self.name!r} runs on a CPU alone: pass device='cpu'. On "
+                f"{str(self.device)!r}, torch says: {first_line(error)}"
+            )
         height, width = image_size
         message = (
             f"Backbone {self.name!r} can't take images of {height} × {width} pixels, any number of "

@@ -11,6 +11,13 @@ import torch
 
 # How a CPU, the driver of a GPU, cuBLAS and cuDNN say it.
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+# How torch says that a parent has used the GPU, which its forked child then can't.
+_IN_FORK = ("in forked subprocess", "CUDA error: initialization error")
+_INSTEAD_OF_FORK = (
+    "A process that was forked from one that has used the GPU can't use it, nor read what lies on "
+    "it: start processes by 'spawn' or 'forkserver', as joblib's default backend does; or pass "
+    "device='cpu' and, of what is fitted on the GPU, predict once with it before the fork."
+)
 INT8 = "int8"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,9 +30,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
             raise RuntimeError("it computes shapes, no values")
         return torch.empty(0, device=resolved).device  # "cuda" and "cuda:0" are one
     except (RuntimeError, AssertionError) as error:
+        remedy = "Pass device='cpu'" + " or 'auto'" * (device != "auto") + "."
+        if any(words in str(error) for words in _IN_FORK):
+            remedy = _INSTEAD_OF_FORK
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"device={str(device)!r} can't be used here ({str(error).splitlines()[0]}). "
-            "Pass device='cpu'" + " or 'auto'" * (device != "auto") + "."
+            f"device={str(device)!r} can't be used here ({reason}). {remedy}"
         ) from error
 
 
@@ -57,6 +67,12 @@ def allows_tf32() -> bool:
         return torch.backends.cudnn.allow_tf32 or matmul.allow_tf32
     # The older settings can't be read any more where the newer ones were set.
     return "tf32" in (conv.fp32_precision, matmul.fp32_precision)
+
+
+def check_readable(device: torch.device) -> None:
+    """Raise an error if this is a forked process, which can't read what lies on a GPU."""
+    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
+        raise RuntimeError(f"What was trained lies on {str(device)!r}. {_INSTEAD_OF_FORK}")
 
 
 def free_memory(device: torch.device) -> int:

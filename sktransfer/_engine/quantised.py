@@ -136,7 +136,7 @@ class QuantisedNetwork:
             return opset13.transpose(source, last).output(0) if len(shape) == 4 else source
         layout = layout_of(shape[1:], self.preprocessing.size)
         how = _Pool(layout, output.form, self.runner.n_prefix(output.position))
-        pooling = converted(how, torch.zeros(shape))
+        pooling = converted(how, torch.zeros(shape, device="cpu"))
         for use in pooling.get_parameters()[0].output(0).get_target_inputs():
             use.replace_source_output(source)
         return pooling.get_results()[0].input_value(0)

@@ -50,7 +50,7 @@ from sktransfer._engine.runtime import (
     why_not_imported,
 )
 from sktransfer._threads import call_in_forks, renewed_in_forks
-from sktransfer._torch_state import float32_by_default, network_lock
+from sktransfer._torch_state import as_on, float32_by_default, network_lock
 from sktransfer.models import Backbone
 from sktransfer.models._weights import Describer
 from sktransfer.transforms import Preprocessing
@@ -264,7 +264,7 @@ class Runner(CutNetwork):
 
         `network_lock` must be held, shared: Ctrl-C could leave it locked if it were taken in here.
         """
-        with torch.inference_mode(), float32_by_default(), self.autocast():
+        with torch.inference_mode(), float32_by_default(), as_on(self.device), self.autocast():
             yield
 
     def program(

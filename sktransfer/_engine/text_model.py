@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from sktransfer._engine.results import Names
 from sktransfer._engine.runner import TORCH_VERSIONS, Runner
 from sktransfer._engine.stream import Stream
 from sktransfer._optional import load_optional
-from sktransfer._threads import renewed_in_forks
+from sktransfer._threads import call_in_forks, renewed_in_forks
 from sktransfer._torch_state import call_seeded, float32_by_default, network_lock
 from sktransfer.models._hub import check_hub
+from sktransfer.models._modules import copy_of
 from sktransfer.models._weights import Describer
 
 _VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
@@ -223,6 +225,22 @@ def _silence() -> Iterator[None]:
 # ------------------------------------------------------------------------------ embeddings
 
 
+_copies: WeakKeyDictionary[Any, dict[torch.device, Any]] = WeakKeyDictionary()
+_copying = renewed_in_forks(threading.Lock())
+call_in_forks(_copies.clear)  # no child can use its parent's GPUs
+
+
+def placed(network: Any, device: torch.device) -> Any:
+    """Return a network on a device: on a GPU its one copy, as others may run it on a CPU."""
+    if device.type == "cpu":
+        return network
+    with _copying, torch.inference_mode(False):
+        copies = _copies.setdefault(network, {})
+        if device not in copies:
+            copies[device] = copy_of(network).to(device)
+        return copies[device]
+
+
 class TextRunner:
     """A language model on a device, as a `Stream` wants it.
 
@@ -238,7 +256,7 @@ class TextRunner:
 
     def __init__(self, model: TextModel, network: Any, device: torch.device) -> None:
         self.model, self.name, self.device = model, model.name, device
-        self.network: Any = network.to(device)
+        self.network = placed(network, device)
 
     def batch_size(self, given: int | str, _: Any) -> int:
         """Return the sentences in flight."""

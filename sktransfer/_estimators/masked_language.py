@@ -269,23 +269,23 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
         network = copy_of(self._fitted_network(model) if goes_on else model.network)
         history = self.history_ if goes_on else []
         n_epochs = 1 if in_parts else self.max_epochs
-        module = WordGuesser(network.to(resolve_device(self.device)))
+        device = resolve_device(self.device)
         data = MaskedData(model, sentences, self.mask_probability, seed)
         schedule = None if in_parts else Schedule(math.ceil(len(data) / self._n_a_step) * n_epochs)
-        progress = Progress()
-        net = self._new_net(module, schedule, seed, progress)
-        net.history.extend(history)
-        is_stopped = False
+        progress, is_stopped = Progress(), False
         bar = progress.shown(n_epochs * len(data), self.verbose, unit="sentence")
         fitting = threading.Lock()
         with bar, fitting, ready_to_train(fitting):
+            net = self._new_net(WordGuesser(network.to(device)), schedule, seed, progress)
+            net.history.extend(history)
             try:
                 train(net, data, n_epochs, Chance(seed), progress=progress)
             except Interrupted:
                 is_stopped = True
+            network.cpu().eval().requires_grad_(False)
         if is_stopped and is_refit:
             raise interrupted_refit()
-        self._set_fitted(model, network.eval().requires_grad_(False), recorded(net))
+        self._set_fitted(model, network, recorded(net))
         if is_stopped:
             raise interrupted_fit(self.n_iter_ - len(history), n_epochs)
         return self

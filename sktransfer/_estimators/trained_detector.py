@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import fields
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from sktransfer._estimators.base import (
     twin_of,
 )
 from sktransfer._threads import n_threads
+from sktransfer._torch_state import ready_to_train
 from sktransfer._training.detector_networks import NEW
 from sktransfer._training.detector_part import DetectorPart, part_of_detector, part_on_backbone
 from sktransfer._training.detector_trainer import DetectorSettings, DetectorTrainer
@@ -138,16 +140,18 @@ class TrainedDetector(KeepsTrainer):
     def _new_part(self) -> DetectorPart:
         """Return the detector of the fit, its new layers not trained."""
         assert self._named is not None
-        options = {
+        options: dict[str, Any] = {
             "device": self.device,
             "moves_statistics": self._shape["is_from_scratch"],
             "seed": self._weights_seed,
         }
-        n_classes = len(self.classes_)
-        if self._network is None:
-            return part_of_detector(self._shape, self._named["weights"], n_classes, **options)
-        runtime = self.runtime
-        return part_on_backbone(self._shape, self._network, n_classes, runtime=runtime, **options)
+        n_classes, making = len(self.classes_), threading.Lock()
+        # What is moved to a GPU in inference mode could not be trained.
+        with making, ready_to_train(making):
+            if self._network is None:
+                return part_of_detector(self._shape, self._named["weights"], n_classes, **options)
+            options["runtime"] = self.runtime
+            return part_on_backbone(self._shape, self._network, n_classes, **options)
 
     def trainer(self) -> DetectorTrainer:
         """Return what was trained, where the parameters want it; for other parts of this library.

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sktransfer._engine.device import check_readable, resolve_device
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.runner import get_runner, resolve_device
+from sktransfer._engine.runner import get_runner
 from sktransfer._torch_state import (
     call_seeded,
     cpu_by_default,
@@ -146,6 +147,7 @@ class DetectorPart(nn.Module):
 
     def trained_state(self) -> dict[str, np.ndarray]:
         """Return what cannot be rebuilt."""
+        check_readable(next(self.parameters()).device)
         return {name: value.cpu().numpy().copy() for name, value in self._trained_values().items()}
 
     def _trained_values(self) -> dict[str, torch.Tensor]:
@@ -285,7 +287,7 @@ def _given_detector(given: Any, weights: Any, seed: int) -> tuple[Any, str]:
     """Return a detector that is named, or a copy of one that is given, and its name."""
     if isinstance(given, str):
         return load_detector(given, weights, seed), given
-    detector, name = copy_of(check_family(given)), type(given).__name__
+    detector, name = copy_of(check_family(given)).cpu(), type(given).__name__
     if (path := file_beside(weights, name)) is not None:
         load_state(None, detector, read_state_dict(path), name, path)
     return detector, name

@@ -139,11 +139,11 @@ class DetectorTrainer:
             self._run_frozen(views, outs, progress)
             data = self._data(views, outs, seed)
             net = self._new_net(schedule, seed, progress)
-            if schedule is None and self._is_at_constant_rate:
-                continue_net(net, self.net)
             training = threading.Lock()
             try:
                 with training, ready_to_train(training):
+                    if schedule is None and self._is_at_constant_rate:
+                        continue_net(net, self.net)
                     train(net, data, n_epochs, Chance(seed), progress=progress, stage="training")
             except Interrupted:
                 self._keep(net, schedule)

@@ -67,11 +67,11 @@ def _checked_copy(head: nn.Module, width: int, n_outputs: int | None) -> nn.Modu
     n_outputs : int or None
         That it must return; None for any number of them.
     """
-    head = copy_of(head).float()
+    head = copy_of(head).float().cpu()
     was_training = head.training
     try:
         with torch.no_grad():
-            output: Any = head.eval()(torch.zeros(2, width))
+            output: Any = head.eval()(torch.zeros(2, width, device="cpu"))
     except Exception as error:
         raise ValueError(
             f"head can't take embeddings of {width} features: {error}. Its first layer must take "

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from sktransfer._engine.text_model import TextModel
+from sktransfer._engine.text_model import TextModel, placed
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.net import DrawingSteps
 
@@ -193,7 +193,7 @@ def accuracy_scoring() -> tuple[str, PassthroughScoring]:
 
 def score_guesses(network: Any, data: MaskedData, device: torch.device) -> tuple[float, float]:
     """Return the share of hidden words that are guessed, and their mean cross-entropy."""
-    network = network.to(device)
+    network = placed(network, device)
     n_right, loss, n = 0, 0.0, 0
     for start in range(0, len(data), _SCORED):
         batch, y = data.__getitems__(range(start, min(start + _SCORED, len(data))))

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sktransfer._engine.device import check_readable
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.program import Program
-from sktransfer._torch_state import float32_by_default, network_lock, trained_tensors
+from sktransfer._torch_state import as_on, float32_by_default, network_lock, trained_tensors
 from sktransfer._training.cut import Unfrozen
 from sktransfer._training.depthwise import FastDepthwise
 from sktransfer.models._modules import copy_of
@@ -80,9 +81,10 @@ class TrainedPart(nn.Module):
         The weights of the images come with a batch, but only the loss needs them.
         """
         start = self.start if start is None else start
-        with network_lock.shared(), float32_by_default(), FastDepthwise():
+        runner = self.frozen.runner
+        with network_lock.shared(), float32_by_default(), as_on(runner.device), FastDepthwise():
             x = self._at_cut(stored, start)
-            with self.frozen.runner.autocast(self.precision if self.training else None):
+            with runner.autocast(self.precision if self.training else None):
                 for block in self.blocks:
                     x = block(x)
                 if self.cut < self.frozen.embedding:
@@ -133,6 +135,7 @@ class TrainedPart(nn.Module):
 
     def trained_state(self) -> dict[str, np.ndarray]:
         """Return what cannot be rebuilt: the trained blocks and the head."""
+        check_readable(self.frozen.runner.device)
         return {k: v.detach().cpu().numpy().copy() for k, v in self._trained_values().items()}
 
     def load_trained_state(self, state: dict[str, np.ndarray]) -> None:

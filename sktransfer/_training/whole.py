@@ -163,7 +163,7 @@ def export_onnx(
 
 
 def _program(network: nn.Module, size: tuple[int, int], output: str) -> Any:
-    blank = torch.zeros(2, 3, *size, dtype=torch.uint8)
+    blank = torch.zeros(2, 3, *size, dtype=torch.uint8, device="cpu")
     logger = logging.getLogger("torch.onnx")  # it counts operators that nobody asked for
     level = logger.level
 

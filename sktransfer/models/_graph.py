@@ -129,16 +129,17 @@ class _Recorder(fx.Interpreter):
         self.records: list[tuple[Any, int]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except RuntimeError:  # maybe as torch has no autocast for the meta device
+            with _AsOnCpu():
+                value = super().run_node(n)
         self.records.append((value, value._version if torch.is_tensor(value) else 0))
         return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         # Tracing may have written the device of the network into the graph.
-        return fx.node.map_aggregate(
-            super().fetch_args_kwargs_from_env(n),
-            lambda value: torch.device("meta") if isinstance(value, torch.device) else value,
-        )
+        return fx.node.map_aggregate(super().fetch_args_kwargs_from_env(n), _to_meta)
 
 
 class _ShapesOnly(TorchFunctionMode):
@@ -159,6 +160,25 @@ class _ShapesOnly(TorchFunctionMode):
         if func is F.batch_norm and not kwargs["training"] and _fits(*args):
             return torch.empty_like(args[0])
         return func(*args, **kwargs)
+
+
+class _AsOnCpu(TorchFunctionMode):
+    """Lets a module that asks on what device it runs, to leave autocast there, find the CPU."""
+
+    _DEVICE = torch.Tensor.device.__get__
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func == self._DEVICE:
+            return torch.device("cpu")
+        named = {name: _to_meta(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_to_meta, args), **named)
+
+
+def _to_meta(value: Any) -> Any:
+    is_device = isinstance(value, torch.device) or (isinstance(value, str) and value == "cpu")
+    return torch.device("meta") if is_device else value
 
 
 def _fits(x: Any, mean: Any = None, *_: Any) -> bool:

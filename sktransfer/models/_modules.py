@@ -16,6 +16,8 @@ from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+_JIT = ".torch.jit"  # which is not developed further: how warnings of any kind that say so begin
+
 # ------------------------------------------------------------------------------ copies
 
 
@@ -115,7 +117,7 @@ def script_bytes(network: torch.jit.ScriptModule) -> bytes:
     """Return the file of a scripted or traced module."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is not developed further
+        warnings.filterwarnings("ignore", _JIT)
         torch.jit.save(network, buffer)
     return buffer.getvalue()
 
@@ -123,7 +125,7 @@ def script_bytes(network: torch.jit.ScriptModule) -> bytes:
 def load_script(content: bytes) -> torch.jit.ScriptModule:
     """Return the module of a file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", _JIT)
         return torch.jit.load(io.BytesIO(content))
 
 

@@ -339,8 +339,8 @@ def _ready(backbone: Backbone) -> Backbone:
     for parameter in backbone.network.parameters():
         parameter.requires_grad_(False)
     # Weights of another precision meet float32 images; the runner's precision says how the network
-    # computes.
-    backbone.network.float()
+    # computes, and its device where: on a GPU, with a copy.
+    backbone.network.float().cpu()
     return backbone
 
 
