@@ -141,7 +141,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     """Add the options of `--choose`."""
     group = parser.add_argument_group("a recipe chosen inside the training part")
     group.add_argument("--choose", action="store_true")
-    recipes = "numbers of blocks, or all; with +layers, the head sees all layers"
+    recipes = "as 2, all+layers or 2+layers@1e-4: blocks, what the head sees, learning rate"
     group.add_argument("--recipes", nargs="+", help=f"{recipes}; by default {' '.join(RECIPES)}")
     group.add_argument("--seeds", type=int, default=2, help="fits of the chosen recipe, averaged")
     group.add_argument("--jobs", type=int, default=1, help="fits at once, in processes")

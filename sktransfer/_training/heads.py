@@ -182,8 +182,12 @@ def solve_head(
     coef, intercept = _fit(learnt, chosen)
     with torch.no_grad():
         if isinstance(head[0], Scaling):
+            # A step of AdamW moves an output by up to the rate times the sum of all features, which
+            # is to be about that of a single layer: else the first steps undo the optimum.
+            shrinking = max(1.0, 2 * len(mean) / _WIDTH)
             head[0].mean.copy_(torch.from_numpy(mean))
-            head[0].factor.copy_(torch.from_numpy(1 / scale))
+            head[0].factor.copy_(torch.from_numpy(1 / scale / shrinking))
+            coef = coef * shrinking
         else:
             coef = coef / scale
             intercept = intercept - coef @ mean
