@@ -38,7 +38,7 @@ ALL = {"layer": "all", "pooling": ("avg", "max")}
 # Depths; with +layers, the head sees all layers; behind @, another learning rate. Fixed before any
 # of them was fitted here. A head on all layers is solved for all fixed views, which takes minutes:
 # with nothing frozen there are none.
-RECIPES = ("12", "all", "all+layers", "all+layers@2e-4")
+RECIPES = ("12", "all", "all+layers")
 SHARED = {"augment": "dihedral", "predict_views": 8, "weight_decay": 0.05}
 SVM, START = "SVM, all layers", "head alone, all layers"
 
@@ -326,7 +326,7 @@ def _run_all(work: _Work, results: Results) -> None:
         os.environ[name] = str(args.threads)  # of the processes to come
     end = time.monotonic() + args.seconds
     context = multiprocessing.get_context("spawn")
-    with context.Pool(args.jobs, _begin, (work,)) as pool:  # which it terminates at its end
+    with context.Pool(args.jobs, _begin, (work,)) as pool:  # which ends its processes
         while True:
             wanted = [fit for fit in results.wanted() if fit not in running]
             for fit in wanted[: args.jobs - len(running)]:
