@@ -3,6 +3,13 @@
 Five random 75/25 splits, stratified by label and module type; or, with --contiguous, four
 contiguous quarters of the list: the cells come from 44 modules whose ids are not published, but
 neighbours in the list come from one module, so this is nearer to modules never seen.
+
+--choose compares a few recipes on one inner holdout of each split's training part, fits the best
+anew on all of it, and scores this one on the test part, p > 0.5; whole cells, in the eight views of
+a square. The SVM, and the head alone, on all layers of the same cells stand beside it.
+
+    elpv_fine_tuning.py --write-cells cells.npz
+    elpv_fine_tuning.py --choose --cells cells.npz --device cuda --jobs 8 --output fits.jsonl
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from _common import quarters, without_crop
+from _elpv_choice import RECIPES, choose, write_cells
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedShuffleSplit
 from tabulate import tabulate
@@ -65,14 +73,20 @@ def main() -> None:
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--class-weight", choices=("balanced",))
     parser.add_argument("--early-stopping", action="store_true")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", help="folder; by default, one that lasts as long as the run")
     parser.add_argument("--conventions", nargs="+", choices=CONVENTIONS, default=["0.5", "0"])
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--contiguous", action="store_true")
     parser.add_argument("--every", type=int, default=1, help="take every so manieth image only")
     parser.add_argument("--output", help="a file of results, to which these are added")
+    add_choice(parser)
     args = parser.parse_args()
+    if args.write_cells:
+        return write_cells(args.write_cells, args.backbone, args.whole or 224)
+    if args.choose:
+        return choose(args)
     if args.whole:
         args.backbone = without_crop(args.backbone, args.whole)
     # What is not given stays as the library has it.
@@ -98,6 +112,7 @@ def main() -> None:
         predict_views=args.predict_views,
         early_stopping=args.early_stopping,
         precision=args.precision,
+        device=args.device,
         **options,
     )
     print(model, flush=True)
@@ -120,6 +135,20 @@ def main() -> None:
                 print(f"  split {number}: {found}, fit {seconds:.1f} s", flush=True)
             report(CONVENTIONS[convention], rows, task.published, args)
     print(model.plan_)
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `--choose`."""
+    group = parser.add_argument_group("a recipe chosen inside the training part")
+    group.add_argument("--choose", action="store_true")
+    recipes = "as 2, all+layers or 2+layers@1e-4: blocks, what the head sees, learning rate"
+    group.add_argument("--recipes", nargs="+", help=f"{recipes}; by default {' '.join(RECIPES)}")
+    group.add_argument("--seeds", type=int, default=2, help="fits of the chosen recipe, averaged")
+    group.add_argument("--jobs", type=int, default=1, help="fits at once, in processes")
+    group.add_argument("--threads", type=int, default=2, help="of each process")
+    group.add_argument("--seconds", type=float, default=1e6, help="until fits are cut off")
+    group.add_argument("--cells", help="file of --write-cells, instead of the package")
+    group.add_argument("--write-cells", help="file for the cells at the size of the network")
 
 
 def report(

@@ -26,8 +26,9 @@ from sktransfer.transforms import Preprocessing
 class FrozenBlocks:
     """What leads from an image to a cut.
 
-    Positions are those of `TracedNetwork`; the last one, `embedding`, has pooled float32 rows, the
-    others have activations in half precision.
+    Positions are those of `TracedNetwork`; `embedding` has pooled float32 rows, those in front of
+    it activations in half precision. One more, `passed`, stands for those of the rows that lie in
+    front of the cut, if the embedding is made of layers on both sides of it.
 
     Parameters
     ----------
@@ -36,11 +37,15 @@ class FrozenBlocks:
     pooling : {"avg", "max", "token", "flatten"} or tuple of these
     layer : int, str or list of these, default="auto"
         What the embedding is: the rows of an extractor with this `layer`.
+    cut : int, default=None
+        Where what is trained begins; None if nothing is.
 
     Attributes
     ----------
     rows : list of Output
         The pooled rows of which the embedding consists.
+    passed_rows : list of Output
+        Those in front of the cut; none if all of them are.
     columns : list of slice
         Where each lies in it.
     width : int
@@ -48,17 +53,25 @@ class FrozenBlocks:
     """
 
     def __init__(
-        self, runner: Runner, preprocessing: Preprocessing, pooling: Any, layer: Any = "auto"
+        self,
+        runner: Runner,
+        preprocessing: Preprocessing,
+        pooling: Any,
+        layer: Any = "auto",
+        cut: int | None = None,
     ) -> None:
         self.runner, self.preprocessing = runner, preprocessing
         self.size = preprocessing.size
-        self.embedding = runner.embedding
+        self.embedding, self.passed = runner.embedding, runner.embedding + 1
         if layer == "auto" and not runner.can_be_cut:
             layer = "output"
         self.poolings = poolings_of(pooling)
         self.rows = rows_of(runner, layer, pooling, self.size)
         self.columns = columns_of(runner, self.rows, self.size)
         self.width = self.columns[-1].stop
+        last = cut if cut is not None and cut < self.embedding else 0
+        passed = [row for row in self.rows if row.position is not None and row.position <= last]
+        self.passed_rows = passed
         self.half = runner.half
 
     @property
@@ -72,9 +85,22 @@ class FrozenBlocks:
         """Return what is asked for at positions: activations and, at the last, the embedding."""
         outputs: list[Output] = []
         for position in positions:
-            is_last = position == self.embedding
-            outputs += self.rows if is_last else [Output(position, ACTIVATION)]
+            outputs += self._rows(position) or [Output(position, ACTIVATION)]
         return outputs
+
+    def _rows(self, position: int) -> list[Output]:
+        """Return the rows of which the result at a position consists; none of an activation."""
+        return {self.embedding: self.rows, self.passed: self.passed_rows}.get(position, [])
+
+    def columns_at(self, position: int) -> list[slice]:
+        """Return where each row lies in the result at a position."""
+        return columns_of(self.runner, self._rows(position), self.size)
+
+    def end(self, positions: Sequence[int]) -> int:
+        """Return the last cut that is run to for the results at positions."""
+        of_passed = [row.position or 0 for row in self.passed_rows]
+        ends = [max(of_passed) if p == self.passed else p for p in positions]
+        return max(ends)
 
     def kept_at(self, positions: Sequence[int]) -> list[Output]:
         """Return what is kept at some positions: at each the pooled rows, too, for extractors."""
@@ -90,8 +116,8 @@ class FrozenBlocks:
         """Return the shape of one image's result, as it is stored: maps have channels last."""
         if position == 0:
             return (3, *self.size)
-        if position == self.embedding:
-            return (self.width,)
+        if position >= self.embedding:
+            return (self.columns_at(position)[-1].stop,)
         shape = self.runner.shape(position, self.size)
         return (*shape[1:], shape[0]) if self._is_map(position) else shape
 
@@ -99,7 +125,7 @@ class FrozenBlocks:
         """Return the dtype in which results are stored; NumPy knows bfloat16 as its 16 bits."""
         if position == 0:
             return np.uint8
-        if position == self.embedding:
+        if position >= self.embedding:
             return np.float32
         return np.int16 if self.half == torch.bfloat16 else np.float16
 
@@ -118,7 +144,7 @@ class FrozenBlocks:
         if position == 0:
             x = self.preprocessing.normalize(x)
             return x.contiguous(memory_format=torch.channels_last)
-        if position == self.embedding:
+        if position >= self.embedding:
             return x
         if x.dtype == torch.int16:
             x = x.view(torch.bfloat16)
@@ -156,15 +182,32 @@ class FrozenBlocks:
             whole = map(torch.cat, zip(*parts, strict=True))
             return [self.unpack(x, p) for x, p in zip(whole, positions, strict=True)]
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
-        """Reduce the network's last activations to one float32 row an image."""
-        return self.joined(self.rows_at(x, self.runner.embedding_or_output))
+    def rows_at(self, x: torch.Tensor, position: int) -> dict[Output, torch.Tensor]:
+        """Return those of the embedding's rows that are pooled from activations at a position.
 
-    def rows_at(self, x: torch.Tensor, position: int | None) -> dict[Output, torch.Tensor]:
-        """Return those of the embedding's rows that are pooled from activations at a position."""
-        layout, n_prefix = layout_of(x.shape[1:], self.size), self.runner.n_prefix(position)
-        rows = [row for row in self.rows if row.position == position]
+        Behind the embedding, or that of a network that can't be cut, is the network's output.
+        """
+        end = self.runner.embedding_or_output
+        name = None if end is None or position > end else position
+        layout, n_prefix = layout_of(x.shape[1:], self.size), self.runner.n_prefix(name)
+        rows = [row for row in self.rows if row.position == name]
         return {row: pool(x.float(), layout, row.form, n_prefix) for row in rows}
+
+    def split_passed(self, stored: torch.Tensor | None) -> dict[Output, torch.Tensor]:
+        """Return the rows in front of the cut, of a stored batch of them."""
+        if stored is None:
+            return {}
+        x = self.unpack(stored, self.passed)
+        columns = self.columns_at(self.passed)
+        return {row: x[:, part] for row, part in zip(self.passed_rows, columns, strict=True)}
+
+    def passed_of(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return the rows in front of the cut, of embeddings; a view where they lie together."""
+        parts = zip(self.rows, self.columns, strict=True)
+        columns = np.r_[*(part for row, part in parts if row in self.passed_rows)]
+        first, last = columns[0], columns[-1] + 1
+        is_together = last - first == len(columns)
+        return embeddings[:, first:last] if is_together else embeddings[:, columns]
 
     def joined(self, rows: dict[Output, torch.Tensor]) -> torch.Tensor:
         """Return the embedding (n, width) that consists of rows."""
@@ -199,7 +242,7 @@ class Activations(OutputsPass):
     ----------
     frozen : FrozenBlocks
     positions : sequence of int
-        Where the results are asked for, from 1 to ``frozen.embedding``, in order.
+        Where the results are asked for, from 1 to ``frozen.passed``, in order.
     keep : collection of int
         Where the memory is to keep them, also of those that are only passed on the way.
     **options
@@ -214,12 +257,13 @@ class Activations(OutputsPass):
         **options: Any,
     ) -> None:
         self.frozen, self.positions = frozen, list(positions)
-        last = self.positions[-1]
+        last = frozen.end(self.positions)
         is_kept = frozen.embedding in keep and options.get("memory") is not None
         if is_kept and last < frozen.embedding and frozen.is_worth_going_on(last):
             last = frozen.embedding
         kept = frozen.kept_at([position for position in keep if position <= last])
         wanted = frozen.outputs(self.positions)
+        kept += [output for output in wanted if output.is_row and is_kept]
         super().__init__(frozen.runner, frozen.preprocessing, wanted, kept, **options)
 
     def __call__(self, views: Views, outs: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
@@ -234,7 +278,7 @@ class Activations(OutputsPass):
         """Return the part of an array for each output at a position."""
         if position < self.frozen.embedding:
             return [out]
-        return [out[:, columns] for columns in self.frozen.columns]
+        return [out[:, columns] for columns in self.frozen.columns_at(position)]
 
     def empty(self, position: int, n: int) -> np.ndarray:
         """Return an array for `n` results."""

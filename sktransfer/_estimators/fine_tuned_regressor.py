@@ -33,7 +33,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
     head : "linear", tuple of int, or torch.nn.Module, default="linear"
         What turns an embedding into numbers.
     layer : int, str or list of these, default="auto"
-        What the head sees: with ``unfreeze=0`` one or several layers, as `"all"`; see
+        What the head sees: the last layer, another one or several, as `"all"`; see
         :class:`FineTunedClassifier`.
     pooling : {"avg", "max", "token", "flatten"} or tuple of these, default="avg"
         How the activations of a layer become a row, where the network has not pooled them.
@@ -41,8 +41,8 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         Share of an embedding's features, and of the hidden layers', that training leaves out.
     head_epochs : int or "auto", default="auto"
         Epochs that train the head alone. `"auto"` sets a linear head to the optimum of a ridge
-        regression on the embeddings. With ``unfreeze=0``, how much it is regularised is chosen by
-        cross-validation.
+        regression on the embeddings. With ``unfreeze=0``, or on several layers, how much it is
+        regularised is chosen by cross-validation.
     max_epochs : int, default=10
         Epochs that train the unfrozen blocks and the head.
     batch_size : int or "auto", default=32

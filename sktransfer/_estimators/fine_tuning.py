@@ -48,9 +48,11 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         What turns an embedding into logits: a linear layer; hidden layers of these sizes with
         ReLU, and a linear layer; or a module, which is copied.
     layer : int, str or list of these, default="auto"
-        What the head sees. `"auto"`: what the network's own head does. With ``unfreeze=0`` also
-        all that :class:`PretrainedFeatureExtractor` takes, such as `"all"`, every block: the rows
-        of these layers side by side, which are entries of the memory that both share.
+        What the head sees. `"auto"`: what the network's own head does. Else all that
+        :class:`PretrainedFeatureExtractor` takes, such as `"all"`, every block: the rows of these
+        layers side by side. Rows of frozen layers are entries of the memory that both share, and
+        run once; the trained blocks learn through rows of their own as well. The last of the
+        layers must not lie in front of a block that is trained.
     pooling : {"avg", "max", "token", "flatten"} or tuple of these, default="avg"
         How the activations of a layer become a row, where the network has not pooled them; of a
         tuple, each layer has a row for each pooling.
@@ -60,8 +62,9 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         Epochs of the first phase. `"auto"` sets a linear head to the optimum of a regularised
         logistic regression on the embeddings. With ``unfreeze=0``, that is all there is to do: how
         much it is regularised is chosen by cross-validation, and fixed where a class has a single
-        image. Else it is a start that is regularised more. Another head gets `max_epochs` of them,
-        unless it is all that is trained.
+        image. Else it is a start: the same one on several layers, whose scales stay as they are
+        from then on, and one that is regularised more on the last layer alone. Another head gets
+        `max_epochs` of them, unless it is all that is trained.
     max_epochs : int, default=10
         Epochs of the second phase.
     batch_size : int or "auto", default=32

@@ -18,7 +18,7 @@ from sktransfer._estimators.labels import refuse_missing
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._estimators.trained import TrainedEstimator
 from sktransfer._training.depth_search import search_depth
-from sktransfer._training.settings import Settings, distinct, frozen_layers_error
+from sktransfer._training.settings import Settings, distinct
 from sktransfer._training.whole import export_onnx
 from sktransfer.io import ImageSequence
 
@@ -87,8 +87,6 @@ class FineTuned(TrainedEstimator):
                 "unfreeze='auto' searches for how much of the pretrained weights to keep, and "
                 "weights=None has none: pass unfreeze='all'."
             )
-        if self.layer != "auto":
-            raise frozen_layers_error(self.layer, self.unfreeze)
         self.depth_search_ = search_depth(self, images, targets, weights, seed, self._kind)
         if self.verbose:
             depths = ", ".join(map(str, self.depth_search_["depths"]))

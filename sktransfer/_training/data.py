@@ -32,6 +32,8 @@ class TrainingData(Dataset):
         The images that take part.
     targets : ndarray of shape (n_images, ...)
     weights : ndarray of shape (n_images,) or None
+    passed : ndarray or None
+        A row for each view, of the layers in front of the cut; None if the head sees none.
     seed : int
     augments : {"turns", "draws", "no"}
         Whether an image shows its fixed views in turns, a fresh one every time, or only itself.
@@ -47,11 +49,13 @@ class TrainingData(Dataset):
         targets: np.ndarray,
         weights: np.ndarray | None,
         *,
+        passed: np.ndarray | None = None,
         seed: int = 0,
         augments: str = "no",
         n_threads: int = 1,
     ) -> None:
         self.views, self.stored, self.numbers = views, stored, numbers
+        self.passed = passed
         self.targets = torch.from_numpy(targets)
         self.weights: torch.Tensor | None = None
         if weights is not None:  # losses of weighted and of plain batches are of one size
@@ -73,7 +77,10 @@ class TrainingData(Dataset):
     def __getitems__(self, numbers: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return a batch (X, y); X has what the trained part takes."""
         rows = self.numbers[numbers]
-        X = {"stored": self._draw(rows) if self.stored is None else self._read(rows)}
+        stored = self.stored
+        X = {"stored": self._draw(rows) if stored is None else self._read(stored, rows)}
+        if self.passed is not None:
+            X["passed"] = self._read(self.passed, rows)
         if self.weights is not None:
             X["weights"] = self.weights[rows]
         return X, self.targets[rows]
@@ -82,9 +89,8 @@ class TrainingData(Dataset):
         X, y = self.__getitems__([number])
         return {name: values[0] for name, values in X.items()}, y[0]
 
-    def _read(self, rows: np.ndarray) -> torch.Tensor:
-        assert self.stored is not None
-        return torch.from_numpy(self.stored[rows * self.views.n_views + self._view_of(rows)])
+    def _read(self, stored: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(stored[rows * self.views.n_views + self._view_of(rows)])
 
     def _view_of(self, rows: np.ndarray) -> np.ndarray:
         if self.augments != "turns":

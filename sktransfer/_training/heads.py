@@ -33,12 +33,33 @@ _ROUGH = 1e-3  # tolerance of what is only compared
 _unconverged = WithoutWarnings(ConvergenceWarning)  # what is not there yet does as well
 
 
-def make_head(head: Any, width: int, n_outputs: int, dropout: float) -> nn.Module:
-    """Build what `head` stands for; a linear layer starts at zero, so at equal chances."""
+class Scaling(nn.Module):
+    """Brings features to comparable scales: less a mean, times a factor. It is never trained."""
+
+    mean: torch.Tensor
+    factor: torch.Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("factor", torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) * self.factor
+
+
+def make_head(
+    head: Any, width: int, n_outputs: int, dropout: float, scales: bool = False
+) -> nn.Module:
+    """Build what `head` stands for; a linear layer starts at zero, so at equal chances.
+
+    With `scales`, it is on features of several layers, which it brings to comparable scales.
+    """
     if isinstance(head, nn.Module):
         return _checked_copy(head, width, n_outputs)
     hidden = () if isinstance(head, str) else head
-    layers: list[nn.Module] = [nn.Dropout(dropout)]
+    layers: list[nn.Module] = [Scaling(width)] if scales else []
+    layers += [nn.Dropout(dropout)]
     for size in _sizes(hidden, "sizes of hidden layers must be positive ints."):
         layers += [nn.Linear(width, size), nn.ReLU(), nn.Dropout(dropout)]
         width = size
@@ -129,8 +150,9 @@ def solve_head(
     """Set the linear layer of `head` to the optimum on frozen embeddings.
 
     Logistic regression, or ridge regression, on embeddings of mean 0 and mean variance 1; this
-    scaling is folded into the layer. How much it is regularised is chosen by cross-validation.
-    Features are divided by the root of their deviations (Pareto scaling).
+    scaling is folded into the layer, or stays in front of it, if the head has a place for it. How
+    much it is regularised is chosen by cross-validation. Features are divided by the root of their
+    deviations (Pareto scaling).
 
     Parameters
     ----------
@@ -160,8 +182,18 @@ def solve_head(
         chosen = _START[kind] if is_start else _choose_strength(learnt, n_views, seed)
         coef, intercept = _fit(learnt, chosen)
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(coef / scale))
-        layer.bias.copy_(torch.from_numpy(intercept - (coef / scale) @ mean))
+        if isinstance(head[0], Scaling):
+            # A step of AdamW moves an output by up to the rate times the sum of all features, which
+            # is to be about that of a single layer: else the first steps undo the optimum.
+            shrinking = max(1.0, 2 * len(mean) / _WIDTH)
+            head[0].mean.copy_(torch.from_numpy(mean))
+            head[0].factor.copy_(torch.from_numpy(1 / scale / shrinking))
+            coef = coef * shrinking
+        else:
+            coef = coef / scale
+            intercept = intercept - coef @ mean
+        layer.weight.copy_(torch.from_numpy(coef))
+        layer.bias.copy_(torch.from_numpy(intercept))
 
 
 def _scale(variances: np.ndarray, is_start: bool) -> np.ndarray:

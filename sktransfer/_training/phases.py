@@ -98,6 +98,14 @@ def saying_what_is_kept(stream: Stream, n: int) -> Iterator[None]:
         ) from None
 
 
+class FrozenResults(NamedTuple):
+    """What the frozen blocks make of all views; None of what is not needed."""
+
+    start: np.ndarray | None = None  # what epochs start from, if it is not the images
+    passed: np.ndarray | None = None  # rows of the layers in front of the cut
+    embeddings: np.ndarray | None = None
+
+
 class FrozenPhase:
     """One run of the frozen blocks over all views of the images.
 
@@ -126,18 +134,18 @@ class FrozenPhase:
         with_start : bool
             Whether there are epochs, which start somewhere.
         """
-        start = self.plan.start if with_start else 0
-        embedding = self.task.frozen.embedding if with_embeddings else 0
-        return sorted({start, embedding} - {0})
+        frozen, start = self.task.frozen, self.plan.start if with_start else 0
+        embedding = frozen.embedding if with_embeddings else 0
+        # Embeddings have the rows in front of the cut among theirs.
+        takes_rows = with_start and not with_embeddings and frozen.passed_rows
+        return sorted({start, embedding, frozen.passed if takes_rows else 0} - {0})
 
-    def run(
-        self, views: Views, *, with_embeddings: bool, with_start: bool
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Return what epochs start from, None if it is the images; and the embeddings."""
+    def run(self, views: Views, *, with_embeddings: bool, with_start: bool) -> FrozenResults:
+        """Return what the phases take of the views."""
         frozen = self.task.frozen
         positions = self.positions(with_embeddings=with_embeddings, with_start=with_start)
         if not positions:
-            return None, None
+            return FrozenResults()
         self.progress.stage("frozen blocks")
         start = self.plan.start if with_start else 0
         outs = {p: allocate((len(views), *frozen.shape(p)), frozen.dtype(p)) for p in positions}
@@ -147,7 +155,10 @@ class FrozenPhase:
         stream = self.stream(positions)
         with saying_what_is_kept(stream, len(views)):
             stream(views, [out for out in outs.values() if out is not None])
-        return outs.get(start), outs.get(frozen.embedding)
+        embeddings, passed = outs.get(frozen.embedding), outs.get(frozen.passed)
+        if embeddings is not None and with_start and frozen.passed_rows:
+            passed = frozen.passed_of(embeddings)
+        return FrozenResults(outs.get(start), passed, embeddings)
 
     def stream(self, positions: Sequence[int]) -> Activations:
         """Return what runs the frozen blocks up to some positions, through the memory."""
@@ -198,7 +209,7 @@ def solve_new_head(
         np.repeat(examples.targets[rows], n_views, axis=0),
         np.repeat(weights / n_views, n_views),
         task.settings.kind,
-        is_start=task.cut < task.frozen.embedding,
+        is_start=task.cut < task.frozen.embedding and not task.is_on_layers,
         n_views=n_views,
         seed=examples.seed,
     )

@@ -96,11 +96,18 @@ def rate_of_head(lr: float, head_lr: float | None) -> float:
     return lr if head_lr is None else head_lr
 
 
-def frozen_layers_error(layer: Any, unfreeze: Any) -> ValueError:
-    """Return the error of a head on several layers behind blocks that are trained."""
+def unseen_blocks_error(layer: Any, unfreeze: Any, block: str, is_output: bool) -> ValueError:
+    """Return the error of a head that does not see a block which is trained."""
+    if is_output:
+        return ValueError(
+            f"layer={layer!r} puts the head on what the pretrained head says, and "
+            f"unfreeze={unfreeze!r} trains blocks in front of that: pass unfreeze=0, or 'auto' "
+            "instead of 'output', what the pretrained head sees."
+        )
     return ValueError(
-        f"layer={layer!r} puts the head on frozen layers, and unfreeze={unfreeze!r} trains blocks: "
-        "pass unfreeze=0, or layer='auto', what the network's own head sees."
+        f"layer={layer!r} lies in front of block {block!r}, which unfreeze={unfreeze!r} trains: "
+        f"the head would not see what it learns. Add {block!r} or 'auto' to layer, or pass "
+        "unfreeze=0."
     )
 
 

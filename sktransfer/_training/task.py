@@ -36,6 +36,7 @@ class Examples(NamedTuple):
     targets: np.ndarray  # encoded, one or a row of them for each image
     weights: np.ndarray | None  # of the images
     seed: int
+    passed: np.ndarray | None = None  # rows of the layers in front of the cut, of all views
 
 
 class Task:
@@ -53,6 +54,11 @@ class Task:
 
     def __init__(self, settings: Settings, frozen: FrozenBlocks, cut: int) -> None:
         self.settings, self.frozen, self.cut = settings, frozen, cut
+
+    @property
+    def is_on_layers(self) -> bool:
+        """Whether the head sees other layers than the last one, and some of them are trained."""
+        return self.cut < self.frozen.embedding and not self.frozen.is_at_the_end
 
     # ------------------------------------------------------------------------ views
 
@@ -111,6 +117,7 @@ class Task:
             rows,
             examples.targets,
             examples.weights,
+            passed=examples.passed,
             seed=examples.seed,
             augments="no" if is_valid else augments,
             n_threads=n_threads(self.settings.n_jobs),
@@ -130,7 +137,8 @@ class Task:
     def new_head(self) -> nn.Module:
         """Return a head that has learnt nothing yet."""
         settings = self.settings
-        return make_head(settings.head, self.frozen.width, settings.n_outputs, settings.dropout)
+        width, n_outputs = self.frozen.width, settings.n_outputs
+        return make_head(settings.head, width, n_outputs, settings.dropout, self.is_on_layers)
 
     def callbacks(self) -> list[Any]:
         """Return the callbacks of the second phase."""

@@ -25,6 +25,8 @@ _PIECE = 20e6  # bytes of the largest tensor on a CPU, see benchmarks/pieces.py
 class TrainedPart(nn.Module):
     """What follows the cut: blocks, the pooling and a head.
 
+    A head on several layers sees the rows of those in front of the cut as well.
+
     Parameters
     ----------
     frozen : FrozenBlocks
@@ -74,22 +76,33 @@ class TrainedPart(nn.Module):
         self.to(frozen.runner.device)
 
     def forward(
-        self, stored: torch.Tensor, start: int | None = None, weights: Any = None
+        self,
+        stored: torch.Tensor,
+        start: int | None = None,
+        weights: Any = None,
+        passed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Turn a batch that is stored at `start` into outputs (n, n_outputs).
 
-        The weights of the images come with a batch, but only the loss needs them.
+        The weights of the images come with a batch, but only the loss needs them. `passed` are the
+        stored rows of layers in front of the cut.
         """
         start = self.start if start is None else start
         runner = self.frozen.runner
         with network_lock.shared(), float32_by_default(), as_on(runner.device), FastDepthwise():
             x = self._at_cut(stored, start)
             with runner.autocast(self.precision if self.training else None):
-                for block in self.blocks:
-                    x = block(x)
                 if self.cut < self.frozen.embedding:
-                    x = self.frozen.pool(x)
+                    x = self._embedding(x, passed)
                 return self.head(x).float()
+
+    def _embedding(self, x: torch.Tensor, passed: torch.Tensor | None) -> torch.Tensor:
+        """Return what the head sees of what lies at the cut, and of rows in front of it."""
+        rows = self.frozen.split_passed(passed)
+        for position, block in enumerate(self.blocks, start=self.cut + 1):
+            x = block(x)
+            rows |= self.frozen.rows_at(x, position)
+        return self.frozen.joined(rows)
 
     def _at_cut(self, stored: torch.Tensor, start: int) -> torch.Tensor:
         if start >= self.cut:

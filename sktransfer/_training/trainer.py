@@ -37,7 +37,7 @@ from sktransfer._training.phases import (
     train_head,
 )
 from sktransfer._training.plan import Plan
-from sktransfer._training.settings import Settings, frozen_layers_error
+from sktransfer._training.settings import Settings, unseen_blocks_error
 from sktransfer._training.task import Examples, Task
 from sktransfer._training.trained_part import TrainedPart
 from sktransfer.io import ImageSequence
@@ -77,10 +77,10 @@ class Trainer:
 
     def __init__(self, runner: Runner, preprocessing: Preprocessing, settings: Settings) -> None:
         self.settings = settings
-        self.frozen = FrozenBlocks(runner, preprocessing, settings.pooling, settings.layer)
         self.unfrozen = find_cut(runner, settings.unfreeze)
-        if self.unfrozen.cut < self.frozen.embedding and not self.frozen.is_at_the_end:
-            raise frozen_layers_error(settings.layer, settings.unfreeze)
+        layers = settings.pooling, settings.layer
+        self.frozen = FrozenBlocks(runner, preprocessing, *layers, self.unfrozen.cut)
+        self._check_sees_trained()
         self.n_left = 0
         self._progress = Progress()
         self._chance = Chance(0)  # of the fit in progress
@@ -88,6 +88,16 @@ class Trainer:
         self._before: Any = None  # the net whose interrupted training goes on
         self._backbone: Backbone | None = None  # the result, once it is asked for
         self._task.augmentation(None)  # raises an error of the parameters now
+
+    def _check_sees_trained(self) -> None:
+        """Raise an error if there are blocks that are trained and that the head does not see."""
+        positions = {row.position for row in self.frozen.rows}
+        if not self.unfrozen.blocks or self.frozen.is_at_the_end:
+            return
+        last, settings = max(self.unfrozen.blocks), self.settings
+        if None in positions or max(p for p in positions if p is not None) <= last:
+            name = self.frozen.runner.block_names[last]
+            raise unseen_blocks_error(settings.layer, settings.unfreeze, name, None in positions)
 
     @property
     def _task(self) -> Task:
@@ -127,14 +137,15 @@ class Trainer:
         asked = {"with_embeddings": with_embeddings, "with_start": n_epochs > 0}
         n_images += len(examples.views) * bool(frozen.positions(**asked))
         with self._progress.shown(n_images, self.settings.verbose):
-            stored, embeddings = frozen.run(examples.views, **asked)
+            found = frozen.run(examples.views, **asked)
             self.plan = frozen.plan
             self._chance, fitting = Chance(seed), threading.Lock()
             with fitting, ready_to_train(fitting):
                 if not goes_on:
-                    head = self._trained_head(phases, embeddings, learnt, examples)
+                    head = self._trained_head(phases, found.embeddings, learnt, examples)
                     self.module = self._new_module(head)
-                self._train_blocks(stored, learnt, held_out, examples, n_epochs, goes_on)
+                examples = examples._replace(passed=found.passed)
+                self._train_blocks(found.start, learnt, held_out, examples, n_epochs, goes_on)
 
     def _trained_head(
         self,
@@ -188,11 +199,12 @@ class Trainer:
         asked = {"with_embeddings": False, "with_start": True}
         n_images = len(targets) + len(examples.views) * bool(frozen.positions(**asked))
         with self._progress.shown(n_images, self.settings.verbose):
-            stored, _ = frozen.run(examples.views, **asked)
+            found = frozen.run(examples.views, **asked)
             self.plan = frozen.plan
             self._chance, fitting = Chance(seed), threading.Lock()
             with fitting, ready_to_train(fitting):
-                data = task.data(stored, np.arange(len(targets)), examples)
+                examples = examples._replace(passed=found.passed)
+                data = task.data(found.start, np.arange(len(targets)), examples)
                 if is_new:
                     self.module = self._new_module(self._drawn_head(task))
                 if is_new or self._schedule is not None:
@@ -257,8 +269,9 @@ class Trainer:
         views = Views(images, self.frozen.preprocessing, augmentation, n_views)
         results = np.empty((len(views), settings.n_outputs), np.float32)
         progress = Progress()  # two threads may predict at once
-        position = self.unfrozen.cut or self.frozen.embedding
-        stream = FrozenPhase(self._task, self.plan, progress).stream([position])
+        positions = [self.unfrozen.cut or self.frozen.embedding]
+        positions += [self.frozen.passed] if self.frozen.passed_rows else []
+        stream = FrozenPhase(self._task, self.plan, progress).stream(positions)
         stream.n_expected = len(views)
         with progress.shown(len(views), settings.verbose):
             progress.stage(self.frozen.runner.name)
@@ -273,10 +286,10 @@ class Trainer:
         """Return what the network says of views (n, n_outputs), all held in memory at once."""
         cut = self.unfrozen.cut
         if cut:
-            batches = torch.from_numpy(stream(views)[0])
+            stored = [torch.from_numpy(results) for results in stream(views)]
         else:
             with ThreadPoolExecutor(n_threads(self.settings.n_jobs)) as threads:
-                batches = torch.stack(list(threads.map(views.load, range(len(views)))))
+                stored = [torch.stack(list(threads.map(views.load, range(len(views)))))]
 
         # Whether OpenVINO is still to be compiled makes no difference to what is trained.
         most = 1 if self.frozen.runner.runtime == "openvino" else stream.step
@@ -284,23 +297,25 @@ class Trainer:
         def run(step: int) -> np.ndarray:
             if step < most:
                 stream.step = step  # of the chunks to come, too
-            return self._run_trained(batches, step)
+            return self._run_trained(stored, step)
 
         outputs = self.frozen.runner.in_smaller_steps(run, most)
         if not cut:  # else the stream moved the bar
             progress.update(len(views))
         return outputs
 
-    def _run_trained(self, stored: torch.Tensor, step: int) -> np.ndarray:
-        """Return the outputs for what is stored at the cut."""
+    def _run_trained(self, stored: list[torch.Tensor], step: int) -> np.ndarray:
+        """Return the outputs for what is stored at the cut, and for rows in front of it."""
         module = self.net.module_.eval()
         outputs = []
         with torch.inference_mode():
             # Batches of one size: a prediction then does not depend on the others.
-            for batch in stored.split(step):
-                padding = batch[:1].expand(step - len(batch), *batch.shape[1:])
-                padded = module(torch.cat([batch, padding]), self.unfrozen.cut)
-                outputs.append(fetch(padded[: len(batch)]))
+            for parts in zip(*(x.split(step) for x in stored), strict=True):
+                batch, *passed = [
+                    torch.cat([x, x[:1].expand(step - len(x), *x.shape[1:])]) for x in parts
+                ]
+                padded = module(batch, self.unfrozen.cut, None, *passed)
+                outputs.append(fetch(padded[: len(parts[0])]))
         return np.concatenate(outputs)
 
     # ------------------------------------------------------------------------ states

@@ -69,15 +69,9 @@ class WholeNetwork(nn.Module):
         for position, block in enumerate(self.blocks, start=1):
             x = block(x)
             if self.frozen is not None:
+                rows |= self.frozen.rows_at(x, position)
                 x = self.frozen.round(x) if position == self.cut else x
-                rows |= self.frozen.rows_at(x, self._name(position))
         return self.head(x if self.frozen is None else self.frozen.joined(rows))
-
-    def _name(self, position: int) -> int | None:
-        """Return a position as rows have it: the output of the whole network is None."""
-        assert self.frozen is not None
-        end = self.frozen.runner.embedding_or_output
-        return None if end is None or position > end else position
 
 
 def whole_of_trainer(trainer: Trainer) -> WholeNetwork:
