@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -96,26 +97,37 @@ def test_folders_with_pipes(tmp_path):
 
 
 def test_settings_are_those_of_the_process_and_of_its_children():
-    assert get_config() == {"damaged": "warn", "max_pixels": "pillow"}
-    with config_context(damaged="error", max_pixels=1200):
+    at_start = {"damaged": "warn", "max_pixels": "pillow", "background": (255, 255, 255)}
+    assert get_config() == at_start
+    with config_context(damaged="error", max_pixels=1200, background="#0102fe"):
         with ThreadPoolExecutor(1) as threads:
             assert threads.submit(get_config).result() == get_config()
-        assert get_config() == {"damaged": "error", "max_pixels": 1200}
+        changed = {"damaged": "error", "max_pixels": 1200, "background": (1, 2, 254)}
+        assert get_config() == changed
         code = "import sktransfer; print(sktransfer.get_config())"
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert child.stdout.strip() == str(get_config())
-        set_config(damaged="warn")
-        assert get_config() == {"damaged": "warn", "max_pixels": 1200}
-        set_config(**{"damaged": "error", "max_pixels": "pillow"})
-    assert get_config() == {"damaged": "warn", "max_pixels": "pillow"}
+        set_config(damaged="warn", background=np.array([1, 2, 3]))
+        assert get_config() == {**changed, "damaged": "warn", "background": (1, 2, 3)}
+        with pytest.raises(ValueError, match="background"):
+            set_config(damaged="error", max_pixels=7, background=(1, 2, 300))
+        assert get_config() == {**changed, "damaged": "warn", "background": (1, 2, 3)}
+        set_config(**at_start)
+        assert get_config() == at_start
+    assert get_config() == at_start
 
 
 @pytest.mark.parametrize(
-    "setting", [{"damaged": "ignore"}, {"max_pixels": 0}, {"max_pixels": 1.5}, {"max_pixels": "a"}]
+    "setting",
+    [
+        *[{"damaged": "ignore"}, {"max_pixels": 0}, {"max_pixels": 1.5}, {"max_pixels": "a"}],
+        *[{"background": colour} for colour in ("whit", "#ffffff80", (1, 2), 7, (0.5, 0, 0))],
+    ],
 )
 def test_bad_settings(setting, monkeypatch):
     (name, value), *_ = setting.items()
-    with pytest.raises(ValueError, match=f"{name} must be .*, got {value!r}"):
+    message = re.escape(f"got {value!r}")
+    with pytest.raises(ValueError, match=f"{name} must be .*, {message}"):
         set_config(**setting)
     monkeypatch.setenv(f"SKTRANSFER_{name.upper()}", str(value))
     with pytest.raises(ValueError, match=f"SKTRANSFER_{name.upper()} must be"):
@@ -142,6 +154,7 @@ def test_max_pixels(monkeypatch):
 
 def test_command_line_takes_the_settings(tmp_path, damaged_jpeg, capfd):
     (tmp_path / "bad.jpg").write_bytes(damaged_jpeg)
+    before = get_config()
     command = ["classify", str(tmp_path / "bad.jpg"), "--image-size", "64"]
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -151,7 +164,9 @@ def test_command_line_takes_the_settings(tmp_path, damaged_jpeg, capfd):
     assert "error: row 0" in capfd.readouterr().err
     assert main([*command, "--max-pixels", "1000"]) == 2
     assert "max_pixels is 1000" in capfd.readouterr().err
-    assert get_config() == {"damaged": "warn", "max_pixels": "pillow"}
+    assert main([*command, "--background", "greenish"]) == 2
+    assert "background must be a colour" in capfd.readouterr().err
+    assert get_config() == before
 
 
 # Large images -----------------------------------------------------------------------------------

@@ -36,8 +36,11 @@ def white(dtype):
 
 
 def rgb(array, largest=None, inverted=False):
-    """Return what a library's own array is in floats up to 255, without alpha."""
+    """Return what a library's own array is in floats up to 255, on white where it has alpha."""
     shown = array / float(largest or white(array.dtype)) * 255
+    if shown.ndim == 3 and shown.shape[2] in (2, 4):
+        alpha = shown[..., -1:] / 255
+        shown = shown[..., :-1] * alpha + 255 * (1 - alpha)
     if shown.ndim == 2 or shown.shape[2] < 3:
         grey = shown if shown.ndim == 2 else shown[..., 0]
         shown = np.repeat(grey[..., None], 3, axis=2)
@@ -47,7 +50,7 @@ def rgb(array, largest=None, inverted=False):
 def assert_shows(data, expected):
     found = load_image(data).permute(1, 2, 0).numpy()
     assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1
+    assert np.abs(found - expected).max() < 2  # where Pillow cuts two of 16 bits to 8, and blends
 
 
 def assert_shown_or_refused(data, own, inverted=False):

@@ -42,7 +42,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    settings = {name: getattr(options, name, None) for name in ("damaged", "max_pixels")}
+    names = "damaged", "max_pixels", "background"
+    settings = {name: getattr(options, name, None) for name in names}
     try:
         # Imported here: `--help` should not wait for torch.
         with config_context(**settings):
@@ -360,7 +361,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add which image files are refused."""
+    """Add how image files are read, and which are refused."""
     add = parser.add_argument
     add(
         "--damaged",
@@ -372,4 +373,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="refuse images of more pixels (default: twice PIL.Image.MAX_IMAGE_PIXELS)",
+    )
+    add(
+        "--background",
+        metavar="COLOUR",
+        help="on which transparent images lie, as black or #808080; the same for fit and predict "
+        "(default white)",
     )

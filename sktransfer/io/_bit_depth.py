@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -80,9 +81,13 @@ def too_dark(largest: int) -> str:
     )
 
 
-def has_deep_colour(image: Image.Image) -> bool:
-    """Whether a file that is not loaded yet holds colours of 16 bits, which Pillow cuts to 8."""
-    return image.mode[0] not in "IF" and ";16" in str(getattr(image, "tile", ""))
+def bits_of_file(image: Image.Image) -> int:
+    """Return the bits of a sample in a file that is not loaded yet; 8 if nothing is known.
+
+    Pillow brings 2 and 4 bits, and colours of 16, to 8.
+    """
+    found = re.search(r"[A-Za-z];(2|4|16)(?!\d)", str(getattr(image, "tile", "")))
+    return int(found[1]) if found else 8
 
 
 # ------------------------------------------------------------------------------ TIFF

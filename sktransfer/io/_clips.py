@@ -29,7 +29,7 @@ class Frames(ImageSequence):
         items: Any,
         lengths: np.ndarray,
         rows: np.ndarray | None = None,
-        digests: dict[int, bytes] | None = None,
+        digests: dict[Any, bytes] | None = None,
     ) -> None:
         super().__init__(items, rows, digests)
         self.lengths = lengths

@@ -17,14 +17,15 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from sktransfer._config import get_config
 from sktransfer.io._bit_depth import (
+    bits_of_file,
     grey_pixels,
-    has_deep_colour,
     refuse_misread,
     refuse_unreadable,
     too_dark,
     unread_tiff,
 )
 from sktransfer.io._messages import libtiff_messages, pillow_warnings
+from sktransfer.io._transparency import Colour, grey_on_background, key_in_8_bits, on_background
 
 _STRIP = 2**20  # pixels that are converted at once
 _JUNK = 1024  # bytes in front of a JPEG that are looked at
@@ -47,19 +48,19 @@ class _Seen(NamedTuple):
     """What is seen only when an image is loaded."""
 
     frame: int
-    is_deep: bool  # colours of 16 bits, which became 8
+    bits: int  # of a sample, before it became 8
     damage: str = ""
     error: str = ""
 
 
-def decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
+def decode(data: bytes, background: Colour, reserve: Callable[[int], Any]) -> Decoded:
     """Decode an encoded image; `reserve` is called with the number of its pixels before."""
-    return _with_warnings(lambda: _decode(data, reserve))
+    return _with_warnings(lambda: _decode(data, background, reserve))
 
 
-def decode_pillow(image: Image.Image) -> Decoded:
+def decode_pillow(image: Image.Image, background: Colour) -> Decoded:
     """Return the pixels of an image of Pillow, which is loaded as a file is if it is not yet."""
-    return _with_warnings(lambda: _decode_pillow(image))
+    return _with_warnings(lambda: _decode_pillow(image, background))
 
 
 def _with_warnings(decode: Callable[[], Decoded]) -> Decoded:
@@ -71,7 +72,7 @@ def _with_warnings(decode: Callable[[], Decoded]) -> Decoded:
     return decoded
 
 
-def _decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
+def _decode(data: bytes, background: Colour, reserve: Callable[[int], Any]) -> Decoded:
     with closing(_open(data)) as image:
         _check_size(image)
         reserve(image.width * image.height)
@@ -79,32 +80,32 @@ def _decode(data: bytes, reserve: Callable[[int], Any]) -> Decoded:
         if image.format in ("JPEG", "MPO"):
             pixels, damage = _jpeg_pixels(image, data)
         else:
-            pixels = _webp_pixels(image, data)
+            pixels = _webp_pixels(image, data, background)
         if pixels is not None:
             return Decoded(_upright(pixels, image), damage)
-        is_deep = has_deep_colour(image)  # seen before it is loaded only
+        bits = bits_of_file(image)  # seen before it is loaded only
         damage = _load(image, data if image.format == "PNG" else b"") or damage
-        return _decoded(image, is_deep)._replace(damage=damage)
+        return _decoded(image, background, bits)._replace(damage=damage)
 
 
-def _decode_pillow(image: Image.Image) -> Decoded:
+def _decode_pillow(image: Image.Image, background: Colour) -> Decoded:
     if not isinstance(image, ImageFile.ImageFile):
         image.load()
-        return _decoded(image)
+        return _decoded(image, background)
     if image.tile:
         _load_of_user(image)
     image.load()
     seen = getattr(image, _SEEN, None)
     if seen is None or seen.frame != image.tell():  # the user loaded it
-        return _decoded(image)
+        return _decoded(image, background)
     if seen.error:
         raise OSError(seen.error)
-    return _decoded(image, seen.is_deep)._replace(damage=seen.damage)
+    return _decoded(image, background, seen.bits)._replace(damage=seen.damage)
 
 
 def _load_of_user(image: ImageFile.ImageFile) -> None:
     """Load an image, and keep with it what is seen only then: it may be asked for once more."""
-    seen = _Seen(image.tell(), has_deep_colour(image))
+    seen = _Seen(image.tell(), bits_of_file(image))
     try:
         seen = seen._replace(damage=_load(image, _bytes_not_loaded(image)))
     except Exception as error:
@@ -126,10 +127,14 @@ def _bytes_not_loaded(image: ImageFile.ImageFile) -> bytes:
     return data if data.startswith(start) else b""
 
 
-def _decoded(image: Image.Image, is_deep: bool = False) -> Decoded:
-    pixels, doubt = grey_pixels(image) if image.mode[0] in "IF" else (_rgb(image), "")
-    if is_deep and (largest := int(pixels.max(initial=0))):
-        doubt = too_dark(largest << 8 | 255)  # the lower byte is lost: of black nobody can tell
+def _decoded(image: Image.Image, background: Colour, bits: int = 8) -> Decoded:
+    if image.mode[0] in "IF":
+        pixels, doubt = grey_pixels(image)
+        pixels = grey_on_background(pixels, image, background)
+    else:
+        pixels, doubt = _rgb(image, background, bits), ""
+        if bits == 16 and (largest := int(pixels.max(initial=0))):
+            doubt = too_dark(largest << 8 | 255)  # the lower byte is lost: of black nobody can tell
     return Decoded(_upright(pixels, image), doubt=doubt)
 
 
@@ -185,17 +190,19 @@ def _check_size(image: Image.Image) -> None:
 # ------------------------------------------------------------------------------ pixels
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _rgb(image: Image.Image, background: Colour, bits: int = 8) -> np.ndarray:
     """Convert strip by strip: Pillow's copies take 4 bytes a pixel each."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
+    key = key_in_8_bits(image, bits)
     # Pillow's limit, as cutting out a strip is checked by it.
     rows = max(1, min(_STRIP, Image.MAX_IMAGE_PIXELS or _STRIP) // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         strip = image.crop((0, top, image.width, bottom))
-        # Dropped with alpha anyway; convert would warn of a palette's transparency.
         strip.info.pop("transparency", None)
-        pixels[top:bottom] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+        if key is not None:
+            strip.info["transparency"] = key
+        pixels[top:bottom] = np.asarray(on_background(strip, background))
     return pixels
 
 
@@ -218,15 +225,17 @@ def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     return turned
 
 
-def _webp_pixels(image: Image.Image, data: bytes) -> np.ndarray | None:
+def _webp_pixels(image: Image.Image, data: bytes, background: Colour) -> np.ndarray | None:
     """Decode a WebP file at once, where Pillow keeps five copies; None if it is for Pillow."""
     if image.format != "WEBP" or getattr(image, "is_animated", False):
         return None
     encoded = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+    mode = 4 if image.mode == "RGBA" else 3  # torchvision's RGB_ALPHA and RGB
     try:
-        return torch.ops.image.decode_webp(encoded, 3).permute(1, 2, 0).numpy()  # 3: RGB
+        pixels = torch.ops.image.decode_webp(encoded, mode).permute(1, 2, 0).numpy()
     except (AttributeError, RuntimeError):
         return None  # torchvision has none, or the data are damaged: Pillow says how
+    return pixels if mode == 3 else _rgb(Image.fromarray(pixels), background)
 
 
 # ------------------------------------------------------------------------------ JPEG

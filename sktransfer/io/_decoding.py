@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Number
 from typing import Any
@@ -25,6 +25,7 @@ from sktransfer.io._bit_depth import UnusableImage
 from sktransfer.io._codecs import Decoded, decode, decode_pillow, why_unknown
 from sktransfer.io._files import open_regular, room_for
 from sktransfer.io._messages import speaking_of
+from sktransfer.io._transparency import Colour, may_be_transparent
 
 _LONGEST_NAME = 500  # characters in an error
 ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
@@ -54,12 +55,18 @@ class OpenImage:
     where: str
     doubt: str = ""  # why its brightness may be wrong
     damage: str = ""  # what is wrong with the file of a PIL image
+    # Read once, as another thread may change it: pixels are never kept under another one's digest.
+    background: Colour = field(default_factory=lambda: get_config()["background"])
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that stand for the content."""
+        """16 bytes that stand for the content and, if that may show, for the background."""
         if isinstance(self.content, bytes):
-            return xxhash.xxh3_128_digest(self.content)
+            if not may_be_transparent(self.content):
+                return xxhash.xxh3_128_digest(self.content)
+            digest = xxhash.xxh3_128(f"file on {self.background}".encode())
+            digest.update(self.content)
+            return digest.digest()
         # The prefix keeps pixels apart from files, and 2×8 pixels apart from 4×4.
         digest = xxhash.xxh3_128(f"uint8 RGB pixels {self.content.shape}".encode())
         digest.update(np.ascontiguousarray(self.content).data)
@@ -82,7 +89,7 @@ class OpenImage:
             return self.content.copy("C")  # it may be the user's own array
 
         def decode_in_turn(data: bytes) -> Decoded:
-            return decode(data, lambda pixels: room.enter_context(room_for(pixels)))
+            return decode(data, self.background, lambda n: room.enter_context(room_for(n)))
 
         decoded = _guarded(decode_in_turn, self.content, self.where)
         _tell(decoded, self.where)
@@ -213,7 +220,7 @@ def _from_users_pillow(image: Image.Image) -> Decoded:
     lock = _pillow_locks[id(image) // 64 % len(_pillow_locks)]
     # In this order: who holds the lock never waits for room, so that it is soon free again.
     with room_for(image.width * image.height), lock:
-        return decode_pillow(image)
+        return decode_pillow(image, get_config()["background"])
 
 
 def as_numpy(X: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from scipy.sparse import issparse
 from sklearn.utils import check_array
 
+from sktransfer._config import get_config
 from sktransfer.io._decoding import (
     ACCEPTED,
     CHANNELS,
@@ -62,7 +63,7 @@ class ImageSequence:
         self,
         items: Any,
         rows: np.ndarray | None = None,
-        digests: dict[int, bytes] | None = None,
+        digests: dict[Any, bytes] | None = None,
     ) -> None:
         self._items = items
         self._rows = np.arange(len(items)) if rows is None else rows
@@ -92,10 +93,10 @@ class ImageSequence:
     def digest(self, i: int) -> bytes:
         """Return 16 bytes that stand for the content of row `i`.
 
-        They depend on a file's bytes, not its name; or on the upright RGB pixels of a PIL
-        image, an array or a tensor.
+        They depend on a file's bytes, not its name, and on the background if it may be
+        transparent; or on the upright RGB pixels of a PIL image, an array or a tensor.
         """
-        known = self._digests.get(int(self._rows[i]))
+        known = self._digests.get((int(self._rows[i]), get_config()["background"]))
         if known is not None:
             return known
         with reading_turn(self._items[self._rows[i]]):
@@ -103,9 +104,11 @@ class ImageSequence:
 
     def digests(self, n_threads: int) -> list[bytes]:
         """Return the digests of all rows, and remember them: files are not read for them again."""
+        background = get_config()["background"]
         with ThreadPoolExecutor(n_threads) as threads:
             digests = list(threads.map(self.digest, range(len(self))))
-        self._digests.update(zip(self._rows.tolist(), digests, strict=True))
+        rows = self._rows.tolist()
+        self._digests.update({(r, background): d for r, d in zip(rows, digests, strict=True)})
         return digests
 
     def load(
@@ -209,7 +212,8 @@ def load_image(source: Any) -> torch.Tensor:
     """Decode one image to upright RGB, as Pillow would show it.
 
     Palette, CMYK, 1-bit and animated images (their first frame) are converted, 16-bit grey is
-    scaled to 8 bits, EXIF orientation is applied, and the alpha of files and PIL images is dropped.
+    scaled to 8 bits, and EXIF orientation is applied. Transparent parts of files and PIL images lie
+    on white, or on the `background` of `sktransfer.set_config`.
 
     Parameters
     ----------
