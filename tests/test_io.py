@@ -30,6 +30,7 @@ from sktransfer.io import (
     ImageSequence,
     _decoding,
     check_images,
+    find_unreadable,
     list_images,
     load_image,
     load_image_folder,
@@ -1167,3 +1168,71 @@ def test_images_beside_class_folders_are_told(folder):
     assert len(record) == 1 and record[0].filename == __file__ and len(data.data) == 4
     assert len(load_image_folder(folder, categories=["cat", "dog"]).data) == 4
     assert len(list_images(folder)) == 8
+
+
+# Unreadable files -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd_files(tmp_path):
+    """Return files, of which those are unreadable whose names begin with "bad"."""
+    photo, jpeg = Image.fromarray(FLOWER), encode(FLOWER, "JPEG", quality=90)
+    scratched = bytearray(jpeg)
+    scratched[20000:20100] = bytes(100)
+    contents = {
+        "good.jpg": jpeg,
+        "bad cut.jpg": jpeg[: len(jpeg) // 2],
+        "damaged.jpg": scratched,
+        "no end.jpg": jpeg[:-2],
+        "print.jpg": encode(photo.convert("CMYK"), "JPEG"),
+        "bad print.jpg": encode(photo.convert("CMYK"), "JPEG")[:9000],
+        "grey.jpg": encode(photo.convert("L"), "JPEG", progressive=True),
+        "bad text.jpg": b"hello",
+        "bad empty.jpg": b"",
+        "bad cut.png": encode(SMALL, "PNG")[:-60],
+        "good.png": encode(SMALL, "PNG"),
+        "bad.tif": encode((SMALL[..., 0] / 7).astype(np.float32), "TIFF"),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    return [tmp_path / name for name in [*contents, "bad missing.jpg", "good.png"]]
+
+
+def test_unreadable_files_are_those_that_can_not_be_loaded(odd_files):
+    images, rng = check_images(odd_files), np.random.RandomState(0)
+    for damaged in ("warn", "error"):
+        with config_context(damaged=damaged):
+            reasons = find_unreadable(odd_files, n_jobs=2)
+            expected = {}
+            for row in range(len(odd_files)):
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        images.load(row)
+                except ValueError as error:
+                    expected[row] = str(error).partition(": ")[2]
+        assert reasons == expected and list(reasons) == sorted(reasons)
+        names = {odd_files[row].name for row in reasons} - {"damaged.jpg"}
+        assert names == {file.name for file in odd_files if file.name.startswith("bad")}
+        assert ("damaged.jpg" in {odd_files[row].name for row in reasons}) == (damaged == "error")
+    encoded = [file.read_bytes() for file in odd_files[:4]]
+    assert list(find_unreadable(encoded)) == [1]
+    for _ in range(15):  # a JPEG at an eighth of its size is judged as the whole
+        data = bytearray(encoded[0])
+        for place in rng.randint(0, len(data), 5):
+            data[place] = rng.randint(256)
+        with warnings.catch_warnings(), config_context(damaged="error"):
+            warnings.simplefilter("ignore")
+            try:
+                load_image(bytes(data))
+                expected = []
+            except ValueError:
+                expected = [0]
+            assert list(find_unreadable([bytes(data)])) == expected
+
+
+def test_what_is_no_list_of_files():
+    for wrong in ("a.jpg", Path("a.jpg"), b"abc"):
+        with pytest.raises(TypeError, match="pass \\[file\\]"):
+            find_unreadable(wrong)
+    assert find_unreadable([]) == {}

@@ -8,11 +8,13 @@ from sktransfer.io._images import (
     load_image,
     load_image_folder,
 )
+from sktransfer.io._unreadable import find_unreadable
 
 __all__ = [
     "DamagedImageWarning",
     "ImageSequence",
     "check_images",
+    "find_unreadable",
     "list_images",
     "load_image",
     "load_image_folder",

@@ -208,7 +208,7 @@ def _rgb(image: Image.Image, background: Colour, bits: int = 8) -> np.ndarray:
 
 def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     """Turn pixels as the EXIF data of their image say."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    orientation = _orientation(image)
     if orientation not in range(2, 9):
         return pixels
     if orientation in (5, 6, 7, 8):
@@ -225,6 +225,10 @@ def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     return turned
 
 
+def _orientation(image: Image.Image) -> Any:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
 def _webp_pixels(image: Image.Image, data: bytes, background: Colour) -> np.ndarray | None:
     """Decode a WebP file at once, where Pillow keeps five copies; None if it is for Pillow."""
     if image.format != "WEBP" or getattr(image, "is_animated", False):
@@ -239,6 +243,23 @@ def _webp_pixels(image: Image.Image, data: bytes, background: Colour) -> np.ndar
 
 
 # ------------------------------------------------------------------------------ JPEG
+
+
+def is_sound_jpeg(data: bytes) -> bool:
+    """Tell whether libjpeg decodes a JPEG without a warning, at an eighth of its size.
+
+    What this tells nothing of, as of CMYK, has to be decoded as a whole.
+    """
+    if not data.startswith(_STARTS["JPEG"]):
+        return False
+    with pillow_warnings(), closing(_open(data)) as image:
+        _check_size(image)
+        _orientation(image)  # of which damaged tags make an error
+    try:
+        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)
+    except ValueError:
+        return False
+    return True
 
 
 def _jpeg_pixels(image: Image.Image, data: bytes) -> tuple[np.ndarray | None, str]:

@@ -22,7 +22,13 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from sktransfer._config import get_config
 from sktransfer._threads import renewed_in_forks
 from sktransfer.io._bit_depth import UnusableImage
-from sktransfer.io._codecs import Decoded, decode, decode_pillow, why_unknown
+from sktransfer.io._codecs import (
+    Decoded,
+    decode,
+    decode_pillow,
+    is_sound_jpeg,
+    why_unknown,
+)
 from sktransfer.io._files import open_regular, room_for
 from sktransfer.io._messages import speaking_of
 from sktransfer.io._transparency import Colour, may_be_transparent
@@ -82,29 +88,49 @@ class OpenImage:
             pixels = torch.from_numpy(self._pixels(room)).permute(2, 0, 1)
             return pixels if use is None else use(pixels)
 
+    def check(self) -> None:
+        """Raise the `ValueError` that `decode` would, without its warnings."""
+        if isinstance(self.content, bytes) and _guarded(is_sound_jpeg, self.content, self.where):
+            return
+        with ExitStack() as room:
+            decoded = self._decoded(room)
+            _refuse_damage(decoded, self.where)
+            _from_array(decoded.pixels, self.where)
+
     def _pixels(self, room: ExitStack) -> np.ndarray:
+        decoded = self._decoded(room)
+        _refuse_damage(decoded, self.where)
+        _warn(decoded, self.where)
         if not isinstance(self.content, bytes):
-            _tell(Decoded(self.content, self.damage, self.doubt), self.where)
-            room.enter_context(room_for(self.content.shape[0] * self.content.shape[1]))
             return self.content.copy("C")  # it may be the user's own array
+        return _from_array(decoded.pixels, self.where)
+
+    def _decoded(self, room: ExitStack) -> Decoded:
+        if not isinstance(self.content, bytes):
+            room.enter_context(room_for(self.content.shape[0] * self.content.shape[1]))
+            return Decoded(self.content, self.damage, self.doubt)
 
         def decode_in_turn(data: bytes) -> Decoded:
             return decode(data, self.background, lambda n: room.enter_context(room_for(n)))
 
-        decoded = _guarded(decode_in_turn, self.content, self.where)
-        _tell(decoded, self.where)
-        return _from_array(decoded.pixels, self.where)
+        return _guarded(decode_in_turn, self.content, self.where)
 
 
-def _tell(decoded: Decoded, where: str) -> None:
-    """Warn of what is wrong with an image, or raise an error where the settings say so."""
+def _refuse_damage(decoded: Decoded, where: str) -> None:
+    """Raise an error of a damaged image where the settings say so."""
+    if decoded.damage and get_config()["damaged"] == "error":
+        raise ValueError(
+            f"{where}: the image is damaged ({decoded.damage}); replace it, or drop the row."
+        )
+
+
+def _warn(decoded: Decoded, where: str) -> None:
+    """Warn of what is wrong with an image."""
     if decoded.damage:
-        damaged = f"{where}: the image is damaged ({decoded.damage})"
-        if get_config()["damaged"] == "error":
-            raise ValueError(f"{damaged}; replace it, or drop the row.")
         warnings.warn(
-            f"{damaged}; what could be decoded of it is used. Replace it, or drop the row; "
-            "sktransfer.set_config(damaged='error') refuses such images.",
+            f"{where}: the image is damaged ({decoded.damage}); what could be decoded of it is "
+            "used. Replace it, or drop the row; sktransfer.set_config(damaged='error') refuses "
+            "such images.",
             DamagedImageWarning,
             stacklevel=2,
         )
