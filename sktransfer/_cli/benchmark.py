@@ -167,8 +167,8 @@ def load_folder(folder: str) -> Task:
     """Make a task of a folder with one subfolder of images a class, names escaped to be shown."""
     data = load_image_folder(folder)
     names = data.target_names
-    labels = np.array([escape(name) for name in names])[data.target]
-    if len(names) < 2 or (rare := name_rare_classes(np.array(names)[data.target], 8)):
+    labels = np.array([escape(name) for name in data.target])
+    if len(names) < 2 or (rare := name_rare_classes(data.target, 8)):
         few = rare if len(names) > 1 else f"one class, {names[0]!r}"
         raise ValueError(
             f"{folder!r}: only {few}. A comparison needs at least two classes of 8 images each: "
