@@ -67,7 +67,13 @@ def test_no_weight_at_all():
 
 def test_a_class_too_small_to_hold_out():
     y = ["cat"] + ["dog"] * 11
-    refuses(classifier(early_stopping=True), y, r"early_stopping=True.*validation_fraction=0\.1")
+    message = (
+        r"early_stopping=True .*validation_fraction=0\.1 .*needs 2 .*: 'cat' has 1 image\. Add"
+    )
+    refuses(classifier(early_stopping=True), y, message)
+    two = ["cat", "cat"] + ["dog"] * 10  # one of them in the half that a search would fit on
+    model = classifier(early_stopping=True, unfreeze="auto")
+    refuses(model, two, r"needs 3 of them: 'cat' has 2 images")
     assert classifier(unfreeze=0).fit(pictures()[0], y).classes_.tolist() == ["cat", "dog"]
 
 

@@ -395,7 +395,7 @@ def _labelled(folder: str) -> tuple[np.ndarray, np.ndarray]:
             f"{folder!r} has one class only, {data.target_names[0]!r}: two are needed, each in a "
             "subfolder of its own."
         )
-    return data.data, np.array(data.target_names)[data.target]
+    return data.data, data.target
 
 
 def _files(given: Iterable[str]) -> list[str]:

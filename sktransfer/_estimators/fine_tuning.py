@@ -13,7 +13,13 @@ from sklearn.utils.multiclass import type_of_target
 from torch import nn
 
 from sktransfer._estimators.base import StrOptions, _fit_context, atomic, check_y, takes_dask
-from sktransfer._estimators.labels import check_known, is_indicator, labels_of, plain_labels
+from sktransfer._estimators.labels import (
+    check_known,
+    is_indicator,
+    labels_of,
+    name_rare_classes,
+    plain_labels,
+)
 from sktransfer._estimators.supervised import FineTuned
 from sktransfer.io import ImageSequence
 
@@ -466,6 +472,18 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
             raise ValueError(
                 f"{type(self).__name__} needs images of at least 2 classes and got 1 class: all "
                 f"{len(targets)} images are {self.classes_[targets].tolist()[0]!r}."
+            )
+        if self.early_stopping and not self.multilabel_ and not in_parts:
+            self._check_is_divisible(targets)
+
+    def _check_is_divisible(self, targets: np.ndarray) -> None:
+        """Raise an error that names the classes of too few images to hold out some of them."""
+        needed = 3 if self.unfreeze == "auto" else 2  # the search fits on two thirds
+        if rare := name_rare_classes(self.classes_[targets], needed):
+            raise ValueError(
+                f"early_stopping=True holds out validation_fraction={self.validation_fraction:g} "
+                f"of the images, for which each class needs {needed} of them: {rare}. Add images, "
+                "drop the class, or pass early_stopping=False."
             )
 
     def _begin(self, targets: np.ndarray, weights: np.ndarray | None) -> int:

@@ -193,3 +193,15 @@ def labels_of(probabilities: np.ndarray, classes: np.ndarray, is_multilabel: boo
     if is_multilabel:
         return (probabilities > 0.5).astype(int)
     return classes[probabilities.argmax(1)]
+
+
+def name_rare_classes(y: np.ndarray, at_least: int) -> str:
+    """Return, in words, the classes of fewer images and their counts; "" if there are none."""
+    classes, counts = np.unique(y, return_counts=True)
+    rare = [
+        f"{label!r} has {count} image{'s' if count > 1 else ''}"
+        for label, count in zip(classes.tolist(), counts.tolist(), strict=True)
+        if count < at_least
+    ]
+    more = [f"{len(rare) - 5} more classes have few"] if len(rare) > 6 else rare[5:]
+    return ", ".join(rare[:5] + more)

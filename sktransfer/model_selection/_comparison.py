@@ -21,7 +21,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length
 
 from sktransfer._estimators.base import check_y
-from sktransfer._estimators.labels import plain_labels
+from sktransfer._estimators.labels import name_rare_classes, plain_labels
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._training.depth_search import OnRows
 from sktransfer.io import ImageSequence
@@ -76,18 +76,6 @@ def check_labels(y: Any, images: ImageSequence, purpose: str) -> np.ndarray:
             f"{classes.tolist()[0]!r}."
         )
     return y
-
-
-def name_rare_classes(y: np.ndarray, at_least: int) -> str:
-    """Return, in words, the classes of fewer images and their counts; "" if there are none."""
-    classes, counts = np.unique(y, return_counts=True)
-    rare = [
-        f"{label!r} has {count} image{'s' if count > 1 else ''}"
-        for label, count in zip(classes.tolist(), counts.tolist(), strict=True)
-        if count < at_least
-    ]
-    more = [f"{len(rare) - 5} more classes have few"] if len(rare) > 6 else rare[5:]
-    return ", ".join(rare[:5] + more)
 
 
 def stratified_folds(splitter: Any, y: np.ndarray, cv: Any) -> list[tuple[np.ndarray, np.ndarray]]:
