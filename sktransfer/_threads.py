@@ -105,7 +105,7 @@ class WithoutWarnings:
                 self._restoring.__exit__(None, None, None)
 
 
-_SMALL = 8_000_000  # values of rows; measured by benchmarks/busy_machine.py
+_SMALL = 2_500_000  # values of rows: see benchmarks/busy_machine.py
 _blas_lock = renewed_in_forks(threading.Lock())
 _blas_limits: list[Any] = []  # one for each solve that is under way; the first one counts
 
