@@ -1007,7 +1007,7 @@ def test_folder(folder):
     assert data.target_names == ["cat", "dog"]
     names = [Path(file).relative_to(folder).as_posix() for file in data.data]
     assert names == ["cat/10.jpg", "cat/2.JPG", "cat/deep/er/1.tif", "dog/b.png"]
-    assert data.target.tolist() == [0, 0, 0, 1] and data.unreadable == []
+    assert data.target.tolist() == [0, 0, 0, 1] and data.unreadable == {}
     assert data.filenames is data.data and isinstance(data.data[0], str)
     assert check_images(data.data).load(3).shape == (3, 30, 40)
 
@@ -1033,10 +1033,11 @@ def test_folder_with_unreadable_images(folder):
     ) as record:
         data = load_image_folder(folder)
     assert len(record) == 1 and record[0].filename == __file__
-    assert data.unreadable == [str(folder / "cat/0.jpg"), str(folder / "cat/1.png")]
+    assert [*data.unreadable] == [str(folder / "cat/0.jpg"), str(folder / "cat/1.png")]
+    assert "not an image" in data.unreadable[str(folder / "cat/1.png")]
     assert len(data.data) == len(data.target) == 4
     with pytest.raises(ValueError, match=r"2 unreadable images:(?s:.*)0\.jpg(?s:.*)1\.png"):
-        load_image_folder(folder, on_error="raise")
+        load_image_folder(folder, errors="raise")
     for k in range(9):
         (folder / f"dog/{k}.jpg").symlink_to(folder / "gone")
     with pytest.warns(UserWarning, match=r"11 unreadable(?s:.*)\.\.\.$"):
@@ -1052,16 +1053,66 @@ def test_bad_folders(folder, tmp_path):
         ValueError, match=r"has no category folders: .* as '.*image.jpg'; 1 image \('1.tif'\)"
     ):
         load_image_folder(folder / "cat/deep/er")
-    with pytest.raises(ValueError, match=r"on_error must be"):
-        load_image_folder(folder, on_error="ignore")
-    (folder / "zebra").mkdir()
+    for listed in (load_image_folder, list_images):
+        with pytest.raises(ValueError, match=r"errors must be .*, got 'ignore'"):
+            listed(folder, errors="ignore")
+    (tmp_path / "empty/zebra").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"No image in \['.*zebra'\]: looked for .*\.png"):
-        load_image_folder(folder)
-    (folder / "zebra/z.png").write_bytes(b"")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match="No image in"):
-            load_image_folder(folder)
+        load_image_folder(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"No image in '.*empty': looked for files"):
+        list_images(tmp_path / "empty")
+
+
+def test_a_folder_without_images_is_no_class(folder):
+    for name in ("zebra", "ape", "Sphinx/deep/er"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ape/notes.txt").write_text("an ape")
+    message = r"3 folders \('Sphinx', 'ape', 'zebra'\) left out, .*class of '.*pets' needs images"
+    with pytest.warns(UserWarning, match=message) as record:
+        data = load_image_folder(folder)
+    assert len(record) == 1 and record[0].filename == __file__
+    assert data.target_names == ["cat", "dog"] and len(set(data.target)) == 2
+    with pytest.raises(ValueError, match=r"No image in \['.*zebra'\]"):
+        load_image_folder(folder, categories=["cat", "zebra"])
+    (folder / "zebra/z.png").write_bytes(encode(SMALL, "PNG")[:-60])
+    with pytest.warns(UserWarning, match="3 folders|1 unreadable image is") as record:
+        data = load_image_folder(folder, errors="skip")
+    assert len(record) == 2
+    assert data.target_names == ["cat", "dog"] and len(data.unreadable) == 1
+
+
+def test_what_systems_leave_behind_is_never_mentioned(folder):
+    lists = lambda: (load_image_folder(folder).data.tolist(), list_images(folder))  # noqa: E731
+    before = lists()
+    for place in (".", "cat", "cat/deep"):
+        for name in ("__MACOSX", ".ipynb_checkpoints", "@eaDir", "$RECYCLE.BIN", "lost+found"):
+            make_images(folder / place, [f"{name}/1.png", f"{name}/._1.png"])
+        make_images(folder / place, [".DS_Store.png", "._2.png"])
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "DESKTOP.INI"):
+            (folder / place / name).write_text("")
+        (folder / place / ".Trash").symlink_to(folder / "nowhere")
+    assert lists() == before
+    extensions = [".jpg", ".png", ".db", ".ini"]
+    assert "Thumbs.db" not in str(load_image_folder(folder, extensions=extensions).unreadable)
+
+
+def test_files_that_can_not_be_decoded_are_skipped_or_named(odd_files, tmp_path):
+    odd_files[:] = [file for file in odd_files if file.exists()]
+    for k, file in enumerate(sorted(set(odd_files))):
+        (tmp_path / "ab"[k % 2]).mkdir(exist_ok=True)
+        file.rename(tmp_path / "ab"[k % 2] / file.name)
+    bad = sorted(str(file) for file in tmp_path.glob("*/bad*"))
+    with pytest.warns(UserWarning, match=r"(?s)6 unreadable images .*cut.*truncated"):
+        data = load_image_folder(tmp_path, errors="skip", verbose=True)
+    assert sorted(data.unreadable) == bad and len(data.data) == len(data.target) == 6
+    assert find_unreadable(data.data) == {}
+    with pytest.warns(UserWarning, match="6 unreadable"):
+        assert list_images(tmp_path, errors="skip") == data.data.tolist()
+    for listed in (load_image_folder, list_images):
+        with pytest.raises(ValueError, match=r"6 unreadable images:(.*\n){6}.*bad"):
+            listed(tmp_path, errors="raise")
+    with config_context(damaged="error"), pytest.warns(UserWarning, match="7 unreadable"):
+        list_images(tmp_path, errors="skip")
 
 
 def test_links_are_followed_by_all_who_list_images(folder, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,18 @@ from sklearn.utils import Bunch
 from sktransfer.io._decoding import reason_of
 from sktransfer.io._files import open_regular
 from sktransfer.io._messages import pillow_warnings
+from sktransfer.io._unreadable import find_unreadable
 
 # HEIC needs a Pillow plugin: listed so that such photographs are reported, not passed over.
 _IMAGE_EXTENSIONS = tuple(
     ".apng .avif .bmp .dib .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm"
     " .tga .tif .tiff .webp".split()
 )
+# What file managers, archives and disks leave behind, in lower case.
+_OF_THE_SYSTEM = {
+    *("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"),
+    *("lost+found", "system volume information"),
+}
 # What people call the parts of a data set.
 _SPLITS = (
     "train training trainval val valid validation dev test testing eval evaluation holdout".split()
@@ -32,14 +39,16 @@ def load_image_folder(
     *,
     categories: Sequence[str] | None = None,
     extensions: Sequence[str] | None = None,
-    on_error: str = "warn",
+    errors: str | None = None,
+    verbose: bool = False,
 ) -> Bunch:
     """List the images of a folder that has one sub-folder for each category.
 
     The counterpart of `sklearn.datasets.load_files`. Images are listed, not loaded; the order is
-    that of the sorted paths. Hidden files and those with other extensions are passed over. Links to
-    folders and files are followed, but not those that lead back to a folder above them; a folder
-    that several links of a category lead to is listed once.
+    that of the sorted paths. Files with other extensions are passed over, and so are hidden ones
+    and what systems leave behind, such as ``Thumbs.db`` and ``__MACOSX``. Links to folders and
+    files are followed, but not those that lead back to a folder above them; a folder that several
+    links of a category lead to is listed once.
 
     Parameters
     ----------
@@ -47,25 +56,30 @@ def load_image_folder(
         The folder; images may also lie in sub-folders of a category's folder.
     categories : list of str, default=None
         The category folders to use; None means all but the hidden ones, with a warning if images
-        lie beside them.
+        lie beside them, or if there is none in a folder, which is then no category.
     extensions : list of str, default=None
         The file extensions of images, in lower case; None means the usual ones.
-    on_error : {"warn", "raise"}, default="warn"
-        What to do with files whose header Pillow can't read: leave them out, with a warning that
-        names them, or raise a `ValueError`. Damage behind the header shows when a file is decoded.
+    errors : {"skip", "raise"}, default=None
+        What to do with files that can't be read. None looks at their headers alone, and leaves out
+        those without one, with a warning that names them; damage behind the header is an error
+        when an estimator decodes the file. With "skip" and "raise", every file is decoded once
+        by `sktransfer.io.find_unreadable`: those that can't be are left out in the same way,
+        or raise a `ValueError` that names them.
+    verbose : bool, default=False
+        Show a progress bar while files are decoded.
 
     Returns
     -------
     sklearn.utils.Bunch
         `data` and `filenames` (the paths, an array of str), `target` (integers into
-        `target_names`), `target_names` (the sorted folder names) and `unreadable` (the paths
-        that were left out).
+        `target_names`), `target_names` (the sorted folder names) and `unreadable` (a dict of the
+        paths that were left out, and why).
 
     Raises
     ------
     ValueError
-        If the folder, a category or its images are missing; or if the folders are the parts of a
-        data set, such as ``train`` and ``test``, with the categories one level below.
+        If the folder, one of `categories`, or all images are missing; or if the folders are the
+        parts of a data set, such as ``train`` and ``test``, with the categories one level below.
 
     Examples
     --------
@@ -81,43 +95,50 @@ def load_image_folder(
     >>> data.target_names, data.target
     (['cracked', 'intact'], array([0, 1, 1]))
     """
-    if on_error not in ("warn", "raise"):
-        raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}.")
+    _check_errors(errors)
     extensions = tuple(extensions or _IMAGE_EXTENSIONS)
     names = _category_names(Path(path), categories, extensions)
     files = {name: _images_in(path, name, extensions) for name in names}
     if categories is None:
         _refuse_splits(path, files)
         _report_beside(_images_beside(path, extensions), path)
-    listed = [(file, k) for k, name in enumerate(names) for file in files[name]]
-    reasons = {file: reason for file, _ in listed if (reason := _header_error(file))}
-    if reasons:
-        _report(list(reasons.values()), on_error)
-    kept = [(file, k) for file, k in listed if file not in reasons]
-    target = np.array([k for _, k in kept], dtype=int)
-    empty = [os.path.join(path, names[k]) for k in sorted({*range(len(names))} - {*target})]
-    if empty:
+    unreadable = _find_unreadable([*chain(*files.values())], errors, verbose)
+    _report(unreadable, errors)
+    kept = {name: [file for file in files[name] if file not in unreadable] for name in names}
+    names = [name for name in names if kept[name]]
+    empty = [name for name in kept if not kept[name]]
+    if empty and (categories is not None or not names):
         raise ValueError(
-            f"No image in {empty}: looked for readable files that end in {', '.join(extensions)}. "
-            "Remove the folder, or set `categories`."
+            f"No image in {[os.path.join(path, name) for name in empty]}: looked for readable "
+            f"files that end in {', '.join(extensions)}."
         )
-    data = np.array([file for file, _ in kept], dtype=object)
+    _report_empty(empty, path)
+    data = np.array([file for name in names for file in kept[name]], dtype=object)
+    target = np.repeat(np.arange(len(names)), [len(kept[name]) for name in names])
     return Bunch(
-        data=data, filenames=data, target=target, target_names=names, unreadable=list(reasons)
+        data=data, filenames=data, target=target, target_names=names, unreadable=unreadable
     )
 
 
-def list_images(path: str | os.PathLike) -> list[str]:
+def list_images(
+    path: str | os.PathLike, *, errors: str | None = None, verbose: bool = False
+) -> list[str]:
     """List the image files in a folder and its sub-folders.
 
-    Hidden files and folders, and files with other extensions, are passed over; nothing is opened.
-    Links to folders and files are followed, but not those that lead back to a folder above them; a
-    folder that several links lead to is listed once in each folder of `path`.
+    Files with other extensions are passed over, and so are hidden files and folders, and what
+    systems leave behind, such as ``Thumbs.db`` and ``__MACOSX``. Links to folders and files are
+    followed, but not those that lead back to a folder above them; a folder that several links
+    lead to is listed once in each folder of `path`.
 
     Parameters
     ----------
     path : path
         The folder.
+    errors : {"skip", "raise"}, default=None
+        What to do with files that can't be read: leave them out, with a warning that names them, or
+        raise a `ValueError`. Either decodes every file once. None opens none.
+    verbose : bool, default=False
+        Show a progress bar while files are decoded.
 
     Returns
     -------
@@ -129,6 +150,10 @@ def list_images(path: str | os.PathLike) -> list[str]:
     ValueError
         If there is no such folder, or no image in it.
 
+    See Also
+    --------
+    find_unreadable : Which of many files can't be read, and why.
+
     Examples
     --------
     >>> import pathlib, sklearn.datasets
@@ -137,12 +162,17 @@ def list_images(path: str | os.PathLike) -> list[str]:
     >>> [pathlib.Path(file).name for file in list_images(folder)]
     ['china.jpg', 'flower.jpg']
     """
+    _check_errors(errors)
     _check_folder(Path(path), "pass a folder of images.")
     paths = _images_in(path, "", _IMAGE_EXTENSIONS)
+    if errors is not None:
+        unreadable = _find_unreadable(paths, errors, verbose)
+        _report(unreadable, errors)
+        paths = [file for file in paths if file not in unreadable]
     if not paths:
         raise ValueError(
-            f"No image in {os.fspath(path)!r}: looked for files that end in "
-            f"{', '.join(_IMAGE_EXTENSIONS)}."
+            f"No image in {os.fspath(path)!r}: looked for {'readable ' * (errors is not None)}"
+            f"files that end in {', '.join(_IMAGE_EXTENSIONS)}."
         )
     return paths
 
@@ -151,7 +181,7 @@ def _category_names(
     folder: Path, categories: Sequence[str] | None, extensions: tuple[str, ...]
 ) -> list[str]:
     _check_folder(folder, "pass the folder that holds the categories.")
-    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not _is_hidden(f.name))
     if categories is None:
         _report_dead_links(str(folder), [f.name for f in folder.iterdir()], extensions)
     if not names:
@@ -192,7 +222,7 @@ def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) 
             part = os.path.relpath(os.path.join(root, folder), path).split(os.sep)[0]
             listed = seen.setdefault(part, {*above})
             real = os.path.realpath(os.path.join(root, folder))
-            if folder[0] != "." and real not in listed:
+            if not _is_hidden(folder) and real not in listed:
                 listed.add(real)
                 kept.append(folder)
         folders[:] = kept
@@ -202,7 +232,11 @@ def _images_in(path: str | os.PathLike, name: str, extensions: tuple[str, ...]) 
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
-    return name[0] != "." and name.lower().endswith(extensions)
+    return not _is_hidden(name) and name.lower().endswith(extensions)
+
+
+def _is_hidden(name: str) -> bool:
+    return name[0] == "." or name.lower() in _OF_THE_SYSTEM
 
 
 def _images_beside(folder: str | os.PathLike, extensions: tuple[str, ...]) -> list[str]:
@@ -254,9 +288,18 @@ def _report_beside(names: Sequence[str], path: str | os.PathLike) -> None:
         )
 
 
+def _report_empty(names: Sequence[str], path: str | os.PathLike) -> None:
+    if names:
+        warnings.warn(
+            f"{_counted(names, 'folders')} left out, without an image that can be read: each class "
+            f"of {os.fspath(path)!r} needs images in its folder.",
+            stacklevel=3,
+        )
+
+
 def _report_dead_links(root: str, names: Sequence[str], extensions: tuple[str, ...]) -> None:
     """Warn of links that lead nowhere; those named as images are reported as unreadable later."""
-    others = [name for name in names if name[0] != "." and not _is_image(name, extensions)]
+    others = [name for name in names if not _is_hidden(name) and not _is_image(name, extensions)]
     paths = [os.path.join(root, name) for name in sorted(others)]
     dead = [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
     if dead:
@@ -264,6 +307,18 @@ def _report_dead_links(root: str, names: Sequence[str], extensions: tuple[str, .
             f"{_counted(dead, 'links')} left out: no file or folder is where the link leads.",
             stacklevel=4,
         )
+
+
+def _check_errors(errors: str | None) -> None:
+    if errors not in (None, "skip", "raise"):
+        raise ValueError(f"errors must be None, 'skip' or 'raise', got {errors!r}.")
+
+
+def _find_unreadable(files: list[str], errors: str | None, verbose: bool) -> dict[str, str]:
+    """Return the files that can't be read, and why; None looks at their headers alone."""
+    if errors is None:
+        return {file: reason for file in files if (reason := _header_error(file))}
+    return {files[row]: why for row, why in find_unreadable(files, verbose=verbose).items()}
 
 
 def _header_error(file: str) -> str:
@@ -275,11 +330,14 @@ def _header_error(file: str) -> str:
         reason = "not an image that Pillow can read" if os.path.getsize(file) else "empty (0 bytes)"
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = reason_of(error)
-    return f"{file!r}: {reason}"
+    return reason
 
 
-def _report(reasons: list[str], on_error: str) -> None:
-    if on_error == "raise":
-        raise ValueError(f"{len(reasons)} unreadable images:\n" + "\n".join(reasons))
-    first = "\n".join(reasons[:5] + ["..."] * (len(reasons) > 5))
-    warnings.warn(f"{len(reasons)} unreadable images are left out:\n{first}", stacklevel=3)
+def _report(unreadable: Mapping[str, str], errors: str | None) -> None:
+    lines = [f"{file!r}: {reason}" for file, reason in unreadable.items()]
+    if lines and errors == "raise":
+        raise ValueError(f"{len(lines)} unreadable images:\n" + "\n".join(lines))
+    if lines:
+        first = "\n".join(lines[:5] + ["..."] * (len(lines) > 5))
+        images = "images are" if len(lines) > 1 else "image is"
+        warnings.warn(f"{len(lines)} unreadable {images} left out:\n{first}", stacklevel=3)
