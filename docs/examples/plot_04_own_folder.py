@@ -31,8 +31,9 @@ for file, probability in zip(cells.file, cells.probability, strict=True):
 (folder / "sound" / "empty.png").touch()
 
 # %%
-# ``load_image_folder`` lists it, as scikit-learn's ``load_files`` would; images are read later.
-# A file that can't be read is left out with a warning that names it, or raises, as you like.
+# ``load_image_folder`` lists it, as scikit-learn's ``load_files`` would, with the names of the
+# folders as labels; images are read later. A file that can't be read is left out with a warning
+# that names it, or raises, as you like.
 
 import warnings
 
@@ -43,8 +44,7 @@ with warnings.catch_warnings(record=True) as caught:
     data = load_image_folder(folder)
 print(str(caught[0].message).replace(str(folder), "cells"))
 
-names = np.array(data.target_names)[data.target]
-print(len(names), "images of", data.target_names)
+print(len(data.data), "images of", data.target_names)
 
 # %%
 # Held out before anything else: a third. The rest is learnt from, with two blocks unfrozen. For
@@ -56,7 +56,7 @@ from sklearn.model_selection import train_test_split
 from sktransfer import FineTunedClassifier
 
 X_train, X_test, y_train, y_test = train_test_split(
-    data.data, names, test_size=1 / 3, stratify=names, random_state=0
+    data.data, data.target, test_size=1 / 3, stratify=data.target, random_state=0
 )
 model = FineTunedClassifier(
     unfreeze=2,

@@ -126,7 +126,7 @@ def labelled(
     data = load_image_folder(folder)
     files, skipped = readable(data.data.tolist(), options)
     kept = np.array([file not in skipped for file in data.data], bool)
-    y = np.array(data.target_names)[data.target[kept]]
+    y = data.target[kept]
     if len(classes := np.unique(y)) < 2:
         raise ValueError(
             f"{folder!r} has one class only, {str(classes[0])!r}: two are needed, each in a "

@@ -44,7 +44,8 @@ def load_image_folder(
 ) -> Bunch:
     """List the images of a folder that has one sub-folder for each category.
 
-    The counterpart of `sklearn.datasets.load_files`. Images are listed, not loaded; the order is
+    The counterpart of `sklearn.datasets.load_files`, but that its labels are the names of the
+    categories, which predictions and plots then show. Images are listed, not loaded; the order is
     that of the sorted paths. Files with other extensions are passed over, and so are hidden ones
     and what systems leave behind, such as ``Thumbs.db`` and ``__MACOSX``. Links to folders and
     files are followed, but not those that lead back to a folder above them; a folder that several
@@ -71,9 +72,9 @@ def load_image_folder(
     Returns
     -------
     sklearn.utils.Bunch
-        `data` and `filenames` (the paths, an array of str), `target` (integers into
-        `target_names`), `target_names` (the sorted folder names) and `unreadable` (a dict of the
-        paths that were left out, and why).
+        `data` and `filenames` (the paths, an array of str), `target` (the name of each one's
+        category, an array of str), `target_names` (the sorted names) and `unreadable` (a dict of
+        the paths that were left out, and why).
 
     Raises
     ------
@@ -92,8 +93,8 @@ def load_image_folder(
     ...         file.parent.mkdir(exist_ok=True)
     ...         Image.new("L", (8, 8)).save(file)
     ...     data = load_image_folder(folder)
-    >>> data.target_names, data.target
-    (['cracked', 'intact'], array([0, 1, 1]))
+    >>> data.target_names, data.target.tolist()
+    (['cracked', 'intact'], ['cracked', 'intact', 'intact'])
     """
     _check_errors(errors)
     extensions = tuple(extensions or _IMAGE_EXTENSIONS)
@@ -114,7 +115,7 @@ def load_image_folder(
         )
     _report_empty(empty, path)
     data = np.array([file for name in names for file in kept[name]], dtype=object)
-    target = np.repeat(np.arange(len(names)), [len(kept[name]) for name in names])
+    target = np.repeat(names, [len(kept[name]) for name in names])
     return Bunch(
         data=data, filenames=data, target=target, target_names=names, unreadable=unreadable
     )
