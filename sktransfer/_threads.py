@@ -127,11 +127,12 @@ def small_solve(n_values: int) -> Iterator[None]:
         return
     pools = ThreadpoolController()  # of the libraries that are loaded by now
     # OpenMP has a limit for each thread, BLAS one for the process, which the last to leave takes
-    # away: whoever came second would else restore the limit of the first.
-    with pools.limit(limits=1, user_api="openmp"):
+    # away: whoever came second would else restore the limit of the first. Selected, as a limit
+    # restores all that its controller knows.
+    with pools.select(user_api="openmp").limit(limits=1):
         with _blas_lock:
             if not _blas_limits:
-                _blas_limits.append(pools.limit(limits=1, user_api="blas"))
+                _blas_limits.append(pools.select(user_api="blas").limit(limits=1))
             _blas_limits.append(None)
         try:
             yield

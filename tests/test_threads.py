@@ -322,6 +322,7 @@ def test_ranking_and_heads_solve_on_one_core(monkeypatch):
             seen.append(threads_of("blas"))
             return super().fit(*args, **kwargs)
 
+    Watching.__name__ = "LogisticRegression"  # of which pipelines make the names of their steps
     monkeypatch.setattr(heads, "LogisticRegression", Watching)
     monkeypatch.setattr(_ranking, "LogisticRegression", Watching)
     with threadpool_limits(2, user_api="blas"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,16 +124,19 @@ def labelled(
 
     With `skip_unreadable` of the options, that is what can't be read, else nothing.
     """
-    data = load_image_folder(folder)
-    files, skipped = readable(data.data.tolist(), options)
-    kept = np.array([file not in skipped for file in data.data], bool)
-    y = data.target[kept]
+    skips = options is not None and options.skip_unreadable
+    errors = "skip" if skips else None
+    with warnings.catch_warnings():
+        if skips:  # they are listed at the end
+            warnings.filterwarnings("ignore", r"\d+ unreadable image", UserWarning)
+        data = load_image_folder(folder, errors=errors, verbose=sys.stderr.isatty())
+    files, y, skipped = data.data, data.target, dict(data.unreadable) if skips else {}
     if len(classes := np.unique(y)) < 2:
         raise ValueError(
             f"{folder!r} has one class only, {str(classes[0])!r}: two are needed, each in a "
             "subfolder of its own."
         )
-    return np.array(files, dtype=object), y, skipped
+    return files, y, skipped
 
 
 def readable(
