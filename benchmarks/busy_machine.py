@@ -1,8 +1,8 @@
 """Small solves and embeddings beside busy processes, with and without the limit of their threads.
 
 Where other programs run, threads of BLAS and OpenMP that wait for each other take several times as
-long as one thread. Each row is one piece of work, done by one thread, as the library does it, and
-with as many threads as there are cores, in turns: medians of seconds, and processor seconds, which
+long as one thread. Each row is one piece of work, done by one thread, with as many threads as there
+are cores, and as the library does it, in turns: medians of seconds, and processor seconds, which
 other programs change less. `--busy 2` starts that many processes that compute without end.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -79,11 +80,28 @@ def _cross_validated(model: Any, X: np.ndarray, y: np.ndarray) -> Work:
     return lambda: cross_val_score(model, X, y, cv=3)
 
 
-def _embedding(n: int) -> Work:
-    chance = np.random.default_rng(0)
-    images = chance.integers(0, 256, (n, 300, 300, 3)).astype(np.uint8)
+SPINS = {"one thread": None, "OpenMP's own": "300000", "the library": "1000"}  # GOMP_SPINCOUNT
+
+
+def _embedding(n: int, repeats: int) -> dict[str, str]:
+    """Measure embeddings in new processes: how long threads spin is settled when torch is loaded."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for how, spins in SPINS.items():
+        os.environ["GOMP_SPINCOUNT"] = spins or "1000"
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[how] = pool.apply(_embed, (n, repeats, spins is None))
+        say(f"  embedding: {how}")
+    del os.environ["GOMP_SPINCOUNT"]
+    return {"work": f"embedding {n} images by torch"} | {k: _cell(v) for k, v in found.items()}
+
+
+def _embed(n: int, repeats: int, in_one_thread: bool) -> list[tuple[float, float]]:
+    if in_one_thread:
+        torch.set_num_threads(1)
+    images = np.random.default_rng(0).integers(0, 256, (n, 300, 300, 3)).astype(np.uint8)
     extractor = PretrainedFeatureExtractor(runtime="torch")
-    return lambda: extractor.transform(images)
+    extractor.transform(images[:4])  # to warm up
+    return [_timed(lambda: extractor.transform(images), nullcontext()) for _ in range(repeats)]
 
 
 @contextmanager
@@ -104,21 +122,20 @@ def _timed(work: Work, limit: Any) -> tuple[float, float]:
         return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
-def _row(name: str, work: Work, size: int | None, repeats: int) -> dict[str, str]:
-    """Measure one piece of work; `size` is that of the rows, or None for an embedding."""
+def _solve_row(name: str, work: Work, size: int, repeats: int) -> dict[str, str]:
+    """Measure one piece of work on rows of so many values."""
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(repeats):
         limits = {"one thread": _one_thread(), "all threads": nullcontext()}
-        if size is not None:
-            limits["the library"] = _threads.small_solve(size)
-        for how, limit in limits.items():
+        for how, limit in {**limits, "the library": _threads.small_solve(size)}.items():
             found.setdefault(how, []).append(_timed(work, limit))
     say(f"  {name}")
-    row = {"work": name}
-    for how, times in found.items():
-        seconds, cpu = (median(values) for values in zip(*times, strict=True))
-        row[how] = f"{seconds:.2f} s, {cpu:.2f} CPU"
-    return row
+    return {"work": name} | {how: _cell(times) for how, times in found.items()}
+
+
+def _cell(times: list[tuple[float, float]]) -> str:
+    seconds, cpu = (median(values) for values in zip(*times, strict=True))
+    return f"{seconds:.2f} s, {cpu:.2f} CPU"
 
 
 def main() -> None:
@@ -134,13 +151,12 @@ def main() -> None:
         for shape in options.rows:
             n, width, n_classes = map(int, shape.split("x"))
             for name, work in _solves(n, width, n_classes).items():
-                rows.append(_row(f"{shape}: {name}", work, n * width, options.repeats))
-        if options.images:
-            name = f"embedding {options.images} images by torch"
-            rows.append(_row(name, _embedding(options.images), None, options.repeats))
+                rows.append(_solve_row(f"{shape}: {name}", work, n * width, options.repeats))
+        embedded = [_embedding(options.images, options.repeats)] if options.images else []
     print(environment("threadpoolctl"), "\n")
     print(f"Beside {options.busy} busy processes, medians of {options.repeats}\n")
-    print(table(rows))
+    for part in (rows, embedded):
+        print(table(part), "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Pretrained networks as scikit-learn estimators."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,14 @@ _HOMES = {
 }
 
 
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    # Threads of OpenMP (GNU) that wait for each other keep their core for milliseconds. Where other
+    # programs run, they take it from the thread that they wait for: embeddings by torch then took
+    # ten times as long (`benchmarks/busy_machine.py`). 1,000 rounds are what OpenMP itself takes
+    # with more threads than cores. It is read when torch is loaded, so it is set before.
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
 def __getattr__(name: str) -> Any:
     # Loaded when first used: torch takes seconds, and `sktransfer --help` should not wait for it.
     if name not in _HOMES:
@@ -71,4 +80,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*(globals().keys() - {"Any", "TYPE_CHECKING", "import_module"}), *__all__]
+    return [*(globals().keys() - {"Any", "TYPE_CHECKING", "import_module", "os"}), *__all__]

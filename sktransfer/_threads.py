@@ -105,9 +105,8 @@ class WithoutWarnings:
                 self._restoring.__exit__(None, None, None)
 
 
-_SMALL = 8_000_000  # values of rows; measured by benchmarks/busy_machine.py
-_blas_lock = renewed_in_forks(threading.Lock())
-_blas_limits: list[Any] = []  # one for each solve that is under way; the first one counts
+_SMALL = 2_500_000  # values of rows: see benchmarks/busy_machine.py
+_limiting_blas = renewed_in_forks(threading.Lock())
 
 
 @contextmanager
@@ -126,17 +125,12 @@ def small_solve(n_values: int) -> Iterator[None]:
         yield
         return
     pools = ThreadpoolController()  # of the libraries that are loaded by now
-    # OpenMP has a limit for each thread, BLAS one for the process, which the last to leave takes
-    # away: whoever came second would else restore the limit of the first.
-    with pools.limit(limits=1, user_api="openmp"):
-        with _blas_lock:
-            if not _blas_limits:
-                _blas_limits.append(pools.limit(limits=1, user_api="blas"))
-            _blas_limits.append(None)
-        try:
+    # OpenMP has a limit for each thread, BLAS one for the process. Who comes second leaves that
+    # alone: it would restore the limit of the first, maybe after that one is gone.
+    is_first = _limiting_blas.acquire(blocking=False)
+    try:
+        with (pools if is_first else pools.select(user_api="openmp")).limit(limits=1):
             yield
-        finally:
-            with _blas_lock:
-                _blas_limits.pop()
-                if len(_blas_limits) == 1:
-                    _blas_limits.pop().restore_original_limits()
+    finally:
+        if is_first:
+            _limiting_blas.release()

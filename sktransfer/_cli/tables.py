@@ -93,15 +93,20 @@ def _numbered(name: str, values: np.ndarray) -> dict[str, Any]:
     return {f"{name}_{i}": column for i, column in enumerate(values.T.tolist())}
 
 
-def print_columns(columns: dict[str, Any], as_csv: bool) -> None:
-    """Print a table, by columns of one length."""
-    if as_csv:
-        writer = csv.writer(sys.stdout or io.StringIO(), lineterminator="\n")
-        writer.writerow(map(csv_cell, columns))
-        for row in zip(*columns.values(), strict=True):
-            writer.writerow(map(csv_cell, row))
-    else:
-        print(as_table(columns))
+def with_skipped(columns: dict[str, Any], skipped: Mapping[str, str]) -> dict[str, Any]:
+    """Return columns with one row more for each path that was skipped, and a column of reasons."""
+    more = {name: ["" for _ in skipped] for name in columns} | {"path": [*skipped]}
+    n_rows = len(columns["path"])
+    longer = {name: [*values, *more[name]] for name, values in columns.items()}
+    return longer | {"skipped": ["" for _ in range(n_rows)] + [*skipped.values()]}
+
+
+def print_csv(columns: Mapping[str, Any]) -> None:
+    """Print CSV, by columns of one length."""
+    writer = csv.writer(sys.stdout or io.StringIO(), lineterminator="\n")
+    writer.writerow(map(csv_cell, columns))
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow(map(csv_cell, row))
 
 
 def as_table(columns: Mapping[str, Sequence[Any]]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sktransfer._escaping import escape
-from sktransfer.io import load_image_folder
+from sktransfer.io import find_unreadable, load_image_folder
 from sktransfer.model_selection._comparison import name_rare_classes
 
 
@@ -34,6 +37,8 @@ class Task:
         Of two classes, the one that F1 and the ROC curve are about; None for the second.
     names : dict of str to str
         What the labels stand for, of those that are escaped.
+    skipped : dict of str to str
+        Paths of images that were left out, and why.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Task:
     note: str = ""
     positive: str | None = None
     names: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def read_elpv() -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -96,17 +102,57 @@ def load_elpv() -> Task:
     )
 
 
-def load_folder(folder: str) -> Task:
+def load_folder(folder: str, options: argparse.Namespace | None = None) -> Task:
     """Make a task of a folder with one subfolder of images a class, names escaped to be shown."""
-    data = load_image_folder(folder)
-    names = data.target_names
-    shown = {escape(name): name for name in names}
-    labels = np.array([*shown])[data.target]
-    if len(names) < 2 or (rare := name_rare_classes(np.array(names)[data.target], 8)):
-        few = rare if len(names) > 1 else f"one class, {names[0]!r}"
+    files, y, skipped = labelled(folder, options)
+    if rare := name_rare_classes(y, 8):
         raise ValueError(
-            f"{folder!r}: only {few}. A comparison needs at least two classes of 8 images each: "
+            f"{folder!r}: only {rare}. A comparison needs at least two classes of 8 images each: "
             "add images, or remove the folders of small classes."
         )
+    shown = {name: escape(name) for name in np.unique(y).tolist()}
+    labels = np.array([shown[name] for name in y.tolist()])
+    names = {escaped: name for name, escaped in shown.items()}
     name = escape(Path(folder).resolve().name)
-    return Task(name, list(data.data), {"": labels}, names=shown)
+    return Task(name, list(files), {"": labels}, names=names, skipped=skipped)
+
+
+def labelled(
+    folder: str, options: argparse.Namespace | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Return paths and labels of a folder of at least two classes, and what was left out, and why.
+
+    With `skip_unreadable` of the options, that is what can't be read, else nothing.
+    """
+    skips = options is not None and options.skip_unreadable
+    errors = "skip" if skips else None
+    with warnings.catch_warnings():
+        if skips:  # they are listed at the end
+            warnings.filterwarnings("ignore", r"\d+ unreadable image", UserWarning)
+        data = load_image_folder(folder, errors=errors, verbose=sys.stderr.isatty())
+    files, y, skipped = data.data, data.target, dict(data.unreadable) if skips else {}
+    if len(classes := np.unique(y)) < 2:
+        raise ValueError(
+            f"{folder!r} has one class only, {str(classes[0])!r}: two are needed, each in a "
+            "subfolder of its own."
+        )
+    return files, y, skipped
+
+
+def readable(
+    files: list[str], options: argparse.Namespace | None
+) -> tuple[list[str], dict[str, str]]:
+    """Return the files that can be read, and the others with the reason.
+
+    All of them without `skip_unreadable`: then the first that can't be read is an error later.
+    """
+    if options is None or not options.skip_unreadable:
+        return files, {}
+    n_jobs = getattr(options, "n_jobs", None)
+    reasons = find_unreadable(files, n_jobs=n_jobs, verbose=sys.stderr.isatty())
+    skipped = {files[row]: reason for row, reason in reasons.items()}
+    kept = [file for file in files if file not in skipped]
+    if not kept:
+        file, reason = next(iter(skipped.items()))
+        raise ValueError(f"No image of {len(files)} can be read. The first, {file!r}: {reason}")
+    return kept, skipped

@@ -27,7 +27,8 @@ def in_options(message: str, options: argparse.Namespace) -> str:
     """Return a message with the options of a command in place of parameters.
 
     >>> from argparse import Namespace
-    >>> in_options("unfreeze=99 is too deep for image_size=None", Namespace(depth="99"))
+    >>> options = Namespace(command="fit", depth="99")
+    >>> in_options("unfreeze=99 is too deep for image_size=None", options)
     '--depth 99 is too deep for image_size=None'
     """
     for pattern in _ONLY_IN_PYTHON:

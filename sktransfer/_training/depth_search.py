@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, clone
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.model_selection import HalvingGridSearchCV, KFold, StratifiedKFold
+from tqdm.auto import tqdm
 
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._training.cut import check_is_trainable
@@ -68,6 +69,8 @@ class _Depth(OnRows):
         See `OnRows`.
     unfreeze, max_epochs : int
         What is searched over, and the resource of successive halving.
+    progress : object with `update`, default=None
+        Counts the fits.
     """
 
     def __init__(
@@ -77,10 +80,18 @@ class _Depth(OnRows):
         weights: np.ndarray | None,
         unfreeze: int = 0,
         max_epochs: int = 1,
+        progress: Any = None,
     ) -> None:
         super().__init__(model, X, weights)
         self.unfreeze = unfreeze
         self.max_epochs = max_epochs
+        self.progress = progress
+
+    def fit(self, rows: np.ndarray, y: np.ndarray) -> Self:
+        super().fit(rows, y)
+        if self.progress is not None:
+            self.progress.update()
+        return self
 
     def _new_model(self) -> Any:
         return clone(self.model).set_params(unfreeze=self.unfreeze, max_epochs=self.max_epochs)
@@ -161,10 +172,16 @@ def _halve(
     """Compare depths by successive halving; return what `cv_results_` of the search holds."""
     # Few candidates are compared at once: a second round would have one of them only.
     has_rounds = len(depths) > _FACTOR <= model.max_epochs
-    with tempfile.TemporaryDirectory() as folder:
+    # Of the next round, about; the first has all of them.
+    n_fits = (len(depths) + has_rounds * -(-len(depths) // _FACTOR)) * splitter.get_n_splits()
+    silent = not model.verbose
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=n_fits, desc="searching the depth", unit="fit", disable=silent) as progress,
+    ):
         candidate = _candidate_of(model, folder, seed)
         search = HalvingGridSearchCV(
-            _Depth(candidate, images, weights),
+            _Depth(candidate, images, weights, progress=progress),
             {"unfreeze": depths[::-1].tolist()},  # of equal scores, the search keeps the last
             resource="max_epochs",
             max_resources=model.max_epochs,

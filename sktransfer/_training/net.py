@@ -131,23 +131,38 @@ class Watch(Callback):
 
 
 class Progress(Callback):
-    """A bar that counts images: once through the frozen blocks, and once in each epoch.
+    """A bar over all that a fit does with images, which counts those that the user has.
+
+    Images run through the frozen blocks once and are trained on in each epoch; the bar reaches the
+    last of them when all this is done, so the time that it shows is that of the whole.
 
     Between calls, and where nothing is to be shown, it does nothing. As a callback of skorch's it
     follows the batches.
+
+    Attributes
+    ----------
+    n_shown : int or None
+        How many images the user has; None for as many as are run.
     """
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._name, self._n_epochs, self._epoch = "", 0, 0
+        self._n_done, self._n_images = 0, 1
+        self.n_shown: int | None = None
 
     @contextmanager
     def shown(self, n_images: int, verbose: int, unit: str = "image") -> Iterator[None]:
-        """Show the bar for the length of a ``with`` block; `n_images` is an estimate."""
-        self._bar = tqdm(total=n_images, unit=unit, disable=not verbose)
+        """Show the bar for the length of a ``with`` block; `n_images` run, which is an estimate."""
+        self._n_done, self._n_images = 0, max(1, n_images)
+        total = n_images if self.n_shown is None else self.n_shown
+        self._bar = tqdm(total=total, unit=unit, disable=not verbose)
         try:
             yield
-            self._bar.total = self._bar.n  # early stopping, or a memory that knew it all
+            if self.n_shown is None:
+                self._bar.total = self._bar.n  # early stopping, or a memory that knew it all
+            else:
+                self._bar.update(total - self._bar.n)
             self._bar.refresh()
         finally:
             self._bar.close()
@@ -161,8 +176,11 @@ class Progress(Callback):
 
     def update(self, n_images: int) -> None:
         """Move on."""
+        self._n_done += n_images
         if self._bar is not None:
-            self._bar.update(n_images)
+            share = min(1.0, self._n_done / self._n_images)
+            n = self._n_done if self.n_shown is None else int(share * self._bar.total)
+            self._bar.update(n - self._bar.n)
 
     def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
         self._epoch += 1

@@ -125,6 +125,7 @@ class Trainer:
         goes_on: bool,
     ) -> None:
         """Run the phases, or go on with the last one."""
+        self._progress.n_shown = len(images)
         task = self._task
         learnt, held_out = hold_out(self.settings, targets, seed)
         examples = Examples(task.views(images, len(targets)), targets, weights, seed)
@@ -191,6 +192,7 @@ class Trainer:
         self, images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, seed: int
     ) -> None:
         """Run one epoch over some images, at a constant learning rate."""
+        self._progress.n_shown = len(images)
         task, is_new = self._task, not hasattr(self, "net")
         if is_new:
             self.plan = plan_fit(task, len(images), 1, with_embeddings=False)
