@@ -1,6 +1,8 @@
 """What `verbose` shows: 0 nothing, 1 one bar for a whole fit or prediction, 2 a table as well."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from networks import small
@@ -80,3 +82,19 @@ def test_nothing_with_zero(tiles, capfd):
     _, paths, labels = tiles
     classifier(early_stopping=True).fit(paths, labels).predict(paths)
     assert capfd.readouterr() == ("", "")
+
+
+NOTEBOOK = """
+import sys, types, warnings
+warnings.simplefilter("error")
+shell = types.SimpleNamespace(config={"IPKernelApp": {}})
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
+sys.modules["ipywidgets"] = None  # it is not installed
+from sktransfer._bars import tqdm
+from tqdm.std import tqdm as plain
+assert issubclass(tqdm, plain) and not any("notebook" in t.__module__ for t in tqdm.__mro__)
+"""
+
+
+def test_a_notebook_without_widgets_has_a_plain_bar_and_no_warning():
+    subprocess.run([sys.executable, "-c", NOTEBOOK], check=True)  # tqdm must not be there yet

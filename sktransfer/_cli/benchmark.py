@@ -21,8 +21,8 @@ from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC, LinearSVC
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._cli.tasks import Task, load_elpv, load_folder, read_elpv
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.pretrained import (

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from sklearn.datasets import load_sample_images
 from torch import nn
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._engine.openvino_program import converted, reason_of
 from sktransfer._engine.program import ACTIVATION, Output, Outputs
 from sktransfer._engine.program_file import KeptProgram, ProgramFile

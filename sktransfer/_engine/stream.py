@@ -17,8 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._engine.results import Names, Write, why_not_finite
 from sktransfer._engine.runner import Runner
 from sktransfer._memory.memory import ImageMemory

@@ -10,8 +10,8 @@ import numpy as np
 from sklearn.base import BaseEstimator, clone
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.model_selection import HalvingGridSearchCV, KFold, StratifiedKFold
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._training.cut import check_is_trainable
 from sktransfer.io import ImageSequence

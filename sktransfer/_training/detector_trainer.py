@@ -16,8 +16,8 @@ import torch
 import xxhash
 from skorch.callbacks import GradientNormClipping
 from torch import nn
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.box_views import BoxAugmentation, BoxViews, Target
 from sktransfer._engine.device import is_out_of_memory

@@ -18,8 +18,8 @@ from skorch.utils import to_tensor
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._torch_state import Chance, chance_lock, network_lock
 
 _WARM_UP = 0.1  # of all steps

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit
 from torch import nn
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._engine.augmentation import Views
 from sktransfer._engine.frozen import Activations
 from sktransfer._engine.stream import Stream

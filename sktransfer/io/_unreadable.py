@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from sktransfer._bars import tqdm
 from sktransfer._threads import n_threads
 from sktransfer.io._decoding import file_name, open_image
 from sktransfer.io._files import reading_turn

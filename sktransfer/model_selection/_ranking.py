@@ -18,8 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from torch import nn
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._estimators.base import StrOptions, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._optional import load_optional

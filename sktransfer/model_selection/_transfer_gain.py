@@ -16,8 +16,8 @@ from sklearn.dummy import DummyClassifier
 from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.utils import check_random_state
 from tabulate import tabulate
-from tqdm.auto import tqdm
 
+from sktransfer._bars import tqdm
 from sktransfer._estimators.base import Interval, StrOptions, validate_params
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._optional import load_optional
