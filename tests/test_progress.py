@@ -86,12 +86,14 @@ def test_nothing_with_zero(tiles, capfd):
 
 NOTEBOOK = """
 import sys, types, warnings
-warnings.simplefilter("error")
 shell = types.SimpleNamespace(config={"IPKernelApp": {}})
 sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
 sys.modules["ipywidgets"] = None  # it is not installed
-from sktransfer._bars import tqdm
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from sktransfer._bars import tqdm
 from tqdm.std import tqdm as plain
+assert not said
 assert issubclass(tqdm, plain) and not any("notebook" in t.__module__ for t in tqdm.__mro__)
 """
 
