@@ -86,8 +86,10 @@ def test_nothing_with_zero(tiles, capfd):
 
 NOTEBOOK = """
 import sys, types, warnings
-shell = types.SimpleNamespace(config={"IPKernelApp": {}})
-sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
+class ZMQInteractiveShell:  # what tqdm takes for a notebook
+    config = {"IPKernelApp": {}}
+sys.modules["ipykernel.zmqshell"] = types.SimpleNamespace()
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=ZMQInteractiveShell)
 sys.modules["ipywidgets"] = None  # it is not installed
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
