@@ -549,9 +549,7 @@ PICKLED = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Validating sparse tensor", "ignore:.*[Qq]uantize", "ignore:TypedStorage"
-)
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse", "ignore:.*[Qq]uantize", "ignore:TypedStorage")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_tensors_with_which_no_network_can_compute(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sktransfer._engine.device import first_line
+from sktransfer._engine.device import first_line, is_out_of_memory
 from sktransfer._engine.folding import fold_batch_norms
 from sktransfer._torch_state import as_on, float32_by_default, network_lock
 from sktransfer.models import Backbone
@@ -327,7 +327,8 @@ class CutNetwork:
         return True
 
     def _refusal(self, image_size: tuple[int, int], error: Exception) -> str:
-        if self.device.type != "cpu" and self._runs_on_cpu(image_size):
+        is_cpu, lacks_memory = self.device.type == "cpu", is_out_of_memory(error)
+        if not is_cpu and not lacks_memory and self._runs_on_cpu(image_size):
             return (
                 f"Backbone {self.name!r} runs on a CPU alone: pass device='cpu'. On "
                 f"{str(self.device)!r}, torch says: {first_line(error)}"
