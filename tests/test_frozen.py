@@ -241,17 +241,18 @@ def disk(monkeypatch):
     return set_free
 
 
-def plan(cut, n_images=100, n_views=1, n_epochs=20, memory="memory", frozen=None):
-    return make_plan(
-        frozen or frozen_blocks(), cut, n_images, n_views, n_epochs, False, memory, "/tmp"
-    )
+def plan(cut, n_images=100, n_views=1, n_epochs=20, memory="memory", frozen=None, **options):
+    counts = n_images, n_views, n_epochs
+    return make_plan(frozen or frozen_blocks(), cut, *counts, False, memory, "/tmp", **options)
 
 
 @pytest.mark.parametrize("cut", [STEM, BODY_0, BODY_1])
 def test_a_plan_keeps_the_cut_and_the_embedding(slow_blocks, disk, cut):
     found = plan(cut)
     assert (found.cut, found.start) == (cut, cut)
-    assert {cut, EMBEDDING} <= set(found.keep)
+    assert set(found.keep) == {cut, EMBEDDING}
+    searching = plan(cut, searches_depth=True)
+    assert set(searching.keep) == {cut, EMBEDDING, BODY_0, STEM}  # of depths 0, 1 and 2
     name = ["", "stem", "body.0", "body.1"][cut]
     assert f"starts from {name}" in str(found) and "the memory keeps" in str(found)
 
@@ -373,7 +374,7 @@ def test_an_extractor_and_fine_tuners_share_a_memory(tmp_path, run_log, counted)
     for call in (
         lambda: FineTunedClassifier(counted, unfreeze=0, **tuned).fit(X, y).predict(X),
         extract,
-        lambda: extract("layer4"),
+        lambda: extract("layer4.0"),  # the cut
         lambda: FineTunedClassifier(counted, unfreeze=1, **tuned).fit(X, y).predict(X),
     ):
         assert images_that_ran(run_log, call) == 0

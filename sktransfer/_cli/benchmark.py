@@ -313,7 +313,7 @@ def _depths(
         _Candidate(
             backbone,
             f"fine-tuned, unfreeze={depth!r}",
-            FineTunedClassifier(backbone, unfreeze=depth, **settings),
+            FineTunedClassifier(backbone, **settings).set_params(unfreeze=depth),
             np.array(images),
             depth,
         )
