@@ -277,6 +277,24 @@ def cache(options: argparse.Namespace) -> None:
         memory.reduce_size(options.bytes, options.items, age)
     if options.action != "info":
         print(f"now: {_size(memory)}")
+    elif shares := _shares(memory):
+        print(shares)
+
+
+def _shares(memory: Memory) -> str:
+    """Return a table of what the results are of; nothing if that is not known."""
+    opened = check_memory(memory)
+    assert opened is not None
+    shares = opened.shares()
+    total = sum(n_bytes for _, _, n_bytes in shares)
+    rows = []
+    for text, n_results, n_bytes in shares:
+        names = text.rsplit("\t", 3) if text else ["(unknown)", "", "", ""]
+        size = f"{n_bytes / 1e6:,.1f}", f"{100 * n_bytes / total:.0f} %"
+        rows.append([*map(escape, names), f"{n_results:,}", *size])
+    headers = ["network", "size", "layer", "form", "results", "MB", "share"]
+    aligned = ("left",) * 4 + ("right",) * 3
+    return tabulate(rows, headers, disable_numparse=True, colalign=aligned) if rows else ""
 
 
 def _size(memory: Memory) -> str:
