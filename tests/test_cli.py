@@ -227,7 +227,12 @@ def test_cache(tiles, tmp_path, capsys):
     root, _, _ = tiles
     memory, output = tmp_path / "memory", tmp_path / "features.csv"
     run(capsys, "embed", root, "-o", output, "--memory", memory, *SMALL)
-    assert f"{memory}: 40 results" in run(capsys, "cache", "info", memory)
+    info = run(capsys, "cache", "info", memory)
+    assert f"{memory}: 40 results" in info
+    assert re.search(
+        r"efficientnet_lite0 +\S+×\S+ +embedding +avg +40 +0\.\d +100 %$", info.strip()
+    )
+    assert max(map(len, info.splitlines()[1:])) <= 80
     assert "now: 10 results" in run(capsys, "cache", "reduce", memory, "--items", 10)
     assert "now: 10 results" in run(capsys, "cache", "reduce", memory, "--days", 1)
     assert "now: 0 results" in run(capsys, "cache", "reduce", memory, "--bytes", "1K")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from networks import count, small
+from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -241,17 +242,18 @@ def disk(monkeypatch):
     return set_free
 
 
-def plan(cut, n_images=100, n_views=1, n_epochs=20, memory="memory", frozen=None):
-    return make_plan(
-        frozen or frozen_blocks(), cut, n_images, n_views, n_epochs, False, memory, "/tmp"
-    )
+def plan(cut, n_images=100, n_views=1, n_epochs=20, memory="memory", frozen=None, **options):
+    counts = n_images, n_views, n_epochs
+    return make_plan(frozen or frozen_blocks(), cut, *counts, False, memory, "/tmp", **options)
 
 
 @pytest.mark.parametrize("cut", [STEM, BODY_0, BODY_1])
 def test_a_plan_keeps_the_cut_and_the_embedding(slow_blocks, disk, cut):
     found = plan(cut)
     assert (found.cut, found.start) == (cut, cut)
-    assert {cut, EMBEDDING} <= set(found.keep)
+    assert set(found.keep) == {cut, EMBEDDING}
+    searching = plan(cut, searches_depth=True)
+    assert set(searching.keep) == {cut, EMBEDDING, BODY_0, STEM}  # of depths 0, 1 and 2
     name = ["", "stem", "body.0", "body.1"][cut]
     assert f"starts from {name}" in str(found) and "the memory keeps" in str(found)
 
@@ -348,6 +350,37 @@ def counted():
     return backbone
 
 
+def test_what_a_fit_and_a_search_keep_is_said(tmp_path, counted, monkeypatch):
+    X, y = pictures(12), np.arange(12) % 2
+    options = {"max_epochs": 1, "random_state": 0, "runtime": "torch", "memory": tmp_path}
+    model = FineTunedClassifier(counted, **options, unfreeze=1).fit(X, y)
+    memory = check_memory(tmp_path)
+
+    def shares():
+        return {tuple(text.split("\t")[2:]): n for text, n, _ in memory.shares()}
+
+    of_the_fit = {("embedding", "avg"), ("layer4.0", "activation"), ("layer4.0", "avg")}
+    assert shares() == dict.fromkeys(of_the_fit, 12)
+    assert {text.split("\t")[0] for text, _, _ in memory.shares()} == {get_model(counted).name}
+    bytes_of = {text.partition("\t")[2]: n_bytes for text, _, n_bytes in memory.shares()}
+    values = np.prod(model.trainer().frozen.shape(model.plan_.cut))
+    assert 0 < bytes_of["32×32\tlayer4.0\tactivation"] - 12 * 2 * values < 12 * 100
+    clone(model).set_params(unfreeze=2).fit(X, y)  # as a search does
+    assert {layer for layer, _ in shares()} == {"embedding", "layer4.0", "layer3.1", "layer2.1"}
+    memory.memory.clear(warn=False)
+    assert memory.shares() == []
+
+    monkeypatch.setattr("sktransfer._engine.embedding._MUCH", 1000)
+    extractor = PretrainedFeatureExtractor(counted, runtime="torch", memory=tmp_path / "other")
+    message = r"other are about to take .* KB for each of 12 images\..*--memory"
+    with pytest.warns(UserWarning, match=message):
+        extractor.transform(X)
+    monkeypatch.setattr("sktransfer._memory.store._COMPLAINED", set())
+    extractor.transform(X)  # nothing is written, and nothing said
+    with pytest.warns(UserWarning, match=message):
+        extractor.set_params(layer="layer3").transform(X)
+
+
 def images_that_ran(run_log, call):
     n_before = len(run_log())
     call()
@@ -373,7 +406,7 @@ def test_an_extractor_and_fine_tuners_share_a_memory(tmp_path, run_log, counted)
     for call in (
         lambda: FineTunedClassifier(counted, unfreeze=0, **tuned).fit(X, y).predict(X),
         extract,
-        lambda: extract("layer4"),
+        lambda: extract("layer4.0"),  # the cut
         lambda: FineTunedClassifier(counted, unfreeze=1, **tuned).fit(X, y).predict(X),
     ):
         assert images_that_ran(run_log, call) == 0

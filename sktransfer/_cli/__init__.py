@@ -319,7 +319,7 @@ def _cache(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
     for name, text in (
-        ("info", "print how many results it holds, and how large they are"),
+        ("info", "print how many results it holds, of which networks and layers, and their size"),
         ("clear", "delete all of them"),
         ("reduce", "delete those that were not used for longest"),
     ):
@@ -374,7 +374,12 @@ def _add_running(
 ) -> None:
     """Add where and how it runs."""
     add = parser.add_argument
-    add("--memory", metavar="DIR", help="keep what frozen blocks compute there, for later runs")
+    add(
+        "--memory",
+        metavar="DIR",
+        help="keep what frozen blocks compute there, for later runs: 5 KB an image with "
+        "efficientnet_lite0, about 40 KB where one block is trained; `sktransfer cache` shows it",
+    )
     add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     add("--precision", default="float32", choices=precisions, help="(default float32)")
     add("--n-jobs", type=int, metavar="N", help="threads that decode images (default: all cores)")

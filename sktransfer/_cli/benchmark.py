@@ -289,7 +289,7 @@ def _depths(
         _Candidate(
             backbone,
             f"fine-tuned, depth {depth}",
-            FineTunedClassifier(backbone, unfreeze=depth, **settings),
+            FineTunedClassifier(backbone, **settings).set_params(unfreeze=depth),
             np.array(images),
             depth,
         )

@@ -332,7 +332,32 @@ def cache(options: argparse.Namespace) -> None:
     if options.action != "info":
         document["now"] = _size(memory)
         text += f"\nnow: {_size_in_words(document['now'])}"
+    elif shares := _shares(memory):
+        document["shares"] = shares
+        text += f"\n{_table_of_shares(shares)}"
     _show(options, document, text)
+
+
+def _shares(memory: Memory) -> list[dict[str, Any]]:
+    """Return what the results are of, as far as that is known."""
+    opened = check_memory(memory)
+    assert opened is not None
+    names = "network", "size", "layer", "form"
+    found = []
+    for text, n_results, n_bytes in opened.shares():
+        values = text.rsplit("\t", 3) if text else ["(unknown)", "", "", ""]
+        of = dict(zip(names, values, strict=True))
+        found.append({**of, "results": n_results, "bytes": n_bytes})
+    return found
+
+
+def _table_of_shares(shares: list[dict[str, Any]]) -> str:
+    total = sum(share["bytes"] for share in shares)
+    columns = {name: [escape(share[name]) for share in shares] for name in list(shares[0])[:4]}
+    columns["results"] = [f"{share['results']:,}" for share in shares]
+    columns["MB"] = [f"{share['bytes'] / 1e6:,.1f}" for share in shares]
+    columns["share"] = [f"{100 * share['bytes'] / total:.0f} %" for share in shares]
+    return as_table(columns)
 
 
 def _size(memory: Memory) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 import torch
 
 from sktransfer._engine.layers import columns_of, free_rows
-from sktransfer._engine.program import Output, Program
+from sktransfer._engine.program import ACTIVATION, Output, Program
 from sktransfer._engine.results import Names
 from sktransfer._engine.runner import Runner
 from sktransfer._engine.stream import Images, Stream
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
+
+_MUCH = 1e9  # bytes, of which a user is told before they are written
+_ASKED = 8  # images that are looked up to find how many are in the memory
 
 
 class OutputsPass(Stream):
@@ -66,7 +70,42 @@ class OutputsPass(Stream):
             [keys[output] for output in self.outputs[len(self.wanted) :]],
             {keys[output] for output in self.kept},
             self.runner.claim_key(self.preprocessing),
+            {keys[output]: self._text(output) for output in self.kept},
         )
+
+    def _text(self, output: Output) -> str:
+        """Name an output for those who look into the memory: network, size, layer and form."""
+        width, height = self.preprocessing.size[::-1]
+        layer = self.runner.layer_name(output.position)
+        layer = "embedding" if layer == "auto" else layer
+        return "\t".join([self.runner.name, f"{width}×{height}", layer, output.form])
+
+    def _tell_size(self) -> None:
+        """Warn if much is about to be written; a few images tell how many are in the memory."""
+        memory, n = self.memory, max(self.n_expected, len(self._images))
+        n_bytes = sum(self._n_bytes(output) for output in self.kept)
+        if memory is None or n * n_bytes <= _MUCH:
+            return
+        rows = np.unique(np.linspace(0, len(self._images) - 1, _ASKED).astype(int)).tolist()
+        try:
+            digests = [self._images.digest(row) for row in rows]
+        except ValueError:
+            return  # an image can't be read: that is said when its turn comes
+        outs = [np.empty((len(rows), *out.shape[1:]), out.dtype) for out in self._outs]
+        pairs = zip(self._names.wanted, outs, strict=True)
+        hits = np.logical_and.reduce([memory.read(key, digests, out) for key, out in pairs])
+        if (expected := n * n_bytes * (1 - hits.mean())) > _MUCH:
+            memory.tell_size(
+                f"are about to take {expected / 1e9:.1f} GB: {n_bytes / 1e3:,.0f} KB for each of "
+                f"{n:,} images. Without memory (--memory) nothing is kept; `sktransfer cache` "
+                "shows and frees what is."
+            )
+
+    def _n_bytes(self, output: Output) -> int:
+        """Return the bytes of an image's result."""
+        if output.form == ACTIVATION:
+            return 2 * math.prod(self.runner.shape(output.position, self.preprocessing.size))
+        return 4 * self.runner.width(*output, self.preprocessing.size)
 
     def _get_ready(self) -> None:
         self._program = self.runner.program(

@@ -23,12 +23,15 @@ class Names(NamedTuple):
         Those of both that the memory keeps.
     claim : str
         Passes that share work claim images under one name.
+    texts : dict of str to str
+        What users call some of them; the memory keeps it, to say what it holds.
     """
 
     wanted: list[str]
     by_products: list[str]
     kept: set[str]
     claim: str
+    texts: dict[str, str] = {}
 
 
 class Write(NamedTuple):

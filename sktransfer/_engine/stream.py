@@ -127,6 +127,10 @@ class Stream(ABC):
         """Make what runs the network; called before the first image is computed."""
         self.in_threads = False
 
+    def _tell_size(self) -> None:
+        """Tell the user if much is about to be written to the memory."""
+        return
+
     @abstractmethod
     def _load(self, row: int, digest: bytes | None) -> Any:
         """Fetch what the computation of a row takes; called in threads."""
@@ -154,6 +158,7 @@ class Stream(ABC):
         self._names = Names([], [], set(), "") if self.memory is None else self.names()
         self._owner = object()  # of claims: what is ours to compute, and not yet in the memory
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
+        self._tell_size()
         self._threads = one_core_threads(self.n_threads)
         self._writer = ThreadPoolExecutor(1)
         silent = not self.verbose
@@ -358,7 +363,8 @@ class Stream(ABC):
         assert self.memory is not None
         for result in results:
             if result.key in self._names.kept:
-                self.memory.write(result.key, result.digests, result.rows)
+                text = self._names.texts.get(result.key, "")
+                self.memory.write(result.key, result.digests, result.rows, text)
         digests = [miss.digest for miss in group]
         self._release(digests)
         for digest in digests:

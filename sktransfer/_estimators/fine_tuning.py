@@ -116,7 +116,8 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     image_size : int or tuple of (height, width), default=None
         Size in pixels at which images enter the network; None for the size of its weights.
     memory : str, path, joblib.Memory or None, default=None
-        Where to keep the results of frozen blocks on disk. `plan_` says which. A
+        Where to keep the results of frozen blocks on disk: the embedding and, where blocks are
+        trained, what comes out of the last frozen one; `plan_` says how much. A
         :class:`PretrainedFeatureExtractor` of the same network shares them.
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.

@@ -44,6 +44,22 @@ class FineTuned(TrainedEstimator):
 
     _kind: str
     layer: Any
+    _searches_depth = False
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters, as in scikit-learn.
+
+        Its searches set those of each candidate so. If `unfreeze` is one of them, a fit to this
+        depth lets the `memory` keep what fits to other depths will want.
+        """
+        if "unfreeze" in params:
+            self._searches_depth = True
+        return super().set_params(**params)
+
+    def __sklearn_clone__(self) -> Self:
+        twin = super().__sklearn_clone__()
+        twin._searches_depth = self._searches_depth
+        return twin
 
     # ------------------------------------------------------------------------ fitting
 
@@ -104,6 +120,7 @@ class FineTuned(TrainedEstimator):
 
     def _settings(self, n_outputs: int) -> Settings:
         settings = super()._settings(n_outputs)
+        settings.searches_depth = self._searches_depth
         if settings.unfreeze == "auto":
             settings.unfreeze = self.depth_search_["unfreeze"]
         return settings

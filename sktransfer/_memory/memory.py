@@ -115,13 +115,22 @@ class ImageMemory:
         hits = [self._load(func_id, digest, out[i : i + 1]) for i, digest in enumerate(digests)]
         return np.array(hits, bool)
 
-    def write(self, func_id: str, digests: Sequence[bytes], rows: Iterable[np.ndarray]) -> None:
-        """Keep ``rows[i]``, of any dtype but object, as the result of ``digests[i]``."""
+    def write(
+        self,
+        func_id: str,
+        digests: Sequence[bytes],
+        rows: Iterable[np.ndarray],
+        text: str = "",
+    ) -> None:
+        """Keep ``rows[i]``, of any dtype but object, as the result of ``digests[i]``.
+
+        `text` says what `func_id` stands for, for `shares`.
+        """
         if isinstance(rows, np.ndarray):
             rows = [rows[i, ...] for i in range(len(rows))]  # scalars would lose their byte order
         pairs = [(d, np.asarray(row)) for d, row in zip(digests, rows, strict=True)]
         if hasattr(self._backend, "dump_items"):
-            self._backend.dump_items(func_id, pairs)
+            self._backend.dump_items(func_id, pairs, text)
             return
         # joblib warns for each item that it cannot write; once is enough
         with warnings.catch_warnings(record=True) as caught:
@@ -173,6 +182,18 @@ class ImageMemory:
         if folder is not None:
             info["n_bytes"] += n_companion_bytes(folder)
         return info
+
+    def shares(self) -> list[tuple[str, int, int]]:
+        """Return the text, the number of results and their bytes of each function, largest first.
+
+        Results without a text are together, under "". Only the packed store knows; else it is [].
+        """
+        known = self._backend.shares() if hasattr(self._backend, "shares") else []
+        return sorted(known, key=lambda share: -share[2])
+
+    def tell_size(self, text: str) -> None:
+        """Warn of how much is about to be written, once for a folder in this process."""
+        complain(self.folder, text, "Results for the memory in")
 
     @property
     def companions(self) -> str | None:

@@ -19,12 +19,14 @@ from joblib.disk import memstr_to_bytes
 from sktransfer._memory.store import Store, cannot, complain, open_store
 from sktransfer._memory.store_format import (
     FILE,
+    NAME,
     batches,
     describe,
     drop,
     file_key,
     fill_rows,
     item_of,
+    name_key,
     path_of,
     put,
     row_keys,
@@ -100,8 +102,11 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
             )
         return hits
 
-    def dump_items(self, func_id: str, pairs: Sequence[tuple[bytes, np.ndarray]]) -> None:
+    def dump_items(
+        self, func_id: str, pairs: Sequence[tuple[bytes, np.ndarray]], text: str = ""
+    ) -> None:
         """See `ImageMemory.write`."""
+        name = name_key(func_id), text.encode(errors="replace")
         keys = row_keys(func_id, [digest for digest, _ in pairs])
         items = (
             (key, wrap(key, describe(row.dtype, row.shape) + row.tobytes()))
@@ -109,10 +114,29 @@ class LmdbStoreBackend(StoreBackendBase, StoreBackendMixin):
         )
         for batch in batches(items):
             self._try(
-                lambda txn, rows, files, used, batch=batch: put(txn, rows, used, batch),
+                lambda txn, rows, files, used, batch=batch: put(txn, rows, used, batch, name),
                 None,
                 write=True,
             )
+
+    def shares(self) -> list[tuple[str, int, int]]:
+        """See `ImageMemory.shares`."""
+
+        def job(txn: Any, rows: Any, files: Any, used: Any) -> list[tuple[str, int, int]]:
+            counts: dict[bytes, list[int]] = {}
+            for key, value in txn.cursor(rows):
+                share = counts.setdefault(bytes(key[:16]), [0, 0])
+                share[0] += 1
+                share[1] += len(value)
+            together: dict[str, list[int]] = {}
+            for prefix, (n_rows, n_bytes) in counts.items():
+                text = bytes(txn.get(NAME + prefix, b"", db=used)).decode(errors="replace")
+                share = together.setdefault(text, [0, 0])
+                share[0] += n_rows
+                share[1] += n_bytes
+            return [(text, share[0], share[1]) for text, share in together.items()]
+
+        return self._try(job, [])
 
     def info(self) -> dict[str, int]:
         """Count results, and the bytes of their pages."""

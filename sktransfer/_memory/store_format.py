@@ -23,6 +23,7 @@ from lmdb.verify import VerifyError, verify
 from xxhash import xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
 TABLES = (b"rows", b"files", b"used")  # of images, of joblib, and when each was last read
+NAME = b"name:"  # begins the keys of what functions are called, which stand there as well
 FILE = b"file:"  # begins the keys of joblib's items among the times, and seeds their checksums
 _TIME = struct.Struct("<d")
 _CHECKSUM = struct.Struct("<Q")
@@ -38,6 +39,11 @@ def row_keys(func_id: str, digests: Iterable[bytes]) -> list[bytes]:
     """Return a hash of `func_id` with each digest: 32 bytes, and all of a function together."""
     prefix = xxh3_128_digest(func_id.encode())
     return [prefix + digest for digest in digests]
+
+
+def name_key(func_id: str) -> bytes:
+    """Return the key of the text that says what `func_id` stands for."""
+    return NAME + xxh3_128_digest(func_id.encode())
 
 
 def file_key(path: str, location: str) -> bytes:
@@ -194,9 +200,20 @@ def batches(items: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, 
         yield batch
 
 
-def put(txn: Any, table: Any, used: Any, items: Iterable[tuple[bytes, bytes]]) -> None:
-    """Write keys and values into `table`, and note that they were used just now."""
+def put(
+    txn: Any,
+    table: Any,
+    used: Any,
+    items: Iterable[tuple[bytes, bytes]],
+    name: tuple[bytes, bytes] = (NAME, b""),
+) -> None:
+    """Write keys and values into `table`, and note that they were used just now.
+
+    `name` is the key and the text of what their function is called; an empty one changes nothing.
+    """
     items = list(items)
+    if name[1]:
+        txn.put(*name, db=used)
     txn.cursor(table).putmulti(items)
     touch(txn, used, [key for key, _ in items])
 

@@ -14,11 +14,11 @@ from sklearn.model_selection import HalvingGridSearchCV, KFold, StratifiedKFold
 from sktransfer._bars import tqdm
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._training.cut import check_is_trainable
+from sktransfer._training.plan import usual_depths
 from sktransfer.io import ImageSequence
 
 _FOLDS = 3
 _FACTOR = 3  # of candidates dropped, and of epochs gained, from one round to the next
-_LARGEST_SHARE = 2 / 3  # of the network's operations, in the trained blocks of a candidate
 
 
 class OnRows(BaseEstimator):
@@ -234,13 +234,7 @@ def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
             f"unfreeze='auto' searches over numbers of blocks, and {runner.name!r} has none"
             f"{reason}: pass unfreeze=0 or 'all'."
         )
-    flops = np.array(FrozenBlocks(runner, preprocessing, model.pooling).flops())
-    depths = np.array([0, *(2**i for i in range(n_blocks.bit_length()))])
-    shares = np.array([flops[n_blocks - depth :].sum() for depth in depths]) / flops.sum()
-    shares[0] = 0.0
-    kept = shares <= _LARGEST_SHARE
-    kept[:2] = True
-    return depths[kept], shares[kept]
+    return usual_depths(FrozenBlocks(runner, preprocessing, model.pooling).flops(), n_blocks)
 
 
 def _n_folds(kind: str, targets: np.ndarray) -> int:

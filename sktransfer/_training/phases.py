@@ -186,6 +186,7 @@ def plan_fit(task: Task, n_images: int, n_epochs: int, *, with_embeddings: bool)
         with_embeddings,
         None if memory is None else memory.folder,
         tempfile.gettempdir(),
+        task.settings.searches_depth,
     )
     if task.settings.verbose > 1:
         tqdm.write(str(plan))

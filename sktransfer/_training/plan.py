@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from sktransfer._engine.frozen import FrozenBlocks
 
@@ -18,6 +20,7 @@ _LARGEST = 3  # uint8 images: the size of a result that is kept for other fits
 _IN_RAM = 2**29  # bytes that a fit holds in memory; beyond, they lie in a temporary file
 _DISK_SHARE = 0.1  # of what is free that the cut and the embedding may fill
 _STEPS_SHARE = 0.02  # and steps on the way, which other fits may want
+_LARGEST_SHARE = 2 / 3  # of the network's operations, in the trained blocks of a usual depth
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,21 @@ class Plan:
         return Plan(self.cut, 0, self.keep, f"{text} ({self.text})")
 
 
+def usual_depths(flops: Sequence[int], n_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of blocks that a search tries, and the shares of the operations in them.
+
+    They are 0, 1, 2, 4 and so on. Deeper ones than two thirds of the network share little frozen
+    work, and cost as much as the whole.
+    """
+    counted = np.array(flops)
+    depths = np.array([0, *(2**i for i in range(n_blocks.bit_length()))])
+    shares = np.array([counted[n_blocks - depth :].sum() for depth in depths]) / counted.sum()
+    shares[0] = 0.0
+    kept = shares <= _LARGEST_SHARE
+    kept[:2] = True
+    return depths[kept], shares[kept]
+
+
 def make_plan(
     frozen: FrozenBlocks,
     cut: int,
@@ -60,6 +78,7 @@ def make_plan(
     with_embeddings: bool,
     memory_folder: str | None,
     temporary_folder: str,
+    searches_depth: bool = False,
 ) -> Plan:
     """Weigh bytes against blocks.
 
@@ -75,6 +94,9 @@ def make_plan(
         The folder of the memory; None without one.
     temporary_folder : str
         Where activations go that are too many for the RAM.
+    searches_depth : bool, default=False
+        Whether fits to other depths will follow: the memory then keeps the cuts of those that
+        are usual, so that each image runs once for all of them.
     """
     n_rows = n_images * n_views
     is_weighed = memory_folder is not None or cut not in (0, frozen.embedding)
@@ -89,14 +111,22 @@ def make_plan(
             lambda p: frozen.n_bytes(p) * n_rows,
             free * _DISK_SHARE,
         )
-        steps = affordable_steps(frozen, range(1, frozen.embedding), n_rows, memory_folder)
-        keep = sorted({*keep, *steps} - set(dropped))
+        if searches_depth:
+            steps = affordable_steps(frozen, _usual_cuts(frozen), n_rows, memory_folder)
+            keep = sorted({*keep, *steps} - set(dropped))
     is_computed = with_embeddings or cut in keep
     counts = n_images, n_views, n_epochs
     keeps_cut = _keeps_cut(frozen, compute, cut, *counts, is_computed, temporary_folder)
     start = cut if keeps_cut else 0
     text = _describe(frozen, cut, start, keep, dropped, n_images, n_views)
     return Plan(cut, start, tuple(keep), text)
+
+
+def _usual_cuts(frozen: FrozenBlocks) -> list[int]:
+    """Return the cuts of the depths that a search tries, in order."""
+    n_blocks = len(frozen.runner.block_names)
+    depths, _ = usual_depths(frozen.flops(), n_blocks)
+    return sorted({int(n_blocks - depth) for depth in depths[1:]} - {0})
 
 
 def affordable_steps(

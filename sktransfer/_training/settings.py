@@ -16,7 +16,7 @@ from sktransfer.io import ImageSequence
 # Of the settings, those that a net which is there need not know: `Trainer` reads them anew.
 _READ_ANEW = {
     *("augment", "n_views", "predict_views", "crop_scale", "memory", "n_jobs"),
-    *("head_epochs", "max_epochs"),
+    *("head_epochs", "max_epochs", "searches_depth"),
 }
 
 
@@ -55,6 +55,7 @@ class Settings:
     memory: Any
     n_jobs: int | None
     verbose: int
+    searches_depth: bool = False  # whether fits of other depths will follow
 
     def __post_init__(self) -> None:
         self.callbacks = list(self.callbacks or [])  # the user's list may change
