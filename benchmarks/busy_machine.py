@@ -84,7 +84,7 @@ SPINS = {"one thread": None, "OpenMP's own": "300000", "the library": "1000"}  #
 
 
 def _embedding(n: int, repeats: int) -> dict[str, str]:
-    """Measure embeddings in new processes: how long threads spin is settled when torch is loaded."""
+    """Measure embeddings in new processes: torch, when it is loaded, settles how threads wait."""
     found: dict[str, list[tuple[float, float]]] = {}
     for how, spins in SPINS.items():
         os.environ["GOMP_SPINCOUNT"] = spins or "1000"

@@ -24,7 +24,6 @@ from sklearn.svm import SVC
 
 from sktransfer import PretrainedFeatureExtractor, make_classifier
 
-LABELS = (50, 200, "all")
 ALL = {"layer": "all", "pooling": ("avg", "max")}
 LAST = {"layer": "auto", "pooling": "avg"}
 FEATURES: dict[str, dict[str, Any]] = {
@@ -109,14 +108,14 @@ def _named_tasks(chosen: list[str]) -> Iterator[tuple[str, Any, np.ndarray]]:
     yield from (task for task in _tasks() if task[0] in chosen)
 
 
-def compare(chosen: list[str], n_splits: int, memory: str) -> None:
+def compare(chosen: list[str], labels: list[int | str], n_splits: int, memory: str) -> None:
     """Print a table for each task; a row is one classifier, a column a number of labels."""
     for task, images, y in _named_tasks(chosen):
         extractor = PretrainedFeatureExtractor(memory=memory)
         rows = {k: extractor.set_params(**v).transform(images) for k, v in FEATURES.items()}
         found: dict[tuple[str, str], dict[str, str]] = {}
-        for n in LABELS:
-            if n != "all" and n > 0.7 * len(y) or (n == "all" and task == "digits"):
+        for n in labels:
+            if (n != "all" and n > 0.7 * len(y)) or (n == "all" and task == "digits"):
                 continue  # too few images; and of all digits, all classifiers know nearly all
             splits = list(_splits(y, n, n_splits))
             for name, by, model in ((k, by, m) for k in MODELS for by, m in MODELS[k].items()):
@@ -136,10 +135,12 @@ def main() -> None:
     tasks = ["photographs", "digits", "ELPV"]
     parser.add_argument("--task", choices=tasks, action="append", help="(default: all of them)")
     parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--labels", nargs="*", default=["50", "200", "all"])
     parser.add_argument("--memory", help="folder that keeps the rows")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        compare(options.task or tasks, options.splits, options.memory or folder)
+        labels = [int(n) if n.isdigit() else n for n in options.labels]
+        compare(options.task or tasks, labels, options.splits, options.memory or folder)
 
 
 if __name__ == "__main__":
