@@ -1,4 +1,5 @@
 import csv
+import json
 import locale
 import os
 import re
@@ -18,6 +19,7 @@ from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import main
 from sktransfer._cli import report as _report
 from sktransfer._cli.page import page
+from sktransfer._cli.tables import as_json
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,13 @@ def test_the_text(report):
     assert re.search(r"efficientnet_lite0:.*\nRBF SVM +\d\.\d{3} ± \d\.\d{3} ", text, re.S)
     assert "40 images, 2 splits" in text and "second run" in text
     assert "F1 of 'flower'" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_document(report):
+    found = json.loads(as_json(_report.as_document(report)))
+    accuracy = [result.scores["accuracy"].mean() for result in report.results]
+    assert [row["accuracy_mean"] for row in found["results"]] == pytest.approx(accuracy)
+    assert found["n_images"] == 40 and found["embeddings"][0]["n_features"] == 6240
 
 
 def test_csv_and_page(report, tmp_path):
