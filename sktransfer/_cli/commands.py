@@ -282,19 +282,33 @@ def cache(options: argparse.Namespace) -> None:
 
 
 def _shares(memory: Memory) -> str:
-    """Return a table of what the results are of; nothing if that is not known."""
+    """Return a table for each network of what the results are of; nothing if that is not known."""
     opened = check_memory(memory)
     assert opened is not None
     shares = opened.shares()
-    total = sum(n_bytes for _, _, n_bytes in shares)
-    rows = []
+    total = sum(n_bytes for *_, n_bytes in shares)
+    tables: dict[str, list[list[Any]]] = {}
     for text, n_results, n_bytes in shares:
-        names = text.rsplit("\t", 3) if text else ["(unknown)", "", "", ""]
-        size = f"{n_bytes / 1e6:,.1f}", f"{100 * n_bytes / total:.0f} %"
-        rows.append([*map(escape, names), f"{n_results:,}", *size])
-    headers = ["network", "size", "layer", "form", "results", "MB", "share"]
-    aligned = ("left",) * 4 + ("right",) * 3
-    return tabulate(rows, headers, disable_numparse=True, colalign=aligned) if rows else ""
+        network, size, *what = text.rsplit("\t", 3) if text else ["not known", "", "", ""]
+        heading = escape(f"{network}, {size}" if size else network)
+        tables.setdefault(heading, []).append([*map(escape, what), n_results, n_bytes])
+    lines = []
+    for heading, rows in tables.items():
+        n_of_network = sum(n_bytes for *_, n_bytes in rows)
+        cells = [
+            [*what, f"{n_results:,}", *_amount(n_bytes, total)]
+            for *what, n_results, n_bytes in rows
+        ]
+        megabytes, share = _amount(n_of_network, total)
+        lines += ["", f"{heading}: {megabytes} MB, {share}"]
+        headers = ["layer", "form", "results", "MB", "share"]
+        aligned = ("left", "left", "right", "right", "right")
+        lines.append(tabulate(cells, headers, disable_numparse=True, colalign=aligned))
+    return "\n".join(lines)
+
+
+def _amount(n_bytes: int, total: int) -> tuple[str, str]:
+    return f"{n_bytes / 1e6:,.1f}", f"{100 * n_bytes / total:.0f} %"
 
 
 def _size(memory: Memory) -> str:
