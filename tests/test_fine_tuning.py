@@ -347,7 +347,7 @@ def test_activations_of_another_depth_change_no_result(
     X, y = pictures()
     options = {"augment": "flip", "precision": precision}
     expected = classifier(**options, unfreeze=wanted).fit(X, y).predict_proba(X)
-    classifier(**options, unfreeze=other, memory=tmp_path).fit(X, y)
+    classifier(**options, memory=tmp_path).set_params(unfreeze=other).fit(X, y)  # as a search does
     n_before = len(run_log())
     model = classifier(**options, unfreeze=wanted, memory=tmp_path).fit(X, y)
     assert without_blank(run_log()[n_before:]) == []  # the memory was used

@@ -334,7 +334,7 @@ def cache(options: argparse.Namespace) -> None:
         text += f"\nnow: {_size_in_words(document['now'])}"
     elif shares := _shares(memory):
         document["shares"] = shares
-        text += f"\n{_table_of_shares(shares)}"
+        text += f"\n{_tables_of_shares(shares)}"
     _show(options, document, text)
 
 
@@ -345,19 +345,33 @@ def _shares(memory: Memory) -> list[dict[str, Any]]:
     names = "network", "size", "layer", "form"
     found = []
     for text, n_results, n_bytes in opened.shares():
-        values = text.rsplit("\t", 3) if text else ["(unknown)", "", "", ""]
+        values = text.rsplit("\t", 3) if text else ["not known", "", "", ""]
         of = dict(zip(names, values, strict=True))
         found.append({**of, "results": n_results, "bytes": n_bytes})
     return found
 
 
-def _table_of_shares(shares: list[dict[str, Any]]) -> str:
+def _tables_of_shares(shares: list[dict[str, Any]]) -> str:
+    """Return a table for each network, with what it takes above it."""
     total = sum(share["bytes"] for share in shares)
-    columns = {name: [escape(share[name]) for share in shares] for name in list(shares[0])[:4]}
-    columns["results"] = [f"{share['results']:,}" for share in shares]
-    columns["MB"] = [f"{share['bytes'] / 1e6:,.1f}" for share in shares]
-    columns["share"] = [f"{100 * share['bytes'] / total:.0f} %" for share in shares]
-    return as_table(columns)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for share in shares:
+        heading = ", ".join(escape(share[name]) for name in ("network", "size") if share[name])
+        tables.setdefault(heading, []).append(share)
+    lines = []
+    for heading, rows in tables.items():
+        megabytes, part = _amount(sum(row["bytes"] for row in rows), total)
+        columns: dict[str, Any] = {n: [escape(r[n]) for r in rows] for n in ("layer", "form")}
+        columns["results"] = [f"{row['results']:,}" for row in rows]
+        columns["MB"], columns["share"] = zip(
+            *(_amount(row["bytes"], total) for row in rows), strict=True
+        )
+        lines += ["", f"{heading}: {megabytes} MB, {part}", as_table(columns)]
+    return "\n".join(lines)
+
+
+def _amount(n_bytes: int, total: int) -> tuple[str, str]:
+    return f"{n_bytes / 1e6:,.1f}", f"{100 * n_bytes / total:.0f} %"
 
 
 def _size(memory: Memory) -> dict[str, Any]:
