@@ -333,7 +333,8 @@ def _run_all(work: _Work, results: Results) -> None:
                 running.add(fit)
                 pool.apply_async(_run, (fit,), {}, done.put, _failed(done, fit))
             if not running:
-                return
+                pool.close()
+                return pool.join()
             try:
                 result = done.get(timeout=end - time.monotonic())
             except (queue.Empty, ValueError):

@@ -27,6 +27,7 @@ from sktransfer import (
     model_summary,
 )
 from sktransfer._estimators.pretrained import embedding_of
+from sktransfer._training.heads import make_head, solve_head
 from sktransfer._training.whole import whole_of_trainer
 from sktransfer.io import check_images
 
@@ -397,6 +398,19 @@ def test_training_starts_at_the_head_on_frozen_layers(unfreeze, tolerance):
     # What is kept at a cut is rounded to half precision, once.
     np.testing.assert_allclose(model.predict_proba(X), expected, atol=tolerance)
     assert model.set_params(max_epochs=3).fit(X, y).score(X, y) > 0.9
+
+
+@pytest.mark.parametrize("width", [30, 3000])
+def test_a_head_that_keeps_its_scales_has_the_same_outputs(width):
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(60, width)).astype(np.float32) * random.uniform(0.01, 10, width)
+    heads = [make_head("linear", width, 2, 0.0, scales) for scales in (False, True)]
+    for head in heads:
+        solve_head(head, rows.astype(np.float32), np.arange(60) % 2, None, "class")
+    folded, scaled = (head(torch.from_numpy(rows).float()).detach().numpy() for head in heads)
+    np.testing.assert_allclose(scaled, folded, 1e-3, 1e-3)
+    sums = (heads[1][0](torch.from_numpy(rows).float())).abs().sum(1)
+    assert sums.mean() < 700  # a step of the training then moves outputs as one on a single layer
 
 
 def test_a_regressor_starts_there_as_well():
