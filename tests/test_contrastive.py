@@ -435,13 +435,13 @@ def test_the_head_may_be_a_module():
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
 
 
-@pytest.mark.parametrize("unfreeze, n_shown", [(1, 48 + 48), ("all", 48)])
-def test_what_it_shows(slow_machine, capfd, unfreeze, n_shown):
+@pytest.mark.parametrize("unfreeze", [1, "all"])
+def test_what_it_shows(slow_machine, capfd, unfreeze):
     model = pretrainer(compact(), unfreeze=unfreeze, max_epochs=4, verbose=1).fit(pictures())
     shown = capfd.readouterr()
     assert shown.out == ""
     (bar,) = [line.split("\r")[-1] for line in shown.err.split("\n") if line.strip()]
-    assert f"{n_shown}/{n_shown}" in bar and "epoch 4/4" in bar and "train_loss=" in bar
+    assert "12/12" in bar and "epoch 4/4" in bar and "train_loss=" in bar
     model.set_params(verbose=2).fit(pictures())
     out = capfd.readouterr().out
     assert str(model.plan_) in out.splitlines()

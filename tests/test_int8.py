@@ -405,4 +405,4 @@ def test_a_fork_is_told_what_to_do():
 def test_the_command_line(tiles, tmp_path, capsys):
     options = ["--depth", "1", "--precision", "int8", "-o", str(tmp_path / "model.skops")]
     assert main(["fit", str(tiles[0]), *options])
-    assert "can't be trained in 8 bits. Pass unfreeze=0" in capsys.readouterr().err
+    assert "can't be trained in 8 bits. Pass --depth 0" in capsys.readouterr().err

@@ -391,10 +391,11 @@ def test_other_protocols_are_refused(protocol, tmp_path):
 def test_the_command_line_refuses_it_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("crafted.skops", CODE["the reported file"][0])
+    open("photo.jpg", "w").close()
     assert main(["predict", "crafted.skops", "photo.jpg"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "sktransfer.io._decoding._guarded" in err and len(err.splitlines()) == 1
-    assert os.listdir() == ["crafted.skops"]
+    assert sorted(os.listdir()) == ["crafted.skops", "photo.jpg"]
 
 
 class Doubler(BaseEstimator):

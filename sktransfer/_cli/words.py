@@ -21,6 +21,7 @@ _ONLY_IN_PYTHON = (
     r"; if the parts are the classes, pass categories=\[[^]]*\]",
     r": list_images lists such",
 )
+_SETTING = r"sktransfer\.set_config\((\w+)=([^)]*)\)(?: or PIL\.Image\.MAX_IMAGE_PIXELS)?"
 
 
 def in_options(message: str, options: argparse.Namespace) -> str:
@@ -34,6 +35,7 @@ def in_options(message: str, options: argparse.Namespace) -> str:
     for pattern in _ONLY_IN_PYTHON:
         message = re.sub(pattern, "", message)
     message = message.replace("another cv.", "another --cv.")
+    message = re.sub(_SETTING, _setting_as_option, message)
     message = re.sub(
         r"load_image_folder\(('[^']*')\)", rf"`sktransfer {options.command} \1`", message
     )
@@ -43,6 +45,11 @@ def in_options(message: str, options: argparse.Namespace) -> str:
         if name in _ALONE:
             message = re.sub(rf"(?<![\w.'\"-])`?{name}`?(?![\w'\"=])", flag, message)
     return message
+
+
+def _setting_as_option(found: re.Match[str]) -> str:
+    value = "" if found[2] == "..." else found[2].strip("'\"")
+    return f"{option(found[1])} {value}".strip()
 
 
 def _as_option(flag: str, found: re.Match[str]) -> str:
