@@ -13,6 +13,7 @@ import pytest
 import skops.io
 from PIL import Image
 from sklearn.base import clone
+from sklearn.metrics.pairwise import rbf_kernel as sklearn_kernel
 
 from sktransfer import load_model
 from sktransfer._cli import benchmark as _benchmark
@@ -20,6 +21,8 @@ from sktransfer._cli import main
 from sktransfer._cli import report as _report
 from sktransfer._cli.page import page
 from sktransfer._cli.tables import as_json
+from sktransfer.model_selection import _comparison
+from sktransfer.model_selection._comparison import rbf_kernel
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,18 @@ def test_compares_embeddings_with_pixels_and_the_majority(report):
     for result in report.results:
         assert all(len(values) == 2 for values in result.scores.values())
     assert report.costs[0].n_computed == 40 and report.costs[0].n_features == 6240
+
+
+def test_candidates_of_a_search_share_distances():
+    random = np.random.default_rng(0)
+    X, Y = random.normal(size=(30, 5)), random.normal(size=(20, 5))
+    for gamma in (0.1, 2):
+        for a, b in ((X, Y), (X, X), (X[::2], Y)):
+            np.testing.assert_array_equal(rbf_kernel(a, b, gamma), sklearn_kernel(a, b, gamma))
+    before = len(_comparison._distances)
+    for i in range(10):
+        rbf_kernel(X + i, Y, 1)
+    assert before <= len(_comparison._distances) == 8
 
 
 def test_the_text(report):

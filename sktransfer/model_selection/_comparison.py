@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 import numpy as np
+import xxhash
 from sklearn.base import BaseEstimator
 from sklearn.metrics import check_scoring
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import GridSearchCV, check_cv, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -23,11 +27,15 @@ from sklearn.utils.validation import check_consistent_length
 from sktransfer._estimators.base import check_y
 from sktransfer._estimators.labels import name_rare_classes, plain_labels
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
+from sktransfer._threads import renewed_in_forks
 from sktransfer._training.depth_search import OnRows
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
 PIXELS = 32  # side of the thumbnails that stand for "no transfer"
+_N_DISTANCES = 8  # two of each fold, and of the refit
+_distances: dict[tuple[bytes, ...], np.ndarray] = {}  # between rows, by their digests
+_distances_lock = renewed_in_forks(threading.Lock())
 
 
 def embed(
@@ -57,9 +65,23 @@ def thumbnails(images: ImageSequence) -> np.ndarray:
 
 def pixel_svm(n_features: int, n_jobs: int | None = None) -> BaseEstimator:
     """Return an RBF SVM for thumbnails, tuned on what it is fitted on."""
-    pipeline = make_pipeline(StandardScaler(), SVC(cache_size=1000))
-    grid = {"svc__C": [1, 3, 10], "svc__gamma": [0.5 / n_features, 1 / n_features]}
-    return GridSearchCV(pipeline, grid, cv=3, n_jobs=n_jobs)
+    kernels = [partial(rbf_kernel, gamma=share / n_features) for share in (0.5, 1)]
+    grid = {"svc__C": [1, 3, 10], "svc__kernel": kernels}
+    return GridSearchCV(make_pipeline(StandardScaler(), SVC()), grid, cv=3, n_jobs=n_jobs)
+
+
+def rbf_kernel(X: np.ndarray, Y: np.ndarray, gamma: float) -> np.ndarray:
+    """Return scikit-learn's kernel; all candidates of a search share the distances of a fold."""
+    key = tuple(xxhash.xxh3_128_digest(np.ascontiguousarray(rows).data) for rows in (X, Y))
+    with _distances_lock:
+        distances = _distances.pop(key, None)
+    if distances is None:
+        distances = euclidean_distances(X, Y, squared=True)
+    with _distances_lock:
+        _distances[key] = distances
+        while len(_distances) > _N_DISTANCES:
+            _distances.pop(next(iter(_distances)))  # the one that was used longest ago
+    return np.exp(-gamma * distances)
 
 
 def check_labels(y: Any, images: ImageSequence, purpose: str) -> np.ndarray:
