@@ -303,9 +303,10 @@ def _write_model(model: Any, path: str) -> dict[str, Any]:
 
 def _written(written: dict[str, Any]) -> str:
     """Return where a model is, and the line that uses it."""
-    path = escape(written["path"])
+    path, n_bytes = escape(written["path"]), written["n_bytes"]
+    size = f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.0f} KB"
     return (
-        f"written: {path} ({written['n_bytes'] / 1e6:,.1f} MB); to label images by it:\n"
+        f"written: {path} ({size}); to label images by it:\n"
         f"  sktransfer predict {shlex.quote(path)} FOLDER"
     )
 
