@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 from scipy.linalg import svd
+from scipy.stats import mode
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils import check_X_y
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
+from sktransfer._neighbors import nearest
 from sktransfer.io._coco import coco_scores
 
 __all__ = ["coco_scores", "h_score", "knn_score", "leep_score", "log_me_score"]
@@ -333,15 +335,16 @@ def knn_score(
     1.0
     """
     X, y = check_X_y(X, y, dtype=[np.float64, np.float32], ensure_min_samples=2)
-    _check_labels(y)
-    model = KNeighborsClassifier(n_neighbors=n_neighbors, metric=metric)
+    classes = _check_labels(y)
     if cv is not None:
+        model = KNeighborsClassifier(n_neighbors=n_neighbors, metric=metric)
         return float(cross_val_score(model, X, y, cv=cv, error_score="raise").mean())
     if n_neighbors >= len(X):
         raise ValueError(
             f"n_neighbors={n_neighbors}, but an image has only {len(X) - 1} others: pass fewer."
         )
-    return float(model.fit(X, y).score(None, y))
+    _, indices = nearest(X, None, n_neighbors, metric=metric)
+    return float((mode(classes[indices], axis=1).mode == classes).mean())
 
 
 def _check_labels(y: np.ndarray) -> np.ndarray:
