@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sktransfer._config import config_context, get_config, set_config
+    from sktransfer._estimators.anomaly import PatchAnomalyDetector
     from sktransfer._estimators.contrastive import ContrastivePretrainer
     from sktransfer._estimators.detection import FineTunedDetector
     from sktransfer._estimators.fine_tuned_regressor import FineTunedRegressor
@@ -27,6 +28,7 @@ __all__ = [
     "FineTunedDetector",
     "FineTunedRegressor",
     "MaskedLanguagePretrainer",
+    "PatchAnomalyDetector",
     "PretrainedClassifier",
     "PretrainedFeatureExtractor",
     "config_context",
@@ -48,6 +50,7 @@ _HOMES = {
     "FineTunedDetector": "_estimators.detection",
     "FineTunedRegressor": "_estimators.fine_tuned_regressor",
     "MaskedLanguagePretrainer": "_estimators.masked_language",
+    "PatchAnomalyDetector": "_estimators.anomaly",
     "PretrainedClassifier": "_estimators.pretrained_classifier",
     "PretrainedFeatureExtractor": "_estimators.pretrained",
     "config_context": "_config",

@@ -14,6 +14,7 @@ from sktransfer._engine.program import Output
 
 _LARGEST_ROW = 1 << 19  # values, 2 MB an image: of several layers, which are easily too many
 _SAME_RESOLUTION = 1.5  # of numbers of places: convolutions without padding lose a few
+_MIDDLE = 8  # pixels to a side of a place, where the middle of a network begins
 
 
 def rows_of(
@@ -107,6 +108,38 @@ def power_normalize(rows: np.ndarray, parts: Sequence[slice]) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------ layers
+
+
+def map_positions(network: CutNetwork, layer: Any, image_size: tuple[int, int]) -> list[int]:
+    """Return the positions that `layer` stands for, of activations with places in the image.
+
+    `"middle"` stands for those of `"stages"` with at most an eighth of the image's sides, but for
+    the last one. Vectors are left out of what stands for several layers.
+
+    Raises
+    ------
+    ValueError
+        If a named layer has no places.
+    """
+    is_keyword = isinstance(layer, str) and layer in ("middle", "stages", "all")
+    found = _positions(network, "stages" if layer == "middle" else layer, image_size)
+    maps = [p for p in found if p is not None and _has_places(network, p, image_size)]
+    if not maps or (len(maps) < len(found) and not is_keyword):
+        flat = next(position for position in found if position not in maps)
+        raise ValueError(
+            f"layer={layer!r} stands for {network.layer_name(flat)!r} of {network.name!r}, whose "
+            f"output of shape {network.shape(flat, image_size)} has no places in the image. Pass "
+            "earlier blocks: model_summary shows their shapes."
+        )
+    if layer != "middle":
+        return maps
+    most = prod(image_size) / _MIDDLE**2 * _SAME_RESOLUTION
+    coarse = [p for p in maps if _n_places(network, p, image_size) <= most]
+    return coarse[:-1] or maps[-1:]
+
+
+def _has_places(network: CutNetwork, position: int, image_size: tuple[int, int]) -> bool:
+    return network.layout(position, image_size) not in ("vector", "other")
 
 
 def _positions(network: CutNetwork, layer: Any, image_size: tuple[int, int]) -> list[int | None]:

@@ -148,7 +148,8 @@ class Progress(Callback):
     def __init__(self) -> None:
         self._bar: Any = None
         self._name, self._n_epochs, self._epoch = "", 0, 0
-        self._n_done, self._n_images = 0, 1
+        self._n_done: float = 0
+        self._n_images = 1
         self.n_shown: int | None = None
 
     @contextmanager
@@ -174,8 +175,8 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.set_description(name)
 
-    def update(self, n_images: int) -> None:
-        """Move on."""
+    def update(self, n_images: float) -> None:
+        """Move on; by parts of images only with `n_shown`."""
         self._n_done += n_images
         if self._bar is not None:
             share = min(1.0, self._n_done / self._n_images)

@@ -1,6 +1,7 @@
 """See what a network is made of, what an estimator does, and where it is wrong."""
 
 from sktransfer._training.summary import ModelSummary, model_summary
+from sktransfer.inspection._anomaly_displays import AnomalyMapDisplay, RejectionCurveDisplay
 from sktransfer.inspection._curve_displays import (
     DepthCurveDisplay,
     HistoryDisplay,
@@ -12,12 +13,14 @@ from sktransfer.inspection._image_displays import PrototypeDisplay, TopLossesDis
 from sktransfer.inspection._saliency import SaliencyDisplay
 
 __all__ = [
+    "AnomalyMapDisplay",
     "DepthCurveDisplay",
     "DetectionDisplay",
     "EmbeddingDisplay",
     "HistoryDisplay",
     "ModelSummary",
     "PrototypeDisplay",
+    "RejectionCurveDisplay",
     "SaliencyDisplay",
     "TopLossesDisplay",
     "TransferGainDisplay",

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torchvision.transforms.v2 import functional as F
 
 from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence
+from sktransfer.transforms import Preprocessing
 
 _CELL = 2.0  # inches of an image
 _LINE = 0.22  # and of a line above it
+_MOST_AROUND = 6  # times the pixels of the part that a network saw
 _SIDE = 224  # pixels of the longer side of an image that is shown
 
 
@@ -68,6 +71,51 @@ def put_image(axes: Any, image: np.ndarray, lines: Sequence[str], color: str = "
     axes.imshow(image)
     text = "\n".join(textwrap.shorten(line, 27, placeholder="…") for line in lines)
     axes.set_title(text, fontsize=8, color=color)
+
+
+def as_seen(images: ImageSequence, preprocessing: Preprocessing) -> torch.Tensor:
+    """Return images as they enter a network, uint8 (n, 3, height, width)."""
+    return torch.stack([images.load(i, None, preprocessing.fit_size) for i in range(len(images))])
+
+
+def surroundings(images: ImageSequence, preprocessing: Preprocessing) -> list[Any]:
+    """Return whole images at the scale of `as_seen`, each with where its part begins.
+
+    None in place of a very long one.
+    """
+    return [_surroundings(images, i, preprocessing) for i in range(len(images))]
+
+
+def _surroundings(
+    images: ImageSequence, i: int, preprocessing: Preprocessing
+) -> tuple[np.ndarray, tuple[int, int]] | None:
+    image = images.load(i)
+    size = preprocessing.scaled_size(*image.shape[1:])
+    if math.prod(size) > _MOST_AROUND * math.prod(preprocessing.size):
+        return None
+    whole = F.resize(image, list(size), antialias=True).permute(1, 2, 0).numpy()
+    (top, left) = (
+        round((length - part) / 2) for length, part in zip(size, preprocessing.size, strict=True)
+    )
+    return whole, (top, left)
+
+
+def put_heat(axes: Any, heat: np.ndarray, around: Any = None, **kwargs: Any) -> Any:
+    """Show a map upon its image, and faintly what `surroundings` has of it; return the map."""
+    shown = axes.imshow(heat, **kwargs)
+    if around is not None:
+        _put_faintly(axes, *around)
+    return shown
+
+
+def _put_faintly(axes: Any, whole: np.ndarray, start: tuple[int, int]) -> None:
+    """Show a whole image below its part, which begins at `start` and has the axes' scale."""
+    (top, left), (height, width) = start, whole.shape[:2]
+    edges = (-left - 0.5, width - left - 0.5, height - top - 0.5, -top - 0.5)
+    xlim, ylim = axes.get_xlim(), axes.get_ylim()
+    axes.imshow(whole, alpha=0.3, extent=edges, zorder=-1)
+    axes.set_xlim(min(xlim[0], edges[0]), max(xlim[1], edges[1]))
+    axes.set_ylim(max(ylim[0], edges[2]), min(ylim[1], edges[3]))
 
 
 def text_of(label: Any) -> str:

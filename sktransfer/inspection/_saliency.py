@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
-from torchvision.transforms.v2 import functional as F
 
 from sktransfer._engine.cut_network import as_map, layout_of
 from sktransfer._engine.runner import Runner
@@ -19,13 +17,20 @@ from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, l
 from sktransfer._optional import load_optional
 from sktransfer._torch_state import network_lock, ready_to_train
 from sktransfer._training.whole import WholeNetwork, whole_of_runner, whole_of_trainer
-from sktransfer.inspection._plotting import grid_axes, n_rows_and_cols, put_image, pyplot, text_of
-from sktransfer.io import ImageSequence
+from sktransfer.inspection._plotting import (
+    as_seen,
+    grid_axes,
+    n_rows_and_cols,
+    put_heat,
+    put_image,
+    pyplot,
+    surroundings,
+    text_of,
+)
 from sktransfer.transforms import Preprocessing
 
 __all__ = ["SaliencyDisplay"]
 
-_MOST_AROUND = 6  # times the pixels of the part that the network saw
 _STEP = 8  # images at once: the activations of all blocks are held for them
 
 
@@ -133,11 +138,11 @@ class SaliencyDisplay:
         images = estimator.check_images(X)
         columns = _columns(estimator, targets, len(images))
         position = _position(source.runner, layer, source.preprocessing.size)
-        fitted = _fitted(images, source.preprocessing)  # (n, 3, h, w) uint8
+        fitted = as_seen(images, source.preprocessing)  # (n, 3, h, w) uint8
         saliency, outputs, columns = _grad_cam(source, position, fitted, columns)
         titles = _titles(estimator, outputs, columns, X)
         shown = fitted.permute(0, 2, 3, 1).numpy()
-        around = [_surroundings(images, i, source.preprocessing) for i in range(len(images))]
+        around = surroundings(images, source.preprocessing)
         return cls(shown, saliency, titles, around).plot(ax=ax, **kwargs)
 
     def plot(
@@ -174,9 +179,7 @@ class SaliencyDisplay:
             self.axes_, self.images, self.saliency, self.titles, around, strict=True
         ):
             put_image(axes, image, [title])
-            axes.imshow(heat, cmap=cmap, alpha=alpha, vmin=0, vmax=1)
-            if whole is not None:
-                _put_faintly(axes, *whole)
+            put_heat(axes, heat, whole, cmap=cmap, alpha=alpha, vmin=0, vmax=1)
         return self
 
 
@@ -257,35 +260,6 @@ def _grad_cam(
             outputs.append(output)
             chosen.append(output.argmax(1) if asked is None else asked)
     return np.concatenate(maps), np.concatenate(outputs), np.concatenate(chosen)
-
-
-def _fitted(images: ImageSequence, preprocessing: Preprocessing) -> torch.Tensor:
-    return torch.stack([images.load(i, None, preprocessing.fit_size) for i in range(len(images))])
-
-
-def _surroundings(
-    images: ImageSequence, i: int, preprocessing: Preprocessing
-) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """Return a whole image at the scale at which the network saw it, and where its part begins."""
-    image = images.load(i)
-    size = preprocessing.scaled_size(*image.shape[1:])
-    if math.prod(size) > _MOST_AROUND * math.prod(preprocessing.size):
-        return None  # a very long one
-    whole = F.resize(image, list(size), antialias=True).permute(1, 2, 0).numpy()
-    (top, left) = (
-        round((length - part) / 2) for length, part in zip(size, preprocessing.size, strict=True)
-    )
-    return whole, (top, left)
-
-
-def _put_faintly(axes: Any, whole: np.ndarray, start: tuple[int, int]) -> None:
-    """Show a whole image below its part, which begins at `start` and has the axes' scale."""
-    (top, left), (height, width) = start, whole.shape[:2]
-    edges = (-left - 0.5, width - left - 0.5, height - top - 0.5, -top - 0.5)
-    xlim, ylim = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(whole, alpha=0.3, extent=edges, zorder=-1)
-    axes.set_xlim(min(xlim[0], edges[0]), max(xlim[1], edges[1]))
-    axes.set_ylim(max(ylim[0], edges[2]), min(ylim[1], edges[3]))
 
 
 # ------------------------------------------------------------------------------ labels

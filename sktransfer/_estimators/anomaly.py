@@ -1,0 +1,378 @@
+"""Anomalies in images, found by patches that no sound image has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from sklearn.base import OutlierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.random import sample_without_replacement
+from sklearn.utils.validation import check_is_fitted
+from torch.nn.functional import interpolate
+
+from sktransfer._engine.augmentation import Augmentation, Views
+from sktransfer._engine.device import PRECISIONS
+from sktransfer._engine.frozen import Activations
+from sktransfer._engine.patches import PatchFeatures, coreset
+from sktransfer._estimators.base import (
+    ImageEstimator,
+    Interval,
+    StrOptions,
+    _fit_context,
+    atomic,
+    check_fingerprint,
+    takes_dask,
+    twin_of,
+)
+from sktransfer._memory.memory import check_memory
+from sktransfer._neighbors import nearest
+from sktransfer._threads import n_threads
+from sktransfer._training.data import allocate
+from sktransfer._training.net import Progress
+from sktransfer._training.phases import saying_what_is_kept
+from sktransfer.io import ImageSequence
+from sktransfer.models import Backbone
+
+__all__ = ["PatchAnomalyDetector"]
+
+_MOST = 10_000  # patches of a bank whose size is a share
+_CANDIDATES = 100_000  # patches among which those of a bank are chosen
+_CHUNK = 32  # images whose patches are compared at once
+_SHAPE = ("layer", "image_size")  # what a fit sets for all that follows
+
+
+class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
+    """Find images, and places in them, that look like nothing in a set of sound images.
+
+    It learns from sound images alone. A pretrained network is cut in its middle; what it has there
+    at each place of an image describes a patch. `fit` keeps a choice of the patches of all images,
+    the bank. The score of a new image is the distance of its strangest patch to the bank.
+
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **{
+            name: constraint
+            for name, constraint in ImageEstimator._parameter_constraints.items()
+            if name != "pooling"
+        },
+        "layer": [Integral, str, list, tuple],
+        "coreset": [
+            Interval(Integral, 1, None, closed="left"),
+            Interval(Real, 0, 1, closed="right"),
+        ],
+        "contamination": [Interval(Real, 0, 0.5, closed="right")],
+        "precision": [StrOptions(set(PRECISIONS))],
+        "random_state": ["random_state"],
+    }
+
+    # A fit sets the following; a pickle leaves the network out.
+    _network: Backbone | None
+    _fingerprint: str
+    _shape: dict[str, Any]
+
+    def __init__(
+        self,
+        backbone: Any = "efficientnet_lite0",
+        *,
+        weights: Any = "default",
+        layer: Any = "middle",
+        coreset: float | int = 0.1,
+        contamination: float = 0.05,
+        image_shape: Any = None,
+        image_size: Any = None,
+        memory: Any = None,
+        device: Any = "auto",
+        precision: str = "float32",
+        runtime: str = "auto",
+        batch_size: int | str = "auto",
+        n_jobs: int | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.layer = layer
+        self.coreset = coreset
+        self.contamination = contamination
+        self.image_shape = image_shape
+        self.image_size = image_size
+        self.memory = memory
+        self.device = device
+        self.precision = precision
+        self.runtime = runtime
+        self.batch_size = batch_size
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # ------------------------------------------------------------------------ fitting
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    @atomic
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Learn what the patches of sound images look like.
+
+        Parameters
+        ----------
+        X : sequence of images
+            Sound ones, at least two different ones. See
+            :class:`sktransfer.PretrainedFeatureExtractor`.
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        images = self._check_images(X, reset=True)
+        digests = images.digests(n_threads(self.n_jobs))
+        self._check_different(digests)
+        self._digests = np.array([np.frombuffer(d, np.uint8) for d in dict.fromkeys(digests)])
+        self._network, self._shape = self._backbone(), {n: getattr(self, n) for n in _SHAPE}
+        self._fingerprint = self._network.fingerprint
+        features, progress = self.features(), Progress()
+        progress.n_shown = len(images)
+        with progress.shown(3 * len(images), self.verbose):  # for each of the three steps
+            stored = self._stored(features, images, progress)
+            self._choose_bank(features, stored, digests, progress)
+            progress.stage("scores")
+            distances = []
+            for chunk in _chunks(len(images)):
+                patches = features([x[chunk] for x in stored])
+                distances.append(self._distances(patches, digests[chunk]))
+                progress.update(len(patches))
+        scores = _scores(np.concatenate(distances))
+        self.offset_ = float(np.percentile(scores, 100 * self.contamination))
+        self.block_names_ = features.frozen.runner.block_names
+        return self
+
+    def _check_different(self, digests: list[bytes]) -> None:
+        if len(set(digests)) > 1:
+            return
+        are = "1 sample" if len(digests) == 1 else f"{len(digests)} images that are all the same"
+        raise ValueError(
+            f"{type(self).__name__} compares each image with the others, so it needs at least 2 "
+            f"different ones, and a few dozen to know what is normal; got {are}."
+        )
+
+    def _stored(
+        self, features: PatchFeatures, images: ImageSequence, progress: Progress
+    ) -> list[np.ndarray]:
+        """Run images; return what each block has, in half precision, in memory or on disk."""
+        outs = [allocate(*form) for form in features.forms(len(images))]
+        if any(out is None for out in outs):
+            raise ValueError(
+                f"The activations of {len(images)} images fit neither into memory nor into the "
+                "folder for temporary files: pass fewer images, a smaller image_size or a later "
+                "layer."
+            )
+        stream = self._stream(features, progress)
+        with saying_what_is_kept(stream, len(images)):
+            return stream(_views(images, features), outs)
+
+    def _choose_bank(
+        self,
+        features: PatchFeatures,
+        stored: list[np.ndarray],
+        digests: list[bytes],
+        progress: Progress,
+    ) -> None:
+        progress.stage("bank")
+        chance, n_images = check_random_state(self.random_state), len(digests)
+        n = n_images * math.prod(features.grid)
+        drawn = np.sort(sample_without_replacement(n, min(n, _CANDIDATES), random_state=chance))
+        rows = np.concatenate(list(_rows(features, stored, drawn)))
+        self._scale = _inverse(rows.std(0))
+        rows *= self._scale
+        size = self._n_patches(n, len(rows))
+        share = n_images / size
+        chosen = coreset(rows, size, chance, lambda: progress.update(share))
+        numbers = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
+        of_images = np.array([numbers[digest] for digest in digests])
+        self.bank_ = rows[chosen]
+        self._owners = of_images[drawn[chosen] // math.prod(features.grid)]
+
+    def _n_patches(self, n: int, n_candidates: int) -> int:
+        """Return how many of `n` patches make the bank."""
+        if isinstance(self.coreset, Integral):
+            return min(int(self.coreset), n_candidates)
+        return max(2, min(_MOST, n_candidates, round(self.coreset * n)))
+
+    # ------------------------------------------------------------------------ patches
+
+    def features(self) -> PatchFeatures:
+        """Return what makes patches of activations, as the fit had it; for the displays."""
+        network = self._fitted_network()
+        return PatchFeatures(
+            *self._placed(network, self._shape["image_size"]), self._shape["layer"]
+        )
+
+    def _fitted_network(self) -> Backbone:
+        """Return the network of the fit; after unpickling, the one that the parameters name."""
+        if self._network is None:
+            network = self._backbone()
+            named = {"backbone": self.backbone, "weights": self.weights}
+            check_fingerprint(network.fingerprint, self._fingerprint, named)
+            self._network = network
+        return self._network
+
+    def _stream(self, features: PatchFeatures, progress: Progress) -> Activations:
+        progress.stage(features.frozen.runner.name)
+        return features.stream(
+            memory=check_memory(self.memory),
+            batch_size=self.batch_size,
+            n_jobs=self.n_jobs,
+            progress=progress,
+        )
+
+    def _distances(self, patches: np.ndarray, digests: list[bytes]) -> np.ndarray:
+        """Return the distance of each patch (n, n_patches) to the nearest of the bank.
+
+        An image of the training is compared with the patches of the others.
+        """
+        patches = patches * self._scale
+        known = {digest.tobytes(): number for number, digest in enumerate(self._digests)}
+        owners = np.array([known.get(digest, -1) for digest in digests])
+        distances = np.empty(patches.shape[:2])
+        for owner in np.unique(owners):
+            rows, others = owners == owner, self._owners != owner
+            bank = self.bank_[others] if others.any() else self.bank_
+            found, _ = nearest(bank, np.concatenate(patches[rows]), 1, metric="euclidean")
+            distances[rows] = found.reshape(-1, patches.shape[1])
+        return distances
+
+    def _maps(self, X: Any) -> tuple[np.ndarray, PatchFeatures]:
+        """Return the distances of the patches of images (n, rows, columns)."""
+        check_is_fitted(self, "offset_")
+        self._validate_params()
+        images, progress = self._check_images(X, reset=False), Progress()
+        features = self.features()
+        maps = np.empty((len(images), *features.grid))
+        with progress.shown(len(images), self.verbose):
+            stream = self._stream(features, progress)
+            stream.n_expected = len(images)
+            for rows in _chunks(len(images)):
+                chunk = images[rows]
+                digests = chunk.digests(n_threads(self.n_jobs))
+                patches = features(stream(_views(chunk, features)))
+                maps[rows] = self._distances(patches, digests).reshape(-1, *features.grid)
+        return maps, features
+
+    # ------------------------------------------------------------------------ what it finds
+
+    @takes_dask(lambda self: np.empty(0))
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Return how normal images are: the higher, the more.
+
+        Parameters
+        ----------
+        X : sequence of images
+            Of any sizes.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            Minus the distance of the strangest patch to the bank. An image of the training is
+            compared with the patches of the others.
+        """
+        return _scores(self._maps(X)[0])
+
+    @takes_dask(lambda self: np.empty(0))
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return `score_samples` minus `offset_`: what is negative is an anomaly.
+
+        Parameters
+        ----------
+        X : sequence of images
+
+        Returns
+        -------
+        ndarray of shape (n,)
+        """
+        return self.score_samples(X) - self.offset_
+
+    @takes_dask(lambda self: np.empty(0, int))
+    def predict(self, X: Any) -> np.ndarray:
+        """Tell sound images from anomalies.
+
+        Parameters
+        ----------
+        X : sequence of images
+
+        Returns
+        -------
+        ndarray of shape (n,), int
+            1 for a sound image, -1 for an anomaly.
+        """
+        return np.where(self.decision_function(X) >= 0, 1, -1)
+
+    def anomaly_map(self, X: Any) -> np.ndarray:
+        """Return how strange each place of images is.
+
+        Parameters
+        ----------
+        X : sequence of images
+
+        Returns
+        -------
+        ndarray of shape (n, height, width), float32
+            A value for each pixel that the network saw: of the image after resizing and cropping
+            to `image_size`. Distances of patches to the bank, interpolated and smoothed.
+        """
+        maps, features = self._snapshot()._maps(X)
+        size, grid = features.preprocessing.size, features.grid
+        x = torch.from_numpy(maps.astype(np.float32))[:, None]
+        x = interpolate(x, size, mode="bilinear", align_corners=False)[:, 0]
+        cell = [side / n / 2 for side, n in zip(size, grid, strict=True)]
+        return gaussian_filter(x.numpy(), (0, *cell))
+
+    # ------------------------------------------------------------------------ state
+
+    def _snapshot(self) -> Self:
+        check_is_fitted(self, "offset_")
+        self._fitted_network()
+        return twin_of(self)
+
+    def _prepare(self) -> None:
+        self.features()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()  # the network is loaded again, and checked
+        return {**state, "_network": None} if "_network" in state else state
+
+
+def _views(images: ImageSequence, features: PatchFeatures) -> Views:
+    """Return images as they enter the network."""
+    preprocessing = features.preprocessing
+    return Views(images, preprocessing, Augmentation(None, None, preprocessing.size))
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(start, min(n, start + _CHUNK)) for start in range(0, n, _CHUNK)]
+
+
+def _rows(
+    features: PatchFeatures, stored: list[np.ndarray], drawn: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield the features of the patches with these numbers, which rise."""
+    n_patches = math.prod(features.grid)
+    for chunk in _chunks(len(stored[0])):
+        first, last = np.searchsorted(drawn, [chunk.start * n_patches, chunk.stop * n_patches])
+        patches = features([x[chunk] for x in stored])
+        yield np.concatenate(patches)[drawn[first:last] - chunk.start * n_patches]
+
+
+def _inverse(spread: np.ndarray) -> np.ndarray:
+    """Return what brings features to a spread of 1; those that are constant stay as they are."""
+    return (1 / np.where(spread > 0, spread, 1)).astype(np.float32)
+
+
+def _scores(distances: np.ndarray) -> np.ndarray:
+    """Return a score for each map of distances."""
+    return -distances.reshape(len(distances), -1).max(1)
