@@ -20,16 +20,19 @@ from torch import nn
 from sktransfer import (
     FineTunedClassifier,
     FineTunedRegressor,
+    PatchAnomalyDetector,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
 )
 from sktransfer._engine.cut_network import as_map
 from sktransfer._training.whole import whole_of_trainer
 from sktransfer.inspection import (
+    AnomalyMapDisplay,
     DepthCurveDisplay,
     EmbeddingDisplay,
     HistoryDisplay,
     PrototypeDisplay,
+    RejectionCurveDisplay,
     SaliencyDisplay,
     TopLossesDisplay,
     TransferGainDisplay,
@@ -453,12 +456,99 @@ def test_saliency_of_bad_input(tiles, fitted, linear):
         SaliencyDisplay.from_estimator(classifier(), paths[:1])
 
 
+# ------------------------------------------------------------------------------ anomalies
+
+
+def anomalies(**options):
+    return PatchAnomalyDetector(Backbone(small(), SIZE), random_state=0, **options)
+
+
+def test_anomaly_maps_have_one_scale_and_say_what_is_an_anomaly(tiles):
+    _, paths, _ = tiles
+    model = anomalies().fit(paths)
+    X = [load_image(path).permute(1, 2, 0).numpy() for path in paths[:2]]
+    X.append(np.full((64, 64, 3), 255, np.uint8))
+    display = AnomalyMapDisplay.from_estimator(model, X)
+    np.testing.assert_array_equal(display.maps, model.anomaly_map(X))
+    scores = model.score_samples(X)
+    assert model.predict(X)[2] == -1 and model.predict(X)[0] == 1
+    assert titles(display)[0] == f"score {scores[0]:.1f}"
+    assert titles(display)[2] == f"anomaly, score {scores[2]:.1f}"
+    limits = {axes.images[1].get_clim() for axes in display.axes_}
+    assert limits == {(-model.offset_ / 2, -model.offset_ * 1.5)}
+    again = AnomalyMapDisplay(display.images, display.maps).plot(n_cols=1, vmin=0)
+    assert again.axes_[0].images[1].get_clim() == (0, display.maps.max())
+    assert titles(again) == [""] * 3
+
+
+def test_anomaly_maps_show_the_crop_in_the_whole(photos):
+    size = Preprocessing(size=(32, 32), resize=(40, 40))
+    model = PatchAnomalyDetector(Backbone(small(), size), random_state=0)
+    model.fit([photos[0], photos[1], photos[0][:300]])
+    display = AnomalyMapDisplay.from_estimator(model.set_params(image_size=16), photos)
+    assert display.images.shape == (2, 32, 32, 3) and display.maps.shape == (2, 32, 32)
+    assert np.ptp(display.axes_[0].get_xlim()) == 59 and display.surroundings[0][1] == (4, 14)
+
+
+def test_anomaly_maps_of_what_has_none(tiles, linear):
+    with pytest.raises(TypeError, match="Pipeline has no anomaly_map: pass a fitted"):
+        AnomalyMapDisplay.from_estimator(linear, tiles[1][:1])
+    with pytest.raises(ValueError, match="not fitted"):
+        AnomalyMapDisplay.from_estimator(anomalies(), tiles[1][:1])
+
+
+def test_a_rejection_curve_is_counted_by_hand():
+    y_true = ["a", "b", "c", "a", "b"]
+    y_pred = ["a", "b", "a", "b", "b"]
+    confidence = [0.9, 0.8, 0.3, 0.8, 0.5]
+    display = RejectionCurveDisplay.from_predictions(y_true, y_pred, confidence, name="words")
+    np.testing.assert_allclose(display.rejected, [0, 0.2, 0.4, 0.8])
+    np.testing.assert_allclose(display.errors, [2 / 5, 1 / 4, 1 / 3, 0])  # equal ones go together
+    np.testing.assert_allclose(display.thresholds, [0.3, 0.5, 0.8, 0.9])
+    assert display.area == pytest.approx(0.2 * 2 / 5 + 0.2 / 4 + 0.4 / 3)
+    assert display.ax_.get_legend().get_texts()[0].get_text() == "words, mean 0.263"
+    again = RejectionCurveDisplay.from_predictions(y_true, y_pred, np.ones(5), ax=display.ax_)
+    assert again.ax_ is display.ax_ and again.errors.tolist() == [0.4]
+    assert len(display.ax_.lines) == 2
+
+
+def test_a_rejection_curve_of_a_classifier(tiles, fitted, linear):
+    _, paths, labels = tiles
+    y = np.where(np.arange(40) % 5 == 0, "tulip", labels)  # which it does not know
+    for model in (fitted, linear):
+        display = RejectionCurveDisplay.from_estimator(model, paths, y)
+        assert display.errors[0] == np.mean(model.predict(paths) != y)
+        assert display.name == type(model).__name__ and display.rejected[0] == 0
+    given = RejectionCurveDisplay.from_estimator(
+        linear, paths, y, confidence=(y != "tulip").astype(float), color="red"
+    )
+    assert given.rejected.tolist() == [0, pytest.approx(0.2)] and given.line_.get_color() == "red"
+
+
+def test_rejection_curves_of_bad_input(tiles, linear):
+    _, paths, labels = tiles
+    curve = RejectionCurveDisplay.from_predictions
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        curve(["a", "b"], ["a", "b"], [0.1])
+    with pytest.raises(ValueError, match="confidence contains NaN"):
+        curve(["a", "b"], ["a", "b"], [0.1, np.nan])
+    with pytest.raises(ValueError, match="0 sample"):
+        curve([], [], [])
+    with pytest.raises(ValueError, match="1d array|should be a 1d"):
+        curve(["a", "b"], ["a", "b"], np.eye(2))
+    with pytest.raises(ValueError, match="NaN, None"):
+        curve(["a", None], ["a", "b"], [1, 2])
+    svm = make_pipeline(PretrainedFeatureExtractor(Backbone(small(), SIZE)), SVC())
+    with pytest.raises(TypeError, match="Pipeline has no predict_proba: pass confidence"):
+        RejectionCurveDisplay.from_estimator(svm.fit(paths, labels), paths, labels)
+
+
 # ------------------------------------------------------------------------------ axes, packages
 
 
 def test_displays_draw_into_given_axes(tiles, fitted, linear):
     _, paths, labels = tiles
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7))
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7))
     displays = [
         HistoryDisplay.from_estimator(fitted, ax=axes[0, 0]),
         EmbeddingDisplay.from_estimator(linear, paths, labels, ax=axes[0, 1]),
@@ -466,8 +556,11 @@ def test_displays_draw_into_given_axes(tiles, fitted, linear):
         SaliencyDisplay.from_estimator(fitted, paths[:3], ax=axes[1, 0], n_cols=1),
         PrototypeDisplay.from_estimator(linear, paths[:2], paths, labels, ax=axes[1, 1]),
         TransferGainDisplay(["a"], [0.1], [(0, 0.2)]).plot(axes[1, 2], score_name="accuracy"),
+        AnomalyMapDisplay.from_estimator(anomalies().fit(paths), paths[:2], ax=axes[0, 3]),
+        RejectionCurveDisplay.from_estimator(linear, paths, labels, ax=axes[1, 3]),
     ]
-    for display, ax in zip(displays, axes.ravel(), strict=True):
+    places = [*axes[0, :3], *axes[1, :3], *axes[:, 3]]
+    for display, ax in zip(displays, places, strict=True):
         assert display.ax_ is ax and display.figure_ is figure
     assert len(plt.get_fignums()) == 1
     with pytest.raises(ValueError, match="ax must be a subplot"):

@@ -33,6 +33,7 @@ from sktransfer import (
     FineTunedDetector,
     FineTunedRegressor,
     MaskedLanguagePretrainer,
+    PatchAnomalyDetector,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
     load_model,
@@ -86,6 +87,7 @@ GENUINE = {
     "vote": lambda: VotingClassifier([("a", classifier(unfreeze=0)), ("b", classifier())]).fit(
         X, Y
     ),
+    "anomalies": lambda: PatchAnomalyDetector("small", random_state=0).fit(X),
     "on a contrastive one": lambda: classifier(
         backbone=ContrastivePretrainer("small", max_epochs=1, random_state=0).fit(X), unfreeze=0
     ).fit(X, Y),

@@ -20,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sktransfer import (
     FineTunedClassifier,
     FineTunedRegressor,
+    PatchAnomalyDetector,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
     model_summary,
@@ -27,10 +28,12 @@ from sktransfer import (
 )
 from sktransfer._cli.benchmark import Task, compare
 from sktransfer.inspection import (
+    AnomalyMapDisplay,
     DepthCurveDisplay,
     EmbeddingDisplay,
     HistoryDisplay,
     PrototypeDisplay,
+    RejectionCurveDisplay,
     SaliencyDisplay,
     TopLossesDisplay,
     TransferGainDisplay,
@@ -178,6 +181,19 @@ CALLS = {
         SaliencyDisplay.from_estimator(
             PretrainedClassifier(BACKBONE), c.first, targets=c.as_labels(list("cab"))
         ).saliency
+    ),
+    "anomalies": lambda c: (
+        PatchAnomalyDetector(BACKBONE, coreset=30, random_state=0).fit(c.X).score_samples(c.X)
+    ),
+    "maps of anomalies": lambda c: (
+        AnomalyMapDisplay.from_estimator(
+            PatchAnomalyDetector(BACKBONE, coreset=30, random_state=0).fit(c.X), c.first
+        ).maps
+    ),
+    "rejection": lambda c: (
+        RejectionCurveDisplay.from_estimator(
+            c.pipe, c.X, c.y, confidence=c.proba.max(axis=1)
+        ).errors
     ),
     "history": lambda c: HistoryDisplay.from_estimator(c.net).train_loss,
     "depths": depths,

@@ -113,8 +113,8 @@ def power_normalize(rows: np.ndarray, parts: Sequence[slice]) -> np.ndarray:
 def map_positions(network: CutNetwork, layer: Any, image_size: tuple[int, int]) -> list[int]:
     """Return the positions that `layer` stands for, of activations with places in the image.
 
-    `"middle"` stands for those of `"stages"` with at most an eighth of the image's sides, but for
-    the last one. Vectors are left out of what stands for several layers.
+    `"middle"` stands for those of `"stages"` with at least 8 × 8 pixels to a place, but for the
+    last one. Vectors are left out of what stands for several layers.
 
     Raises
     ------

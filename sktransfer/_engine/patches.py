@@ -107,7 +107,8 @@ def coreset(
     if n >= len(rows):
         return np.arange(len(rows))
     if rows.shape[1] > _PROJECTED:
-        rows = GaussianRandomProjection(_PROJECTED, random_state=chance).fit_transform(rows)
+        projection = GaussianRandomProjection(_PROJECTED, random_state=chance)
+        rows = projection.set_output(transform="default").fit_transform(rows)
     x = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
     lengths = x.square().sum(1)
     distances = torch.full_like(lengths, torch.inf)  # to the nearest that is chosen, squared

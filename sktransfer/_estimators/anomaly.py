@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -52,8 +53,109 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
     It learns from sound images alone. A pretrained network is cut in its middle; what it has there
     at each place of an image describes a patch. `fit` keeps a choice of the patches of all images,
-    the bank. The score of a new image is the distance of its strangest patch to the bank.
+    the bank. An image is as strange as its strangest patch: the one that is farthest from the bank.
 
+    Parameters
+    ----------
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        A network with blocks; see :class:`PretrainedFeatureExtractor`.
+    weights : str, path or None, default="default"
+        `"default"` for the best published weights, another published name, a path to a state
+        dict, or None for random ones.
+    layer : int, str or list of these, default="middle"
+        Blocks whose outputs describe a patch, as `layer` of :class:`PretrainedFeatureExtractor`;
+        they must have places in the image: be maps, or tokens of patches. The outputs of several
+        are brought to one grid and concatenated. `"middle"` stands for those of `"stages"` with at
+        least 8 × 8 pixels to a place, but for the last one. What `"stages"` and `"all"` stand for
+        is taken without vectors.
+    coreset : float in (0, 1] or int, default=0.1
+        The size of the bank: a share of all patches, but of 10,000 at most; or their number. They
+        are chosen one by one, each the farthest from those before, among 100,000 patches that are
+        drawn at random if there are more.
+    contamination : float in (0, 0.5], default=0.05
+        Share of the images of the training that are beyond the threshold. As each of them is
+        compared with the others alone, about this share of new sound images is as well.
+    image_shape : tuple of (height, width) or (height, width, channels), default=None
+        Shape of an image if `X` has flat rows; None if `X` holds images.
+    image_size : int or tuple of (height, width), default=None
+        Size in pixels at which images enter the network; None for the size of its weights. Small
+        defects want more.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep the activations of every image on disk, in half precision: those that
+        :class:`FineTunedClassifier` keeps at the same cuts. See Notes.
+    device : str or torch.device, default="auto"
+        `"auto"` takes a CUDA device if there is one, else the CPU. Neighbours are looked for on
+        the CPU.
+    precision : {"float32", "bfloat16", "float16"}, default="float32"
+        What the network computes in; see :class:`PretrainedFeatureExtractor`. Predict in the
+        precision of the fit: others give other patches.
+    runtime : {"auto", "torch", "openvino"}, default="auto"
+        What computes; see :class:`PretrainedFeatureExtractor`.
+    batch_size : int or "auto", default="auto"
+        Images in flight at once and, on a GPU, in one batch.
+    n_jobs : int or None, default=None
+        Threads that read and decode images and, with OpenVINO, run the network. None or -1: one a
+        core, or what joblib leaves to a worker process.
+    random_state : int, RandomState instance or None, default=None
+        For the choice of patches.
+    verbose : int, default=0
+        1 shows a progress bar.
+
+    Attributes
+    ----------
+    bank_ : ndarray of shape (n_patches, n_features), float32
+        The patches that new ones are compared with, each feature divided by its standard deviation.
+    offset_ : float
+        The score below which an image is an anomaly.
+    block_names_ : list of str
+        Names of the network's blocks, in order.
+    n_features_in_ : int
+        Number of columns of `X`, if it has any.
+    feature_names_in_ : ndarray of str
+        Name of the column, if `X` is a data frame.
+
+    Raises
+    ------
+    ValueError, TypeError
+        In `fit`, for a single image, and for a layer without places; for an image that can't be
+        read, or for which the network returns NaN: the message names row, file and reason.
+
+    See Also
+    --------
+    PretrainedFeatureExtractor : In front of a novelty detector of scikit-learn, for whole images
+        of another kind.
+    sktransfer.inspection.AnomalyMapDisplay : Shows where images are strange.
+
+    Notes
+    -----
+    An image of the training, which is known by its content, is compared with the patches of the
+    others, in `fit` and in all predictions. Its own would make it look more normal than a new one.
+
+    A pickle holds the bank, 4 bytes for each feature of each patch: at most 6 MB with the defaults,
+    and 16 bytes for each image of the training. The network is loaded again by name, and checked.
+
+    In `fit`, the activations of all images lie in memory or, where a block's take more than 512
+    MiB, in a temporary file. An image of 224 × 224 pixels takes 107 KB with the defaults, also in
+    the `memory`.
+
+    References
+    ----------
+    Roth, Pemula, Zepeda, Schölkopf, Brox and Gehler, "Towards total recall in industrial anomaly
+    detection" (2022).
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_sample_images
+    >>> from sktransfer import PatchAnomalyDetector
+    >>> china = load_sample_images().images[0]                   # an array (427, 640, 3)
+    >>> tiles = [china[0:96, left : left + 96] for left in range(0, 540, 20)]
+    >>> detector = PatchAnomalyDetector(image_size=96, random_state=0).fit(tiles)
+    >>> scratched = tiles[3].copy()
+    >>> scratched[40:44, 20:80] = 255
+    >>> detector.predict([scratched]).tolist()
+    [-1]
+    >>> detector.anomaly_map([scratched]).shape
+    (1, 96, 96)
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -153,13 +255,19 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         return self
 
     def _check_different(self, digests: list[bytes]) -> None:
-        if len(set(digests)) > 1:
-            return
-        are = "1 sample" if len(digests) == 1 else f"{len(digests)} images that are all the same"
-        raise ValueError(
-            f"{type(self).__name__} compares each image with the others, so it needs at least 2 "
-            f"different ones, and a few dozen to know what is normal; got {are}."
-        )
+        name = type(self).__name__
+        if len(digests) == 1:
+            raise ValueError(
+                f"{name} compares each image with the others, so it needs at least 2, and a few "
+                "dozen to know what is normal; got 1 sample."
+            )
+        if len(set(digests)) == 1:
+            warnings.warn(
+                f"All {len(digests)} images are the same, so {name} can't know how much sound "
+                "images differ, and calls any other one an anomaly: look at them.",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _stored(
         self, features: PatchFeatures, images: ImageSequence, progress: Progress

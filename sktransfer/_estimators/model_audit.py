@@ -10,6 +10,7 @@ from typing import Any
 # What a model file may name besides what skops trusts by itself, and the only kind of node in which
 # it may: an object that gets its attributes back. All other kinds call what they name.
 OURS = {
+    "sktransfer._estimators.anomaly.PatchAnomalyDetector": "ObjectNode",
     "sktransfer._estimators.contrastive.ContrastivePretrainer": "ObjectNode",
     "sktransfer._estimators.detection.FineTunedDetector": "ObjectNode",
     "sktransfer._estimators.fine_tuning.FineTunedClassifier": "ObjectNode",
