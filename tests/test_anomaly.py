@@ -108,7 +108,7 @@ def test_images_of_the_training_are_compared_with_the_others(cut):
     X = cut[0][:12]
     model = detector(coreset=1.0).fit(X)
     features = model.features()
-    stored = features.stream()(_views(model, X))
+    stored = features.stream()(features.views(model.check_images(X)))
     patches = features(stored) / features(stored).std((0, 1))  # (12, n_patches, n_features)
     n, n_patches, _ = patches.shape
     flat = patches.reshape(n * n_patches, -1)
@@ -128,14 +128,6 @@ def test_contamination_is_the_share_of_the_training_images(cut, contamination):
     assert (model.fit_predict(cut[0]) == model.predict(cut[0])).all()
 
 
-def _views(model, X):
-    from sktransfer._engine.augmentation import Augmentation, Views
-
-    preprocessing = model.features().preprocessing
-    images = model.check_images(X)
-    return Views(images, preprocessing, Augmentation(None, None, preprocessing.size))
-
-
 # ------------------------------------------------------------------------------ patches
 
 
@@ -145,7 +137,7 @@ def test_maps_of_several_blocks_lie_on_one_grid(cut):
     assert features.grid == (4, 4)  # a place for 8 × 8 pixels
     fine, coarse = (
         torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2)
-        for x in features.stream()(_views(model, cut[0][:4]))
+        for x in features.stream()(features.views(model.check_images(cut[0][:4])))
     )
     assert fine.shape == (4, 12, 8, 8) and coarse.shape == (4, 16, 4, 4)
     means = [avg_pool2d(x, 3, 1, 1, count_include_pad=False) for x in (fine, coarse)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from sklearn.random_projection import GaussianRandomProjection
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 
+from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.cut_network import as_map
 from sktransfer._engine.frozen import Activations, FrozenBlocks
 from sktransfer._engine.layers import map_positions
 from sktransfer._engine.runner import Runner
+from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
 _NEIGHBOURHOOD = 3  # places to a side over which a map is averaged
 _CELL = 8  # pixels to a side of the finest grid
+_CHUNK = 32  # images whose patches are made at once
 _PROJECTED = 64  # features in which patches are chosen
 
 
@@ -51,6 +55,11 @@ class PatchFeatures:
         height, width = (max(sides) for sides in zip(*sizes, strict=True))
         self.grid = min(height, most[0]), min(width, most[1])
 
+    def views(self, images: ImageSequence) -> Views:
+        """Return images as they enter the network."""
+        size = self.preprocessing.size
+        return Views(images, self.preprocessing, Augmentation(None, None, size))
+
     def forms(self, n: int) -> list[tuple[tuple[int, ...], Any]]:
         """Return the shape and the dtype of the activations of `n` images, for each block."""
         frozen = self.frozen
@@ -68,6 +77,16 @@ class PatchFeatures:
                 for x, p in zip(stored, self.positions, strict=True)
             ]
             return torch.cat(maps, 1).flatten(2).transpose(1, 2).contiguous().cpu().numpy()
+
+    def rows(self, stored: Sequence[np.ndarray], numbers: np.ndarray) -> np.ndarray:
+        """Return the features of the patches with these numbers, which rise, of all images."""
+        n_patches, parts = math.prod(self.grid), []
+        for start in range(0, len(stored[0]), _CHUNK):
+            patches = np.concatenate(self([x[start : start + _CHUNK] for x in stored]))
+            first = start * n_patches
+            asked = slice(*np.searchsorted(numbers, [first, first + len(patches)]))
+            parts.append(patches[numbers[asked] - first])
+        return np.concatenate(parts)
 
     def _map(self, stored: torch.Tensor, position: int) -> torch.Tensor:
         x = self._as_map(self.frozen.unpack(stored, position), position)  # (n, c, h, w)

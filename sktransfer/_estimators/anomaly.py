@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -17,7 +16,6 @@ from sklearn.utils.random import sample_without_replacement
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import interpolate
 
-from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.device import PRECISIONS
 from sktransfer._engine.frozen import Activations
 from sktransfer._engine.patches import PatchFeatures, coreset
@@ -282,7 +280,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
             )
         stream = self._stream(features, progress)
         with saying_what_is_kept(stream, len(images)):
-            return stream(_views(images, features), outs)
+            return stream(features.views(images), outs)
 
     def _choose_bank(
         self,
@@ -295,7 +293,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         chance, n_images = check_random_state(self.random_state), len(digests)
         n = n_images * math.prod(features.grid)
         drawn = np.sort(sample_without_replacement(n, min(n, _CANDIDATES), random_state=chance))
-        rows = np.concatenate(list(_rows(features, stored, drawn)))
+        rows = features.rows(stored, drawn)
         self._scale = _inverse(rows.std(0))
         rows *= self._scale
         size = self._n_patches(n, len(rows))
@@ -368,7 +366,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
             for rows in _chunks(len(images)):
                 chunk = images[rows]
                 digests = chunk.digests(n_threads(self.n_jobs))
-                patches = features(stream(_views(chunk, features)))
+                patches = features(stream(features.views(chunk)))
                 maps[rows] = self._distances(patches, digests).reshape(-1, *features.grid)
         return maps, features
 
@@ -455,25 +453,8 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         return {**state, "_network": None} if "_network" in state else state
 
 
-def _views(images: ImageSequence, features: PatchFeatures) -> Views:
-    """Return images as they enter the network."""
-    preprocessing = features.preprocessing
-    return Views(images, preprocessing, Augmentation(None, None, preprocessing.size))
-
-
 def _chunks(n: int) -> list[slice]:
     return [slice(start, min(n, start + _CHUNK)) for start in range(0, n, _CHUNK)]
-
-
-def _rows(
-    features: PatchFeatures, stored: list[np.ndarray], drawn: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Yield the features of the patches with these numbers, which rise."""
-    n_patches = math.prod(features.grid)
-    for chunk in _chunks(len(stored[0])):
-        first, last = np.searchsorted(drawn, [chunk.start * n_patches, chunk.stop * n_patches])
-        patches = features([x[chunk] for x in stored])
-        yield np.concatenate(patches)[drawn[first:last] - chunk.start * n_patches]
 
 
 def _inverse(spread: np.ndarray) -> np.ndarray:
