@@ -41,9 +41,9 @@ def detector(**options):
 
 @pytest.fixture(scope="module")
 def cut(photos):
-    """96 tiles of 64 × 64 pixels from a photograph, and 12 more of which half are scratched."""
+    """96 tiles of 64 × 64 pixels of a sky, and 12 more of which half are scratched."""
     chance = np.random.default_rng(0)
-    corners = np.c_[chance.integers(150, 360, 108), chance.integers(0, 570, 108)]
+    corners = np.c_[chance.integers(0, 30, 108), chance.integers(0, 570, 108)]
     tiles = np.stack([photos[0][top : top + 64, left : left + 64] for top, left in corners])
     sound, scratched = tiles[:102], tiles[102:].copy()
     for i, tile in enumerate(scratched):
@@ -109,7 +109,7 @@ def test_images_of_the_training_are_compared_with_the_others(cut):
     model = detector(coreset=1.0).fit(X)
     features = model.features()
     stored = features.stream()(features.views(model.check_images(X)))
-    patches = features(stored) / features(stored).std((0, 1))  # (12, n_patches, n_features)
+    patches = features(stored)  # (12, n_patches, n_features)
     n, n_patches, _ = patches.shape
     flat = patches.reshape(n * n_patches, -1)
     distances = np.linalg.norm(flat[:, None] - flat[None], axis=2)

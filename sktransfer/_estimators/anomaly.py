@@ -102,7 +102,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
     Attributes
     ----------
     bank_ : ndarray of shape (n_patches, n_features), float32
-        The patches that new ones are compared with, each feature divided by its standard deviation.
+        The patches that new ones are compared with.
     offset_ : float
         The score below which an image is an anomaly.
     block_names_ : list of str
@@ -294,8 +294,6 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         n = n_images * math.prod(features.grid)
         drawn = np.sort(sample_without_replacement(n, min(n, _CANDIDATES), random_state=chance))
         rows = features.rows(stored, drawn)
-        self._scale = _inverse(rows.std(0))
-        rows *= self._scale
         size = self._n_patches(n, len(rows))
         share = n_images / size
         chosen = coreset(rows, size, chance, lambda: progress.update(share))
@@ -342,7 +340,6 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
         An image of the training is compared with the patches of the others.
         """
-        patches = patches * self._scale
         known = {digest.tobytes(): number for number, digest in enumerate(self._digests)}
         owners = np.array([known.get(digest, -1) for digest in digests])
         distances = np.empty(patches.shape[:2])
@@ -455,11 +452,6 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
 def _chunks(n: int) -> list[slice]:
     return [slice(start, min(n, start + _CHUNK)) for start in range(0, n, _CHUNK)]
-
-
-def _inverse(spread: np.ndarray) -> np.ndarray:
-    """Return what brings features to a spread of 1; those that are constant stay as they are."""
-    return (1 / np.where(spread > 0, spread, 1)).astype(np.float32)
 
 
 def _scores(distances: np.ndarray) -> np.ndarray:
