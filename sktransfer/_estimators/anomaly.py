@@ -72,7 +72,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         drawn at random if there are more.
     contamination : float in (0, 0.5], default=0.05
         Share of the images of the training that are beyond the threshold. As each of them is
-        compared with the others alone, about this share of new sound images is as well.
+        compared with the others alone, about this share of new images like them is as well.
     image_shape : tuple of (height, width) or (height, width, channels), default=None
         Shape of an image if `X` has flat rows; None if `X` holds images.
     image_size : int or tuple of (height, width), default=None
@@ -120,8 +120,8 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
     See Also
     --------
-    PretrainedFeatureExtractor : In front of a novelty detector of scikit-learn, for whole images
-        of another kind.
+    PretrainedFeatureExtractor : In front of a scaler and a novelty detector of scikit-learn:
+        quicker, and on some images as good.
     sktransfer.inspection.AnomalyMapDisplay : Shows where images are strange.
 
     Notes
