@@ -3,8 +3,8 @@
 A detector learns from 500 sound cells of one kind, contiguous in the list, so that few modules are
 on both sides, and ranks the other sound cells and the defective ones; twice, by the first 500 and
 by the last. Defects of three kinds are painted into tiles of digits and of two photographs, and
-each pixel is ranked. Polycrystalline cells, and scratches on the photographs, are what the defaults
-were chosen on (`--part choose`); the others were not looked at before.
+each pixel is ranked. `--part choose` compares defaults on polycrystalline cells, and on scratches
+in the photographs alone, so that the others can be reported.
 """
 
 from __future__ import annotations

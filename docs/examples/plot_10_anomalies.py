@@ -47,16 +47,18 @@ plt.show()
 
 # %%
 # The quick way beside it: one row for a whole image, and any detector of scikit-learn. It is a
-# pipeline, and runs at the speed of the embeddings; small defects drown in the mean of all places.
+# pipeline, and runs at the speed of the embeddings. It says nothing of where. Which of the two
+# finds more depends on the images: try both.
 
 from sklearn.metrics import RocCurveDisplay
 from sklearn.neighbors import LocalOutlierFactor
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from sktransfer import PretrainedFeatureExtractor
 
 whole = make_pipeline(
-    PretrainedFeatureExtractor(image_size=160), LocalOutlierFactor(novelty=True)
+    PretrainedFeatureExtractor(image_size=160), StandardScaler(), LocalOutlierFactor(novelty=True)
 ).fit(learnt)
 
 figure, ax = plt.subplots(figsize=(4.4, 4.2), layout="constrained")
@@ -68,7 +70,7 @@ plt.show()
 # %%
 # Where to put the threshold? ``contamination`` is the share of the images of the training that lie
 # beyond it. Each of them is compared with the patches of the others alone, so about as many new
-# sound images will.
+# sound images will, if they are of the same series.
 
 shares = [0.02, 0.05, 0.1, 0.2]
 of_training = detector.score_samples(learnt)
