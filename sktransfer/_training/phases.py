@@ -148,13 +148,17 @@ class FrozenPhase:
             return FrozenResults()
         self.progress.stage("frozen blocks")
         start = self.plan.start if with_start else 0
-        outs = {p: allocate((len(views), *frozen.shape(p)), frozen.dtype(p)) for p in positions}
-        if outs.get(start, views) is None:
-            self.plan = self.plan.without_start()
-            return self.run(views, with_embeddings=with_embeddings, with_start=with_start)
+        outs: dict[int, np.ndarray] = {}
+        for position in positions:
+            wanted = (len(views), *frozen.shape(position)), frozen.dtype(position)
+            if (out := allocate(*wanted)) is None and position == start:  # the disk is full
+                self.plan = self.plan.without_start()
+                return self.run(views, with_embeddings=with_embeddings, with_start=with_start)
+            # Rows are needed in any case, and are small beside what the blocks are trained on.
+            outs[position] = np.empty(*wanted) if out is None else out
         stream = self.stream(positions)
         with saying_what_is_kept(stream, len(views)):
-            stream(views, [out for out in outs.values() if out is not None])
+            stream(views, list(outs.values()))
         embeddings, passed = outs.get(frozen.embedding), outs.get(frozen.passed)
         if embeddings is not None and with_start and frozen.passed_rows:
             passed = frozen.passed_of(embeddings)
