@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sktransfer._engine.layers import columns_of, free_rows
-from sktransfer._engine.program import ACTIVATION, Output, Program
+from sktransfer._engine.program import ACTIVATION, Block, Output, Program
 from sktransfer._engine.results import Names
 from sktransfer._engine.runner import Runner
 from sktransfer._engine.stream import Images, Stream
@@ -174,4 +174,4 @@ class Embedding(OutputsPass):
         block = self._images.block(rows, digests)
         if block is None:
             return super()._load_several(rows, digests)
-        return list(self.preprocessing.fit_size(block))
+        return list(Block(self.preprocessing.fit_size(block)).split())
