@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sktransfer._bars import tqdm
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import report as _report
 from sktransfer._cli.cache import cache
 from sktransfer._cli.models import classify, fit, predict, where_and_how_to_use, write_model
 from sktransfer._cli.options import common_parameters, depth_of, one_or_several
-from sktransfer._cli.results import Best
+from sktransfer._cli.results import Best, Report
 from sktransfer._cli.tables import as_table, show
 from sktransfer._cli.tasks import labelled, load_elpv, load_folder, readable
 from sktransfer._escaping import csv_cell, escape, map_text
@@ -124,9 +127,10 @@ def benchmark(options: argparse.Namespace) -> None:
         n_splits=options.splits,
         random_state=options.seed,
         fit_best=bool(options.save_best),
+        on_result=None if options.json else partial(_print_newest, options),
         **common,
     )
-    document, text = _report.as_document(report), _report.as_text(report)
+    document, text = _report.as_document(report), _report.closing(report)
     try:
         if options.output:  # first, as the reader of what is printed may go away
             document["written"] = [str(path) for path in _report.write(report, options.output)]
@@ -136,6 +140,14 @@ def benchmark(options: argparse.Namespace) -> None:
             text += f"\n\n{_best_lines(report.best, document['best'], len(task.images))}"
     finally:
         show(options, document, text, task.skipped)
+
+
+def _print_newest(options: argparse.Namespace, report: Report) -> None:
+    lines = _report.lines_of(report, len(report.results) - 1)
+    # Files are written even if the reader of what is printed goes away; the end tells it then.
+    has_files = options.output or options.save_best
+    with tqdm.external_write_mode(), suppress(OSError) if has_files else nullcontext():
+        print(*lines, sep="\n", flush=True)
 
 
 def _write_best(best: Best, path: str) -> dict[str, Any]:

@@ -15,12 +15,10 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from sktransfer._cli.plots import plot_cost, plot_depth, plot_reliability, plot_roc
-from sktransfer._cli.results import Report, Result, best_of, full_name
+from sktransfer._cli.results import Report, Result, best_of, full_name, gains
 from sktransfer._escaping import printable
 from sktransfer.io import check_images
-from sktransfer.model_selection._transfer_gain import corrected_interval
 
-_LEVEL = 0.95  # of intervals
 _N_MISTAKES, _N_RIGHT = 8, 4  # thumbnails
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6474; --line: #dfe3ea; --paper: #fff;
@@ -110,10 +108,7 @@ def _figure(caption: str, drawn: str, said: str) -> str:
 
 def _headline(report: Report, results: Sequence[Result], best: Result) -> str:
     right = f"{100 * best.scores['accuracy'].mean():.1f} %"
-    others = [result for result in results if result.backbone == "none" and result is not best]
-    if best.backbone == "none" and (networks := [r for r in results if r.backbone != "none"]):
-        others.append(best_of(networks))
-    said = "; ".join(_gain(best, other) for other in others)
+    said = "; ".join(gains(results, best))
     counts = ", ".join(f"{n} {label}" for label, n in report.counts(best.convention).items())
     return (
         f'<p class="headline">{html.escape(full_name(best))} is right about <em>{right}</em> of '
@@ -121,17 +116,6 @@ def _headline(report: Report, results: Sequence[Result], best: Result) -> str:
         f'<p class="note">{html.escape(counts)}. Means over {report.n_splits} random '
         f"split{'s' * (report.n_splits > 1)}, a quarter of the images in each test part.</p>"
     )
-
-
-def _gain(best: Result, other: Result) -> str:
-    """Say by how many points the best is above another one, with an interval."""
-    differences = 100 * (best.scores["accuracy"] - other.scores["accuracy"])
-    over = "always the largest class" if other.classifier == "majority class" else full_name(other)
-    said = f"{differences.mean():+.1f} points over {over}"
-    if len(differences) > 1:
-        low, high = corrected_interval(differences, 1 / 3, _LEVEL)
-        said += f" ({_LEVEL:.0%} interval {low:.1f} to {high:.1f})"
-    return said
 
 
 def _costs(report: Report) -> str:

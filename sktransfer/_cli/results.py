@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from sktransfer._cli.tasks import Task
+from sktransfer.model_selection._transfer_gain import corrected_interval
+
+_LEVEL = 0.95  # of intervals
 
 METRICS = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
 
@@ -30,6 +33,7 @@ class Result:
     positive: Any = None  # of two classes, the one that F1 and ROC are about
     depth: Any = None  # of a fine-tuned network, `unfreeze`
     n_trained: int | None = None  # its trained parameters
+    table: str = ""  # what the rows of its table share, beside the convention
 
 
 @dataclass
@@ -89,3 +93,21 @@ def full_name(result: Result) -> str:
     """Return a classifier and, if there is one, the network whose embeddings it has."""
     on = "" if result.backbone == "none" else f" on {result.backbone}"
     return result.classifier + on
+
+
+def gains(results: Sequence[Result], best: Result) -> list[str]:
+    """Say by how many points the best is above what uses no network, or above the networks."""
+    others = [result for result in results if result.backbone == "none" and result is not best]
+    if best.backbone == "none" and (networks := [r for r in results if r.backbone != "none"]):
+        others.append(best_of(networks))
+    return [_gain(best, other) for other in others]
+
+
+def _gain(best: Result, other: Result) -> str:
+    differences = 100 * (best.scores["accuracy"] - other.scores["accuracy"])
+    over = "always the largest class" if other.classifier == "majority class" else full_name(other)
+    said = f"{differences.mean():+.1f} points over {over}"
+    if len(differences) > 1:
+        low, high = corrected_interval(differences, 1 / 3, _LEVEL)
+        said += f" ({_LEVEL:.0%} interval {low:.1f} to {high:.1f})"
+    return said

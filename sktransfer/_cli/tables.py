@@ -122,10 +122,20 @@ def as_table(columns: Mapping[str, Sequence[Any]]) -> str:
         widths[max(widths, key=lambda name: widths[name])] -= 1
     if "path" in cells:
         cells["path"] = [shortened(value, widths["path"]) for value in cells["path"]]
-    lines = [*_lines([*cells], widths), "  ".join("-" * width for width in widths.values())]
+    lines = head_lines(widths)
     for row in zip(*cells.values(), strict=True):
         lines += _lines(row, widths)
     return "\n".join(lines)
+
+
+def head_lines(widths: Mapping[str, int]) -> list[str]:
+    """Return the names of columns of these widths, and a rule below."""
+    return [*_lines([*widths], widths), "  ".join("-" * width for width in widths.values())]
+
+
+def row_lines(row: Mapping[str, Any], widths: Mapping[str, int]) -> list[str]:
+    """Return one row of a table whose other rows are not known yet."""
+    return _lines([_shown(row.get(name, "")) for name in widths], widths)
 
 
 def _lines(row: Sequence[str], widths: Mapping[str, int]) -> list[str]:
