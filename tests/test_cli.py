@@ -307,6 +307,10 @@ def test_messages_name_the_options_of_the_command():
         "a file a_unfreeze=1, layer=2": "a file a_unfreeze=1, layer=2",
     }.items():
         assert in_options(message, fit) == expected
+    assert in_options("replace it, or drop the row.", fit) == "replace it, or remove it."
+    fit.skip_unreadable = False
+    wanted = "replace it, or pass --skip-unreadable."
+    assert in_options("replace it, or drop the row.", fit) == wanted
     assert in_options("unfreeze=9, folder='y', k=5", benchmark) == "--depths 9, folder='y', -k 5"
 
 
@@ -508,7 +512,7 @@ def place(tiles, model, tmp_path_factory):
         ("embed {1} -o data:{2}/e.csv", "File name too long"),
         ("embed nowhere -o {0}/e.csv", "'nowhere' does not exist"),
         ("embed {1} -o {0}/e.xlsx", "must end in .parquet or .csv"),
-        ("embed {0}/damaged -o {0}/e.csv --image-size 64", "row 0"),
+        ("embed {0}/damaged -o {0}/e.csv --image-size 64", "it, or pass --skip-unreadable."),
         ("embed {1} -o {0}/e.csv --layer nolayer --image-size 64", "nolayer"),
         ("rank {0}/single", "has one class only"),
         ("rank {0}/tiny --cv 3", "'class1' has 2 images. To go on, pass --cv 2, or"),

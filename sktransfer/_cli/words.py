@@ -48,6 +48,7 @@ def in_options(message: str, options: argparse.Namespace) -> str:
         rf"|(?<![\w.-])(?P<name>{names})=(?P<value>{_VALUE})"
         rf"|(?<![\w.-])`?(?P<alone>{alone or '(?!)'})`?(?![\w=])"
         r"|(?<=another )(?P<cv>cv)(?=\.)"
+        r"|(?P<drop>drop the row)"
         rf"|(?<!\w)(?:{_QUOTED})(?!\w)"
     )
 
@@ -63,6 +64,9 @@ def in_options(message: str, options: argparse.Namespace) -> str:
             return f"leave {flags[found['left']]} out"
         if found["name"]:
             return _as_option(flags[found["name"]], found["value"])
+        if found["drop"]:
+            skips = vars(options).get("skip_unreadable", True)
+            return "remove it" if skips else "pass --skip-unreadable"
         if name := found["alone"] or found["cv"]:
             return flags.get(name, name)
         return found[0]
