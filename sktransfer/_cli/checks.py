@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,10 +58,11 @@ def announcement(options: argparse.Namespace) -> str:
         else "classifiers on frozen features"
     )
     seconds = _seconds(n_images, networks, len(depths), options)
-    return (
+    said = (
         f"comparing {what}: {_counted(n_images, 'image')}, {', '.join(map(printable, networks))}, "
         f"{_counted(options.splits, 'split')}; about {_in_words(seconds)}, without a GPU"
     )
+    return textwrap.fill(said, 80, break_on_hyphens=False)
 
 
 def _counted(n: int, what: str) -> str:

@@ -138,6 +138,8 @@ def benchmark(options: argparse.Namespace) -> None:
         if report.best:
             document["best"] = _write_best(report.best, options.save_best)
             text += f"\n\n{_best_lines(report.best, document['best'], len(task.images))}"
+        elif options.folder:
+            text += "\n\nto label images by the best, run it again with --save-best FILE.skops"
     finally:
         show(options, document, text, task.skipped)
 
