@@ -49,8 +49,8 @@ def _array(y: Any) -> np.ndarray | None:
         return _table(entries) if all(isinstance(e, ROWS) for e in entries) else entries
     if isinstance(y, (str, bytes)) or not hasattr(y, "__array__"):
         return None
-    # Of pandas: NumPy knows no nullable types.
-    values = y.to_numpy() if hasattr(y, "isna") else _unmasked(y)
+    # Of pandas: NumPy knows no nullable types. A Series of dask has no `to_numpy`.
+    values = y.to_numpy() if hasattr(y, "isna") and hasattr(y, "to_numpy") else _unmasked(y)
     return _unpacked(values) if values.dtype == object else values
 
 

@@ -251,7 +251,7 @@ def _folds(targets: np.ndarray, kind: str, groups: np.ndarray | None, seed: int)
             "can't be dealt into folds that leave some of each class to learn from: a fixed value "
             "is taken. If that matters, pass smaller groups, or more images.",
             UndividedWarning,
-            stacklevel=9,
+            stacklevel=12,
         )
     return folds
 
