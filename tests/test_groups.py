@@ -1,7 +1,14 @@
 """Images that belong together are on one side of every split."""
 
+import csv
+import json
+import os
+import re
 import warnings
+from argparse import Namespace
+from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,7 +34,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from skorch.callbacks import Callback
 
-from sktransfer import FineTunedClassifier, FineTunedRegressor, register_model
+from sktransfer import FineTunedClassifier, FineTunedRegressor, load_model, register_model
+from sktransfer._cli import benchmark, main
+from sktransfer._cli.groups import check_groups_option, groups_of
+from sktransfer._escaping import csv_cell
 from sktransfer._splits import Folds, check_groups, hold_outs, inner_folds
 from sktransfer._training.heads import make_head, solve_head
 from sktransfer.io import check_images
@@ -113,6 +123,7 @@ def test_repeats_that_deal_alike_count_once():
     assert len(list(folds.split(y, y, alike))) == folds.get_n_splits(y, y, alike) == 6
     # Of so different sizes, scikit-learn deals groups out in one way alone.
     sizes = np.repeat(np.arange(6), [20, 16, 10, 8, 4, 2])
+    y = sizes % 2
     assert len(list(folds.split(y, y, sizes))) == folds.get_n_splits(y, y, sizes) == 3
 
 
@@ -555,3 +566,120 @@ def test_without_routing_a_search_keeps_groups_for_its_own_folds():
     search.fit(X, y, groups=groups)
     assert np.array_equal(head_of(search.best_estimator_), head_of(classifier().fit(X, y)))
     assert cross_val_score(classifier(), X, y, groups=groups, cv=GroupKFold(2)).shape == (2,)
+
+
+# ------------------------------------------------------------------------------ the command line
+
+NAMES = ["a/p1_x.jpg", "a/p1_y.jpg", "b/p2,'=\n.jpg", "b/=p3.jpg", "b/\udcffp4.jpg"]
+
+
+def groups_by(text, folder, names=NAMES):
+    check_groups_option(text)
+    return groups_of(
+        [os.path.join(folder, n) for n in names], Namespace(groups=text, folder=folder)
+    )
+
+
+def test_groups_by_names():
+    assert groups_by(r"(p\d)", "photos") == ["p1", "p1", "p2", "p3", "p4"]
+    assert groups_by(r"^(\w)/", "./photos/") == ["a", "a", "b", "b", "b"]
+    assert groups_of(["x"], Namespace(groups=None, folder="")) is None
+
+
+@pytest.mark.parametrize("form", ["below", "whole", "as this library writes"])
+def test_groups_by_a_table(form, tmp_path):
+    table, folder = str(tmp_path / "t: able.CSV"), str(tmp_path / "photos")
+    names = [n if form == "below" else os.path.join(folder, n) for n in NAMES]
+    names = [csv_cell(n) for n in names] if form.startswith("as") else names
+    rows = list(zip([" 1 ", "1", "2", "3", "x,y"], names, strict=True))
+    # As Excel begins a file; a row may come twice, and rows of other images do no harm.
+    with open(table, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("a: b", "path"), *rows, *rows[1:], ("", "another"), ()])
+    assert groups_by(f"{table}:a: b", folder) == ["1", "1", "2", "3", "x,y"]
+
+
+TABLES = [
+    ("", "no column 'path'. .*it has none"),
+    ("path;patient\n", "no column 'path'. --groups needs .*commas.* it has 'path;patient'"),
+    ("path,plate\n", "no column 'patient'.* it has 'path', 'plate'"),
+    ("path,patient\n", "no group in the column 'patient' for 5 of 5 images; the first is 'a/p1_x"),
+    ("path,patient\na/p1_x.jpg\n", "for 5 of 5 .*'a/p1_x.jpg'; its first path is 'a/p1_x.jpg'"),
+    ("path,patient\nx,1\nx,2\n", "row 3: 'x' has the group '2', and in an earlier row '1'"),
+    ('path,patient\n"' + "x" * 200_000, "can't be read as a table: field larger"),
+]
+
+
+@pytest.mark.parametrize("content, message", TABLES)
+def test_bad_tables_of_groups(content, message, tmp_path):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        groups_by(f"{tmp_path}/t.csv:patient", "photos")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("(", "is no regular expression: missing \\).*FILE.csv:COLUMN"),
+        ("(a{99999999999999999999})", "is no regular expression"),
+        ("p1", "has no part in parentheses.*FILE.csv:COLUMN"),
+        ("table.csv", "has no part in parentheses.*FILE.csv:COLUMN"),
+        ("no.csv:patient", "'no.csv', which is no file"),
+        ("(p1)", r"no group in the paths of 3 of 5 images; the first is \"b/p2.*table"),
+        ("(z)?", "no group in the paths of 5 of 5 images"),
+        ("(z*)", "no group in the paths of 5 of 5 images; the first is 'a/p1_x.jpg'"),
+    ],
+)
+def test_bad_groups_by_names(text, message):
+    with pytest.raises(ValueError, match=message):
+        groups_by(text, "photos")
+
+
+def test_fit_by_groups(tiles, tmp_path, capsys):
+    root, path = str(tiles[0]), str(tmp_path / "m.skops")
+    arguments = ["fit", root, "-o", path, "--image-size", "32", "--json", "--groups"]
+    assert main([*arguments, r"(\d\d)\."]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["n_groups"], document["n_groups_held_out"]) == (16, 4)
+    assert document["n_images"] == 32 and document["held_out"]["n_images"] == 8
+    assert load_model(path).classes_.tolist() == ["china", "flower"]
+    assert main([*arguments[:-2], "--groups", r"(\d)\."]) == 0
+    assert "groups: 8 to train on, 2 held out" in capsys.readouterr().out
+    for groups, message in (
+        ("(.*)/", "'china' lies in 1 group, .*--test-size 0.2 needs 2 groups of each class"),
+        ("(0.)", "finds no group in the paths of 20 of 40 images; the first is 'china/10.jpg'"),
+    ):
+        assert main([*arguments, groups]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_rank_by_groups(tiles, capsys):
+    arguments = ["rank", str(tiles[0]), "--backbone", "efficientnet_lite0", "--image-size", "32"]
+    assert main([*arguments, "--cv", "3", "--json", "--groups", r"(\d)\."]) == 0
+    assert json.loads(capsys.readouterr().out)["ranking"][0]["logistic"] > 0.5
+    assert main([*arguments, "--groups", r"(\d)\d\."]) == 2
+    assert "pass --cv 2, or pass smaller groups" in capsys.readouterr().err
+
+
+def test_benchmark_by_groups(tiles, tmp_path, capsys):
+    root = str(tiles[0])
+    options = Namespace(groups=r"(\d)\.", folder=root, skip_unreadable=False)
+    task = benchmark.load_folder(root, options)
+    assert "10 groups of images" in task.note
+    with joblib.parallel_config("threading"):  # other processes take seconds to start
+        options = {"image_size": 32, "depths": [0], "fit_best": True}
+        report = benchmark.compare(task, n_splits=2, **options)
+    for test in report.results[0].tests:
+        of_test = {Path(task.images[row]).stem[1] for row in test}
+        others = set(range(40)) - set(test.tolist())
+        assert of_test and not of_test & {Path(task.images[row]).stem[1] for row in others}
+    assert report.best.model.predict(task.images[:1]).shape == (1,)
+    X, y, groups = series()
+    X, search = rows_of(X), benchmark.classifiers(40)["k-NN"].set_params(n_jobs=None)
+    expected = clone(search).set_params(cv=StratifiedGroupKFold(3)).fit(X, y, groups=groups)
+    assert (
+        benchmark._tuned(search, X, y, groups).n_neighbors == expected.best_params_["n_neighbors"]
+    )
+    assert main(["benchmark", root, "--groups", r"(\d)\d\."]) == 2
+    assert "A comparison by groups needs 3 of each class" in capsys.readouterr().err
+    assert main(["benchmark", "--groups", "(x)"]) == 2
+    assert "name their FOLDER" in capsys.readouterr().err
