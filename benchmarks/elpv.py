@@ -22,14 +22,14 @@ ALL = {"layer": "all", "pooling": ("avg", "max")}
 
 def contiguous(task: _benchmark.Task, backbone: str, memory: str | None) -> list[dict[str, str]]:
     """Score on four contiguous quarters, by the last layer and by all layers."""
-    y, splits, rows = task.targets[CONVENTION], list(quarters(task.groups)), []
+    y, splits, rows = task.targets[CONVENTION], list(quarters(task.strata)), []
     for layers, options in {"last": {}, "all": ALL}.items():
         extractor = PretrainedFeatureExtractor(backbone, normalize=True, memory=memory, **options)
         X = extractor.transform(task.images)
         models = _benchmark.classifiers(len(y))
         for name in models if layers == "last" else ("logistic regression", "RBF SVM"):
             with tqdm(disable=True) as progress:
-                found = _benchmark._score(models[name], X, y, splits, task.positive, progress)
+                found = _benchmark._score(models[name], X, y, splits, task, progress)
             row = {"backbone": backbone, "layers": layers, "classifier": name}
             for metric in ("accuracy", "roc_auc"):
                 values = found["scores"][metric]

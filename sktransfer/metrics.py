@@ -6,16 +6,18 @@ accuracies, and those of different tasks, or by different formulas, can't be com
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from scipy.linalg import svd
 from sklearn.covariance import ledoit_wolf_shrinkage
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import LeaveOneGroupOut, check_cv, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils import check_X_y
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
+from sktransfer._splits import Folds, check_groups
 from sktransfer.io._coco import coco_scores
 
 __all__ = ["coco_scores", "h_score", "knn_score", "leep_score", "log_me_score"]
@@ -288,7 +290,13 @@ def leep_score(probabilities: Any, y: Any) -> float:
 
 
 def knn_score(
-    X: Any, y: Any, *, n_neighbors: int = 5, metric: str = "cosine", cv: Any = None
+    X: Any,
+    y: Any,
+    *,
+    n_neighbors: int = 5,
+    metric: str = "cosine",
+    cv: Any = None,
+    groups: Any = None,
 ) -> float:
     r"""Score embeddings by the accuracy of their nearest neighbours.
 
@@ -312,6 +320,10 @@ def knn_score(
     cv : int, splitter, iterable or None, default=None
         None leaves one out; else as in :func:`sklearn.model_selection.cross_val_score`, the mean
         over the folds. Images that come twice, or nearly so, flatter the first.
+    groups : array-like of shape (n,), default=None
+        The group of each image. None then leaves one group out, whose images find their neighbours
+        among those of the others; a number of folds is one of whole groups, as of
+        :class:`sklearn.model_selection.StratifiedGroupKFold`; a splitter gets them.
 
     Returns
     -------
@@ -335,8 +347,15 @@ def knn_score(
     X, y = check_X_y(X, y, dtype=[np.float64, np.float32], ensure_min_samples=2)
     _check_labels(y)
     model = KNeighborsClassifier(n_neighbors=n_neighbors, metric=metric)
-    if cv is not None:
-        return float(cross_val_score(model, X, y, cv=cv, error_score="raise").mean())
+    groups = check_groups(groups, len(X))
+    if cv is not None or groups is not None:
+        splitter = LeaveOneGroupOut() if cv is None else cv
+        if groups is not None and isinstance(cv, Integral):
+            splitter = Folds(int(cv))
+        splits = list(check_cv(splitter, y, classifier=True).split(X, y, groups))
+        scores = cross_val_score(model, X, y, cv=splits, error_score="raise")
+        sizes = [len(test) if cv is None else 1 for _, test in splits]  # of images, or of folds
+        return float(np.average(scores, weights=sizes))
     if n_neighbors >= len(X):
         raise ValueError(
             f"n_neighbors={n_neighbors}, but an image has only {len(X) - 1} others: pass fewer."

@@ -62,7 +62,7 @@ def test_the_elpv_task():
     assert len(task.images) == 2624 and all(Path(path).is_file() for path in task.images)
     counts = {name: (y == "defective").sum() for name, y in task.targets.items()}
     assert counts == {"defective: p > 0.5": 821, "defective: p > 0": 1116}
-    assert sorted(set(task.groups)) == ["mono", "poly"]
+    assert sorted(set(task.strata)) == ["mono", "poly"]
     assert [row["accuracy"] for row in task.published] == [0.824, 0.884]
 
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from sktransfer._cli.checks import announcement, check
+from sktransfer._cli.groups import add_groups
 from sktransfer._cli.options import (
     add_csv_or_json,
     add_files,
@@ -146,6 +147,7 @@ examples:
   sktransfer fit photos/ -o model.skops                a new head on frozen blocks
   sktransfer fit photos/ -o model.skops --depth auto   as many blocks as a search finds best
   sktransfer fit photos/ -o model.skops --depth 2 --memory cache/ --test-size 0
+  sktransfer fit photos/ -o model.skops --groups '(patient[0-9]+)'      or table.csv:patient
 """,
         formatter_class=_FORMATTER,
     )
@@ -168,6 +170,7 @@ examples:
         metavar="SHARE",
         help="of the images, held out to score the model; 0 for none (default 0.2)",
     )
+    add_groups(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the split and of training (default 0)")
     add_running(parser, precisions=("auto", "float32", "bfloat16", "int8"))
     add_json(parser)
@@ -238,6 +241,7 @@ def _rank(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         help="(default logistic)",
     )
     parser.add_argument("--cv", type=int, default=5, metavar="N", help="folds (default 5)")
+    add_groups(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")
     add_output(parser, "FILE.csv", "write the whole table there as well")
     add_json(parser)
@@ -274,6 +278,7 @@ examples:
   sktransfer benchmark photos/ --output report/ --memory cache/
   sktransfer benchmark photos/ --save-best model.skops      fit the best on all images
   sktransfer benchmark photos/ --depth          how many blocks should be fine-tuned?
+  sktransfer benchmark photos/ --groups '(patient[0-9]+)'   each patient on one side of a split
 """,
         formatter_class=_FORMATTER,
     )
@@ -302,6 +307,7 @@ examples:
         help="fit the most accurate classifier on all images, and write it there for `predict`",
     )
     add("--splits", type=int, default=5, metavar="N", help="number of random splits (default 5)")
+    add_groups(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the splits (default 0)")
     add_json(parser)
     add_running(parser)

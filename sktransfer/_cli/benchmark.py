@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
-from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC, LinearSVC
@@ -29,6 +29,7 @@ from sktransfer._estimators.pretrained import (
     PretrainedFeatureExtractor,
     make_classifier,
 )
+from sktransfer._splits import Folds, Split, hold_outs
 from sktransfer._threads import small_solve
 from sktransfer._training.cut import find_cut
 from sktransfer.io import check_images
@@ -65,7 +66,8 @@ def classifiers(n_images: int) -> dict[str, BaseEstimator]:
         "linear SVM": (LinearSVC(), {"C": [0.1, 1, 10]}),
         "RBF SVM": (SVC(), {"C": [3, 10, 30], "kernel": kernels}),
     }
-    return {k: GridSearchCV(model, grid, cv=3, n_jobs=-1) for k, (model, grid) in grids.items()}
+    options = {"cv": Folds(3), "n_jobs": -1}
+    return {k: GridSearchCV(model, grid, **options) for k, (model, grid) in grids.items()}
 
 
 # ------------------------------------------------------------------------------ the comparison
@@ -162,7 +164,8 @@ def _candidates(
     """Return all that is to be compared, in the order in which `compare` says it is."""
     candidates = _baselines(task, networks[0].name, with_pixels=not depths)
     for network in networks:
-        models = classifiers(len(task.images))
+        # Whole groups leave fewer images to tune on.
+        models = classifiers(len(task.images) // (1 if task.groups is None else 2))
         for layers, extractor in network.extractors.items():
             # On wide rows the others take long.
             asked = {"logistic regression": make_classifier()[1:]} if layers else models
@@ -192,15 +195,29 @@ def _results(
     with tqdm(total=total, desc="fits", unit="fit", disable=not verbose) as progress:
         for convention in conventions:
             y = task.targets[convention]
-            strata = y if task.groups is None else np.char.add(np.char.add(y, "/"), task.groups)
-            splitter = StratifiedShuffleSplit(n_splits, test_size=0.25, random_state=random_state)
-            splits = list(splitter.split(strata, strata))
+            splits = _splits_of(task, y, n_splits, random_state)
             for one in candidates:
                 X = one.rows()
                 with one.limited(X):
-                    scored = _score(one.model, X, y, splits, task.positive, progress)
+                    scored = _score(one.model, X, y, splits, task, progress)
                 scored |= {"tests": [test for _, test in splits], "depth": one.depth}
                 yield Result(convention, one.backbone, one.name, **scored, table=one.table)
+
+
+def _splits_of(task: Task, y: np.ndarray, n_splits: int, random_state: int) -> list[Split]:
+    """Return splits that leave all classes on both sides, stratified or in whole groups."""
+    strata = y
+    if task.strata is not None and task.groups is None:
+        strata = np.char.add(np.char.add(y, "/"), task.strata)
+    # Two groups of a class are left to tune with.
+    splits = hold_outs(n_splits, 0.25, strata, "class", task.groups, random_state, n_left=2)
+    for _, test in splits:
+        if len(missed := np.setdiff1d(y, y[test])):
+            raise ValueError(
+                f"The groups can't be split so that {str(missed[0])!r} is scored on and all "
+                "classes are learnt from: pass smaller groups, or none."
+            )
+    return splits
 
 
 class _Candidate(NamedTuple):
@@ -298,10 +315,10 @@ def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Re
     X = chosen.rows()
     y = np.array([task.names.get(label, label) for label in task.targets[convention]])
     if chosen.extractor is None:
-        model = clone(chosen.model).fit(X, y)
+        model = clone(chosen.model).fit(X, y, groups=task.groups)
     else:
         with chosen.limited(X):
-            classifier = _tuned(chosen.model, X, y)
+            classifier = _tuned(chosen.model, X, y, task.groups)
         steps = classifier if isinstance(classifier, Pipeline) else [classifier]
         model = make_pipeline(clone(chosen.extractor), *steps).fit(task.images, y)
     images_to_rows = model[0] if isinstance(model, Pipeline) else model
@@ -309,14 +326,16 @@ def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Re
     return Best(best, model)
 
 
-def _tuned(search: BaseEstimator, X: np.ndarray, y: np.ndarray) -> BaseEstimator:
+def _tuned(
+    search: BaseEstimator, X: np.ndarray, y: np.ndarray, groups: np.ndarray | None
+) -> BaseEstimator:
     """Return a classifier with the parameters that a search, if it is one, finds; not fitted.
 
     A kernel that is a function becomes the name of the same, which a model file may hold.
     """
     if not isinstance(search, GridSearchCV):
         return clone(search)
-    parameters = clone(search).set_params(refit=False).fit(X, y).best_params_
+    parameters = clone(search).set_params(refit=False).fit(X, y, groups=groups).best_params_
     if callable(kernel := parameters.get("kernel")):
         parameters |= {"kernel": "rbf", "gamma": kernel.keywords["gamma"]}
     return clone(search.estimator).set_params(**parameters)
@@ -343,16 +362,16 @@ def _score(
     model: Any,
     X: np.ndarray,
     y: np.ndarray,
-    splits: Sequence[tuple],
-    positive: Any,
+    splits: Sequence[Split],
+    task: Task,
     progress: tqdm,
 ) -> dict[str, Any]:
     """Fit and score on every split; the fields of a `Result`."""
     classes = np.unique(y)
-    positive = (positive or str(classes[1])) if len(classes) == 2 else None
+    positive = (task.positive or str(classes[1])) if len(classes) == 2 else None
     scorer, results, n_trained = _Scorer(classes, positive), [], None
     for split in splits:
-        result = fit_and_score(model, X, y, split, scorer)
+        result = fit_and_score(model, X, y, split, scorer, task.groups)
         n_trained = getattr(result.pop("estimator"), "n_trainable_parameters_", None)
         results.append(result)
         progress.update()

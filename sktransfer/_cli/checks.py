@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from sktransfer._cli.groups import check_groups_option
 from sktransfer._escaping import printable
 
 _EPOCHS = 10  # of a fine-tuned network
@@ -95,6 +96,10 @@ def _check_inputs(options: argparse.Namespace) -> None:
     for file in getattr(options, "files", None) or ():
         if len(file) < _LONGEST and not os.path.lexists(file):
             raise ValueError(f"{file!r} does not exist: pass files or folders of images.")
+    if groups := getattr(options, "groups", None):
+        if not options.folder:
+            raise ValueError("--groups is about images of your own: name their FOLDER as well.")
+        check_groups_option(groups)
     if options.command == "cache" or not (folder := getattr(options, "folder", None)):
         return
     if not os.path.isdir(folder):

@@ -15,6 +15,7 @@ from sktransfer._bars import tqdm
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import report as _report
 from sktransfer._cli.cache import cache
+from sktransfer._cli.groups import groups_of
 from sktransfer._cli.models import classify, fit, predict, where_and_how_to_use, write_model
 from sktransfer._cli.options import common_parameters, depth_of, one_or_several
 from sktransfer._cli.results import Best, Report
@@ -80,6 +81,7 @@ def rank(options: argparse.Namespace) -> None:
         [(name, weights) for name in backbones],
         sort_by=options.sort_by,
         cv=options.cv,
+        groups=groups_of(X, options),
         random_state=options.seed,
         **common,
     )

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import skops.io
-from sklearn.model_selection import train_test_split
 
+from sktransfer._cli.groups import groups_of
 from sktransfer._cli.options import common_parameters, depth_of
 from sktransfer._cli.tables import (
     as_table,
@@ -29,12 +29,13 @@ from sktransfer._escaping import escape
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.model_file import load_model
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
-from sktransfer.model_selection._comparison import name_rare_classes
+from sktransfer._splits import Split, check_groups, hold_outs, name_rare_classes
 
 
 def fit(options: argparse.Namespace) -> None:
     """Fine-tune a network on a folder of classes; score it; write it."""
     X, y, skipped = labelled(options.folder, options)
+    groups = check_groups(groups_of(X, options), len(X))
     model = FineTunedClassifier(
         unfreeze=depth_of(options.depth),
         max_epochs=options.max_epochs,
@@ -43,21 +44,34 @@ def fit(options: argparse.Namespace) -> None:
         random_state=options.seed,
         **common_parameters(options),
     )
-    if options.test_size:
-        _check_test_size(y, options)
-        X, X_test, y, y_test = train_test_split(
-            X, y, test_size=options.test_size, stratify=y, random_state=options.seed
-        )
-    model.fit(X, y)
+    learnt, held = _split(y, groups, options)
+    model.fit(X[learnt], y[learnt], groups=None if groups is None else groups[learnt])
     model.set_params(memory=None, verbose=0)  # of this run, not of those that load it
     written = write_model(model, options.output)  # before an image that can't be read stops it
-    document = _what_was_fitted(model, len(X)) | {"written": written}
-    lines = [_as_lines(model, len(X)), ""]
+    document = _what_was_fitted(model, len(learnt)) | {"written": written}
+    lines = [_as_lines(model, len(learnt))]
+    if groups is not None:
+        of_parts = [len(np.unique(groups[part])) for part in (learnt, held)]
+        document["n_groups"], document["n_groups_held_out"] = of_parts
+        lines.append("groups: {} to train on, {} held out".format(*of_parts))
+    lines.append("")
     if options.test_size:
-        predicted, probabilities = predict_once(model, X_test)
-        document["held_out"] = held_out(X_test, y_test, predicted, probabilities)
+        files = X[held].tolist()
+        predicted, probabilities = predict_once(model, files)
+        document["held_out"] = held_out(files, y[held], predicted, probabilities)
         lines += [held_out_text(document["held_out"]), ""]
     show(options, document, "\n".join([*lines, where_and_how_to_use(written)]), skipped)
+
+
+def _split(y: np.ndarray, groups: np.ndarray | None, options: argparse.Namespace) -> Split:
+    """Return the rows to train on, and those to score on."""
+    share = options.test_size
+    if not share:
+        return np.arange(len(y)), np.arange(0)
+    _check_test_size(y, groups, options)
+    # Of several groups that are left, the fit takes some to tune.
+    n_left = 1 if name_rare_classes(y, 3, groups) else 2
+    return hold_outs(1, share, y, "class", groups, options.seed, n_left=n_left)[0]
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -105,16 +119,17 @@ def _load(path: str) -> Any:
     return model
 
 
-def _check_test_size(y: np.ndarray, options: argparse.Namespace) -> None:
+def _check_test_size(y: np.ndarray, groups: np.ndarray | None, options: argparse.Namespace) -> None:
     """Refuse, in words of the command line, what can't be split into two parts of all classes."""
     share, n_classes = options.test_size, len(np.unique(y))
-    if rare := name_rare_classes(y, 2):
+    if rare := name_rare_classes(y, 2, groups):
+        units, more = ("", "Add images") if groups is None else (" groups", "Pass smaller --groups")
         raise ValueError(
-            f"{options.folder!r}: {rare}, but --test-size {share:g} needs 2 of each class, to "
-            "train on and to score on. Add images, or pass --test-size 0 to hold out none."
+            f"{options.folder!r}: {rare}, but --test-size {share:g} needs 2{units} of each class, "
+            f"to train on and to score on. {more}, or pass --test-size 0 to hold out none."
         )
     n_test = math.ceil(share * len(y))
-    if n_classes > min(n_test, len(y) - n_test):
+    if groups is None and n_classes > min(n_test, len(y) - n_test):
         raise ValueError(
             f"{options.folder!r}: --test-size {share:g} trains on {len(y) - n_test} images and "
             f"holds out {n_test}, but both parts need an image of each of the {n_classes} classes. "
