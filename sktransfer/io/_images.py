@@ -143,7 +143,7 @@ class ImageSequence:
         numbers = self._rows[list(rows)]
         is_run = bool((np.diff(numbers) == 1).all())
         pixels = items[numbers[0] : numbers[-1] + 1] if is_run else items[numbers]
-        if not pixels.flags.writeable:  # torch would warn
+        if not pixels.flags.writeable or min(pixels.strides) < 0:  # torch would warn, or refuse it
             pixels = pixels.copy()
         for row, digest in zip(rows, digests or (), strict=False):
             if digest is not None and self.open(row).digest != digest:
