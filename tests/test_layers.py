@@ -31,6 +31,8 @@ from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._training.heads import make_head, solve_head
 from sktransfer._training.whole import whole_of_trainer
 from sktransfer.io import check_images
+from sktransfer.models import Backbone
+from sktransfer.transforms import Preprocessing
 
 
 def extractor(network=None, **options):
@@ -540,14 +542,17 @@ def symmetries(images, n):
     "augment, n_views, n", [("flip", None, 2), ("dihedral", 4, 4), ("dihedral", None, 8)]
 )
 def test_a_row_is_the_mean_over_views(augment, n_views, n, tmp_path):
+    # Nothing is cropped: the views are those of the images, too.
+    network = Backbone(small(), Preprocessing(size=(32, 32), resize=(32, 32)))
     options = {"layer": "all", "pooling": ("avg", "max"), "memory": tmp_path}
+    options["network"] = network
     model = extractor(**options, augment=augment, n_views=n_views)
     rows = model.transform(pictures(6))
     each = [extractor(**options).transform(view) for view in symmetries(pictures(6), n)]
     np.testing.assert_allclose(rows, np.mean(each, axis=0), atol=1e-5)
     assert model.get_feature_names_out().tolist() == [*extractor(**options).get_feature_names_out()]
     # In the memory each view is an entry of its own: other choices of layers run nothing.
-    one = extractor(memory=tmp_path, layer=1, augment="flip")
+    one = extractor(network, memory=tmp_path, layer=1, augment="flip")
     embedding = embedding_of(one)
     embedding(check_images(pictures(6)))
     assert embedding.n_computed == 0
