@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,8 +29,7 @@ def check(options: argparse.Namespace) -> None:
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:
-            flag = "-k" if name == "k" else option(name)
-            raise ValueError(f"{flag} must be at least {smallest}, got {value}.")
+            raise ValueError(f"{option(name)} must be at least {smallest}, got {value}.")
     share = getattr(options, "test_size", None)
     if share is not None and not 0 <= share < 1:
         raise ValueError(
@@ -42,7 +42,7 @@ def check(options: argparse.Namespace) -> None:
 
 def option(parameter: str) -> str:
     """Return the option of a parameter's name."""
-    return "--" + parameter.replace("_", "-")
+    return "-k" if parameter == "k" else "--" + parameter.replace("_", "-")
 
 
 def announcement(options: argparse.Namespace) -> str:
@@ -58,10 +58,11 @@ def announcement(options: argparse.Namespace) -> str:
         else "classifiers on frozen features"
     )
     seconds = _seconds(n_images, networks, len(depths), options)
-    return (
+    said = (
         f"comparing {what}: {_counted(n_images, 'image')}, {', '.join(map(printable, networks))}, "
         f"{_counted(options.splits, 'split')}; about {_in_words(seconds)}, without a GPU"
     )
+    return textwrap.fill(said, 80, break_on_hyphens=False)
 
 
 def _counted(n: int, what: str) -> str:

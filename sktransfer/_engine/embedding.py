@@ -13,7 +13,7 @@ import torch
 from sktransfer._bars import tqdm
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.layers import columns_of, free_rows
-from sktransfer._engine.program import ACTIVATION, Output, Program
+from sktransfer._engine.program import ACTIVATION, Block, Output, Program
 from sktransfer._engine.results import Names
 from sktransfer._engine.runner import Runner
 from sktransfer._engine.stream import Images, Stream
@@ -188,7 +188,7 @@ class Embedding(Rows):
         block = self._images.block(rows, digests)
         if block is None:
             return super()._load_several(rows, digests)
-        return list(self.preprocessing.fit_size(block))
+        return list(Block(self.preprocessing.fit_size(block)).split())
 
 
 class MeanEmbedding(Rows):
