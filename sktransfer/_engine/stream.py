@@ -89,6 +89,8 @@ class Stream(ABC):
     ----------
     n_computed : int
         Images that ran through the network.
+    shared_bar : object with `update(n)` or None
+        As given by `progress`.
     """
 
     unit = "image"  # of the bar
@@ -106,7 +108,7 @@ class Stream(ABC):
     ) -> None:
         self.runner, self.memory = runner, memory
         self.batch_size, self.verbose = runner.batch_size(batch_size, image_size), verbose
-        self._shared_bar = progress
+        self.shared_bar = progress
         self.step = runner.step(batch_size, image_size)  # fewer once the memory did not suffice
         self.in_threads = False  # whether images run by themselves, in the threads that load them
         self.n_threads = n_threads(n_jobs)
@@ -161,9 +163,9 @@ class Stream(ABC):
         self._tell_size()
         self._threads = one_core_threads(self.n_threads)
         self._writer = ThreadPoolExecutor(1)
-        silent = not self.verbose
+        silent = not self.verbose or self.shared_bar is not None
         bar = tqdm(total=len(images), unit=self.unit, desc=self.runner.name, disable=silent)
-        self._progress = self._shared_bar or bar
+        self._progress = self.shared_bar or bar
         filling = threading.Lock()
         parts = filling, self._threads, self._writer, self._owner
         cleaner = threading.Thread(target=self._clean_up, args=parts, daemon=True)
