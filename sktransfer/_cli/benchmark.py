@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC, LinearSVC
 
 from sktransfer._bars import tqdm
+from sktransfer._cli.results import METRICS, Best, Cost, Report, Result, best_of
 from sktransfer._cli.tasks import Task, load_elpv, load_folder, read_elpv
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.pretrained import (
@@ -42,88 +42,13 @@ from sktransfer.model_selection._comparison import (
 )
 
 __all__ = [
-    "Best",
-    "Cost",
-    "METRICS",
-    "Report",
-    "Result",
     "Task",
-    "best_of",
     "classifiers",
     "compare",
     "load_elpv",
     "load_folder",
     "read_elpv",
 ]
-
-METRICS = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
-
-
-@dataclass
-class Result:
-    """One classifier on one representation under one convention, over all splits."""
-
-    convention: str
-    backbone: str
-    classifier: str
-    scores: dict[str, np.ndarray]  # metric: one value a split
-    fit_seconds: np.ndarray  # one value a split, tuning included
-    y_true: list[np.ndarray] = field(repr=False)  # of the test images of each split
-    y_pred: list[np.ndarray] = field(repr=False)
-    y_score: list[np.ndarray] = field(repr=False)  # (n,) for two classes, else (n, n_classes)
-    classes: np.ndarray = field(repr=False)
-    tests: list[np.ndarray] = field(repr=False)  # numbers of the test images of each split
-    positive: Any = None  # of two classes, the one that F1 and ROC are about
-    depth: Any = None  # of a fine-tuned network, `unfreeze`
-    n_trained: int | None = None  # its trained parameters
-
-
-@dataclass
-class Cost:
-    """What embedding all images cost, and what it costs again with a memory."""
-
-    backbone: str
-    n_images: int
-    n_computed: int  # fewer than n_images if the memory knew some
-    n_features: int
-    seconds: float
-    second_seconds: float
-
-
-@dataclass
-class Report:
-    """All that a comparison found."""
-
-    task: Task
-    results: list[Result]
-    costs: list[Cost]
-    n_splits: int
-    best: Best | None = None  # if it was asked for
-
-    @property
-    def conventions(self) -> list[str]:
-        return list(dict.fromkeys(result.convention for result in self.results))
-
-    def of(self, convention: str) -> list[Result]:
-        """Return the results under a convention."""
-        return [result for result in self.results if result.convention == convention]
-
-    def published(self, convention: str) -> list[dict[str, Any]]:
-        """Return what others published under a convention."""
-        return [each for each in self.task.published if each["convention"] == convention]
-
-    def counts(self, convention: str) -> dict[str, int]:
-        """Return the images of each class."""
-        labels, counts = np.unique(self.task.targets[convention], return_counts=True)
-        return dict(zip(map(str, labels), counts.tolist(), strict=True))
-
-
-@dataclass
-class Best:
-    """The most accurate classifier of a network, fitted on all images under one convention."""
-
-    result: Result
-    model: Any = field(repr=False)
 
 
 # ------------------------------------------------------------------------------ classifiers
@@ -319,11 +244,6 @@ def _embed(
         str(extractor.backbone), len(images), n_computed, X.shape[1], seconds, second_seconds
     )
     return {k: (rows if e is most else e.transform(images), e) for k, e in extractors.items()}, cost
-
-
-def best_of(results: Sequence[Result]) -> Result:
-    """Return the most accurate; the first of several."""
-    return max(results, key=lambda result: result.scores["accuracy"].mean())
 
 
 def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Result]) -> Best:

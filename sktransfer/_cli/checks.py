@@ -28,8 +28,7 @@ def check(options: argparse.Namespace) -> None:
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:
-            flag = "-k" if name == "k" else option(name)
-            raise ValueError(f"{flag} must be at least {smallest}, got {value}.")
+            raise ValueError(f"{option(name)} must be at least {smallest}, got {value}.")
     share = getattr(options, "test_size", None)
     if share is not None and not 0 <= share < 1:
         raise ValueError(
@@ -42,7 +41,7 @@ def check(options: argparse.Namespace) -> None:
 
 def option(parameter: str) -> str:
     """Return the option of a parameter's name."""
-    return "--" + parameter.replace("_", "-")
+    return "-k" if parameter == "k" else "--" + parameter.replace("_", "-")
 
 
 def announcement(options: argparse.Namespace) -> str:

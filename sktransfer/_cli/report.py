@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sktransfer._cli.benchmark import METRICS, Report, Result
 from sktransfer._cli.page import page
+from sktransfer._cli.results import METRICS, Report, Result
 from sktransfer._cli.tables import as_table
 from sktransfer._escaping import csv_cell
 

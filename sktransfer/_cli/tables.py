@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -262,3 +263,45 @@ def _confusion(classes: Sequence[Any], counts: np.ndarray) -> str:
         "images": [n for n, *_ in first],
     }
     return f"what was taken for what, the commonest first:\n\n{as_table(columns)}" if first else ""
+
+
+# ------------------------------------------------------------------------------ what is printed
+
+
+def show(
+    options: argparse.Namespace,
+    document: dict[str, Any],
+    text: str,
+    skipped: dict[str, str] | None = None,
+) -> None:
+    """Print the text or, for a program, the document; and what was skipped, and why."""
+    if skipped is not None and options.skip_unreadable:
+        document["skipped"] = records(_reasons(skipped))
+    if skipped:
+        text += f"\n\nskipped, as they can't be read:\n\n{as_table(_reasons(skipped))}"
+    print(as_json(document) if options.json else text)
+
+
+def show_columns(
+    options: argparse.Namespace, columns: dict[str, Any], what: str, skipped: dict[str, str]
+) -> None:
+    """Print a table, for a program as a list of its rows."""
+    if options.json:
+        show(options, {what: records(columns)}, "", skipped)
+        return
+    probabilities = [name for name in columns if name.startswith("probability")]
+    columns |= {name: _four_digits(columns[name]) for name in probabilities}
+    if options.csv:
+        if options.skip_unreadable:
+            columns = with_skipped(columns, skipped)
+        print_csv(columns)
+    else:
+        show(options, {}, as_table(columns), skipped)
+
+
+def _reasons(skipped: dict[str, str]) -> dict[str, list[str]]:
+    return {"path": [*skipped], "reason": [*skipped.values()]}
+
+
+def _four_digits(values: Sequence[float]) -> list[str]:
+    return [f"{value:.4f}" for value in values]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sktransfer._escaping import escape
-from sktransfer.io import find_unreadable, load_image_folder
+from sktransfer.io import find_unreadable, list_images, load_image_folder
 from sktransfer.model_selection._comparison import name_rare_classes
 
 
@@ -156,3 +158,10 @@ def readable(
         file, reason = next(iter(skipped.items()))
         raise ValueError(f"No image of {len(files)} can be read. The first, {file!r}: {reason}")
     return kept, skipped
+
+
+def files_of(given: Iterable[str]) -> list[str]:
+    """Return files, with folders replaced by the images in them."""
+    return [
+        file for item in given for file in (list_images(item) if os.path.isdir(item) else [item])
+    ]
