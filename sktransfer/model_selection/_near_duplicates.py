@@ -23,10 +23,12 @@ _OF_TURNED = 3  # more by pictures that are turned or mirrored
 _TURNED = 0.02  # cosine distance of the coarse pictures that makes them candidates
 _UNRELATED = 10  # rank of the neighbour that is taken for another image
 _CLOSEST = 0.01  # the share of images whose unrelated neighbours are the closest ones
-_MARGIN = 4  # by which duplicates are nearer than those
+_MARGINS = 12, 4  # times as near as those are duplicates: by pictures, by embeddings
 _SAMPLE = 1000  # images whose unrelated neighbours are looked at
+_UNLIKE = 0.2  # by how much two pictures differ that can't be one, whatever their embeddings
 _FEW = 20  # images, whose distances say nothing
-_LIMITS = (0.002, 0.01, 0.05)  # least, of few images, and most: for pictures and embeddings alike
+_OF_PICTURES = (0.002, 0.01, 0.05)  # the least limit, that of few images, and the most
+_OF_EMBEDDINGS = (0.001, 0.005, 0.01)
 
 
 @dataclass
@@ -107,15 +109,17 @@ def suggest_groups(
        stretched and changed in brightness and contrast until they agree best. So a file that was
        saved again, a mirror image and a crop of a few per cent are found. What is left is a share
        of the picture's variance.
-    3. Their embeddings nearly agree, by the cosine.
+    3. Their embeddings nearly agree, by the cosine, and their pictures differ by less than a fifth:
+       what has no texture, such as sky, is almost the same to a network.
 
     How near is near is taken from the data. The tenth nearest neighbour of an image is taken for
     another image, as few images have ten copies. The hundredth part of the images with the closest
-    such neighbours says how alike different images of these data may look; copies must agree four
-    times better. The limit lies between 0.002, which the eye does not see, and 0.05; for fewer than
-    20 images it is 0.01. So solar cells or cells under a microscope, which all look alike, are not
-    put together. If more than a hundredth of the images have more than ten copies, the limit is too
-    strict, and only the most similar copies are found.
+    such neighbours says how alike different images of these data may look. Copies must agree
+    better: twelve times as pictures, four times as embeddings. The limit lies between 0.002, which
+    the eye does not see, and 0.05 for pictures, 0.001 and 0.01 for embeddings; for fewer than 20
+    images it is 0.01 and 0.005. So solar cells, or cells under a microscope, which look alike, are
+    not put together. If more than a hundredth of the images have more than ten copies, the limit
+    is too strict, and only the most similar copies are found.
 
     Of more than 100,000 images, an index of faiss looks for neighbours, if it is installed.
 
@@ -183,12 +187,20 @@ def _near(
     """Return pairs, distances, kinds and limits, of images no two of which are equal."""
     n = len(small)
     if n < 2:
-        return np.zeros((0, 2), int), np.zeros(0), np.zeros(0, int), (_LIMITS[1], _LIMITS[1])
+        return (
+            np.zeros((0, 2), int),
+            np.zeros(0),
+            np.zeros(0, int),
+            (_OF_PICTURES[1], _OF_EMBEDDINGS[1]),
+        )
     of_embeddings, by_embedding = nearest(embeddings, None, min(_UNRELATED, n - 1))
     pairs, of_pictures, limit_of_pictures = _same_pictures(small, by_embedding)
-    limit = _limit(of_embeddings[:, -1], n)
+    limit = _limit(of_embeddings[:, -1], n, _MARGINS[1], _OF_EMBEDDINGS)
     rows, columns = np.nonzero(of_embeddings < limit)
     alike = np.stack([rows, by_embedding[rows, columns]], axis=1)
+    # What has no texture, such as sky, is the same to a network.
+    is_like = differences(small, alike) < _UNLIKE
+    rows, columns, alike = rows[is_like], columns[is_like], alike[is_like]
     all_pairs, firsts = _unique(np.concatenate([pairs, alike]), n)
     distances = np.concatenate([of_pictures, of_embeddings[rows, columns]])
     kinds = np.repeat([PICTURE, EMBEDDING], [len(pairs), len(alike)])
@@ -212,16 +224,18 @@ def _same_pictures(
         distances, by_turned = nearest(flat, queries, min(_OF_TURNED, n))
         candidates.append(_with_neighbors(by_turned)[distances.ravel() < _TURNED])
     pairs = _unique(np.concatenate(candidates), n)[0]
-    found, limit = differences(small, pairs), _limit(unrelated, n)
+    found, limit = differences(small, pairs), _limit(unrelated, n, _MARGINS[0], _OF_PICTURES)
     return pairs[found < limit], found[found < limit], limit
 
 
-def _limit(unrelated: np.ndarray, n: int) -> float:
+def _limit(
+    unrelated: np.ndarray, n: int, margin: float, bounds: tuple[float, float, float]
+) -> float:
     """Return below which distance two of n images are taken for one, by those of other images."""
-    least, of_few, most = _LIMITS
+    least, of_few, most = bounds
     if n < _FEW:
         return of_few
-    return float(np.clip(np.quantile(unrelated, _CLOSEST) / _MARGIN, least, most))
+    return float(np.clip(np.quantile(unrelated, _CLOSEST) / margin, least, most))
 
 
 def _with_neighbors(neighbors: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
