@@ -256,7 +256,7 @@ def test_names_in_pages_tables_and_csv(names, tmp_path, capsys, memory):
     assert main(["audit", str(names), "--output", str(tmp_path / "out"), *common]) == 0
     text = capsys.readouterr().out
     assert "duplicate across classes" in text
-    assert max(map(len, text.splitlines()[:-3])) <= 80
+    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
     page = (tmp_path / "out" / "audit.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "<b>x" not in page
     assert "http" not in page.replace("http-equiv", "")

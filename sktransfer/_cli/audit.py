@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -65,18 +66,16 @@ def _files_and_labels(folder: str) -> tuple[list[str], list[str] | None]:
 
 
 def _as_text(table: Any, counts: Counter, n: int, all_are_written: bool) -> str:
-    """Return how many findings of each kind there are, and the first, in 80 columns."""
+    """Return how many findings of each kind there are, and the first; only paths may be long."""
     if not len(table):
         return f"{n:,} images: nothing was found"
     lines = [f"{n:,} images, {len(table):,} findings", ""]
     lines += [as_table({"finding": [*counts], "images": [*map(str, counts.values())]}), ""]
     first = table.head(_SHOWN)
-    reasons = [
-        reason + ("" if other is None else f" Other: {other}")
-        for reason, other in zip(first["reason"], first["other_path"], strict=True)
-    ]
-    columns = {"path": first["path"].tolist(), "finding": first["kind"].tolist()}
-    lines.append(as_table(columns | {"why": reasons}))
+    for one in first.itertuples():
+        lines.append(escape(f"{one.kind}: {one.path}"))
+        lines += [] if one.other_path is None else [escape(f"  and {one.other_path}")]
+        lines += textwrap.wrap(escape(one.reason), 76, initial_indent="  ", subsequent_indent="  ")
     if more := len(table) - len(first):
         where = "are written as well" if all_are_written else "are in --output DIR, or --json"
         lines.append(f"and {more:,} more, which {where}")

@@ -37,7 +37,7 @@ h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; } h3 { font-size: 1rem; margin: 1.
             margin: .4rem 0 .6rem; }
 .headline em { font-style: normal; color: var(--best); }
 p.note, figcaption, td small { color: var(--soft); font-size: .88rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } a { color: var(--best); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
          white-space: nowrap; }

@@ -103,7 +103,7 @@ class AuditDisplay:
         ]
         for lines, row, label in zip(titles, others, first["other_label"], strict=True):
             if row is None and label is not None:
-                lines[1] += f", or {text_of(label)}?"
+                lines[0] += f": {text_of(label)}?"
         other_titles = [
             [] if row is None else ["copy of", _name(row, label)]
             for row, label in zip(others, first["other_label"], strict=True)
