@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from scipy.linalg import svd
+from scipy.stats import mode
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.model_selection import LeaveOneGroupOut, check_cv, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -19,6 +20,7 @@ from sklearn.utils import check_array, check_consistent_length, check_X_y, colum
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight
 
+from sktransfer._neighbors import nearest
 from sktransfer._splits import Folds, check_groups
 from sktransfer.io._coco import coco_scores
 
@@ -346,10 +348,10 @@ def knn_score(
     1.0
     """
     X, y = check_X_y(X, y, dtype=[np.float64, np.float32], ensure_min_samples=2)
-    _check_labels(y)
-    model = KNeighborsClassifier(n_neighbors=n_neighbors, metric=metric)
+    classes = _check_labels(y)
     groups = check_groups(groups, len(X))
     if cv is not None or groups is not None:
+        model = KNeighborsClassifier(n_neighbors=n_neighbors, metric=metric)
         splitter = LeaveOneGroupOut() if cv is None else cv
         if groups is not None and isinstance(cv, Integral):
             splitter = Folds(int(cv))
@@ -361,7 +363,8 @@ def knn_score(
         raise ValueError(
             f"n_neighbors={n_neighbors}, but an image has only {len(X) - 1} others: pass fewer."
         )
-    return float(model.fit(X, y).score(None, y))
+    _, indices = nearest(X, None, n_neighbors, metric=metric)
+    return float((mode(classes[indices], axis=1).mode == classes).mean())
 
 
 def _check_probabilities(values: np.ndarray, name: str) -> None:

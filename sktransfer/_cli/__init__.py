@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sktransfer", description="Reuse pretrained networks on your own images.")
     parser.add_argument("--version", action="version", version=f"sktransfer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _cache):
+    for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _audit, _similar, _cache):
         add(commands.add_parser)
     return parser
 
@@ -310,6 +310,50 @@ examples:
     add_groups(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the splits (default 0)")
     add_json(parser)
+    add_running(parser)
+
+
+def _audit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "audit",
+        help="what is wrong with these images: copies, labels, damage?",
+        description=(
+            "List what should be looked at before a model is trained: damaged images, copies "
+            "within a class, across classes and across a split, labels that may be wrong, images "
+            "that are blank, dark, bright, blurred, tiny, of an odd shape or unlike all others, "
+            "and classes that are too small. Damaged images are listed; no option skips them."
+        ),
+        epilog="""
+examples:
+  sktransfer audit photos/                              the first findings, as text
+  sktransfer audit photos/ -o audit/ --memory cache/    all, as a page with images and as CSV
+  sktransfer audit train/ --test test/                  copies across the split as well
+""",
+        formatter_class=_FORMATTER,
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help=f"with images, or {_CLASSES}")
+    add("--test", metavar="FOLDER", help="the test part of a split, a folder of the same kind")
+    add_output(parser, "DIR", "write audit.html, with images, and findings.csv there")
+    add_network(parser)
+    add("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")
+    add_json(parser)
+    add_running(parser)
+
+
+def _similar(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "similar",
+        help="which images of a folder are most like these?",
+        description="Print the images of a folder whose embeddings are nearest to those of others.",
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="with the images that are searched, or subfolders of them")
+    add("files", nargs="+", metavar="QUERY", help="images, or folders of them, to look for")
+    add("-k", type=int, default=5, help="images for each query (default 5)")
+    add("--html", metavar="FILE.html", help="write a page with the images there")
+    add_network(parser)
+    add_csv_or_json(parser)
     add_running(parser)
 
 

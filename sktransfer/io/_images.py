@@ -128,6 +128,14 @@ class ImageSequence:
                 raise ValueError(f"{image.where}: the file changed while it was read; run again.")
             return image.decode(use)
 
+    def examine(self, i: int, use: Callable[[torch.Tensor], Any]) -> tuple[Any, str]:
+        """Return what `use` makes of the pixels of row `i`, and the damage, if any.
+
+        A `ValueError` says why an image can't be decoded at all. Thread-safe.
+        """
+        with reading_turn(self._items[self._rows[i]]):
+            return self.open(i).examine(use)
+
     def block(
         self, rows: Sequence[int], digests: Sequence[bytes | None] | None = None
     ) -> torch.Tensor | None:
