@@ -266,9 +266,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="(default: all parts)")
     parser.add_argument("--memory", help="folder that keeps the rows")
+    parser.add_argument("--images", type=int, default=300, help="of `time`")
+    parser.add_argument("--repeats", type=int, default=7, help="of `time`")
     options = parser.parse_args()
     for part in options.part or PARTS:
-        PARTS[part](**({} if part == "time" else {"memory": options.memory}))
+        if part == "time":
+            time(options.images, options.repeats)
+        else:
+            PARTS[part](memory=options.memory)
 
 
 if __name__ == "__main__":
