@@ -39,7 +39,7 @@ html_theme_options = {
     "pygments_light_style": "tango",
     "pygments_dark_style": "monokai",
 }
-_PAGES = ("guide", "scale_out", "security", "contributing")  # without pages below
+_PAGES = ("guide", "results", "results/*", "scale_out", "security", "contributing")  # wide ones
 html_sidebars = {page: [] for page in _PAGES}
 html_show_sourcelink = False
 myst_enable_extensions = ["colon_fence"]
