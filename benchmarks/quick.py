@@ -34,7 +34,7 @@ class Quick(NamedTuple):
 
 
 QUICK = {
-    "all_layers.py": Quick("--part time --images 8 --repeats 1"),
+    "all_layers.py": Quick("--part time --runtimes torch --images 8 --repeats 1"),
     "batch_size.py": Quick("--networks mobilenet_v3_large --sizes 1 4"),
     "busy_machine.py": Quick("--rows 60x64x3 --images 4 --repeats 1"),
     "cold_start.py": Quick("--part gain --backbones efficientnet_lite0 --repeats 1"),
