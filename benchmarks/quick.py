@@ -39,13 +39,13 @@ QUICK = {
     "busy_machine.py": Quick("--rows 60x64x3 --images 4 --repeats 1"),
     "cold_start.py": Quick("--part gain --backbones efficientnet_lite0 --repeats 1"),
     "contrastive.py": Quick(
-        "--start imagenet --image-size 32 --unfreeze 1 --epochs 1 --every 8 --draws 2 --labels 25"
+        "--start imagenet --image-size 32 --unfreeze 1 --epochs 1 --every 16 --draws 2 --labels 25"
     ),
     "costs.py": Quick(
         "--images 32 --size 64 --backbones efficientnet_lite0 --numbers 16 32 --calls 2 --repeats 1"
     ),
     "depth_auto.py": Quick("--sizes 50 --splits 1 --epochs 1 --image-size 64 --every 8"),
-    "depthwise.py": Quick("--image-sizes 32 --depths 1 --repeats 1"),
+    "depthwise.py": Quick("--image-sizes 32 --depths 2 --repeats 1"),
     "detector.py": Quick("--parts new --train 8 --test 4 --epochs 1"),
     "elpv.py": Quick("efficientnet_lite0 --whole 0 --every 16 --splits 1"),
     "elpv_fine_tuning.py": Quick(
