@@ -1,9 +1,9 @@
 """Run a quick form of every benchmark: does each still run?
 
 Each script runs in a process and an empty folder of its own, with its smallest sizes, so what it
-prints is no result. Its name, its seconds and its exit code are printed, and of one that fails the
-end of what it said. What needs a GPU, or a library that is not installed, is named and left out.
-The exit code is 1 if a script failed.
+prints is no result: it has one thread, unless OMP_NUM_THREADS says otherwise. Its name, its seconds
+and its exit code are printed, and of one that fails the end of what it said. What needs a GPU, or a
+library that is not installed, is named and left out. The exit code is 1 if a script failed.
 
     python benchmarks/quick.py                        all of them
     python benchmarks/quick.py elpv.py recipe.py      these alone
@@ -119,7 +119,7 @@ def _is_here(need: str) -> bool:
 
 def run(script: Path, arguments: Sequence[str], seconds: float) -> tuple[int, str]:
     """Run a script in an empty folder; return exit code (124: it was ended) and output."""
-    environ = dict(os.environ, PYTHON=sys.executable)
+    environ = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHON": sys.executable}
     environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")])
     )
