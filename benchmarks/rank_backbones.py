@@ -76,6 +76,7 @@ def main() -> None:
             y,
             networks,
             scoring=SCORES,
+            pairs=False,
             cv=options.cv,
             image_size=options.image_size,
             memory=memory,

@@ -25,6 +25,7 @@ from sktransfer._memory.memory import ImageMemory
 from sktransfer._threads import n_threads, one_core_threads
 
 _LOOKUP = 64  # images looked up, and claimed, at once
+_TASKS = 8  # that load a batch, on a GPU: each takes Python's lock from the others
 _T = TypeVar("_T")
 
 
@@ -307,7 +308,10 @@ class Stream(ABC):
             for row, digest in pairs:
                 yield self._threads.submit(self._load_and_run, row, digest)
             return
-        size = max(1, min(self.batch_size, len(self._images)) // (2 * self.n_threads))
+        # Few tasks for a batch, but for few images as many as there are threads.
+        n_tasks = 2 * self.n_threads
+        size = min(self.batch_size // min(_TASKS, n_tasks), len(self._images) // n_tasks)
+        size = max(1, size)
         for start in range(0, len(pairs), size):
             part = list(zip(*pairs[start : start + size], strict=True))
             task = self._threads.submit(self._load_several, *part)

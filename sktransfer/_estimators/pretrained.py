@@ -156,7 +156,8 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
 
     Layers differ in scale, often tenfold. Pass `normalize=True`, or put a `StandardScaler` behind
     several of them, which learns the scales of all features from the training part. In most
-    comparisons of docs/results.md the first is the better of the two for a support vector machine.
+    comparisons of docs/results/features.md the first is the better of the two for a support
+    vector machine.
 
     References
     ----------
@@ -329,7 +330,7 @@ def make_classifier(
     """Make a pipeline of the features of all layers of a network, and a classifier.
 
     It is the best of what was compared on few images, and among the best on hundreds: see "The
-    recipe" in docs/results.md.
+    recipe" in docs/results/features.md.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from sktransfer._threads import WithoutWarnings, small_solve
 from sktransfer.models._modules import copy_of
 
 # Inverse regularisation of the logistic head, on embeddings of mean variance 1: alone, and as the
-# start of training, where one that is sure of itself costs log-loss; tables in docs/results.md.
+# start of training, where one that is sure of itself costs log-loss (docs/results/fine_tuning.md).
 _C = 0.03
 _C_START = 0.003
 _ALPHA = 10.0  # and of ridge regression
