@@ -164,7 +164,7 @@ os.system posix.system subprocess.Popen builtins.eval builtins.exec builtins.get
 builtins.open builtins.map builtins.str builtins.list builtins.dict numpy.ndarray numpy.load
 numpy.exp sktransfer._cli.report.prepare sktransfer._optional.import_module
 sktransfer._optional.load_optional sktransfer.io._decoding._guarded
-sktransfer._cli.commands.Memory sktransfer._cli.main sktransfer.io.os
+sktransfer._cli.cache.Memory sktransfer._cli.main sktransfer.io.os
 sktransfer.models._weights.pickle sktransfer._memory.memory.check_memory
 sktransfer._memory.store.open_store sktransfer._estimators.fine_tuning.FineTunedClassifier
 sktransfer._training.plan.Plan sktransfer.models.Backbone sktransfer.models.register_model

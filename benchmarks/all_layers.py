@@ -48,7 +48,7 @@ def _build(options: dict, n: int) -> Built:
     return Built(partial(extractor.transform, files), {})
 
 
-def time(n: int = 300, repeats: int = 7, runtimes: Sequence[str] = ("openvino", "torch")) -> None:
+def time(n: int, repeats: int, runtimes: Sequence[str]) -> None:
     """Print the seconds by the layers taken, the sides in turns."""
     print(environment("openvino"), "\n")
     for runtime in runtimes:
@@ -266,9 +266,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="(default: all parts)")
     parser.add_argument("--memory", help="folder that keeps the rows")
+    parser.add_argument("--images", type=int, default=300, help="of `time`")
+    parser.add_argument("--repeats", type=int, default=7, help="of `time`")
+    parser.add_argument("--runtimes", nargs="+", default=["openvino", "torch"], help="of `time`")
     options = parser.parse_args()
     for part in options.part or PARTS:
-        PARTS[part](**({} if part == "time" else {"memory": options.memory}))
+        if part == "time":
+            time(options.images, options.repeats, options.runtimes)
+        else:
+            PARTS[part](memory=options.memory)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def pretrain(args: argparse.Namespace, backbone: str, images: np.ndarray, seed: 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each draw and number of labels."""
     task = load_elpv()
-    images, kinds = np.array(task.images)[:: args.every], task.groups[:: args.every]
+    images, kinds = np.array(task.images)[:: args.every], task.strata[:: args.every]
     label = task.targets["defective: p > 0.5"][:: args.every]
     y, strata = (label == "defective").astype(int), np.char.add(np.char.add(label, "/"), kinds)
     backbone = without_crop(args.backbone, args.image_size)

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--memory", help="by default, a temporary folder")
     options = parser.parse_args()
     task = load_elpv()
-    X, kinds = np.array(task.images)[:: options.every], task.groups[:: options.every]
+    X, kinds = np.array(task.images)[:: options.every], task.strata[:: options.every]
     y = task.targets["defective: p > 0.5"][:: options.every]
     strata = np.char.add(np.char.add(y, "/"), kinds)
     splitter = StratifiedShuffleSplit(options.splits, test_size=0.25, random_state=0)

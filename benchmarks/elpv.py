@@ -22,14 +22,14 @@ ALL = {"layer": "all", "pooling": ("avg", "max")}
 
 def contiguous(task: _benchmark.Task, backbone: str, memory: str | None) -> list[dict[str, str]]:
     """Score on four contiguous quarters, by the last layer and by all layers."""
-    y, splits, rows = task.targets[CONVENTION], list(quarters(task.groups)), []
+    y, splits, rows = task.targets[CONVENTION], list(quarters(task.strata)), []
     for layers, options in {"last": {}, "all": ALL}.items():
         extractor = PretrainedFeatureExtractor(backbone, normalize=True, memory=memory, **options)
         X = extractor.transform(task.images)
         models = _benchmark.classifiers(len(y))
         for name in models if layers == "last" else ("logistic regression", "RBF SVM"):
             with tqdm(disable=True) as progress:
-                found = _benchmark._score(models[name], X, y, splits, task.positive, progress)
+                found = _benchmark._score(models[name], X, y, splits, task, progress)
             row = {"backbone": backbone, "layers": layers, "classifier": name}
             for metric in ("accuracy", "roc_auc"):
                 values = found["scores"][metric]
@@ -38,11 +38,19 @@ def contiguous(task: _benchmark.Task, backbone: str, memory: str | None) -> list
     return rows
 
 
+def _thin_out(task: _benchmark.Task, every: int) -> None:
+    """Keep every so manieth image only."""
+    task.images, task.strata = task.images[::every], task.strata[::every]
+    task.targets = {name: labels[::every] for name, labels in task.targets.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backbones", nargs="*", default=[f"efficientnet_lite{i}" for i in range(3)])
     parser.add_argument("--whole", type=int, default=224, help="size of whole cells; 0 for none")
     parser.add_argument("--memory", help="folder that keeps embeddings")
+    parser.add_argument("--every", type=int, default=1, help="take every so manieth image only")
+    parser.add_argument("--splits", type=int, default=5)
     args = parser.parse_args()
     backbones = list(args.backbones)
     if args.whole:
@@ -52,7 +60,9 @@ def main() -> None:
     names = {0: "0", 1: "1/3", 2: "2/3", 3: "1"}
     fourths = np.rint(3 * _benchmark.read_elpv()[1]).astype(int)
     task.targets["the four probabilities"] = np.array([names[number] for number in fourths])
-    print(_report.as_text(_benchmark.compare(task, backbones, memory=args.memory, verbose=1)))
+    _thin_out(task, args.every)
+    options = {"n_splits": args.splits, "memory": args.memory, "verbose": 1}
+    print(_report.as_text(_benchmark.compare(task, backbones, **options)))
     print(f"\nContiguous quarters of the list, {CONVENTION}\n")
     for backbone in backbones:
         say(backbone)

@@ -117,7 +117,7 @@ def main() -> None:
     )
     print(model, flush=True)
     task = load_elpv()
-    X, kinds = np.array(task.images)[:: args.every], task.groups[:: args.every]
+    X, kinds = np.array(task.images)[:: args.every], task.strata[:: args.every]
     with tempfile.TemporaryDirectory() as folder:
         model.set_params(memory=args.memory or folder)
         for convention in args.conventions:

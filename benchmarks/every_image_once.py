@@ -5,6 +5,7 @@ through it to a file. 5-fold searches over 6 candidates, on ELPV solar cells; th
 memory, over the freezing depth, which runs every image once more for the activations that it keeps.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -47,7 +48,10 @@ class Counted(nn.Module):
         return self.network(count(x))
 
 
-def main(n_images: int = 200) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=200)
+    n_images = parser.parse_args().images
     import every_image_once as module  # so that worker processes find the class by this name
 
     plain = get_model("efficientnet_lite0")

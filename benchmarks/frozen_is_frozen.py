@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sktransfer import FineTunedClassifier, get_model
 from sktransfer._engine.runner import get_runner
-from sktransfer.models import _registry
+from sktransfer.models import Backbone, _registry
 
 SIZES = (64, 96, 128, 224)  # the first that the network takes
 
@@ -56,12 +56,11 @@ def digests(network: nn.Module) -> dict[str, str]:
     }
 
 
-def fit(name: str, unfreeze: int) -> FineTunedClassifier:
+def fit(backbone: Backbone, unfreeze: int) -> FineTunedClassifier:
     X = np.random.RandomState(0).randint(0, 256, (8, 64, 64, 3), np.uint8)
     for size in SIZES:
         model = FineTunedClassifier(
-            name,
-            weights=None,
+            backbone,
             unfreeze=unfreeze,
             head_epochs=0,
             max_epochs=1,
@@ -85,7 +84,7 @@ def check(name: str) -> tuple[str, bool]:
     before = digests(backbone.network)
     found, right = [], True
     for unfreeze in sorted({1, n_blocks // 2, n_blocks - 1}):
-        model = fit(name, unfreeze)
+        model = fit(backbone, unfreeze)
         size = model.image_size
         segments = [runner.segment(i, (size, size)) for i in range(n_blocks - unfreeze)]
         frozen = {key for segment in segments for key in segment.state_dict()} & before.keys()

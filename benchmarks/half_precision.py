@@ -60,7 +60,7 @@ def main() -> None:
     task = load_elpv()
     chosen = slice(None) if args.images is None else slice(0, None, 2624 // args.images)
     X = np.array(task.images)[chosen]
-    label, kinds = task.targets["defective: p > 0.5"][chosen], task.groups[chosen]
+    label, kinds = task.targets["defective: p > 0.5"][chosen], task.strata[chosen]
     strata = np.char.add(np.char.add(label, "/"), kinds)
     y = (label == "defective").astype(int)
     splitter = StratifiedShuffleSplit(5, test_size=0.25, random_state=0)

@@ -180,7 +180,7 @@ def tasks(name: str) -> tuple[Any, np.ndarray, list[Any]]:
         return images, y, list(StratifiedKFold(5, shuffle=True, random_state=0).split(X, y))
     task = _benchmark.load_elpv()
     y = task.targets["defective: p > 0.5"]
-    strata = np.char.add(np.char.add(y, "/"), task.groups)
+    strata = np.char.add(np.char.add(y, "/"), task.strata)
     splitter = StratifiedShuffleSplit(5, test_size=0.25, random_state=0)
     return task.images, y, list(splitter.split(strata, strata))
 

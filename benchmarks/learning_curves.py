@@ -164,7 +164,7 @@ class Ways:
 def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """Fit and score what is not yet found, adding to the file after each."""
     task = load_elpv()
-    images, kinds = np.array(task.images)[:: args.every], task.groups[:: args.every]
+    images, kinds = np.array(task.images)[:: args.every], task.strata[:: args.every]
     label = task.targets["defective: p > 0.5"][:: args.every]
     y, strata = (label == "defective").astype(int), np.char.add(np.char.add(label, "/"), kinds)
     splitter = StratifiedShuffleSplit(args.splits, test_size=0.25, random_state=0)

@@ -111,21 +111,30 @@ print(f"accuracy {scores.mean():.3f}")
 PYTHON
 }
 
-notebook() {
-    cd "$WORK" && install nbclient ipykernel && "$PYTHON" - <<'PYTHON'
-import nbformat
-from nbclient import NotebookClient
-
+notebook() { # a real one or, where its runner can't be installed, a session of IPython
+    cd "$WORK" && { install nbclient ipykernel || install ipython; } && "$PYTHON" - <<'PYTHON'
 cells = [
     "from sktransfer import PretrainedFeatureExtractor, load_image_folder, make_classifier",
     "data = load_image_folder('photos/')",
     "model = make_classifier(verbose=1).fit(data.data, data.target)\nmodel",
     "model.predict(data.data[:3])",
 ]
-notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-NotebookClient(notebook, timeout=600).execute()
-outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-print(len(outputs), "outputs,", sum(o.get("name") == "stderr" for o in outputs), "of stderr")
+try:
+    import ipykernel  # noqa: F401
+    import nbformat
+    from nbclient import NotebookClient
+except ImportError:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    for cell in cells:
+        shell.run_cell(cell).raise_error()
+    print("a session of IPython")
+else:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=600).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    print(len(outputs), "outputs,", sum(o.get("name") == "stderr" for o in outputs), "of stderr")
 PYTHON
 }
 

@@ -52,13 +52,13 @@ def scores(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return accuracy and ROC AUC of each classifier on every split."""
     y = task.targets[CONVENTION]
-    strata = np.char.add(np.char.add(y, "/"), task.groups)
+    strata = np.char.add(np.char.add(y, "/"), task.strata)
     splitter = StratifiedShuffleSplit(n_splits, test_size=0.25, random_state=0)
     splits = list(splitter.split(strata, strata))
     models = _benchmark.classifiers(len(X))
     with tqdm(disable=True) as progress:
         return {
-            name: _benchmark._score(models[name], X, y, splits, task.positive, progress)["scores"]
+            name: _benchmark._score(models[name], X, y, splits, task, progress)["scores"]
             for name in names
         }
 
@@ -104,7 +104,7 @@ def compare(backbone: str, task: _benchmark.Task, args: argparse.Namespace) -> l
 def thin_out(task: _benchmark.Task, n_images: int) -> None:
     """Keep every so many cells."""
     chosen = slice(None, None, max(1, len(task.images) // n_images))
-    task.images, task.groups = task.images[chosen], task.groups[chosen]
+    task.images, task.strata = task.images[chosen], task.strata[chosen]
     task.targets = {name: y[chosen] for name, y in task.targets.items()}
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--memory", help="by default, a temporary folder")
     options = parser.parse_args()
     task = load_elpv()
-    X, kinds = np.array(task.images)[:: options.every], task.groups[:: options.every]
+    X, kinds = np.array(task.images)[:: options.every], task.strata[:: options.every]
     y = task.targets["defective: p > 0.5"][:: options.every]
     networks = [(name, weights) for name in options.backbones for weights in ("default", None)]
     with tempfile.TemporaryDirectory() as folder:
@@ -76,6 +76,7 @@ def main() -> None:
             y,
             networks,
             scoring=SCORES,
+            pairs=False,
             cv=options.cv,
             image_size=options.image_size,
             memory=memory,

@@ -10,6 +10,7 @@ the same JPEG files, in three forms:
 - that preset on the files, which Pillow decodes: what a user of torchvision would run.
 """
 
+import argparse
 import tempfile
 import warnings
 from pathlib import Path
@@ -98,10 +99,13 @@ def compare(name: str, head: str, paths: list[str], folder: Path) -> dict[str, s
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", help="by default, all seven")
+    names = parser.parse_args().networks or HEADS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = photographs(folder)
-        rows = [compare(name, head, paths, folder) for name, head in HEADS.items()]
+        rows = [compare(name, HEADS[name], paths, folder) for name in names]
     print("Difference to torchvision's forward pass: largest, relative to the largest feature;")
     print("and of all features together, relative to their norm")
     print(tabulate(rows, headers="keys", disable_numparse=True))

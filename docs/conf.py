@@ -1,14 +1,17 @@
 """Settings of Sphinx: `sphinx-build -W docs docs/_build`, which runs the gallery."""
 
 import os
+import sys
 
 import sktransfer
 
+sys.path.insert(0, os.path.dirname(__file__))  # charts
 os.environ["COLUMNS"] = "72"  # of the usage of commands
 project = "sktransfer"
 copyright = "2026, the sktransfer developers"
 release = version = sktransfer.__version__
 extensions = [
+    "charts",
     "myst_parser",
     "numpydoc",
     "sphinx.ext.autodoc",
@@ -36,7 +39,7 @@ html_theme_options = {
     "pygments_light_style": "tango",
     "pygments_dark_style": "monokai",
 }
-_PAGES = ("guide", "results", "scale_out", "security", "contributing")  # without pages below
+_PAGES = ("guide", "results", "results/*", "scale_out", "security", "contributing")  # wide ones
 html_sidebars = {page: [] for page in _PAGES}
 html_show_sourcelink = False
 myst_enable_extensions = ["colon_fence"]

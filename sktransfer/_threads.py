@@ -83,10 +83,12 @@ class WithoutWarnings:
     Parameters
     ----------
     category : type of Warning
+    message : str, default=""
+        A regular expression that their messages match from the start.
     """
 
-    def __init__(self, category: type[Warning]) -> None:
-        self.category, self._n_inside = category, 0
+    def __init__(self, category: type[Warning], message: str = "") -> None:
+        self.category, self.message, self._n_inside = category, message, 0
         self._lock = renewed_in_forks(threading.Lock())
         self._restoring = warnings.catch_warnings()
 
@@ -95,7 +97,7 @@ class WithoutWarnings:
             if not self._n_inside:
                 self._restoring = warnings.catch_warnings()
                 self._restoring.__enter__()
-                warnings.simplefilter("ignore", self.category)
+                warnings.filterwarnings("ignore", self.message, self.category)
             self._n_inside += 1
 
     def __exit__(self, *_: object) -> None:

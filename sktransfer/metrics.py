@@ -1,26 +1,37 @@
-"""Transferability scores: how well embeddings suit a task, without fine-tuning on it.
+"""Scores on arrays: transferability, detection, and whether probabilities can be believed.
 
-Arrays in, a number out: higher is better. The scores compare networks on one task; they are no
-accuracies, and those of different tasks, or by different formulas, can't be compared.
+The transferability scores tell how well embeddings suit a task, without fine-tuning on it: higher
+is better. They compare networks on one task; they are no accuracies, and those of different tasks,
+or by different formulas, can't be compared.
 """
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from scipy.linalg import svd
 from scipy.stats import mode
 from sklearn.covariance import ledoit_wolf_shrinkage
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import LeaveOneGroupOut, check_cv, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.utils import check_X_y
+from sklearn.utils import check_array, check_consistent_length, check_X_y, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_sample_weight
 
 from sktransfer._neighbors import nearest
+from sktransfer._splits import Folds, check_groups
 from sktransfer.io._coco import coco_scores
 
-__all__ = ["coco_scores", "h_score", "knn_score", "leep_score", "log_me_score"]
+__all__ = [
+    "coco_scores",
+    "expected_calibration_error",
+    "h_score",
+    "knn_score",
+    "leep_score",
+    "log_me_score",
+]
 
 _TINY = 1e-12  # relative: of a noise and of a prior that are taken for none
 _MAX_ITERATIONS = 1000
@@ -272,25 +283,23 @@ def leep_score(probabilities: Any, y: Any) -> float:
     """
     theta, y = check_X_y(probabilities, y, dtype=np.float64, ensure_min_samples=2)
     classes = _check_labels(y)
-    sums = theta.sum(axis=1)
-    wrong = np.flatnonzero((theta < 0).any(axis=1) | (np.abs(sums - 1) > 1e-3))
-    if len(wrong):
-        row = wrong[0]
-        raise ValueError(
-            f"Row {row} of probabilities has values from {theta[row].min():g} to "
-            f"{theta[row].max():g} and the sum {sums[row]:g}: probabilities are not negative and "
-            "sum to 1. Of logits, pass scipy.special.softmax(logits, axis=1)."
-        )
+    _check_probabilities(theta, "probabilities")
     joint = np.zeros((classes.max() + 1, theta.shape[1]))  # (n_classes, n_source_classes)
     np.add.at(joint, classes, theta / len(theta))
     marginal = joint.sum(axis=0)
     conditional = joint / np.where(marginal > 0, marginal, 1)  # P(y | z)
-    likelihoods = (conditional[classes] * theta).sum(axis=1) / sums
+    likelihoods = (conditional[classes] * theta).sum(axis=1) / theta.sum(axis=1)
     return float(np.log(likelihoods).mean())
 
 
 def knn_score(
-    X: Any, y: Any, *, n_neighbors: int = 5, metric: str = "cosine", cv: Any = None
+    X: Any,
+    y: Any,
+    *,
+    n_neighbors: int = 5,
+    metric: str = "cosine",
+    cv: Any = None,
+    groups: Any = None,
 ) -> float:
     r"""Score embeddings by the accuracy of their nearest neighbours.
 
@@ -314,6 +323,10 @@ def knn_score(
     cv : int, splitter, iterable or None, default=None
         None leaves one out; else as in :func:`sklearn.model_selection.cross_val_score`, the mean
         over the folds. Images that come twice, or nearly so, flatter the first.
+    groups : array-like of shape (n,), default=None
+        The group of each image. None then leaves one group out, whose images find their neighbours
+        among those of the others; a number of folds is one of whole groups, as of
+        :class:`sklearn.model_selection.StratifiedGroupKFold`; a splitter gets them.
 
     Returns
     -------
@@ -336,15 +349,35 @@ def knn_score(
     """
     X, y = check_X_y(X, y, dtype=[np.float64, np.float32], ensure_min_samples=2)
     classes = _check_labels(y)
-    if cv is not None:
+    groups = check_groups(groups, len(X))
+    if cv is not None or groups is not None:
         model = KNeighborsClassifier(n_neighbors=n_neighbors, metric=metric)
-        return float(cross_val_score(model, X, y, cv=cv, error_score="raise").mean())
+        splitter = LeaveOneGroupOut() if cv is None else cv
+        if groups is not None and isinstance(cv, Integral):
+            splitter = Folds(int(cv))
+        splits = list(check_cv(splitter, y, classifier=True).split(X, y, groups))
+        scores = cross_val_score(model, X, y, cv=splits, error_score="raise")
+        sizes = [len(test) if cv is None else 1 for _, test in splits]  # of images, or of folds
+        return float(np.average(scores, weights=sizes))
     if n_neighbors >= len(X):
         raise ValueError(
             f"n_neighbors={n_neighbors}, but an image has only {len(X) - 1} others: pass fewer."
         )
     _, indices = nearest(X, None, n_neighbors, metric=metric)
     return float((mode(classes[indices], axis=1).mode == classes).mean())
+
+
+def _check_probabilities(values: np.ndarray, name: str) -> None:
+    """Raise a ValueError for the first row that is no distribution."""
+    sums = values.sum(axis=1)
+    wrong = np.flatnonzero((values < 0).any(axis=1) | (np.abs(sums - 1) > 1e-3))
+    if len(wrong):
+        row = wrong[0]
+        raise ValueError(
+            f"Row {row} of {name} has values from {values[row].min():g} to "
+            f"{values[row].max():g} and the sum {sums[row]:g}: probabilities are not negative and "
+            "sum to 1. Of logits, pass scipy.special.softmax(logits, axis=1)."
+        )
 
 
 def _check_labels(y: np.ndarray) -> np.ndarray:
@@ -356,3 +389,80 @@ def _check_labels(y: np.ndarray) -> np.ndarray:
     if len(names) < 2:
         raise ValueError(f"y has one class only, {names.tolist()[0]!r}: nothing to tell apart.")
     return classes
+
+
+def expected_calibration_error(
+    y_true: Any,
+    y_prob: Any,
+    *,
+    n_bins: int = 15,
+    labels: Any = None,
+    sample_weight: Any = None,
+) -> float:
+    r"""Return by how much a classifier's confidence differs from its accuracy.
+
+    The confidence is the highest probability of an image. Images are put into bins of equal width
+    by it, and the differences within the bins are averaged:
+
+    .. math::
+
+        \mathrm{ECE} = \sum_b \frac{n_b}{n} |\mathrm{accuracy}_b - \mathrm{confidence}_b|
+
+    Parameters
+    ----------
+    y_true : array-like of shape (n,)
+        Labels of any type.
+    y_prob : array-like of shape (n, n_classes) or (n,)
+        Probabilities, as `predict_proba` returns them; of two classes, those of the second are
+        enough.
+    n_bins : int, default=15
+        Bins between 0 and 1.
+    labels : array-like of shape (n_classes,), default=None
+        Which class each column is, as in `classes_`; None for the sorted labels of `y_true`.
+    sample_weight : array-like of shape (n,), default=None
+
+    Returns
+    -------
+    float
+        From 0, where the confidence can be taken at its word, to 1.
+
+    Notes
+    -----
+    It depends on the number of bins, and of few images it is mostly chance: of 200 images whose
+    probabilities are exactly right it is still about 0.05. Compare by the log-loss, and look at
+    the curve of :class:`sklearn.calibration.CalibrationDisplay`.
+
+    References
+    ----------
+    Naeini, Cooper and Hauskrecht, "Obtaining well calibrated probabilities using Bayesian binning"
+    (2015); Guo, Pleiss, Sun and Weinberger, "On calibration of modern neural networks" (2017).
+
+    Examples
+    --------
+    >>> from sktransfer.metrics import expected_calibration_error
+    >>> y = ["cat", "cat", "dog", "cat"]
+    >>> expected_calibration_error(y, [[0.75, 0.25]] * 4)
+    0.0
+    >>> round(expected_calibration_error(y, [[0.95, 0.05]] * 4), 3)
+    0.2
+    """
+    y_prob = check_array(y_prob, ensure_2d=False, dtype=np.float64, input_name="y_prob")
+    if y_prob.ndim == 1:
+        y_prob = np.column_stack([1 - y_prob, y_prob])
+    y_true = column_or_1d(y_true)
+    check_consistent_length(y_true, y_prob, sample_weight)
+    classes = np.unique(y_true) if labels is None else column_or_1d(labels)
+    if len(classes) != y_prob.shape[1]:
+        raise ValueError(
+            f"y_prob has {y_prob.shape[1]} columns, but there are {len(classes)} classes: "
+            f"{', '.join(map(str, classes[:5]))}. Pass labels=model.classes_."
+        )
+    _check_probabilities(y_prob, "y_prob")
+    if n_bins < 1:
+        raise ValueError(f"n_bins must be at least 1, got {n_bins}.")
+    confidence = y_prob.max(axis=1)
+    is_right = classes[y_prob.argmax(axis=1)] == y_true
+    weights = _check_sample_weight(sample_weight, y_prob, dtype=np.float64)
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    differences = np.bincount(bins, weights * (is_right - confidence), minlength=n_bins)
+    return float(np.abs(differences).sum() / weights.sum())

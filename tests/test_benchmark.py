@@ -1,9 +1,11 @@
 import csv
+import io
 import json
 import locale
 import os
 import re
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +28,22 @@ from sktransfer.model_selection._comparison import rbf_kernel
 
 
 @pytest.fixture(scope="module")
-def report(tiles):
-    """A comparison on the tiles by two backbones, one of them with random weights."""
+def told(tiles):
+    """A comparison on the tiles, and what it told after each result: lines, number of costs."""
     root, _, _ = tiles
-    task = _benchmark.load_folder(str(root))
-    return _benchmark.compare(task, ["efficientnet_lite0"], n_splits=2, image_size=64)
+    task, so_far = _benchmark.load_folder(str(root)), []
+
+    def tell(report):
+        i = len(report.results) - 1
+        so_far.append((_report.lines_of(report, i), len(report.costs)))
+
+    options = {"n_splits": 2, "image_size": 64, "on_result": tell}
+    return _benchmark.compare(task, ["efficientnet_lite0"], **options), so_far
+
+
+@pytest.fixture(scope="module")
+def report(told):
+    return told[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +62,7 @@ def test_the_elpv_task():
     assert len(task.images) == 2624 and all(Path(path).is_file() for path in task.images)
     counts = {name: (y == "defective").sum() for name, y in task.targets.items()}
     assert counts == {"defective: p > 0.5": 821, "defective: p > 0": 1116}
-    assert sorted(set(task.groups)) == ["mono", "poly"]
+    assert sorted(set(task.strata)) == ["mono", "poly"]
     assert [row["accuracy"] for row in task.published] == [0.824, 0.884]
 
 
@@ -85,10 +98,49 @@ def test_candidates_of_a_search_share_distances():
     assert before <= len(_comparison._distances) == 8
 
 
+def test_each_result_is_told_when_it_is_known_and_never_changed(told):
+    report, so_far = told
+    assert [n_costs for _, n_costs in so_far] == [0, 0, 1, 1, 1, 1, 1, 1]  # no network before
+    lines = [line for told_once, _ in so_far for line in told_once]
+    assert _report.as_text(report).splitlines()[1 : len(lines) + 1] == lines
+    heads = [i for i, line in enumerate(lines) if line.startswith("classifier ")]
+    assert lines[heads[1] - 2].startswith("RBF SVM  ")  # the last layer, then a table of all
+    assert lines[heads[1] + 2 :][0] == "efficientnet_lite0:" and len(heads) == 2
+
+
+def test_tables_of_conventions_networks_and_published_figures(report):
+    task = replace(report.task, published=[{"convention": "b", "classifier": "SVM (published)"}])
+    task.published[0]["accuracy"] = 0.5
+    task.targets = dict.fromkeys("ab", report.task.targets[""])
+    by_two = [
+        replace(r, convention=c, table=r.table.replace("efficientnet_lite0", "second"))
+        if r.backbone == "none"
+        else replace(r, convention=c, backbone=b, table=r.table.replace("efficientnet_lite0", b))
+        for c in "ab"
+        for b in ("second", "third")
+        for r in report.results
+        if r.backbone != "none" or b == "second"
+    ]
+    lines = _report.as_text(replace(report, task=task, results=by_two)).splitlines()
+    starts = [line.split("  ")[0] for line in lines if not line.startswith("---")]
+    last = ["k-NN", "logistic regression", "linear SVM", "RBF SVM", ""]
+    both = ["logistic regression, all layers", "RBF SVM, all layers", ""]
+    second = ["second:", *last, "classifier", "second:", *both]
+    third = ["classifier", "third:", *last, "classifier", "third:", *both]
+    none = ["classifier", "majority class", "RBF SVM on 32 × 32 pixels"]
+    of_a = ["a", *none, *second, *third]
+    assert starts[2 : len(of_a) + 2] == of_a
+    of_b = ["b", *none, "SVM (published)", *second, *third]
+    assert starts[2 + len(of_a) :][: len(of_b)] == of_b
+    assert max(map(len, lines)) <= 80
+
+
 def test_the_text(report):
     text = _report.as_text(report)
     assert re.search(r"efficientnet_lite0:.*\nRBF SVM +\d\.\d{3} ± \d\.\d{3} ", text, re.S)
     assert "40 images, 2 splits" in text and "second run" in text
+    words = " ".join(text.split())
+    assert re.search(r"is right about \d+\.\d% of the images: \+\d+\.\d points over", words)
     assert "F1 of 'flower'" in text and max(map(len, text.splitlines())) <= 80
 
 
@@ -153,6 +205,43 @@ def test_a_report_that_can_not_be_written_is_printed(tiles, tmp_path, capsys):
     assert "fine-tuned, depth 0" in out and "results.csv" in err
 
 
+class Interrupted(io.BytesIO):
+    """An output that is interrupted, once, when the first table has arrived."""
+
+    def write(self, data):
+        if b"RBF SVM  " in data and self.getvalue():
+            super().write(data)
+            raise KeyboardInterrupt
+        return super().write(data)
+
+
+def test_an_interrupt_after_the_first_table_loses_nothing_of_it(tiles, monkeypatch, capsys):
+    pipe = Interrupted()  # a text layer above it keeps what is not flushed
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(pipe, "utf-8", write_through=False))
+    arguments = ["benchmark", str(tiles[0]), "--splits", "1", "--image-size", "32"]
+    assert main(arguments) == 130
+    rows = [line.split("  ")[0] for line in pipe.getvalue().decode().splitlines()]
+    assert rows[-5:] == ["efficientnet_lite0:", *_benchmark.classifiers(40)]
+    assert capsys.readouterr().err == "sktransfer: interrupted\n"
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_report(tiles, tmp_path, monkeypatch):
+    read, written = os.pipe()
+
+    def read_one_line():
+        with os.fdopen(read) as lines:
+            lines.readline()
+
+    reader = threading.Thread(target=read_one_line)
+    reader.start()
+    arguments = ["benchmark", str(tiles[0]), "--splits", "1", "--image-size", "32", "--depths", "0"]
+    with monkeypatch.context() as patch, os.fdopen(written, "w") as output:
+        patch.setattr("sys.stdout", output)
+        assert main([*arguments, "--output", str(tmp_path)]) == 141
+    reader.join()
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_no_name_is_html(report):
     bad = "<script>{}</script>"
     task = replace(report.task, name=bad.format(1), note=bad.format(2))
@@ -185,7 +274,9 @@ def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_pat
     assert main([*arguments, "--output", str(tmp_path), "--save-best", str(best)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("comparing classifiers on frozen features: 36 images, ")
-    assert "12 class a, 12 class b, 12 class c" in out
+    assert "12 class a, 12 class b, 12 class c" in out and "run it again" not in out
+    told = [line for line in out.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, told)) <= 80
     assert "efficientnet_lite1" in out and "report.html" in out
     assert err == ""  # no progress bar in a pipe
     assert (tmp_path / "report.html").is_file()
@@ -210,12 +301,13 @@ def test_the_best_is_tuned_as_in_the_comparison(tiles, tmp_path, classifier):
     task.names = {"china": "=china()", "flower": "flower"}
     options = {"memory": str(tmp_path), "verbose": 0, "image_size": 64}
     depths = [0] if "fine-tuned" in classifier else []
-    candidates, _ = _benchmark._candidates(task, ["efficientnet_lite0"], depths, 0, options)
+    networks = _benchmark._networks(task, ["efficientnet_lite0"], depths, options)
+    candidates = _benchmark._candidates(task, networks, depths, 0, options)
     (chosen,) = [one for one in candidates if one.name == classifier]
-    result = _benchmark._results(task, [chosen], bool(depths), 1, 0, 0)
-    best = _benchmark._fit_best(task, [chosen], result)
-    plain = clone(chosen.model).fit(chosen.X, task.targets[""])
-    wanted = [task.names[label] for label in plain.predict(chosen.X)]
+    result = list(_benchmark._results(task, [chosen], bool(depths), 1, 0, 0))
+    best, X = _benchmark._fit_best(task, [chosen], result), chosen.rows()
+    plain = clone(chosen.model).fit(X, task.targets[""])
+    wanted = [task.names[label] for label in plain.predict(X)]
     assert best.model.predict(task.images).tolist() == wanted
     skops.io.dump(best.model, tmp_path / "m.skops")
     assert load_model(tmp_path / "m.skops").predict(task.images).tolist() == wanted
@@ -246,7 +338,7 @@ def test_bad_input_ends_with_one_line_and_code_2(tiles, capsys, arguments, messa
     out, err = capsys.readouterr()
     assert err.startswith("sktransfer: error: ") and message in err
     assert err.count("\n") == 1 and "Traceback" not in err
-    assert out == "" or (out.startswith("comparing ") and out.count("\n") == 1)
+    assert out == "" or (out.startswith("comparing ") and out.count("\n") == 2)
 
 
 def test_the_freezing_depth_on_the_command_line(tiles, tmp_path, capsys):

@@ -294,16 +294,34 @@ def test_the_mistakes_of_fit_are_named():
 
 
 def test_messages_name_the_options_of_the_command():
-    options = Namespace(command="fit", depth="x", image_size=None, test_size=0.2, memory=None)
+    fit = Namespace(command="fit", depth="x", image_size=None, test_size=0.2, memory=None)
+    benchmark = Namespace(command="benchmark", depth=False, depths="x", folder="y", k=1)
     for message, expected in {
         "unfreeze='bloks', but": "--depth bloks, but",
+        "unfreeze='a b', but": "--depth 'a b', but",
         "pass unfreeze=0 or 'all'.": "pass --depth 0 or 'all'.",
         "Set `image_size` higher": "Set --image-size higher",
-        "load_image_folder('a/b') has it": "`sktransfer fit 'a/b'` has it",
+        "leave image_size=None for that.": "leave --image-size out for that.",
+        "load_image_folder('a/b') has it": "`sktransfer fit a/b` has it",
+        'as in load_image_folder("it\'s") if': "as in `sktransfer fit 'it'\"'\"'s'` if",
         "a file a_unfreeze=1, layer=2": "a file a_unfreeze=1, layer=2",
-        "Remove the folder, or set `categories`.": "Remove the folder.",
     }.items():
-        assert in_options(message, options) == expected
+        assert in_options(message, fit) == expected
+    assert in_options("replace it, or drop the row.", fit) == "replace it, or remove it."
+    fit.skip_unreadable = False
+    wanted = "replace it, or pass --skip-unreadable."
+    assert in_options("replace it, or drop the row.", fit) == wanted
+    assert in_options("unfreeze=9, folder='y', k=5", benchmark) == "--depths 9, folder='y', -k 5"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unfreeze=3", "it's test_size", "a unfreeze=1/`image_size`", "a's \"x\" unfreeze=['b'", "\\'"],
+)
+def test_names_in_messages_stay_as_they_are(name):
+    options = Namespace(command="fit", depth="x", image_size=None, test_size=0.2)
+    for text in (f"row 3 ({name!r}): ", f"only {name!r}, {name!r}: the network's ", f"[{name!r}] "):
+        assert in_options(f"{text}unfreeze=3.", options) == f"{text}--depth 3."
 
 
 def test_the_commands_of_the_guide(tiles, tmp_path, monkeypatch, capsys):
@@ -494,7 +512,7 @@ def place(tiles, model, tmp_path_factory):
         ("embed {1} -o data:{2}/e.csv", "File name too long"),
         ("embed nowhere -o {0}/e.csv", "'nowhere' does not exist"),
         ("embed {1} -o {0}/e.xlsx", "must end in .parquet or .csv"),
-        ("embed {0}/damaged -o {0}/e.csv --image-size 64", "row 0"),
+        ("embed {0}/damaged -o {0}/e.csv --image-size 64", "it, or pass --skip-unreadable."),
         ("embed {1} -o {0}/e.csv --layer nolayer --image-size 64", "nolayer"),
         ("rank {0}/single", "has one class only"),
         ("rank {0}/tiny --cv 3", "'class1' has 2 images. To go on, pass --cv 2, or"),
@@ -518,7 +536,7 @@ def test_bad_input_ends_with_one_line_and_code_2(tiles, place, capsys, arguments
     errors = [line for line in err.splitlines() if not line.startswith("sktransfer: warning")]
     assert len(errors) == 1 and errors[0].startswith("sktransfer: error: ")
     assert message in errors[0] and "Traceback" not in err and len(err) < 3000
-    assert out == "" or (arguments.startswith("benchmark") and out.count("\n") == 1)
+    assert out == "" or (arguments.startswith("benchmark") and out.count("\n") == 2)
 
 
 def test_an_argument_is_quoted_without_escape_sequences(capsys):

@@ -157,6 +157,7 @@ def test_batches_that_do_not_fit_are_halved(little_memory, exact):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:The memory of .* did not suffice:UserWarning")
 def test_not_even_one_image(little_memory):
     X = np.zeros((1, 64, 64, 3), np.uint8)
     extractor = PretrainedFeatureExtractor("resnet18", weights=None, device=GPU, image_size=4096)

@@ -11,11 +11,14 @@ from networks import Untraceable, small
 from processes import run_code
 from sklearn import config_context
 from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import make_multilabel_classification
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, make_scorer, recall_score
 from sklearn.model_selection import (
     GridSearchCV,
+    TunedThresholdClassifierCV,
     cross_val_predict,
     cross_val_score,
     cross_validate,
@@ -188,6 +191,37 @@ def test_a_search_in_processes_runs_frozen_blocks_once_an_image(tiles, tmp_path,
     assert found.predict(paths).dtype == labels.dtype
     runs = without_blank(run_log())
     assert len(runs) == len(set(runs)) == 40
+
+
+def test_calibration_runs_frozen_blocks_once_an_image(tiles, tmp_path, run_log):
+    _, paths, labels = tiles
+    model = classifier(backbone=compact(), max_epochs=1, memory=tmp_path)
+    calibrated = CalibratedClassifierCV(model, method="temperature", cv=3).fit(paths, labels)
+    runs = without_blank(run_log())
+    assert len(runs) == len(set(runs)) == 40
+    assert calibrated.predict_proba(paths).shape == (40, 2)
+    fitted = model.fit(paths, labels)
+    again = CalibratedClassifierCV(FrozenEstimator(fitted), method="temperature")
+    again.fit(paths, labels)
+    assert (again.predict(paths) == fitted.predict(paths)).all()  # only how sure it is changes
+    assert not np.allclose(again.predict_proba(paths), fitted.predict_proba(paths))
+    assert len(without_blank(run_log())) == 40
+
+
+def test_thresholds(tiles, tmp_path):
+    _, paths, labels = tiles
+    model = classifier(backbone=compact(), max_epochs=1, memory=tmp_path, class_weight="balanced")
+    tuned = TunedThresholdClassifierCV(model, scoring=make_scorer(recall_score, pos_label="flower"))
+    tuned.fit(paths[:30], labels[:30])
+    assert 0 <= tuned.best_threshold_ < 0.5  # all flowers are found where it is low
+    assert recall_score(labels, tuned.predict(paths), pos_label="flower") == 1
+
+    # Several labels an image: a threshold for each.
+    indicators = np.column_stack([labels == "china", labels == "flower"]).astype(int)
+    proba = cross_val_predict(
+        model.set_params(class_weight=None), paths, indicators, cv=2, method="predict_proba"
+    )
+    assert np.shape(proba) == (40, 2) and 0 <= np.min(proba) <= np.max(proba) <= 1
 
 
 def test_a_search_takes_the_whole_network_as_one_of_the_depths(tiles, tmp_path):

@@ -513,7 +513,7 @@ def fit(**options):
     return FineTunedClassifier(backbone, **options).fit(X, y)
 
 sktransfer._training.plan._FLOPS = {"cpu": 1e5}  # so that all is worth keeping
-expected = fit().predict_proba(X)
+expected, of_the_head = (fit(unfreeze=depth).predict_proba(X) for depth in (1, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # Python ignores SIGXFSZ
 
 with warnings.catch_warnings(record=True) as caught:
@@ -528,6 +528,11 @@ model = fit()
 assert "disk is full" in str(model.plan_), model.plan_
 assert model.plan_.start == 0 < model.plan_.cut
 np.testing.assert_allclose(model.predict_proba(X), expected, atol=1e-3)
+
+# Rows, on which a head is trained, then stay in memory, however large they are.
+sktransfer._training.plan._IN_RAM = 1_000
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 30_000))
+np.testing.assert_array_equal(fit(unfreeze=0).predict_proba(X), of_the_head)
 print("done")
 """
 

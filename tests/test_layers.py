@@ -26,10 +26,13 @@ from sktransfer import (
     load_model,
     model_summary,
 )
+from sktransfer._engine import embedding as embedding_module
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._training.heads import make_head, solve_head
 from sktransfer._training.whole import whole_of_trainer
 from sktransfer.io import check_images
+from sktransfer.models import Backbone
+from sktransfer.transforms import Preprocessing
 
 
 def extractor(network=None, **options):
@@ -522,3 +525,68 @@ def test_several_poolings_of_trained_blocks():
 def test_bad_layers_of_a_head(options):
     with pytest.raises(ValueError, match="twice"):
         head_on_layers(**options).fit(pictures(8), labels(8))
+
+
+# ------------------------------------------------------------------------------ views
+
+
+def symmetries(images, n):
+    """Return the first views of square images: as they are, mirrored, turned upside down, both."""
+    views = [images, images[:, :, ::-1], images[:, ::-1, ::-1], images[:, ::-1]]
+    turned = images.transpose(0, 2, 1, 3)
+    views += [turned[:, ::-1], turned[:, ::-1, ::-1], turned[:, :, ::-1], turned]
+    return views[:n]
+
+
+@pytest.mark.parametrize(
+    "augment, n_views, n", [("flip", None, 2), ("dihedral", 4, 4), ("dihedral", None, 8)]
+)
+def test_a_row_is_the_mean_over_views(augment, n_views, n, tmp_path):
+    # Nothing is cropped: the views are those of the images, too.
+    network = Backbone(small(), Preprocessing(size=(32, 32), resize=(32, 32)))
+    options = {"layer": "all", "pooling": ("avg", "max"), "memory": tmp_path}
+    options["network"] = network
+    model = extractor(**options, augment=augment, n_views=n_views)
+    rows = model.transform(pictures(6))
+    each = [extractor(**options).transform(view) for view in symmetries(pictures(6), n)]
+    np.testing.assert_allclose(rows, np.mean(each, axis=0), atol=1e-5)
+    assert model.get_feature_names_out().tolist() == [*extractor(**options).get_feature_names_out()]
+    # In the memory each view is an entry of its own: other choices of layers run nothing.
+    one = extractor(network, memory=tmp_path, layer=1, augment="flip")
+    embedding = embedding_of(one)
+    embedding(check_images(pictures(6)))
+    assert embedding.n_computed == 0
+    alone = model.transform(pictures(6)[3:4])
+    np.testing.assert_allclose(alone, rows[3:4], atol=1e-6)
+
+
+def test_views_in_parts_with_one_bar(monkeypatch, capsys):
+    model = extractor(augment="dihedral", normalize=True)
+    expected = model.transform(pictures(7))
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-6)
+    monkeypatch.setattr(embedding_module, "_VIEWS_BYTES", 4 * expected.shape[1] * 8 * 3)
+    rows = model.set_params(verbose=1).transform(pictures(7))
+    np.testing.assert_array_equal(rows, expected)
+    said = capsys.readouterr().err
+    assert "56/56" in said and said.count("100%") == 1 and "view" in said
+
+
+def test_views_that_are_not_there():
+    with pytest.raises(ValueError, match="n_views=3, but augment='flip' has 2 views"):
+        extractor(augment="flip", n_views=3).transform(pictures(1))
+    with pytest.raises(ValueError, match="n_views=2, but augment=None has 1"):
+        extractor(n_views=2).transform(pictures(1))
+    with pytest.raises(ValueError, match="has 4 views of an image of 32 × 48"):
+        extractor(augment="dihedral", n_views=8, image_size=(32, 48)).transform(pictures(1))
+    assert extractor(augment="dihedral", image_size=(32, 48)).transform(pictures(1)).shape[0] == 1
+    with pytest.raises(ValueError, match="'augment' parameter"):
+        extractor(augment="auto").transform(pictures(1))
+
+
+def test_a_fine_tuned_network_shares_the_views(tmp_path):
+    X, y = pictures(8), np.arange(8) % 2
+    options = {"image_size": 32, "augment": "flip", "memory": tmp_path}
+    FineTunedClassifier(small(), unfreeze=0, **options).fit(X, y)
+    embedding = embedding_of(PretrainedFeatureExtractor(small(), **options))
+    embedding(check_images(X))
+    assert embedding.n_computed == 0

@@ -6,7 +6,13 @@ from scipy.special import softmax
 from sklearn.covariance import ledoit_wolf
 from sklearn.datasets import load_digits
 
-from sktransfer.metrics import h_score, knn_score, leep_score, log_me_score
+from sktransfer.metrics import (
+    expected_calibration_error,
+    h_score,
+    knn_score,
+    leep_score,
+    log_me_score,
+)
 
 OF_EMBEDDINGS = [log_me_score, h_score, knn_score]
 
@@ -276,3 +282,64 @@ def test_logits_are_no_probabilities():
         leep_score([[0.5, 0.5], [-1.0, 2.0]], ["a", "b"])
     with pytest.raises(ValueError, match="Row 0 .*the sum 0.5"):
         leep_score([[0.25, 0.25], [0.5, 0.5]], ["a", "b"])
+
+
+# ------------------------------------------------------------------------------ calibration
+
+
+def drawn(n=4000, n_classes=3, sharpness=1.0, seed=0):
+    """Labels that are drawn by probabilities, and these probabilities made sharper."""
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(n, n_classes))
+    y = (softmax(logits, axis=1).cumsum(1) > rng.random((n, 1))).argmax(1)
+    return y, softmax(sharpness * logits, axis=1)
+
+
+def test_probabilities_that_are_right_have_no_calibration_error():
+    errors = [expected_calibration_error(*drawn(sharpness=s)) for s in (0.3, 1, 3)]
+    assert errors[1] < 0.03 < 0.1 < min(errors[0], errors[2])
+    few = [expected_calibration_error(*drawn(200, seed=seed)) for seed in range(20)]
+    assert 0.03 < np.mean(few) < 0.09  # as its documentation says
+
+
+def test_calibration_error_by_hand():
+    y = np.array(["no", "yes", "yes", "no"])
+    of_yes = np.array([0.1, 0.8, 0.7, 0.6])
+    # Two bins: of the confidences 0.9, 0.8, 0.7, 0.6 three are right.
+    both = np.column_stack([1 - of_yes, of_yes])
+    for proba in (of_yes, both, pd.DataFrame(both), both.tolist()):
+        assert expected_calibration_error(y, proba, n_bins=1) == pytest.approx(0.0)
+        # Bins from 0.5 to 0.75 and from there on: 1 of 2 right at 0.65, 2 of 2 at 0.85.
+        assert expected_calibration_error(y, proba, n_bins=4) == pytest.approx(0.15)
+    # Of the two weights that are left, one image each in a bin.
+    weights = [1, 0, 0, 1]
+    assert expected_calibration_error(y, both, n_bins=4, sample_weight=weights) == pytest.approx(
+        (0.1 + 0.6) / 2
+    )
+    # One of the classes was never seen; a confidence of 1 belongs to the last bin.
+    three = np.column_stack([of_yes, 1 - of_yes, np.zeros(4)])
+    found = expected_calibration_error(y, three, n_bins=4, labels=["yes", "no", "maybe"])
+    assert found == pytest.approx(0.15)
+    assert expected_calibration_error([1, 0], [[0, 1], [1, 0]]) == 0
+
+
+@pytest.mark.parametrize(
+    "y, proba, options, message",
+    [
+        ([0, 1], [[0.5, 0.5]], {}, "inconsistent numbers"),
+        (
+            [0, 1],
+            [[0.2, 0.3, 0.5]] * 2,
+            {},
+            "3 columns, but there are 2 classes: 0, 1",
+        ),
+        ([0, 1], [[-3.0, 4.0]] * 2, {}, r"Row 0 of y_prob .*softmax\(logits"),
+        ([0, 1], [1.5, 0.5], {}, "Row 0 of y_prob"),
+        ([0, 1], [[np.nan, 0.5]] * 2, {}, "NaN"),
+        ([0, 1], [0.5, 0.5], {"n_bins": 0}, "n_bins must be at least 1"),
+        ([], np.empty((0, 2)), {}, "0 sample"),
+    ],
+)
+def test_bad_probabilities(y, proba, options, message):
+    with pytest.raises(ValueError, match=message):
+        expected_calibration_error(y, proba, **options)

@@ -299,10 +299,8 @@ CODE = {  # root, members, what the error names
         "operator.methodcaller",
     ),
     "object of another's class": (
-        estimator(
-            backbone=node("ObjectNode", "sktransfer._cli.commands.Memory", content=table({}))
-        ),
-        "sktransfer._cli.commands.Memory",
+        estimator(backbone=node("ObjectNode", "sktransfer._cli.cache.Memory", content=table({}))),
+        "sktransfer._cli.cache.Memory",
     ),
     "object of a class of ours": (
         estimator(x=node("ObjectNode", "sktransfer._memory.store_backend.LmdbStoreBackend")),

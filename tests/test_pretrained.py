@@ -167,6 +167,32 @@ def test_all_kinds_of_images_give_the_same_rows(tiles):
     np.testing.assert_array_equal(inferred, reference)
 
 
+@pytest.mark.parametrize("memory", [False, True])
+def test_arrays_in_any_layout(memory, tmp_path):
+    """Several images of one array are scaled at once, where they lie."""
+    X = np.random.default_rng(0).integers(0, 256, (40, 24, 36, 3)).astype(np.uint8)
+    read_only, stored = X.copy(), np.memmap(tmp_path / "X", np.uint8, "w+", shape=X.shape)
+    read_only.flags.writeable = False
+    stored[:] = X
+    layouts = [
+        X[::-1],
+        X[..., ::-1],  # as people turn BGR into RGB
+        X[:, ::-1, ::2],
+        X[::3],
+        X.transpose(0, 2, 1, 3),
+        np.asfortranarray(X),
+        np.broadcast_to(X[:1], X.shape),
+        read_only,
+        stored,
+        np.ascontiguousarray(X.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1),
+    ]
+    options = {"memory": str(tmp_path / "memory")} if memory else {}
+    for images in layouts:
+        found = extractor(**options).transform(images)
+        expected = extractor().transform([image.copy() for image in images])
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_a_data_frame_needs_no_fit(tiles):
     _, paths, _ = tiles
     rows = extractor().transform(pd.DataFrame({"path": paths[:3]}))  # warnings are errors

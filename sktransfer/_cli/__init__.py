@@ -14,6 +14,17 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from sktransfer._cli.checks import announcement, check
+from sktransfer._cli.groups import add_groups
+from sktransfer._cli.options import (
+    add_csv_or_json,
+    add_files,
+    add_json,
+    add_network,
+    add_output,
+    add_reading,
+    add_running,
+    add_training,
+)
 from sktransfer._cli.words import in_options
 from sktransfer._config import config_context
 from sktransfer._escaping import printable
@@ -118,23 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sktransfer", description="Reuse pretrained networks on your own images.")
     parser.add_argument("--version", action="version", version=f"sktransfer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _cache):
+    for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _audit, _similar, _cache):
         add(commands.add_parser)
     return parser
-
-
-def _add_json(parser: Any) -> None:
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON document instead, for programs; all else goes to the standard error",
-    )
-
-
-def _add_csv_or_json(parser: argparse.ArgumentParser) -> None:
-    formats = parser.add_mutually_exclusive_group()
-    formats.add_argument("--csv", action="store_true", help="print CSV, text in it never a formula")
-    _add_json(formats)
 
 
 def _fit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -150,12 +147,13 @@ examples:
   sktransfer fit photos/ -o model.skops                a new head on frozen blocks
   sktransfer fit photos/ -o model.skops --depth auto   as many blocks as a search finds best
   sktransfer fit photos/ -o model.skops --depth 2 --memory cache/ --test-size 0
+  sktransfer fit photos/ -o model.skops --groups '(patient[0-9]+)'      or table.csv:patient
 """,
         formatter_class=_FORMATTER,
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", help=_CLASSES)
-    _add_output(parser, "FILE.skops", "the file to write the model to", required=True)
+    add_output(parser, "FILE.skops", "the file to write the model to", required=True)
     add(
         "--depth",
         default="0",
@@ -163,8 +161,8 @@ examples:
         help="blocks to unfreeze, from the end; a block's name: from there on; 'auto' searches "
         "(default 0: the head alone)",
     )
-    _add_network(parser)
-    _add_training(parser)
+    add_network(parser)
+    add_training(parser)
     add(
         "--test-size",
         type=float,
@@ -172,9 +170,10 @@ examples:
         metavar="SHARE",
         help="of the images, held out to score the model; 0 for none (default 0.2)",
     )
+    add_groups(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the split and of training (default 0)")
-    _add_running(parser, precisions=("auto", "float32", "bfloat16", "int8"))
-    _add_json(parser)
+    add_running(parser, precisions=("auto", "float32", "bfloat16", "int8"))
+    add_json(parser)
 
 
 def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -189,9 +188,9 @@ def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         ),
     )
     parser.add_argument("model", metavar="FILE.skops")
-    _add_files(parser)
-    _add_csv_or_json(parser)
-    _add_reading(parser)
+    add_files(parser)
+    add_csv_or_json(parser)
+    add_reading(parser)
 
 
 def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -206,8 +205,8 @@ def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         ),
     )
     parser.add_argument("folder", metavar="FOLDER", help="with images, or subfolders of them")
-    _add_output(parser, "FILE", "the table to write: .parquet or .csv", required=True)
-    _add_network(parser)
+    add_output(parser, "FILE", "the table to write: .parquet or .csv", required=True)
+    add_network(parser)
     parser.add_argument(
         "--layer",
         default="auto",
@@ -217,8 +216,8 @@ def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--pooling", default="avg", help="avg, max, token, flatten; several: avg,max (default avg)"
     )
-    _add_json(parser)
-    _add_running(parser)
+    add_json(parser)
+    add_running(parser)
 
 
 def _rank(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -232,7 +231,7 @@ def _rank(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         ),
     )
     parser.add_argument("folder", metavar="FOLDER", help=_CLASSES)
-    _add_network(
+    add_network(
         parser, several="default: those whose weights are installed: efficientnet_lite0, 1 and 2"
     )
     parser.add_argument(
@@ -242,10 +241,11 @@ def _rank(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         help="(default logistic)",
     )
     parser.add_argument("--cv", type=int, default=5, metavar="N", help="folds (default 5)")
+    add_groups(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")
-    _add_output(parser, "FILE.csv", "write the whole table there as well")
-    _add_json(parser)
-    _add_running(parser)
+    add_output(parser, "FILE.csv", "write the whole table there as well")
+    add_json(parser)
+    add_running(parser)
 
 
 def _classify(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -254,11 +254,11 @@ def _classify(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         help="what does a pretrained network, as it is, see in these images?",
         description="Print the best labels, of those a network was trained on, for each image.",
     )
-    _add_files(parser)
-    _add_network(parser)
+    add_files(parser)
+    add_network(parser)
     parser.add_argument("-k", type=int, default=5, help="labels an image (default 5)")
-    _add_csv_or_json(parser)
-    _add_running(parser)
+    add_csv_or_json(parser)
+    add_running(parser)
 
 
 def _benchmark(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -278,6 +278,7 @@ examples:
   sktransfer benchmark photos/ --output report/ --memory cache/
   sktransfer benchmark photos/ --save-best model.skops      fit the best on all images
   sktransfer benchmark photos/ --depth          how many blocks should be fine-tuned?
+  sktransfer benchmark photos/ --groups '(patient[0-9]+)'   each patient on one side of a split
 """,
         formatter_class=_FORMATTER,
     )
@@ -288,7 +289,7 @@ examples:
         metavar="FOLDER",
         help=f"{_CLASSES}; without it the ELPV solar cells, which the 'demo' extra brings",
     )
-    _add_network(parser, several="default efficientnet_lite0")
+    add_network(parser, several="default efficientnet_lite0")
     add(
         "--depth",
         action="store_true",
@@ -299,16 +300,61 @@ examples:
         metavar="LIST",
         help="these numbers, names of blocks or 'all', separated by commas (default 0,1,2,4,8)",
     )
-    _add_output(parser, "DIR", "write results.csv and report.html with plots there")
+    add_output(parser, "DIR", "write results.csv and report.html with plots there")
     add(
         "--save-best",
         metavar="FILE.skops",
         help="fit the most accurate classifier on all images, and write it there for `predict`",
     )
     add("--splits", type=int, default=5, metavar="N", help="number of random splits (default 5)")
+    add_groups(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the splits (default 0)")
-    _add_json(parser)
-    _add_running(parser)
+    add_json(parser)
+    add_running(parser)
+
+
+def _audit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "audit",
+        help="what is wrong with these images: copies, labels, damage?",
+        description=(
+            "List what should be looked at before a model is trained: damaged images, copies "
+            "within a class, across classes and across a split, labels that may be wrong, images "
+            "that are blank, dark, bright, blurred, tiny, of an odd shape or unlike all others, "
+            "and classes that are too small. Damaged images are listed; no option skips them."
+        ),
+        epilog="""
+examples:
+  sktransfer audit photos/                              the first findings, as text
+  sktransfer audit photos/ -o audit/ --memory cache/    all, as a page with images and as CSV
+  sktransfer audit train/ --test test/                  copies across the split as well
+""",
+        formatter_class=_FORMATTER,
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help=f"with images, or {_CLASSES}")
+    add("--test", metavar="FOLDER", help="the test part of a split, a folder of the same kind")
+    add_output(parser, "DIR", "write audit.html, with images, and findings.csv there")
+    add_network(parser)
+    add("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")
+    add_json(parser)
+    add_running(parser)
+
+
+def _similar(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "similar",
+        help="which images of a folder are most like these?",
+        description="Print the images of a folder whose embeddings are nearest to those of others.",
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="with the images that are searched, or subfolders of them")
+    add("files", nargs="+", metavar="QUERY", help="images, or folders of them, to look for")
+    add("-k", type=int, default=5, help="images for each query (default 5)")
+    add("--html", metavar="FILE.html", help="write a page with the images there")
+    add_network(parser)
+    add_csv_or_json(parser)
+    add_running(parser)
 
 
 def _cache(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -325,103 +371,8 @@ def _cache(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     ):
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("folder", metavar="DIR")
-        _add_json(action)
+        add_json(action)
     add = action.add_argument
     add("--bytes", metavar="SIZE", help="keep at most so many, as in 500M or 10G")
     add("--items", type=int, metavar="N", help="keep at most so many results")
     add("--days", type=float, metavar="N", help="keep what was used in the last N days")
-
-
-# ------------------------------------------------------------------------------ options
-
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="images, or folders of them (with subfolders)"
-    )
-
-
-def _add_output(
-    parser: argparse.ArgumentParser, metavar: str, text: str, *, required: bool = False
-) -> None:
-    parser.add_argument("-o", "--output", metavar=metavar, help=text, required=required)
-
-
-def _add_network(parser: argparse.ArgumentParser, several: str | None = None) -> None:
-    """Add what names a network or, where a text says which are the default, several."""
-    text = (
-        "a pretrained network: efficientnet_lite0, which needs no download, a name of torchvision "
-        "such as resnet50, or timm/NAME"
-    )
-    if several is None:
-        parser.add_argument(
-            "--backbone", default="efficientnet_lite0", metavar="NAME", help=f"{text} (the default)"
-        )
-    else:
-        text += f"; may be given several times ({several})"
-        parser.add_argument("--backbone", action="append", metavar="NAME", help=text)
-    parser.add_argument(
-        "--weights", default="default", metavar="NAME|FILE", help="published name, or a file"
-    )
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="size at which images enter the network"
-    )
-
-
-def _add_running(
-    parser: argparse.ArgumentParser,
-    precisions: Sequence[str] = ("float32", "bfloat16", "float16", "int8"),
-) -> None:
-    """Add where and how it runs."""
-    add = parser.add_argument
-    add(
-        "--memory",
-        metavar="DIR",
-        help="keep what frozen blocks compute there, for later runs: 5 KB an image with "
-        "efficientnet_lite0, about 40 KB where one block is trained; `sktransfer cache` shows it",
-    )
-    add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
-    add("--precision", default="float32", choices=precisions, help="(default float32)")
-    add("--n-jobs", type=int, metavar="N", help="threads that decode images (default: all cores)")
-    _add_reading(parser)
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    """Add how a network is trained."""
-    add = parser.add_argument
-    add("--max-epochs", type=int, default=10, metavar="N", help="of the blocks (default 10)")
-    add(
-        "--augment",
-        choices=["flip", "dihedral", "auto"],
-        help="train on other views of the images as well: mirrored; turned by quarters and "
-        "mirrored; or mirrored and changed at random",
-    )
-    add("--balanced", action="store_true", help="weigh classes inversely to their numbers")
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add how image files are read, and which are refused."""
-    add = parser.add_argument
-    add(
-        "--skip-unreadable",
-        action="store_true",
-        help="go on without images that can't be read, and list them at the end (default: an "
-        "error); in CSV, each has a row, with the reason in a column `skipped`",
-    )
-    add(
-        "--damaged",
-        choices=["warn", "error"],
-        help="what to do with damaged images of which a part can be decoded (default warn)",
-    )
-    add(
-        "--max-pixels",
-        type=int,
-        metavar="N",
-        help="refuse images of more pixels (default: twice PIL.Image.MAX_IMAGE_PIXELS)",
-    )
-    add(
-        "--background",
-        metavar="COLOUR",
-        help="on which transparent images lie, as black or #808080; the same for fit and predict "
-        "(default white)",
-    )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +15,13 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
-from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC, LinearSVC
 
 from sktransfer._bars import tqdm
+from sktransfer._cli.results import METRICS, Best, Cost, Report, Result, best_of
 from sktransfer._cli.tasks import Task, load_elpv, load_folder, read_elpv
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.pretrained import (
@@ -29,6 +29,7 @@ from sktransfer._estimators.pretrained import (
     PretrainedFeatureExtractor,
     make_classifier,
 )
+from sktransfer._splits import Folds, Split, hold_outs
 from sktransfer._threads import small_solve
 from sktransfer._training.cut import find_cut
 from sktransfer.io import check_images
@@ -42,88 +43,13 @@ from sktransfer.model_selection._comparison import (
 )
 
 __all__ = [
-    "Best",
-    "Cost",
-    "METRICS",
-    "Report",
-    "Result",
     "Task",
-    "best_of",
     "classifiers",
     "compare",
     "load_elpv",
     "load_folder",
     "read_elpv",
 ]
-
-METRICS = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
-
-
-@dataclass
-class Result:
-    """One classifier on one representation under one convention, over all splits."""
-
-    convention: str
-    backbone: str
-    classifier: str
-    scores: dict[str, np.ndarray]  # metric: one value a split
-    fit_seconds: np.ndarray  # one value a split, tuning included
-    y_true: list[np.ndarray] = field(repr=False)  # of the test images of each split
-    y_pred: list[np.ndarray] = field(repr=False)
-    y_score: list[np.ndarray] = field(repr=False)  # (n,) for two classes, else (n, n_classes)
-    classes: np.ndarray = field(repr=False)
-    tests: list[np.ndarray] = field(repr=False)  # numbers of the test images of each split
-    positive: Any = None  # of two classes, the one that F1 and ROC are about
-    depth: Any = None  # of a fine-tuned network, `unfreeze`
-    n_trained: int | None = None  # its trained parameters
-
-
-@dataclass
-class Cost:
-    """What embedding all images cost, and what it costs again with a memory."""
-
-    backbone: str
-    n_images: int
-    n_computed: int  # fewer than n_images if the memory knew some
-    n_features: int
-    seconds: float
-    second_seconds: float
-
-
-@dataclass
-class Report:
-    """All that a comparison found."""
-
-    task: Task
-    results: list[Result]
-    costs: list[Cost]
-    n_splits: int
-    best: Best | None = None  # if it was asked for
-
-    @property
-    def conventions(self) -> list[str]:
-        return list(dict.fromkeys(result.convention for result in self.results))
-
-    def of(self, convention: str) -> list[Result]:
-        """Return the results under a convention."""
-        return [result for result in self.results if result.convention == convention]
-
-    def published(self, convention: str) -> list[dict[str, Any]]:
-        """Return what others published under a convention."""
-        return [each for each in self.task.published if each["convention"] == convention]
-
-    def counts(self, convention: str) -> dict[str, int]:
-        """Return the images of each class."""
-        labels, counts = np.unique(self.task.targets[convention], return_counts=True)
-        return dict(zip(map(str, labels), counts.tolist(), strict=True))
-
-
-@dataclass
-class Best:
-    """The most accurate classifier of a network, fitted on all images under one convention."""
-
-    result: Result
-    model: Any = field(repr=False)
 
 
 # ------------------------------------------------------------------------------ classifiers
@@ -140,7 +66,8 @@ def classifiers(n_images: int) -> dict[str, BaseEstimator]:
         "linear SVM": (LinearSVC(), {"C": [0.1, 1, 10]}),
         "RBF SVM": (SVC(), {"C": [3, 10, 30], "kernel": kernels}),
     }
-    return {k: GridSearchCV(model, grid, cv=3, n_jobs=-1) for k, (model, grid) in grids.items()}
+    options = {"cv": Folds(3), "n_jobs": -1}
+    return {k: GridSearchCV(model, grid, **options) for k, (model, grid) in grids.items()}
 
 
 # ------------------------------------------------------------------------------ the comparison
@@ -156,9 +83,16 @@ def compare(
     random_state: int = 0,
     verbose: int = 0,
     fit_best: bool = False,
+    on_result: Callable[[Report], None] | None = None,
     **options: Any,
 ) -> Report:
     """Score every classifier on the embeddings of every backbone, or every freezing depth.
+
+    The order is that of a reader's questions, as results are shown while others are computed. Is a
+    network worth more than none? The first convention without a network, and on the last layer of
+    the first backbone, whose classifiers take seconds. Does more help? All layers, whose SVM takes
+    a third of the time, then the other backbones. A backbone embeds the images when its turn comes.
+    Is it so under another convention? The others follow, each in the same order.
 
     Parameters
     ----------
@@ -179,6 +113,8 @@ def compare(
     fit_best : bool, default=False
         Whether the most accurate classifier on a network, under the first convention, is fitted
         once more on all images, as an estimator that takes images.
+    on_result : callable, default=None
+        It is called with the report after each result, which is the last of `report.results`.
     **options
         Further parameters of :class:`sktransfer.PretrainedFeatureExtractor` and, with `depths`,
         of :class:`sktransfer.FineTunedClassifier`.
@@ -189,42 +125,60 @@ def compare(
     """
     if n_splits < 1:
         raise ValueError(f"The number of splits must be at least 1, got {n_splits}.")
+    report = Report(task, [], [], n_splits)
     with tempfile.TemporaryDirectory() as folder:
         options |= {"memory": memory or folder, "verbose": verbose}
-        candidates, costs = _candidates(task, backbones, depths, random_state, options)
-        results = _results(task, candidates, bool(depths), n_splits, random_state, verbose)
-        best = _fit_best(task, candidates, results) if fit_best else None
-    return Report(task, results, costs, n_splits, best)
+        networks = _networks(task, backbones, depths, options)
+        candidates = _candidates(task, networks, depths, random_state, options)
+        for result in _results(task, candidates, bool(depths), n_splits, random_state, verbose):
+            report.results.append(result)
+            report.costs = [network.cost for network in networks if network.cost]
+            if on_result:
+                on_result(report)
+        if fit_best:
+            report.best = _fit_best(task, candidates, report.results)
+    return report
+
+
+def _networks(
+    task: Task, backbones: Sequence[str], depths: Sequence[Any], options: dict[str, Any]
+) -> list[_Network]:
+    """Load each network: a wrong name or depth is an error now, not after an hour."""
+    networks = []
+    for name in backbones:
+        extractor = PretrainedFeatureExtractor(name, **options)
+        runner, _ = extractor.load_network()
+        for depth in depths:
+            find_cut(runner, depth)
+        networks.append(_Network(extractor, task.images, has_blocks=bool(runner.block_names)))
+    return networks
 
 
 def _candidates(
     task: Task,
-    backbones: Sequence[str],
+    networks: Sequence[_Network],
     depths: Sequence[Any],
     random_state: int,
     options: dict[str, Any],
-) -> tuple[list[_Candidate], list[Cost]]:
-    """Embed the images; return all that is to be compared, and what the embeddings cost."""
-    for name in backbones if depths else ():
-        runner, _ = PretrainedFeatureExtractor(name, **options).load_network()
-        for depth in depths:
-            find_cut(runner, depth)  # a wrong one is an error now, not after an hour
-    costs, candidates = [], _baselines(task, with_pixels=not depths)
-    for name in backbones:
-        representations, cost = _embed(PretrainedFeatureExtractor(name, **options), task.images)
-        costs.append(cost)
-        models = classifiers(len(task.images))
-        for layers, (X, extractor) in representations.items():
+) -> list[_Candidate]:
+    """Return all that is to be compared, in the order in which `compare` says it is."""
+    candidates = _baselines(task, networks[0].name, with_pixels=not depths)
+    for network in networks:
+        # Whole groups leave fewer images to tune on.
+        models = classifiers(len(task.images) // (1 if task.groups is None else 2))
+        for layers, extractor in network.extractors.items():
             # On wide rows the others take long.
             asked = {"logistic regression": make_classifier()[1:]} if layers else models
             asked = asked | {"RBF SVM": models["RBF SVM"]}
             asked = {"RBF SVM": models["RBF SVM"]} if depths else asked
+            table = network.name if depths else f"{network.name}{layers}"
+            rows = partial(network.rows, layers)
             candidates += [
-                _Candidate(name, f"{k}{layers}", model, X, extractor=extractor)
+                _Candidate(table, network.name, f"{k}{layers}", model, rows, extractor=extractor)
                 for k, model in asked.items()
             ]
-        candidates += _depths(name, task.images, depths, random_state, options)
-    return candidates, costs
+        candidates += _depths(network.name, task.images, depths, random_state, options)
+    return candidates
 
 
 def _results(
@@ -234,46 +188,61 @@ def _results(
     n_splits: int,
     random_state: int,
     verbose: int,
-) -> list[Result]:
+) -> Iterator[Result]:
+    """Yield each result as soon as it is known."""
     conventions = list(task.targets)[:1] if are_tuned else list(task.targets)
-    results = []
     total = len(conventions) * len(candidates) * n_splits
     with tqdm(total=total, desc="fits", unit="fit", disable=not verbose) as progress:
         for convention in conventions:
             y = task.targets[convention]
-            strata = y if task.groups is None else np.char.add(np.char.add(y, "/"), task.groups)
-            splitter = StratifiedShuffleSplit(n_splits, test_size=0.25, random_state=random_state)
-            splits = list(splitter.split(strata, strata))
+            splits = _splits_of(task, y, n_splits, random_state)
             for one in candidates:
-                with one.limited():
-                    scored = _score(one.model, one.X, y, splits, task.positive, progress)
+                X = one.rows()
+                with one.limited(X):
+                    scored = _score(one.model, X, y, splits, task, progress)
                 scored |= {"tests": [test for _, test in splits], "depth": one.depth}
-                results.append(Result(convention, one.backbone, one.name, **scored))
-    return results
+                yield Result(convention, one.backbone, one.name, **scored, table=one.table)
+
+
+def _splits_of(task: Task, y: np.ndarray, n_splits: int, random_state: int) -> list[Split]:
+    """Return splits that leave all classes on both sides, stratified or in whole groups."""
+    strata = y
+    if task.strata is not None and task.groups is None:
+        strata = np.char.add(np.char.add(y, "/"), task.strata)
+    # Two groups of a class are left to tune with.
+    splits = hold_outs(n_splits, 0.25, strata, "class", task.groups, random_state, n_left=2)
+    for _, test in splits:
+        if len(missed := np.setdiff1d(y, y[test])):
+            raise ValueError(
+                f"The groups can't be split so that {str(missed[0])!r} is scored on and all "
+                "classes are learnt from: pass smaller groups, or none."
+            )
+    return splits
 
 
 class _Candidate(NamedTuple):
     """A classifier, what it is fitted on, and what makes that of images, if it isn't images."""
 
+    table: str
     backbone: str
     name: str
     model: Any
-    X: np.ndarray
+    rows: Callable[[], np.ndarray]
     depth: Any = None
     extractor: PretrainedFeatureExtractor | None = None
 
-    def limited(self) -> AbstractContextManager[None]:
+    def limited(self, X: np.ndarray) -> AbstractContextManager[None]:
         """Return the limit of the threads that solve; a network's training has none."""
-        return nullcontext() if self.depth is not None else small_solve(self.X.size)
+        return nullcontext() if self.depth is not None else small_solve(X.size)
 
 
-def _baselines(task: Task, *, with_pixels: bool) -> list[_Candidate]:
+def _baselines(task: Task, table: str, *, with_pixels: bool) -> list[_Candidate]:
     nothing = np.zeros((len(task.images), 1))
-    baselines = [_Candidate("none", "majority class", DummyClassifier(), nothing)]
+    baselines = [_Candidate(table, "none", "majority class", DummyClassifier(), lambda: nothing)]
     if with_pixels:
-        pixels = thumbnails(check_images(task.images))
+        pixels = cache(lambda: thumbnails(check_images(task.images)))
         name = f"RBF SVM on {PIXELS} × {PIXELS} pixels"
-        baselines.append(_Candidate("none", name, pixel_svm(pixels.shape[1], n_jobs=-1), pixels))
+        baselines.append(_Candidate(table, "none", name, pixel_svm(PIXELS**2, n_jobs=-1), pixels))
     return baselines
 
 
@@ -287,43 +256,54 @@ def _depths(
     settings = {**options, "random_state": random_state, "verbose": 0}
     return [
         _Candidate(
+            f"{backbone}, fine-tuned",
             backbone,
             f"fine-tuned, depth {depth}",
             FineTunedClassifier(backbone, **settings).set_params(unfreeze=depth),
-            np.array(images),
+            lambda: np.array(images),
             depth,
         )
         for depth in depths
     ]
 
 
-def _embed(
-    extractor: PretrainedFeatureExtractor, images: list[str]
-) -> tuple[dict[str, tuple[np.ndarray, PretrainedFeatureExtractor]], Cost]:
-    """Return rows of the last layer and of all layers, by what their names end with, and by whom.
+class _Network:
+    """Rows of the last layer and of all layers, by what names of classifiers on them end with.
 
-    A network without blocks has the first only. The images are embedded twice: the second time
-    shows what the memory is worth.
+    A network without blocks has the first only. The images are embedded when rows are first needed,
+    and twice: the second time shows what the memory is worth.
     """
-    extractors = {"": clone(extractor).set_params(normalize=True, verbose=0)}
-    if extractor.load_network()[0].block_names:
-        extractors[", all layers"] = clone(extractor).set_params(**GOOD_FEATURES, verbose=0)
-    *_, most = extractors.values()
-    X, n_computed, seconds = embed(
-        clone(most).set_params(verbose=extractor.verbose), check_images(images)
-    )
-    start = time.perf_counter()
-    rows = most.transform(images)
-    second_seconds = time.perf_counter() - start
-    cost = Cost(
-        str(extractor.backbone), len(images), n_computed, X.shape[1], seconds, second_seconds
-    )
-    return {k: (rows if e is most else e.transform(images), e) for k, e in extractors.items()}, cost
 
+    def __init__(
+        self, extractor: PretrainedFeatureExtractor, images: list[str], *, has_blocks: bool
+    ) -> None:
+        self.name, self.images, self.verbose = str(extractor.backbone), images, extractor.verbose
+        self.extractors = {"": clone(extractor).set_params(normalize=True, verbose=0)}
+        if has_blocks:
+            self.extractors[", all layers"] = clone(extractor).set_params(
+                **GOOD_FEATURES, verbose=0
+            )
+        self.cost: Cost | None = None
+        self._rows: dict[str, np.ndarray] = {}
 
-def best_of(results: Sequence[Result]) -> Result:
-    """Return the most accurate; the first of several."""
-    return max(results, key=lambda result: result.scores["accuracy"].mean())
+    def rows(self, layers: str) -> np.ndarray:
+        if not self._rows:
+            self._embed()
+        return self._rows[layers]
+
+    def _embed(self) -> None:
+        *_, most = self.extractors.values()
+        loud = clone(most).set_params(verbose=self.verbose)
+        X, n_computed, seconds = embed(loud, check_images(self.images))
+        start = time.perf_counter()
+        rows = most.transform(self.images)
+        second_seconds = time.perf_counter() - start
+        sizes = len(self.images), n_computed, X.shape[1]
+        self.cost = Cost(self.name, *sizes, seconds, second_seconds)
+        self._rows = {
+            layers: rows if one is most else one.transform(self.images)
+            for layers, one in self.extractors.items()
+        }
 
 
 def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Result]) -> Best:
@@ -332,12 +312,13 @@ def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Re
     of_networks = [r for r in results if r.backbone != "none" and r.convention == convention]
     best = best_of(of_networks)
     chosen = next(c for c in candidates if (c.backbone, c.name) == (best.backbone, best.classifier))
+    X = chosen.rows()
     y = np.array([task.names.get(label, label) for label in task.targets[convention]])
     if chosen.extractor is None:
-        model = clone(chosen.model).fit(chosen.X, y)
+        model = clone(chosen.model).fit(X, y, groups=task.groups)
     else:
-        with chosen.limited():
-            classifier = _tuned(chosen.model, chosen.X, y)
+        with chosen.limited(X):
+            classifier = _tuned(chosen.model, X, y, task.groups)
         steps = classifier if isinstance(classifier, Pipeline) else [classifier]
         model = make_pipeline(clone(chosen.extractor), *steps).fit(task.images, y)
     images_to_rows = model[0] if isinstance(model, Pipeline) else model
@@ -345,14 +326,16 @@ def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Re
     return Best(best, model)
 
 
-def _tuned(search: BaseEstimator, X: np.ndarray, y: np.ndarray) -> BaseEstimator:
+def _tuned(
+    search: BaseEstimator, X: np.ndarray, y: np.ndarray, groups: np.ndarray | None
+) -> BaseEstimator:
     """Return a classifier with the parameters that a search, if it is one, finds; not fitted.
 
     A kernel that is a function becomes the name of the same, which a model file may hold.
     """
     if not isinstance(search, GridSearchCV):
         return clone(search)
-    parameters = clone(search).set_params(refit=False).fit(X, y).best_params_
+    parameters = clone(search).set_params(refit=False).fit(X, y, groups=groups).best_params_
     if callable(kernel := parameters.get("kernel")):
         parameters |= {"kernel": "rbf", "gamma": kernel.keywords["gamma"]}
     return clone(search.estimator).set_params(**parameters)
@@ -379,16 +362,16 @@ def _score(
     model: Any,
     X: np.ndarray,
     y: np.ndarray,
-    splits: Sequence[tuple],
-    positive: Any,
+    splits: Sequence[Split],
+    task: Task,
     progress: tqdm,
 ) -> dict[str, Any]:
     """Fit and score on every split; the fields of a `Result`."""
     classes = np.unique(y)
-    positive = (positive or str(classes[1])) if len(classes) == 2 else None
+    positive = (task.positive or str(classes[1])) if len(classes) == 2 else None
     scorer, results, n_trained = _Scorer(classes, positive), [], None
     for split in splits:
-        result = fit_and_score(model, X, y, split, scorer)
+        result = fit_and_score(model, X, y, split, scorer, task.groups)
         n_trained = getattr(result.pop("estimator"), "n_trainable_parameters_", None)
         results.append(result)
         progress.update()

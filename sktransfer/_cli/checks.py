@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from sktransfer._cli.groups import check_groups_option
 from sktransfer._escaping import printable
 
 _EPOCHS = 10  # of a fine-tuned network
@@ -28,8 +30,7 @@ def check(options: argparse.Namespace) -> None:
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:
-            flag = "-k" if name == "k" else option(name)
-            raise ValueError(f"{flag} must be at least {smallest}, got {value}.")
+            raise ValueError(f"{option(name)} must be at least {smallest}, got {value}.")
     share = getattr(options, "test_size", None)
     if share is not None and not 0 <= share < 1:
         raise ValueError(
@@ -42,7 +43,7 @@ def check(options: argparse.Namespace) -> None:
 
 def option(parameter: str) -> str:
     """Return the option of a parameter's name."""
-    return "--" + parameter.replace("_", "-")
+    return "-k" if parameter == "k" else "--" + parameter.replace("_", "-")
 
 
 def announcement(options: argparse.Namespace) -> str:
@@ -58,10 +59,11 @@ def announcement(options: argparse.Namespace) -> str:
         else "classifiers on frozen features"
     )
     seconds = _seconds(n_images, networks, len(depths), options)
-    return (
+    said = (
         f"comparing {what}: {_counted(n_images, 'image')}, {', '.join(map(printable, networks))}, "
         f"{_counted(options.splits, 'split')}; about {_in_words(seconds)}, without a GPU"
     )
+    return textwrap.fill(said, 80, break_on_hyphens=False)
 
 
 def _counted(n: int, what: str) -> str:
@@ -94,12 +96,19 @@ def _check_inputs(options: argparse.Namespace) -> None:
     for file in getattr(options, "files", None) or ():
         if len(file) < _LONGEST and not os.path.lexists(file):
             raise ValueError(f"{file!r} does not exist: pass files or folders of images.")
+    if groups := getattr(options, "groups", None):
+        if not options.folder:
+            raise ValueError("--groups is about images of your own: name their FOLDER as well.")
+        check_groups_option(groups)
     if options.command == "cache" or not (folder := getattr(options, "folder", None)):
         return
     if not os.path.isdir(folder):
         reason = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-        what = "of images" if options.command == "embed" else "that holds a folder for each class"
+        is_any = options.command in ("audit", "embed", "similar")
+        what = "of images" if is_any else "that holds a folder for each class"
         raise ValueError(f"{folder!r} {reason}: pass the folder {what}.")
+    if (test := getattr(options, "test", None)) and not os.path.isdir(test):
+        raise ValueError(f"--test {test!r} is no folder: pass that of the test images.")
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -107,6 +116,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
         check_output(output, _SUFFIXES[options.command])
     elif output and os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"{output!r} is a file; name a folder for the report.")
+    if page := getattr(options, "html", None):
+        check_output(page, (".html",))
     if best := getattr(options, "save_best", None):
         check_output(best, (".skops",))
     if (memory := getattr(options, "memory", None)) and os.path.isfile(memory):

@@ -6,27 +6,20 @@ import base64
 import html
 import io
 import platform
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy.special import expit
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import auc, confusion_matrix, roc_curve
+from sklearn.metrics import confusion_matrix
 
-from sktransfer._cli.benchmark import Report, Result, best_of
+from sktransfer._cli.plots import plot_cost, plot_depth, plot_reliability, plot_roc
+from sktransfer._cli.results import Report, Result, best_of, full_name, gains
 from sktransfer._escaping import printable
 from sktransfer.io import check_images
-from sktransfer.model_selection._transfer_gain import corrected_interval
 
-_LEVEL = 0.95  # of intervals
 _N_MISTAKES, _N_RIGHT = 8, 4  # thumbnails
-_GREY = "#9a9a9a"
-_INK = "#123456"  # of plots, replaced by the colour of the page's text
-_COLORS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a7a00", "#7a7a7a"]
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6474; --line: #dfe3ea; --paper: #fff;
         --card: #f6f8fb; --bar: #9cc3e6; --best: #0b62a4; --wrong: #b3261e; }
@@ -42,7 +35,7 @@ h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; } h3 { font-size: 1rem; margin: 1.
             margin: .4rem 0 .6rem; }
 .headline em { font-style: normal; color: var(--best); }
 p.note, figcaption, td small { color: var(--soft); font-size: .88rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } a { color: var(--best); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
          white-space: nowrap; }
@@ -66,6 +59,13 @@ figure svg { width: 100%; height: auto; color: var(--ink); }
 .thumbs figure { padding: .4rem; font-size: .82rem; overflow-wrap: anywhere; }
 .thumbs img { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; }
 .thumbs .wrong { color: var(--wrong); }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr));
+         gap: .8rem; }
+.pairs > figure { font-size: .82rem; overflow-wrap: anywhere; }
+.pairs .side { display: flex; gap: .5rem; } .pairs .side > div { flex: 1; min-width: 0; }
+.pairs img, .pairs .none { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; }
+.pairs .none { background: var(--line); display: grid; place-items: center; }
+.pairs .wrong { color: var(--wrong); } .pairs small { color: var(--soft); }
 """
 
 
@@ -73,13 +73,18 @@ def page(report: Report) -> str:
     """Return the whole page as text; it loads nothing from elsewhere."""
     title = html.escape(f"{report.task.name}: {len(report.task.images)} images")
     body = "".join(_section(report, convention) for convention in report.conventions)
+    return whole_page(title, body + _costs(report), html.escape(report.task.note))
+
+
+def whole_page(title: str, body: str, note: str = "") -> str:
+    """Return a page of HTML, of which title, body and note are parts that are escaped already."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head><body>"
-        f"<header><h1>{title}</h1></header><main>{body}{_costs(report)}</main>"
-        f'<footer><p class="note">{html.escape(report.task.note)} sktransfer on '
+        f"<header><h1>{title}</h1></header><main>{body}</main>"
+        f'<footer><p class="note">{note} sktransfer on '
         f"{html.escape(machine)}.</p></footer></body></html>\n"
     )
 
@@ -88,12 +93,12 @@ def _section(report: Report, convention: str) -> str:
     results = report.of(convention)
     best = best_of(results)
     plots = [
-        ("Accuracy against seconds", _plot_cost(report, results)),
-        ("ROC curves", _plot_roc(results)),
-        ("How far probabilities can be believed", _plot_reliability(results)),
+        ("Accuracy against seconds", plot_cost(report, results)),
+        ("ROC curves", plot_roc(results)),
+        ("How far probabilities can be believed", plot_reliability(results)),
     ]
     if any(result.depth is not None for result in results):
-        plots.insert(0, ("Accuracy and seconds against the depth", _plot_depth(results)))
+        plots.insert(0, ("Accuracy and seconds against the depth", plot_depth(results)))
     figures = "".join(_figure(caption, *plot) for caption, plot in plots)
     heading = f"<h2>{html.escape(convention)}</h2>" if convention else ""
     return (
@@ -113,35 +118,16 @@ def _figure(caption: str, drawn: str, said: str) -> str:
 # ------------------------------------------------------------------------------ in words
 
 
-def _name(result: Result) -> str:
-    on = "" if result.backbone == "none" else f" on {result.backbone}"
-    return result.classifier + on
-
-
 def _headline(report: Report, results: Sequence[Result], best: Result) -> str:
     right = f"{100 * best.scores['accuracy'].mean():.1f} %"
-    others = [result for result in results if result.backbone == "none" and result is not best]
-    if best.backbone == "none" and (networks := [r for r in results if r.backbone != "none"]):
-        others.append(best_of(networks))
-    said = "; ".join(_gain(best, other) for other in others)
+    said = "; ".join(gains(results, best))
     counts = ", ".join(f"{n} {label}" for label, n in report.counts(best.convention).items())
     return (
-        f'<p class="headline">{html.escape(_name(best))} is right about <em>{right}</em> of the '
-        f"images{html.escape(': ' + said if said else '')}.</p>"
+        f'<p class="headline">{html.escape(full_name(best))} is right about <em>{right}</em> of '
+        f"the images{html.escape(': ' + said if said else '')}.</p>"
         f'<p class="note">{html.escape(counts)}. Means over {report.n_splits} random '
         f"split{'s' * (report.n_splits > 1)}, a quarter of the images in each test part.</p>"
     )
-
-
-def _gain(best: Result, other: Result) -> str:
-    """Say by how many points the best is above another one, with an interval."""
-    differences = 100 * (best.scores["accuracy"] - other.scores["accuracy"])
-    over = "always the largest class" if other.classifier == "majority class" else _name(other)
-    said = f"{differences.mean():+.1f} points over {over}"
-    if len(differences) > 1:
-        low, high = corrected_interval(differences, 1 / 3, _LEVEL)
-        said += f" ({_LEVEL:.0%} interval {low:.1f} to {high:.1f})"
-    return said
 
 
 def _costs(report: Report) -> str:
@@ -235,7 +221,7 @@ def _confusion(best: Result) -> str:
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     head = "".join(f"<th>{name}</th>" for name in names)
     return (
-        f"<h3>What {html.escape(_name(best))} takes for what</h3>"
+        f"<h3>What {html.escape(full_name(best))} takes for what</h3>"
         '<div class="scroll"><table class="confusion">'
         f"<thead><tr><th>is, and is taken for</th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -281,197 +267,19 @@ def _thumbnail(report: Report, number: int, truth: Any, said: Any) -> str:
     kind = "" if truth == said else ' class="wrong"'
     words = f"is {truth}" if truth == said else f"taken for {said}, is {truth}"
     return (
-        f'<figure><img alt="{name}" src="{_small(report.task.images[number])}">'
+        f'<figure><img alt="{name}" src="{small_image(report.task.images[number])}">'
         f"<figcaption><span{kind}>{html.escape(printable(words))}</span><br>{name}</figcaption></figure>"
     )
 
 
-def _small(path: str) -> str:
-    pixels = check_images([path]).load(0).permute(1, 2, 0).numpy()
+def small_image(path: str) -> str:
+    """Return an image as it is put into a page; nothing of one that can't be read."""
+    try:
+        pixels = check_images([path]).examine(0, lambda x: x.permute(1, 2, 0).numpy().copy())[0]
+    except ValueError:
+        return ""
     image = Image.fromarray(pixels)
     image.thumbnail((160, 160))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# ------------------------------------------------------------------------------ plots
-
-
-def _draw(draw: Callable[[Any], None], height: float = 3.6) -> str:
-    """Return a figure as SVG in the colours of the page; `draw` gets the figure."""
-    from cycler import cycler
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    settings: Any = dict.fromkeys(keys, _INK) | {
-        "svg.fonttype": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": cycler(color=_COLORS),
-        "legend.frameon": False,
-    }
-    with rc_context(settings):
-        figure = Figure(figsize=(5.4, height), layout="constrained")
-        draw(figure)
-        text = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    drawn = text.getvalue()
-    drawn = drawn[drawn.index("<svg") :].replace(_INK, "currentColor")
-    drawn = re.sub(r"<style.*?</style>", "", drawn, flags=re.S)  # it would be the whole page's
-    return re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawn)
-
-
-def _drawn(text: str) -> str:
-    """Return text as matplotlib draws it: no formula, and escapes of what the font has not."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    known = get_font(findfont(FontProperties())).get_charmap()
-    shown = "".join(
-        c if ord(c) in known else c.encode("ascii", "backslashreplace").decode() for c in text
-    )
-    return shown.replace("$", r"\$")
-
-
-def _style(result: Result, results: Sequence[Result]) -> dict[str, Any]:
-    """One colour for a classifier, one marker for a backbone, in all plots."""
-    names = list(dict.fromkeys(other.classifier for other in results))
-    backbones = [name for name in dict.fromkeys(r.backbone for r in results) if name != "none"]
-    several = len(backbones) > 1 and result.backbone != "none"
-    label = f"{result.classifier} ({result.backbone})" if several else result.classifier
-    return {
-        "color": _COLORS[names.index(result.classifier) % len(_COLORS)],
-        "marker": "osD^v<>P"[backbones.index(result.backbone) % 8] if several else "o",
-        "label": _drawn(label),
-    }
-
-
-def _plain_log(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _plot_cost(report: Report, results: Sequence[Result]) -> tuple[str, str]:
-    embedding = {cost.backbone: cost.seconds for cost in report.costs}
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for result in results:
-            accuracy, style = result.scores["accuracy"], _style(result, results)
-            if result.classifier == "majority class":
-                axes.axhline(accuracy.mean(), color=_GREY, label=style["label"])
-                continue
-            seconds = embedding.get(result.backbone, 0) + result.fit_seconds.mean()
-            axes.errorbar(seconds, accuracy.mean(), accuracy.std(), capsize=3, ls="none", **style)
-        published = report.published(results[0].convention)
-        for figure_, style_ in zip(published, ("--", ":", "-."), strict=False):
-            axes.axhline(figure_["accuracy"], color=_GREY, ls=style_, label=figure_["classifier"])
-        axes.set(xscale="log", xlabel="seconds", ylabel="accuracy")
-        _plain_log(axes.xaxis)
-        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-        axes.grid(alpha=0.3)
-
-    return _draw(draw, 4.2), "To embed all images, and to fit one training part."
-
-
-def _plot_depth(results: Sequence[Result]) -> tuple[str, str]:
-    tuned = [result for result in results if result.depth is not None]
-    names = list(dict.fromkeys(str(result.depth) for result in tuned))
-
-    def draw(figure: Any) -> None:
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        for backbone in dict.fromkeys(result.backbone for result in tuned):
-            ours = [result for result in tuned if result.backbone == backbone]
-            places = [names.index(str(result.depth)) for result in ours]
-            accuracies = [result.scores["accuracy"] for result in ours]
-            means, deviations = [a.mean() for a in accuracies], [a.std() for a in accuracies]
-            upper.errorbar(places, means, deviations, marker="o", capsize=3, label=_drawn(backbone))
-            lower.plot(places, [r.fit_seconds.mean() for r in ours], marker="o")
-            for result in (r for r in results if r.backbone == backbone and r.depth is None):
-                label = f"{result.classifier} on embeddings"
-                upper.axhline(result.scores["accuracy"].mean(), color=_GREY, ls=":", label=label)
-        upper.set(ylabel="accuracy")
-        lower.set(yscale="log", ylabel="seconds of a fit", xlabel="unfrozen blocks (depth)")
-        _plain_log(lower.yaxis)
-        lower.set_xticks(range(len(names)), [_drawn(name) for name in names])
-        upper.legend(fontsize="small")
-        for axes in (upper, lower):
-            axes.grid(alpha=0.3)
-
-    return _draw(draw, 4.4), "Means and standard deviations over the splits."
-
-
-def _plot_roc(results: Sequence[Result]) -> tuple[str, str]:
-    """Two classes: a curve for each classifier. More: a curve for each class, of the best."""
-    if len(results[0].classes) == 2:
-        positive, said = results[0].positive, f"Of {results[0].positive!r}; "
-        curves = [
-            (_style(r, results), np.concatenate(r.y_true) == positive, _ranks(r))
-            for r in results
-            if r.classifier != "majority class"
-        ]
-    else:
-        best = best_of(results)
-        said = f"Of each class against the rest, by {_name(best)}; "
-        scores, truth = np.concatenate(best.y_score), np.concatenate(best.y_true)
-        curves = [
-            (
-                {"label": _drawn(str(c)), "color": _COLORS[i % len(_COLORS)]},
-                truth == c,
-                scores[:, i],
-            )
-            for i, c in enumerate(best.classes)
-        ]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for style, truth, score in curves:
-            rates = roc_curve(truth, score)[:2]  # false and true positives
-            name = f"{style['label']} ({auc(*rates):.2f})"
-            dash = "-" if style.get("marker", "o") == "o" else "--"
-            axes.plot(*rates, color=style["color"], linestyle=dash, label=name)
-        axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1)
-        axes.set(xlabel="false positive rate", ylabel="true positive rate")
-        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-
-    said += "the splits are pooled by rank, so areas differ a little from the table."
-    return _draw(draw, 4.2 + 0.09 * len(curves)), said
-
-
-def _ranks(result: Result) -> np.ndarray:
-    """Scores of all splits on one scale: classifiers of two splits differ in theirs."""
-    return np.concatenate([np.argsort(np.argsort(s)) / len(s) for s in result.y_score])
-
-
-def _plot_reliability(results: Sequence[Result]) -> tuple[str, str]:
-    """How often what was said with a probability was so; nothing without probabilities."""
-    known = [r for r in results if r.depth is not None or "logistic" in r.classifier]
-    if not known:
-        return "", ""
-    best = best_of(known)
-    right, confidence = _confidences(best)
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        shares, means = calibration_curve(right, confidence, n_bins=10, strategy="quantile")
-        axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1)
-        axes.plot(means, shares, marker="o", color=_COLORS[0])
-        low = min(0.5, *means, *shares)
-        axes.set(xlim=(low, 1.01), ylim=(low, 1.01), ylabel="share that is right")
-        axes.set(xlabel="probability of what is said")
-
-    gap = f"On average {confidence.mean():.0%} sure and {right.mean():.0%} right"
-    return _draw(draw), f"{_name(best)}. {gap}; below the dotted line it is too sure."
-
-
-def _confidences(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    right = np.concatenate(result.y_true) == np.concatenate(result.y_pred)
-    score = np.concatenate(result.y_score)
-    probability = expit(np.abs(score)) if score.ndim == 1 else score.max(axis=1)
-    return right, probability

@@ -10,25 +10,57 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sktransfer._cli.benchmark import METRICS, Report, Result
 from sktransfer._cli.page import page
-from sktransfer._cli.tables import as_table
+from sktransfer._cli.results import METRICS, Report, Result, best_of, full_name, gains
+from sktransfer._cli.tables import as_table, head_lines, row_lines
 from sktransfer._escaping import csv_cell
+
+_TITLES = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "f1": "F1"}
+_TITLES["roc_auc"] = "ROC AUC"
+_WIDTHS = {"accuracy": 13, "balanced": 8, "F1": 5, "ROC AUC": 7}  # and two spaces between columns
 
 
 def as_text(report: Report) -> str:
-    """Return the tables as they are printed on a terminal."""
-    parts = [f"{report.task.name}: {len(report.task.images)} images, {report.n_splits} splits"]
+    """Return all that is printed on a terminal, at once."""
+    first = f"{report.task.name}: {len(report.task.images)} images, {report.n_splits} splits"
+    lines = [line for i in range(len(report.results)) for line in lines_of(report, i)]
+    return "\n".join([first, *lines, closing(report)])
+
+
+def lines_of(report: Report, i: int) -> list[str]:
+    """Return the lines that a result adds to those before it, and that no later one changes.
+
+    So they can be printed as soon as it is known. All tables have columns of the same widths, 80
+    characters with what is between them.
+    """
+    result = report.results[i]
+    earlier = [r for r in report.results[:i] if r.convention == result.convention]
+    of_table = [r for r in earlier if r.table == result.table]
+    widths = _widths(with_depths=result.depth is not None)
+    lines = [] if of_table else [""]
+    if not earlier:
+        lines += textwrap.wrap(_heading(report, result.convention), 80)
+    if not of_table:
+        lines += head_lines(widths)
+    rows: list[dict[str, str]] = []
+    if result.backbone != "none" and all(r.backbone == "none" for r in earlier):
+        rows += map(_published_row, report.published(result.convention))
+    if result.backbone != "none" and all(r.backbone == "none" for r in of_table):
+        rows.append({"classifier": f"{result.backbone}:"})
+    rows.append(_row(result, several=report.n_splits > 1))
+    return lines + [line for row in rows for line in row_lines(row, widths)]
+
+
+def closing(report: Report) -> str:
+    """Return what is printed below the tables: which is best, what it cost, what the words mean."""
+    parts = []
     for convention in report.conventions:
-        if convention:
-            parts.append(f"\n{convention}  ({_shares(report, convention)})")
-        else:
-            parts.append(f"({_shares(report, convention)})")
-        parts.append(as_table(_columns(_short_rows(report, convention))))
-    parts += ["", as_table(_columns(_cost_rows(report)))]
-    words = "Means over the splits, ± one standard deviation; F1"
-    words += _positive_in_words(report.results[0]) + "; fit: tuning included."
-    return "\n".join([*parts, "", *textwrap.wrap(f"{words} {report.task.note}", 80)])
+        said = f"{convention}: {_verdict(report.of(convention))}".removeprefix(": ")
+        parts += ["", *textwrap.wrap(said, 80)]
+    words = "Means over the splits, ± one standard deviation; " if report.n_splits > 1 else ""
+    words += f"F1{_positive_in_words(report.results[0])}; fit: tuning included."
+    parts += ["", as_table(_columns(_cost_rows(report))), ""]
+    return "\n".join(parts + textwrap.wrap(f"{words} {report.task.note}", 80))
 
 
 def as_document(report: Report) -> dict[str, Any]:
@@ -46,26 +78,30 @@ def _columns(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _short_rows(report: Report, convention: str) -> list[dict[str, str]]:
-    """Return rows of which 80 columns hold all: one deviation, and a line for each network."""
-    results, rows = report.of(convention), []
-    titles = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "f1": "F1"}
-    titles["roc_auc"] = "ROC AUC"
-    network = "none"
-    for result in results:
-        if result.backbone != network:
-            network = result.backbone
-            rows.append({"classifier": f"{network}:"})
-        row = {"classifier": result.classifier}
-        row |= {title: f"{result.scores[m].mean():.3f}" for m, title in titles.items()}
-        row["accuracy"] += f" ± {result.scores['accuracy'].std():.3f}"
-        if any(other.depth is not None for other in report.results):
-            row["trained"] = "" if result.n_trained is None else f"{result.n_trained:,}"
-        rows.append(row | {"fit, s": f"{result.fit_seconds.mean():.1f}"})
-    for figure in report.published(convention):
-        row = {t: f"{figure[m]:.3f}" for m, t in titles.items() if m in figure}
-        rows.append({"classifier": figure["classifier"], **row})
-    return [dict.fromkeys(rows[0], "") | row for row in rows]
+def _widths(*, with_depths: bool) -> dict[str, int]:
+    if with_depths:
+        return {"classifier": 19, **_WIDTHS, "trained": 10, "fit, s": 6}
+    return {"classifier": 31, **_WIDTHS, "fit, s": 6}
+
+
+def _row(result: Result, *, several: bool) -> dict[str, str]:
+    row = {title: f"{result.scores[m].mean():.3f}" for m, title in _TITLES.items()}
+    row["accuracy"] += f" ± {result.scores['accuracy'].std():.3f}" if several else ""
+    row["trained"] = "" if result.n_trained is None else f"{result.n_trained:,}"
+    row["fit, s"] = f"{result.fit_seconds.mean():.1f}"
+    return {"classifier": result.classifier, **row}
+
+
+def _published_row(figure: dict[str, Any]) -> dict[str, str]:
+    scores = {t: f"{figure[m]:.3f}" for m, t in _TITLES.items() if m in figure}
+    return {"classifier": figure["classifier"], **scores}
+
+
+def _verdict(results: Sequence[Result]) -> str:
+    best = best_of(results)
+    right = f"{best.scores['accuracy'].mean():.1%} of the images"
+    said = "; ".join(gains(results, best))
+    return f"{full_name(best)} is right about {right}{f': {said}' if said else ''}."
 
 
 def _positive_in_words(result: Result) -> str:
@@ -101,11 +137,12 @@ def prepare(folder: str) -> Path:
 # ------------------------------------------------------------------------------ tables
 
 
-def _shares(report: Report, convention: str) -> str:
+def _heading(report: Report, convention: str) -> str:
     counts = report.counts(convention)
     shown = [f"{n} {label}" for label, n in list(counts.items())[:6]]
     more = f" and {len(counts) - 6} more classes" if len(counts) > 6 else ""
-    return ", ".join(shown) + more
+    shares = f"({', '.join(shown)}{more})"
+    return f"{convention}  {shares}" if convention else shares
 
 
 def _cost_rows(report: Report) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -20,6 +21,7 @@ from sklearn.base import is_regressor
 from sklearn.metrics import classification_report, confusion_matrix
 from sklearn.pipeline import Pipeline
 
+from sktransfer._cli.words import in_options
 from sktransfer._escaping import csv_cell, escape
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.labels import labels_of
@@ -121,10 +123,20 @@ def as_table(columns: Mapping[str, Sequence[Any]]) -> str:
         widths[max(widths, key=lambda name: widths[name])] -= 1
     if "path" in cells:
         cells["path"] = [shortened(value, widths["path"]) for value in cells["path"]]
-    lines = [*_lines([*cells], widths), "  ".join("-" * width for width in widths.values())]
+    lines = head_lines(widths)
     for row in zip(*cells.values(), strict=True):
         lines += _lines(row, widths)
     return "\n".join(lines)
+
+
+def head_lines(widths: Mapping[str, int]) -> list[str]:
+    """Return the names of columns of these widths, and a rule below."""
+    return [*_lines([*widths], widths), "  ".join("-" * width for width in widths.values())]
+
+
+def row_lines(row: Mapping[str, Any], widths: Mapping[str, int]) -> list[str]:
+    """Return one row of a table whose other rows are not known yet."""
+    return _lines([_shown(row.get(name, "")) for name in widths], widths)
 
 
 def _lines(row: Sequence[str], widths: Mapping[str, int]) -> list[str]:
@@ -262,3 +274,46 @@ def _confusion(classes: Sequence[Any], counts: np.ndarray) -> str:
         "images": [n for n, *_ in first],
     }
     return f"what was taken for what, the commonest first:\n\n{as_table(columns)}" if first else ""
+
+
+# ------------------------------------------------------------------------------ what is printed
+
+
+def show(
+    options: argparse.Namespace,
+    document: dict[str, Any],
+    text: str,
+    skipped: dict[str, str] | None = None,
+) -> None:
+    """Print the text or, for a program, the document; and what was skipped, and why."""
+    if skipped is not None and options.skip_unreadable:
+        document["skipped"] = records(_reasons(skipped, options))
+    if skipped:
+        text += f"\n\nskipped, as they can't be read:\n\n{as_table(_reasons(skipped, options))}"
+    print(as_json(document) if options.json else text)
+
+
+def show_columns(
+    options: argparse.Namespace, columns: dict[str, Any], what: str, skipped: dict[str, str]
+) -> None:
+    """Print a table, for a program as a list of its rows."""
+    if options.json:
+        show(options, {what: records(columns)}, "", skipped)
+        return
+    probabilities = [name for name in columns if name.startswith("probability")]
+    columns |= {name: _four_digits(columns[name]) for name in probabilities}
+    if options.csv:
+        if options.skip_unreadable:
+            columns = with_skipped(columns, skipped)
+        print_csv(columns)
+    else:
+        show(options, {}, as_table(columns), skipped)
+
+
+def _reasons(skipped: dict[str, str], options: argparse.Namespace) -> dict[str, list[str]]:
+    reasons = [in_options(reason, options) for reason in skipped.values()]
+    return {"path": [*skipped], "reason": reasons}
+
+
+def _four_digits(values: Sequence[float]) -> list[str]:
+    return [f"{value:.4f}" for value in values]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sktransfer._cli.groups import groups_of
 from sktransfer._escaping import escape
-from sktransfer.io import find_unreadable, load_image_folder
-from sktransfer.model_selection._comparison import name_rare_classes
+from sktransfer._splits import check_groups, name_rare_classes
+from sktransfer.io import find_unreadable, list_images, load_image_folder
 
 
 @dataclass
@@ -27,8 +30,11 @@ class Task:
         Paths.
     targets : dict of str to ndarray of shape (n,)
         The labels under each convention.
-    groups : ndarray of shape (n,) or None
+    strata : ndarray of shape (n,) or None
         Splits are stratified by label and, if given, by this as well.
+    groups : ndarray of int, shape (n,), or None
+        Images of one group are never on both sides of a split, which is then stratified by label
+        alone.
     published : list of dict
         Figures of others: `convention`, `classifier`, and those of `METRICS` that they give.
     note : str
@@ -44,12 +50,13 @@ class Task:
     name: str
     images: list[str]
     targets: dict[str, np.ndarray]
-    groups: np.ndarray | None = None
+    strata: np.ndarray | None = None
     published: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
     positive: str | None = None
     names: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    groups: np.ndarray | None = None
 
 
 def read_elpv() -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -110,11 +117,21 @@ def load_folder(folder: str, options: argparse.Namespace | None = None) -> Task:
             f"{folder!r}: only {rare}. A comparison needs at least two classes of 8 images each: "
             "add images, or remove the folders of small classes."
         )
+    groups, note = check_groups(groups_of(files, options) if options else None, len(files)), ""
+    if groups is not None:
+        if rare := name_rare_classes(y, 3, groups):
+            raise ValueError(
+                f"{folder!r}: {rare}. A comparison by groups needs 3 of each class, one to score "
+                "on and two to tune with: add images, pass smaller --groups, or none."
+            )
+        note = f"{groups.max() + 1:,} groups of images, each on one side of every split."
     shown = {name: escape(name) for name in np.unique(y).tolist()}
     labels = np.array([shown[name] for name in y.tolist()])
     names = {escaped: name for name, escaped in shown.items()}
     name = escape(Path(folder).resolve().name)
-    return Task(name, list(files), {"": labels}, names=names, skipped=skipped)
+    task = Task(name, list(files), {"": labels}, note=note, names=names, skipped=skipped)
+    task.groups = groups
+    return task
 
 
 def labelled(
@@ -156,3 +173,10 @@ def readable(
         file, reason = next(iter(skipped.items()))
         raise ValueError(f"No image of {len(files)} can be read. The first, {file!r}: {reason}")
     return kept, skipped
+
+
+def files_of(given: Iterable[str]) -> list[str]:
+    """Return files, with folders replaced by the images in them."""
+    return [
+        file for item in given for file in (list_images(item) if os.path.isdir(item) else [item])
+    ]

@@ -4,62 +4,91 @@ from __future__ import annotations
 
 import argparse
 import re
-from functools import partial
+import shlex
 
 from sktransfer._cli.checks import option
 
-# Parameters whose option is called otherwise.
-_RENAMED = {"unfreeze": "--depth", "random_state": "--seed", "n_splits": "--splits"}
+# Names of files and classes stand in messages as `repr` quotes them: one may be called unfreeze=3.
+_QUOTED = r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\""
+_QUOTES = "'\""
+_IN = rf"(?:{_QUOTED}|[^][()'\"])*"  # brackets
+_VALUE = rf"{_QUOTED}|\[{_IN}\]|\({_IN}\)|[-\w.+/*]*[\w*]"
+# Parameters whose option, the first of these that a command has, is called otherwise.
+_RENAMED = {"unfreeze": ["depths", "depth"], "random_state": ["seed"], "n_splits": ["splits"]}
 # Such that are no English words; others are known by the value that follows them.
-_ALONE = (
-    "unfreeze test_size image_size max_epochs n_jobs max_pixels sort_by random_state n_splits"
-).split()
-_VALUE = r"'[^']*'|\"[^\"]*\"|\[[^]]*\]|\([^)]*\)|[-\w.+/*]*[\w*]"
+_ALONE = {
+    *("unfreeze", "test_size", "image_size", "max_epochs", "n_jobs", "max_pixels", "sort_by"),
+    *("random_state", "n_splits"),
+}
+_WITHOUT_NAME = {"command", "action", "folder", "files", "model"}  # arguments that are no options
 # What there is in Python alone.
 _ONLY_IN_PYTHON = (
-    r",? (?:or )?set `categories`",
-    r"; if the parts are the classes, pass categories=\[[^]]*\]",
-    r": list_images lists such",
+    rf"; if the parts are the classes, pass categories=\[{_IN}\]|: list_images lists such"
 )
-_SETTING = r"sktransfer\.set_config\((\w+)=([^)]*)\)(?: or PIL\.Image\.MAX_IMAGE_PIXELS)?"
 
 
 def in_options(message: str, options: argparse.Namespace) -> str:
     """Return a message with the options of a command in place of parameters.
 
+    What is quoted stays as it is.
+
     >>> from argparse import Namespace
     >>> options = Namespace(command="fit", depth="99")
-    >>> in_options("unfreeze=99 is too deep for image_size=None", options)
-    '--depth 99 is too deep for image_size=None'
+    >>> in_options("'a unfreeze=1': unfreeze=99 is too deep for image_size=None", options)
+    "'a unfreeze=1': --depth 99 is too deep for image_size=None"
     """
-    for pattern in _ONLY_IN_PYTHON:
-        message = re.sub(pattern, "", message)
-    message = message.replace("another cv.", "another --cv.")
-    message = re.sub(_SETTING, _setting_as_option, message)
-    message = re.sub(
-        r"load_image_folder\(('[^']*')\)", rf"`sktransfer {options.command} \1`", message
+    flags = _flags(options)
+    names, alone = "|".join(flags), "|".join(flags.keys() & _ALONE)
+    pattern = (
+        rf"(?P<python>{_ONLY_IN_PYTHON})"
+        r"|sktransfer\.set_config\((?P<setting>\w+)=(?P<to>[^)]*)\)"
+        r"(?: or PIL\.Image\.MAX_IMAGE_PIXELS)?"
+        rf"|load_image_folder\((?P<folder>{_QUOTED})\)"
+        rf"|leave (?P<left>{names})=None"
+        rf"|(?<![\w.-])(?P<name>{names})=(?P<value>{_VALUE})"
+        rf"|(?<![\w.-])`?(?P<alone>{alone or '(?!)'})`?(?![\w=])"
+        r"|(?<=another )(?P<cv>cv)(?=\.)"
+        r"|(?P<drop>drop the row)"
+        rf"|(?<!\w)(?:{_QUOTED})(?!\w)"
     )
-    for name, flag in _options(options).items():
-        pattern = rf"(?<![\w.'\"-]){name}=({_VALUE})"
-        message = re.sub(pattern, partial(_as_option, flag), message)
-        if name in _ALONE:
-            message = re.sub(rf"(?<![\w.'\"-])`?{name}`?(?![\w'\"=])", flag, message)
-    return message
+
+    def replaced(found: re.Match[str]) -> str:
+        if found["python"]:
+            return ""
+        if found["setting"]:
+            value = "" if found["to"] == "..." else found["to"].strip("'\"")
+            return f"{option(found['setting'])} {value}".strip()
+        if found["folder"]:
+            return f"`sktransfer {options.command} {_for_shell(found['folder'])}`"
+        if found["left"]:
+            return f"leave {flags[found['left']]} out"
+        if found["name"]:
+            return _as_option(flags[found["name"]], found["value"])
+        if found["drop"]:
+            skips = vars(options).get("skip_unreadable", True)
+            return "remove it" if skips else "pass --skip-unreadable"
+        if name := found["alone"] or found["cv"]:
+            return flags.get(name, name)
+        return found[0]
+
+    return re.sub(pattern, replaced, message)
 
 
-def _setting_as_option(found: re.Match[str]) -> str:
-    value = "" if found[2] == "..." else found[2].strip("'\"")
-    return f"{option(found[1])} {value}".strip()
+def _as_option(flag: str, value: str) -> str:
+    """Return an option with its value, as a shell wants it."""
+    return f"{flag} {_for_shell(value) if value[0] in _QUOTES else value}"
 
 
-def _as_option(flag: str, found: re.Match[str]) -> str:
-    """Return an option with its value, without quotes that a shell does not need."""
-    is_quoted_word = re.fullmatch(r"'[\w.-]+'", found[1])
-    return f"{flag} {found[1][1:-1] if is_quoted_word else found[1]}"
+def _for_shell(quoted: str) -> str:
+    """Return what `repr` quoted as a shell quotes it; with escapes, which it has not, as it is."""
+    return quoted if "\\" in quoted else shlex.quote(quoted[1:-1])
 
 
-def _options(options: argparse.Namespace) -> dict[str, str]:
+def _flags(options: argparse.Namespace) -> dict[str, str]:
     """Return the options that a command has, by the names of their parameters."""
-    names = {flag: name for name, flag in _RENAMED.items()}
-    flags = (option(name) for name in vars(options))
-    return {names.get(flag, flag[2:].replace("-", "_")): flag for flag in flags}
+    known = vars(options).keys() - _WITHOUT_NAME
+    renamed = {
+        parameter: next((option(name) for name in names if name in known), "")
+        for parameter, names in _RENAMED.items()
+    }
+    return {name: option(name) for name in known} | {k: v for k, v in renamed.items() if v}

@@ -46,11 +46,14 @@ def _best_device() -> str:
 def numerics(device: torch.device, precision: str) -> str:
     """Name what a device computes otherwise than others do, by more than rounding; "" if nothing.
 
-    In lower precisions each kind of device has its own list of operations that run in them. In
-    float32 a GPU may round what enters convolutions to TF32, as torch lets it by default.
+    In lower precisions each kind of device has its own list of operations that run in them; a GPU
+    has weights in bfloat16, too. In float32 it may round what enters convolutions to TF32, as torch
+    lets it by default.
     """
     if device.type == "cpu":
         return ""
+    if device.type == "cuda" and precision == "bfloat16":
+        return "cuda, weights"
     if precision != "float32":
         return device.type
     return "tf32" if device.type == "cuda" and _rounds_to_tf32(device) else ""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from sktransfer._bars import tqdm
+from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.layers import columns_of, free_rows
-from sktransfer._engine.program import ACTIVATION, Output, Program
+from sktransfer._engine.program import ACTIVATION, Block, Output, Program
 from sktransfer._engine.results import Names
 from sktransfer._engine.runner import Runner
 from sktransfer._engine.stream import Images, Stream
@@ -18,6 +21,7 @@ from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
 _MUCH = 1e9  # bytes, of which a user is told before they are written
+_VIEWS_BYTES = 2**28  # of rows of views that are held at once
 _ASKED = 8  # images that are looked up to find how many are in the memory
 
 
@@ -131,20 +135,17 @@ class OutputsPass(Stream):
         return [results[output] for output in self.outputs]
 
 
-class Embedding(OutputsPass):
-    """One pass over images to the rows of a feature extractor, exactly as the network has them.
+class Rows(OutputsPass):
+    """One pass to the pooled rows of a feature extractor, which are concatenated.
 
     Parameters
     ----------
     runner : Runner
     rows : sequence of Output
-        Pooled activations, which are concatenated.
     preprocessing : Preprocessing
     **options
         See `Stream`.
     """
-
-    _images: ImageSequence
 
     def __init__(
         self,
@@ -157,11 +158,24 @@ class Embedding(OutputsPass):
         kept = [*rows, *free_rows(runner, rows, preprocessing.size)]
         super().__init__(runner, preprocessing, rows, kept, **options)
 
+    @abstractmethod
     def __call__(self, images: ImageSequence) -> np.ndarray:
-        """Return the rows of `images`, float32 of shape (n, width)."""
+        """Return a row for each image, float32 of shape (n, width)."""
+
+    def fill_rows(self, images: Images) -> np.ndarray:
+        """Return a row for each of what is run, float32 of shape (n, width)."""
         rows = np.empty((len(images), self.columns[-1].stop), np.float32)
         self.fill(images, [rows[:, columns] for columns in self.columns])
         return rows
+
+
+class Embedding(Rows):
+    """The rows of images, exactly as the network has them."""
+
+    _images: ImageSequence
+
+    def __call__(self, images: ImageSequence) -> np.ndarray:
+        return self.fill_rows(images)
 
     def _is_alone(self) -> bool:
         return len(self._images) == 1
@@ -174,4 +188,37 @@ class Embedding(OutputsPass):
         block = self._images.block(rows, digests)
         if block is None:
             return super()._load_several(rows, digests)
-        return list(self.preprocessing.fit_size(block))
+        return list(Block(self.preprocessing.fit_size(block)).split())
+
+
+class MeanEmbedding(Rows):
+    """The rows of images, each the mean over its views.
+
+    Each view is an entry of the memory, which a fine-tuned network with these views shares.
+
+    Parameters
+    ----------
+    augmentation : Augmentation
+    *args, **options
+        See `Rows`.
+    """
+
+    unit = "view"
+
+    def __init__(self, augmentation: Augmentation, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.augmentation = augmentation
+
+    def __call__(self, images: ImageSequence) -> np.ndarray:
+        views = Views(images, self.preprocessing, self.augmentation)
+        self.n_expected = len(views)
+        width, n = self.columns[-1].stop, views.n_views
+        rows = np.empty((len(images), width), np.float32)
+        step = max(1, int(_VIEWS_BYTES / (4 * width * n)))
+        with tqdm(
+            total=len(views), unit=self.unit, desc=self.runner.name, disable=not self.verbose
+        ) as self.shared_bar:
+            for start in range(0, len(images), step):
+                part = slice(start, start + step)
+                rows[part] = self.fill_rows(views[part]).reshape(-1, n, width).mean(1)
+        return rows

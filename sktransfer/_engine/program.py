@@ -7,6 +7,7 @@ rounded to half precision, once, behind all that was computed from the image.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from sktransfer._engine.cut_network import layout_of, pool
 from sktransfer._engine.device import fetch
 from sktransfer._torch_state import network_lock
+from sktransfer.models._modules import copy_of
 from sktransfer.transforms import Preprocessing
 
 if TYPE_CHECKING:
@@ -76,6 +78,24 @@ def stored_form(x: torch.Tensor, output: Output, half: torch.dtype, layout: str)
 # ------------------------------------------------------------------------------ programs
 
 
+class Block:
+    """Images (n, 3, h, w) that lie side by side, with channels last."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images.contiguous(memory_format=torch.channels_last)
+
+    def split(self) -> list[OfBlock]:
+        """Return them one by one."""
+        return [OfBlock(self, number) for number in range(len(self.images))]
+
+
+class OfBlock(NamedTuple):
+    """An image of a block: those of one block come into a batch together."""
+
+    block: Block
+    number: int
+
+
 class Outputs(nn.Module):
     """From uint8 images (n, 3, h, w) to a tensor for each output.
 
@@ -86,6 +106,9 @@ class Outputs(nn.Module):
     preprocessing : Preprocessing
     finish : callable or None
         What becomes of each result, as soon as it is there: results of many cuts take room.
+    dtype : torch.dtype or None, default=None
+        Of the weights, of which this then has copies, and of what lies between them; None for
+        those that the network has.
     """
 
     def __init__(
@@ -94,17 +117,23 @@ class Outputs(nn.Module):
         outputs: Sequence[Output],
         preprocessing: Preprocessing,
         finish: Callable[[torch.Tensor, Output], torch.Tensor] | None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.outputs, self.preprocessing, self.finish = list(outputs), preprocessing, finish
+        self.dtype = dtype
         positions = {output.position for output in outputs}
         # Not registered: the slices are not this one's own.
         with network_lock.shared():  # a slice for another image size runs on shapes
             self.slices = runner.slices(positions, preprocessing.size)
+            if dtype is not None:
+                self.slices = [(at, copy_of(part).to(dtype)) for at, part in self.slices]
         self.n_prefix = {position: runner.n_prefix(position) for position in positions}
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = self.preprocessing.normalize(images).contiguous(memory_format=torch.channels_last)
+        x = self.preprocessing.normalize(images)
+        x = x if self.dtype is None else x.to(self.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
         results: dict[Output, torch.Tensor] = {}
         for position, part in self.slices:
             x = part(x)
@@ -144,7 +173,7 @@ class Program:
         self._run, self.device, self.runs_in_threads = run, device, runs_in_threads
         self.n_images = 0
 
-    def __call__(self, images: Sequence[torch.Tensor], step: int) -> list[Any]:
+    def __call__(self, images: Sequence[torch.Tensor | OfBlock], step: int) -> list[Any]:
         """Return for each output an array-like with a row for each image, uint8 (3, h, w).
 
         On a GPU they are copied while it goes on. Every batch has `step` images, the last is
@@ -176,14 +205,29 @@ def to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
     return batch.to(device, non_blocking=True)
 
 
-def _stacked(images: list[torch.Tensor], step: int, device: torch.device) -> torch.Tensor:
+def _stacked(
+    images: Sequence[torch.Tensor | OfBlock], step: int, device: torch.device
+) -> torch.Tensor:
     """Return a batch (step, 3, h, w) that repeats its first image; channels last, as they lie."""
-    # By NumPy: torch lets threads that decode in between at each of so many operations.
-    last = [torch.from_numpy(image.numpy().transpose(1, 2, 0)) for image in images]
-    last += last[:1] * (step - len(last))
+    parts: list[torch.Tensor] = []  # (n, h, w, 3)
+    for block, group in groupby(images, _block_of):
+        if block is None:
+            # By NumPy: torch lets threads that decode in between at each of so many operations.
+            single = (image.numpy() for image in group if isinstance(image, torch.Tensor))
+            parts += [torch.from_numpy(image.transpose(1, 2, 0)[None]) for image in single]
+        else:
+            numbers = [image.number for image in group if isinstance(image, OfBlock)]
+            is_run = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+            rows = slice(numbers[0], numbers[-1] + 1) if is_run else numbers
+            parts.append(block.images[rows].permute(0, 2, 3, 1))
+    parts += [parts[0][:1]] * (step - len(images))
     if device.type != "cuda":
-        return torch.stack(last).permute(0, 3, 1, 2)
+        return torch.cat(parts).permute(0, 3, 1, 2)
     # Into memory from which it is copied as it is, and which torch keeps for the next batch.
-    shape, dtype = (step, *last[0].shape), last[0].dtype
+    shape, dtype = (step, *parts[0].shape[1:]), parts[0].dtype
     batch = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
-    return torch.stack(last, out=batch).permute(0, 3, 1, 2)
+    return torch.cat(parts, out=batch).permute(0, 3, 1, 2)
+
+
+def _block_of(image: torch.Tensor | OfBlock) -> Block | None:
+    return image.block if isinstance(image, OfBlock) else None

@@ -25,6 +25,7 @@ from sktransfer._memory.memory import ImageMemory
 from sktransfer._threads import n_threads, one_core_threads
 
 _LOOKUP = 64  # images looked up, and claimed, at once
+_TASKS = 8  # that load a batch, on a GPU: each takes Python's lock from the others
 _T = TypeVar("_T")
 
 
@@ -89,6 +90,8 @@ class Stream(ABC):
     ----------
     n_computed : int
         Images that ran through the network.
+    shared_bar : object with `update(n)` or None
+        As given by `progress`.
     """
 
     unit = "image"  # of the bar
@@ -106,7 +109,7 @@ class Stream(ABC):
     ) -> None:
         self.runner, self.memory = runner, memory
         self.batch_size, self.verbose = runner.batch_size(batch_size, image_size), verbose
-        self._shared_bar = progress
+        self.shared_bar = progress
         self.step = runner.step(batch_size, image_size)  # fewer once the memory did not suffice
         self.in_threads = False  # whether images run by themselves, in the threads that load them
         self.n_threads = n_threads(n_jobs)
@@ -161,9 +164,9 @@ class Stream(ABC):
         self._tell_size()
         self._threads = one_core_threads(self.n_threads)
         self._writer = ThreadPoolExecutor(1)
-        silent = not self.verbose
+        silent = not self.verbose or self.shared_bar is not None
         bar = tqdm(total=len(images), unit=self.unit, desc=self.runner.name, disable=silent)
-        self._progress = self._shared_bar or bar
+        self._progress = self.shared_bar or bar
         filling = threading.Lock()
         parts = filling, self._threads, self._writer, self._owner
         cleaner = threading.Thread(target=self._clean_up, args=parts, daemon=True)
@@ -305,7 +308,10 @@ class Stream(ABC):
             for row, digest in pairs:
                 yield self._threads.submit(self._load_and_run, row, digest)
             return
-        size = max(1, min(self.batch_size, len(self._images)) // (2 * self.n_threads))
+        # Few tasks for a batch, but for few images as many as there are threads.
+        n_tasks = 2 * self.n_threads
+        size = min(self.batch_size // min(_TASKS, n_tasks), len(self._images) // n_tasks)
+        size = max(1, size)
         for start in range(0, len(pairs), size):
             part = list(zip(*pairs[start : start + size], strict=True))
             task = self._threads.submit(self._load_several, *part)

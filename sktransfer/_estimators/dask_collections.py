@@ -18,6 +18,7 @@ import dask.array as da
 import joblib
 import numpy as np
 import xxhash
+from dask._task_spec import Task, TaskRef
 from dask.bag import Bag
 from dask.core import flatten
 from dask.delayed import delayed
@@ -85,10 +86,11 @@ def on_partitions(
     name = f"{method}-{uuid4().hex}"  # not a digest: files that failed may be mended
     run = partial(_run, method=method, empty=rows)
     zeros = (0,) * (rows.ndim - 1)
-    keys = flatten(X.__dask_keys__())
-    layer: dict[Any, Any] = {
-        (name, i, *zeros): (run, node.key, key, i) for i, key in enumerate(keys)
-    }
+    layer: dict[Any, Any] = {}
+    for i, part in enumerate(flatten(X.__dask_keys__())):
+        # References: a bare key is taken for data by whoever sees this layer without the others.
+        key = (name, i, *zeros)
+        layer[key] = Task(key, run, TaskRef(node.key), TaskRef(part), i)
     graph = HighLevelGraph.from_collections(name, layer, [node, X])
     lengths = X.chunks[0] if isinstance(X, da.Array) else (np.nan,) * len(layer)
     return da.Array(graph, name, (lengths, *((n,) for n in rows.shape[1:])), meta=rows)

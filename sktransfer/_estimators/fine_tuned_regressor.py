@@ -9,8 +9,8 @@ from sklearn.base import MultiOutputMixin, RegressorMixin
 from torch import nn
 
 from sktransfer._estimators.base import _fit_context, atomic, check_y, takes_dask
-from sktransfer._estimators.labels import refuse_missing
 from sktransfer._estimators.supervised import FineTuned
+from sktransfer._missing import refuse_missing
 from sktransfer._training.whole import Affine
 
 __all__ = ["FineTunedRegressor"]
@@ -201,7 +201,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
 
     @_fit_context(prefer_skip_nested_validation=True)
     @atomic
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> Self:
         """Train the head, then the unfrozen blocks with it.
 
         Parameters
@@ -214,12 +214,15 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
             Weights of the images. One of weight 2 counts as two of them; two that are equal, with
             equal values, count as one of weight 2. An epoch shows each image once, whatever its
             weight.
+        groups : array-like of shape (n,), default=None
+            The group of each image, which no split inside `fit` tears apart; see
+            :class:`FineTunedClassifier`.
 
         Returns
         -------
         self
         """
-        return self._fit(X, y, sample_weight)
+        return self._fit(X, y, sample_weight, groups)
 
     @_fit_context(prefer_skip_nested_validation=True)
     @atomic

@@ -17,10 +17,10 @@ from sktransfer._estimators.labels import (
     check_known,
     is_indicator,
     labels_of,
-    name_rare_classes,
     plain_labels,
 )
 from sktransfer._estimators.supervised import FineTuned
+from sktransfer._splits import name_rare_classes
 from sktransfer.io import ImageSequence
 
 __all__ = ["FineTunedClassifier"]
@@ -204,6 +204,14 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     no `memory`. `callbacks` are for the training that follows it. Without two images of every
     class there is nothing to compare: 0 is taken, with a warning.
 
+    Three things inside `fit` take a part of the images to score on: the search of
+    ``unfreeze="auto"``, the cross-validation that chooses how much a solved head is regularised,
+    and early stopping. Where images of one group are alike, a part by chance makes all three too
+    sure of themselves. With `groups`, each part is one of whole groups, stratified by class as far
+    as the groups allow. There are fewer folds where a class lies in fewer groups. Where it lies in
+    one group only, the first two are left out, with a warning, and early stopping is an error.
+    Equal images with equal labels count as one, which is in the first of their groups.
+
     References
     ----------
     Kumar, Raghunathan, Jones, Ma and Liang, "Fine-tuning can distort pretrained features and
@@ -308,7 +316,7 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
 
     @_fit_context(prefer_skip_nested_validation=True)
     @atomic
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> Self:
         """Train the head, then the unfrozen blocks with it.
 
         Parameters
@@ -322,12 +330,16 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
             Weights of the images. One of weight 2 counts as two of them; two that are equal, with
             equal labels, count as one of weight 2. An epoch shows each image once, whatever its
             weight.
+        groups : array-like of shape (n,), default=None
+            The group of each image: numbers or strings that say which images belong together, as
+            those of one patient, one part, one place or one clip. No split inside `fit` tears a
+            group apart; see Notes. Metadata routing requests them by default.
 
         Returns
         -------
         self
         """
-        return self._fit(X, y, sample_weight)
+        return self._fit(X, y, sample_weight, groups)
 
     @_fit_context(prefer_skip_nested_validation=True)
     @atomic
@@ -468,23 +480,26 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         weights[counted] *= compute_sample_weight(self.class_weight, np.asarray(y)[counted])
         return weights
 
-    def _check_targets(self, targets: np.ndarray, in_parts: bool) -> None:
+    def _check_targets(
+        self, targets: np.ndarray, groups: np.ndarray | None, in_parts: bool
+    ) -> None:
         if not self.multilabel_ and not in_parts and len(np.unique(targets)) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs images of at least 2 classes and got 1 class: all "
                 f"{len(targets)} images are {self.classes_[targets].tolist()[0]!r}."
             )
         if self.early_stopping and not self.multilabel_ and not in_parts:
-            self._check_is_divisible(targets)
+            self._check_is_divisible(targets, groups)
 
-    def _check_is_divisible(self, targets: np.ndarray) -> None:
+    def _check_is_divisible(self, targets: np.ndarray, groups: np.ndarray | None) -> None:
         """Raise an error that names the classes of too few images to hold out some of them."""
         needed = 3 if self.unfreeze == "auto" else 2  # the search fits on two thirds
-        if rare := name_rare_classes(self.classes_[targets], needed):
+        if rare := name_rare_classes(self.classes_[targets], needed, groups):
+            what, fewer = ("of them", "") if groups is None else ("groups", "smaller groups, ")
             raise ValueError(
                 f"early_stopping=True holds out validation_fraction={self.validation_fraction:g} "
-                f"of the images, for which each class needs {needed} of them: {rare}. Add images, "
-                "drop the class, or pass early_stopping=False."
+                f"of the images, for which each class needs {needed} {what}: {rare}. Add images, "
+                f"drop the class, or pass {fewer}early_stopping=False."
             )
 
     def _begin(self, targets: np.ndarray, weights: np.ndarray | None) -> int:

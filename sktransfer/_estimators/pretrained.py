@@ -12,10 +12,17 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import Tags
 
+from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.cut_network import POOLINGS
-from sktransfer._engine.embedding import Embedding
+from sktransfer._engine.embedding import Embedding, MeanEmbedding, Rows
 from sktransfer._engine.layers import poolings_of, power_normalize, row_names, rows_of
-from sktransfer._estimators.base import ImageEstimator, StrOptions, atomic, takes_dask
+from sktransfer._estimators.base import (
+    ImageEstimator,
+    Interval,
+    StrOptions,
+    atomic,
+    takes_dask,
+)
 from sktransfer._memory.memory import check_memory
 
 __all__ = ["PretrainedFeatureExtractor", "make_classifier"]
@@ -75,6 +82,16 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         Whether the values of each layer and pooling are replaced by their signed square roots and
         scaled to one length, so that all layers weigh alike and a whole row has length 1. A row
         stays a function of one image, and the memory keeps what the network has. See Notes.
+    augment : {"flip", "dihedral"} or None, default=None
+        Views over which a row is the mean. `"flip"`: the image, and mirrored left to right;
+        `"dihedral"`: turned by quarters and mirrored, for images without an upright direction. Each
+        view runs through the network, and is an entry of the memory, which a
+        :class:`FineTunedClassifier` with these views shares. Views are taken of what the network
+        sees, the scaled and cropped image.
+    n_views : int, default=None
+        Views of each image, itself included; None for all 2 of "flip" and all 8 of "dihedral" (4 if
+        images are not square). The first ones are the mildest: of "dihedral", the image, mirrored
+        left to right, upside down, and both.
     image_shape : tuple of (height, width) or (height, width, channels), default=None
         Shape of an image if `X` has flat rows, as scikit-learn's data sets do. One entry may be
         -1, as in `numpy.reshape`. None if `X` holds images.
@@ -139,7 +156,8 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
 
     Layers differ in scale, often tenfold. Pass `normalize=True`, or put a `StandardScaler` behind
     several of them, which learns the scales of all features from the training part. In most
-    comparisons of docs/results.md the first is the better of the two for a support vector machine.
+    comparisons of docs/results/features.md the first is the better of the two for a support
+    vector machine.
 
     References
     ----------
@@ -165,6 +183,8 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         "layer": [Integral, str, list, tuple],
         "pooling": [StrOptions(set(POOLINGS)), list, tuple],
         "normalize": ["boolean"],
+        "augment": [StrOptions({"flip", "dihedral"}), None],
+        "n_views": [Interval(Integral, 1, None, closed="left"), None],
     }
 
     def __init__(
@@ -175,6 +195,8 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         layer: Any = "auto",
         pooling: Any = "avg",
         normalize: bool = False,
+        augment: str | None = None,
+        n_views: int | None = None,
         image_shape: Any = None,
         image_size: Any = None,
         memory: Any = None,
@@ -190,6 +212,8 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         self.layer = layer
         self.pooling = pooling
         self.normalize = normalize
+        self.augment = augment
+        self.n_views = n_views
         self.image_shape = image_shape
         self.image_size = image_size
         self.memory = memory
@@ -273,7 +297,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         return tags
 
 
-def embedding_of(estimator: Any) -> Embedding:
+def embedding_of(estimator: Any) -> Rows:
     """Return a pass over images to the rows of an extractor, or to a classifier's logits.
 
     What has no parameter `layer` takes the whole network.
@@ -281,15 +305,18 @@ def embedding_of(estimator: Any) -> Embedding:
     runner, preprocessing = estimator.load_network()
     layer = getattr(estimator, "layer", "output")
     pooling = getattr(estimator, "pooling", "avg")
-    return Embedding(
-        runner,
-        rows_of(runner, layer, pooling, preprocessing.size),
-        preprocessing,
-        memory=check_memory(estimator.memory),
-        batch_size=estimator.batch_size,
-        n_jobs=estimator.n_jobs,
-        verbose=estimator.verbose,
-    )
+    what = runner, rows_of(runner, layer, pooling, preprocessing.size), preprocessing
+    options = {
+        "memory": check_memory(estimator.memory),
+        "batch_size": estimator.batch_size,
+        "n_jobs": estimator.n_jobs,
+        "verbose": estimator.verbose,
+    }
+    views = getattr(estimator, "augment", None), getattr(estimator, "n_views", None)
+    augmentation = Augmentation(*views, preprocessing.size)
+    if augmentation.n_views == 1:
+        return Embedding(*what, **options)
+    return MeanEmbedding(augmentation, *what, **options)
 
 
 # ------------------------------------------------------------------------------ with a classifier
@@ -303,7 +330,7 @@ def make_classifier(
     """Make a pipeline of the features of all layers of a network, and a classifier.
 
     It is the best of what was compared on few images, and among the best on hundreds: see "The
-    recipe" in docs/results.md.
+    recipe" in docs/results/features.md.
 
     Parameters
     ----------

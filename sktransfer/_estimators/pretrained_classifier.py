@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import accuracy_score
 from sklearn.utils import Tags
 
-from sktransfer._engine.embedding import Embedding
+from sktransfer._engine.embedding import Rows
 from sktransfer._estimators.base import ImageEstimator, _fit_context, atomic, takes_dask
 from sktransfer._estimators.labels import plain_labels
 from sktransfer._estimators.pretrained import embedding_of
@@ -277,7 +277,7 @@ class PretrainedClassifier(ImageEstimator):
         return tags
 
 
-def logits_of(classifier: PretrainedClassifier) -> Embedding:
+def logits_of(classifier: PretrainedClassifier) -> Rows:
     """Return a pass over images to their logits; an error if the network has none."""
     embedding = embedding_of(classifier)
     runner = embedding.runner

@@ -14,9 +14,10 @@ from torch import nn
 
 from sktransfer._engine.augmentation import AUGMENTATIONS
 from sktransfer._estimators.base import Interval, StrOptions, check_sample_weight
-from sktransfer._estimators.labels import refuse_missing
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._estimators.trained import TrainedEstimator
+from sktransfer._missing import refuse_missing
+from sktransfer._splits import check_groups
 from sktransfer._training.depth_search import search_depth
 from sktransfer._training.settings import Settings, distinct
 from sktransfer._training.whole import export_onnx
@@ -42,6 +43,9 @@ class FineTuned(TrainedEstimator):
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
     }
 
+    # As of scikit-learn's splitters of groups: who has groups wants them in all splits.
+    __metadata_request__fit = {"groups": True}
+
     _kind: str
     layer: Any
     _searches_depth = False
@@ -63,7 +67,9 @@ class FineTuned(TrainedEstimator):
 
     # ------------------------------------------------------------------------ fitting
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any, *, in_parts: bool = False) -> Self:
+    def _fit(
+        self, X: Any, y: Any, sample_weight: Any, groups: Any = None, *, in_parts: bool = False
+    ) -> Self:
         """Fit or, with `in_parts` or `warm_start`, go on with what is fitted."""
         y = self._check_given(y)
         goes_on = (in_parts or self.warm_start) and hasattr(self, "_trainer")
@@ -74,25 +80,32 @@ class FineTuned(TrainedEstimator):
             )
         images = self._check_images(X, reset=not goes_on)
         check_consistent_length(images, y)
+        groups = check_groups(groups, len(images))
         is_announced = in_parts and hasattr(self, "classes_")
         targets = self._encode(y, goes_on or is_announced)
         weights = self._weights(y, sample_weight, images)
-        rows, weights = distinct(images, targets, weights, self.n_jobs)
+        rows, weights, groups = distinct(images, targets, weights, groups, self.n_jobs)
         images, targets = images[rows], targets[rows]
-        self._check_targets(targets, in_parts)
+        self._check_targets(targets, groups, in_parts)
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         if goes_on:
             trainer = self._resume(in_parts=in_parts)
         else:
             self._keep_shape(seed)
-            self._choose_depth(images, targets, weights, seed)
+            self._choose_depth(images, targets, weights, groups, seed)
             trainer = self._new_trainer(self._begin(targets, weights))
         targets = self._scaled(targets)
-        self._train(trainer, images, targets, weights, seed, in_parts=in_parts, goes_on=goes_on)
+        how = {"in_parts": in_parts, "goes_on": goes_on}
+        self._train(trainer, images, targets, weights, seed, groups=groups, **how)
         return self
 
     def _choose_depth(
-        self, images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, seed: int
+        self,
+        images: ImageSequence,
+        targets: np.ndarray,
+        weights: np.ndarray | None,
+        groups: np.ndarray | None,
+        seed: int,
     ) -> None:
         """Search for the depth, if it is to be searched for."""
         self.__dict__.pop("depth_search_", None)  # of an earlier fit
@@ -103,7 +116,7 @@ class FineTuned(TrainedEstimator):
                 "unfreeze='auto' searches for how much of the pretrained weights to keep, and "
                 "weights=None has none: pass unfreeze='all'."
             )
-        self.depth_search_ = search_depth(self, images, targets, weights, seed, self._kind)
+        self.depth_search_ = search_depth(self, images, targets, weights, groups, seed, self._kind)
         if self.verbose:
             depths = ", ".join(map(str, self.depth_search_["depths"]))
             print(f"unfreeze='auto' took {self.depth_search_['unfreeze']} of {depths}")
@@ -139,7 +152,9 @@ class FineTuned(TrainedEstimator):
             raise ValueError("sample_weight is zero everywhere: nothing is left to learn from.")
         return weights
 
-    def _check_targets(self, targets: np.ndarray, in_parts: bool) -> None:
+    def _check_targets(
+        self, targets: np.ndarray, groups: np.ndarray | None, in_parts: bool
+    ) -> None:
         """Raise an error if nothing can be learnt from these encoded targets."""
 
     def _begin(self, targets: np.ndarray, weights: np.ndarray | None) -> int:

@@ -110,6 +110,7 @@ class TrainedEstimator(KeepsTrainer):
         *,
         in_parts: bool,
         goes_on: bool,
+        groups: np.ndarray | None = None,
     ) -> None:
         """Train, and set the fitted attributes; on Ctrl-C, of what was learnt until then."""
         is_refit = hasattr(self, "_trainer") and not goes_on
@@ -117,7 +118,7 @@ class TrainedEstimator(KeepsTrainer):
             if in_parts:
                 trainer.train_part(images, targets, weights, seed)
             else:
-                trainer.train(images, targets, weights, seed, goes_on=goes_on)
+                trainer.train(images, targets, weights, seed, goes_on=goes_on, groups=groups)
         except Interrupted:
             if is_refit:
                 raise interrupted_refit() from None

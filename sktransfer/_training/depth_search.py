@@ -9,16 +9,19 @@ from typing import Any, Self
 import numpy as np
 from sklearn.base import BaseEstimator, clone
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
-from sklearn.model_selection import HalvingGridSearchCV, KFold, StratifiedKFold
+from sklearn.model_selection import HalvingGridSearchCV
 
 from sktransfer._bars import tqdm
 from sktransfer._engine.frozen import FrozenBlocks
+from sktransfer._splits import Split, UndividedWarning, class_sizes, inner_folds
+from sktransfer._threads import WithoutWarnings
 from sktransfer._training.cut import check_is_trainable
 from sktransfer._training.plan import usual_depths
 from sktransfer.io import ImageSequence
 
 _FOLDS = 3
 _FACTOR = 3  # of candidates dropped, and of epochs gained, from one round to the next
+_undivided = WithoutWarnings(UndividedWarning)  # of heads on a part of the groups
 
 
 class OnRows(BaseEstimator):
@@ -32,22 +35,32 @@ class OnRows(BaseEstimator):
     X : ImageSequence or ndarray
     weights : ndarray of shape (n,), default=None
         Of the rows, in the fit and in the score.
+    groups : ndarray of shape (n,), default=None
+        Of the rows, in the fit.
 
     Attributes
     ----------
     fitted_ : estimator
     """
 
-    def __init__(self, model: Any, X: Any, weights: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        X: Any,
+        weights: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+    ) -> None:
         self.model = model
         self.X = X
         self.weights = weights
+        self.groups = groups
 
     def __sklearn_clone__(self) -> Self:
         return type(self)(**{**self.get_params(deep=False), "model": clone(self.model)})
 
     def fit(self, rows: np.ndarray, y: np.ndarray) -> Self:
-        self.fitted_ = self._new_model().fit(self.X[rows], y, **self._weights_of(rows))
+        groups = {} if self.groups is None else {"groups": self.groups[rows]}
+        self.fitted_ = self._new_model().fit(self.X[rows], y, **self._weights_of(rows), **groups)
         return self
 
     def score(self, rows: np.ndarray, y: np.ndarray) -> float:
@@ -65,7 +78,7 @@ class _Depth(OnRows):
 
     Parameters
     ----------
-    model, X, weights
+    model, X, weights, groups
         See `OnRows`.
     unfreeze, max_epochs : int
         What is searched over, and the resource of successive halving.
@@ -78,11 +91,12 @@ class _Depth(OnRows):
         model: Any,
         X: ImageSequence,
         weights: np.ndarray | None,
+        groups: np.ndarray | None,
         unfreeze: int = 0,
         max_epochs: int = 1,
         progress: Any = None,
     ) -> None:
-        super().__init__(model, X, weights)
+        super().__init__(model, X, weights, groups)
         self.unfreeze = unfreeze
         self.max_epochs = max_epochs
         self.progress = progress
@@ -102,6 +116,7 @@ def search_depth(
     images: ImageSequence,
     targets: np.ndarray,
     weights: np.ndarray | None,
+    groups: np.ndarray | None,
     seed: int,
     kind: str,
 ) -> dict[str, Any]:
@@ -126,6 +141,8 @@ def search_depth(
         Encoded.
     weights : ndarray of shape (n,) or None
         Of the images, those of the classes included; they weigh the score as well.
+    groups : ndarray of shape (n,) or None
+        Of the images, which no fold tears apart.
     seed : int
     kind : {"class", "label", "value"}
         What the targets are.
@@ -142,19 +159,20 @@ def search_depth(
     "Classification and regression trees" (1984), for the rule of one standard error.
     """
     depths, shares = _candidates(model)
-    n_folds = _n_folds(kind, targets)
-    if n_folds == 0:
+    # Of what a candidate learns from, early stopping holds out a part.
+    n_left = 2 if model.early_stopping else 1
+    splits = inner_folds(_FOLDS, targets, kind, groups, seed, n_left=n_left)
+    if not splits:
         warnings.warn(
             f"unfreeze='auto' can't compare depths on {len(targets)} images"
-            f"{_rare_class(kind, model, targets)}: the head alone is trained. Pass more images, or "
-            "a number of blocks.",
+            f"{_rare_class(kind, model, targets, groups)}: the head alone is trained. Pass more "
+            f"images, {'' if groups is None else 'smaller groups, '}or a number of blocks.",
             UserWarning,
             stacklevel=7,
         )
         nothing = {"unfreeze": 0, "best": 0, "threshold": np.nan, "cv_results_": {}}
         return {**nothing, "depths": depths, "shares": shares}
-    splitter = _splitter(kind, n_folds, seed)
-    results = _halve(model, images, targets, weights, seed, depths, splitter)
+    results = _halve(model, images, targets, weights, groups, seed, depths, splits)
     takes_epochs = not (isinstance(model.head, str) and model.head_epochs == "auto")
     choice = _choose(results, takes_epochs)
     return {**choice, "depths": depths, "shares": shares, "cv_results_": results}
@@ -165,15 +183,16 @@ def _halve(
     images: ImageSequence,
     targets: np.ndarray,
     weights: np.ndarray | None,
+    groups: np.ndarray | None,
     seed: int,
     depths: np.ndarray,
-    splitter: Any,
+    splits: list[Split],
 ) -> dict[str, Any]:
     """Compare depths by successive halving; return what `cv_results_` of the search holds."""
     # Few candidates are compared at once: a second round would have one of them only.
     has_rounds = len(depths) > _FACTOR <= model.max_epochs
     # Of the next round, about; the first has all of them.
-    n_fits = (len(depths) + has_rounds * -(-len(depths) // _FACTOR)) * splitter.get_n_splits()
+    n_fits = (len(depths) + has_rounds * -(-len(depths) // _FACTOR)) * len(splits)
     silent = not model.verbose
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -181,19 +200,20 @@ def _halve(
     ):
         candidate = _candidate_of(model, folder, seed)
         search = HalvingGridSearchCV(
-            _Depth(candidate, images, weights, progress=progress),
+            _Depth(candidate, images, weights, groups, progress=progress),
             {"unfreeze": depths[::-1].tolist()},  # of equal scores, the search keeps the last
             resource="max_epochs",
             max_resources=model.max_epochs,
             min_resources="exhaust" if has_rounds else model.max_epochs,
             factor=_FACTOR,
-            cv=splitter,
+            cv=splits,
             refit=False,
             error_score="raise",
             return_train_score=False,
         )
         try:
-            search.fit(np.arange(len(images)), targets)
+            with _undivided:
+                search.fit(np.arange(len(images)), targets)
         except KeyboardInterrupt:
             kept = "lies in the memory" if model.memory is not None else "is lost without a memory"
             raise KeyboardInterrupt(
@@ -237,23 +257,14 @@ def _candidates(model: Any) -> tuple[np.ndarray, np.ndarray]:
     return usual_depths(FrozenBlocks(runner, preprocessing, model.pooling).flops(), n_blocks)
 
 
-def _n_folds(kind: str, targets: np.ndarray) -> int:
-    """Return the number of folds, 0 if there are too few images for two."""
-    n = np.unique(targets, return_counts=True)[1].min() if kind == "class" else len(targets) // 2
-    return min(_FOLDS, int(n)) if n >= 2 else 0
-
-
-def _rare_class(kind: str, model: Any, targets: np.ndarray) -> str:
+def _rare_class(kind: str, model: Any, targets: np.ndarray, groups: np.ndarray | None) -> str:
     if kind != "class":
-        return ""
-    numbers, counts = np.unique(targets, return_counts=True)
-    name = model.classes_[numbers[counts.argmin()]]
-    return f", of a class of which there is one only, {str(name)!r}"
-
-
-def _splitter(kind: str, n_folds: int, seed: int) -> StratifiedKFold | KFold:
-    splitter = StratifiedKFold if kind == "class" else KFold
-    return splitter(n_folds, shuffle=True, random_state=seed)
+        return "" if groups is None else f" of {len(np.unique(groups))} groups"
+    numbers, counts = class_sizes(targets, groups)
+    name = str(model.classes_[numbers[counts.argmin()]])
+    if groups is None:
+        return f", of a class of which there is one only, {name!r}"
+    return f" of {len(np.unique(groups))} groups, as class {name!r} lies in {counts.min()} of them"
 
 
 def _plain(values: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -10,15 +11,15 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 from torch.nn import functional as F
 
+from sktransfer._splits import Split, UndividedWarning, inner_folds
 from sktransfer._threads import WithoutWarnings, small_solve
 from sktransfer.models._modules import copy_of
 
 # Inverse regularisation of the logistic head, on embeddings of mean variance 1: alone, and as the
-# start of training, where one that is sure of itself costs log-loss; tables in docs/results.md.
+# start of training, where one that is sure of itself costs log-loss (docs/results/fine_tuning.md).
 _C = 0.03
 _C_START = 0.003
 _ALPHA = 10.0  # and of ridge regression
@@ -146,6 +147,7 @@ def solve_head(
     is_start: bool = False,
     n_views: int = 1,
     seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> None:
     """Set the linear layer of `head` to the optimum on frozen embeddings.
 
@@ -170,6 +172,8 @@ def solve_head(
         Rows that follow each other and show one image.
     seed : int, default=0
         Of the folds.
+    groups : ndarray of shape (n // n_views,) or None
+        Of the images, which no fold tears apart.
     """
     weights = np.ones(len(embeddings)) if weights is None else weights
     mean = np.average(embeddings, axis=0, weights=weights)
@@ -179,7 +183,7 @@ def solve_head(
     assert isinstance(layer, nn.Linear)
     learnt = Learnt(rows, targets, weights, kind, layer.out_features)
     with small_solve(rows.size):
-        chosen = _START[kind] if is_start else _choose_strength(learnt, n_views, seed)
+        chosen = _START[kind] if is_start else _choose_strength(learnt, n_views, groups, seed)
         coef, intercept = _fit(learnt, chosen)
     with torch.no_grad():
         if isinstance(head[0], Scaling):
@@ -211,17 +215,17 @@ def _scale(variances: np.ndarray, is_start: bool) -> np.ndarray:
     return np.where(scale > 0, scale, 1.0)
 
 
-def _choose_strength(learnt: Learnt, n_views: int, seed: int) -> float:
+def _choose_strength(learnt: Learnt, n_views: int, groups: np.ndarray | None, seed: int) -> float:
     """Return the strength of the regularisation of the smallest loss on rows held out.
 
     From the strongest on, until the loss rises: it has one minimum, and weak ones take long. Too
-    few images to hold some of each class out leave the fixed value.
+    few images, or groups of them, to hold some of each class out leave the fixed value.
     """
     # By the width: what a row adds up to has one variance, however many features it has.
     share, is_ridge = learnt.rows.shape[1] / _WIDTH, learnt.kind == "value"
     chosen = _FIXED[learnt.kind] * (share if is_ridge else 1 / share)
     strengths = chosen * (_RIDGE_FACTORS if is_ridge else _FACTORS)
-    folds = _folds(learnt.targets[::n_views], learnt.kind, seed)
+    folds = _folds(learnt.targets[::n_views], learnt.kind, groups, seed)
     numbers = np.arange(len(learnt.rows)).reshape(-1, n_views)
     models: list[dict[int, Any]] = [{} for _ in folds]  # each goes on from the one before
     best = np.inf
@@ -237,15 +241,19 @@ def _choose_strength(learnt: Learnt, n_views: int, seed: int) -> float:
     return chosen
 
 
-def _folds(targets: np.ndarray, kind: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _folds(targets: np.ndarray, kind: str, groups: np.ndarray | None, seed: int) -> list[Split]:
     """Return numbers of images to learn from, and to score on; none if there are too few."""
-    n = len(targets)
-    fewest = np.unique(targets, return_counts=True)[1].min() if kind == "class" else n // 2
-    n_folds = min(_MOST_FOLDS if n <= _FEW else _FOLDS, int(fewest))
-    if n_folds < 2:
-        return []
-    splitter = StratifiedKFold if kind == "class" else KFold
-    return list(splitter(n_folds, shuffle=True, random_state=seed).split(targets, targets))
+    n_folds = _MOST_FOLDS if len(targets) <= _FEW else _FOLDS
+    folds = inner_folds(n_folds, targets, kind, groups, seed)
+    if not folds and groups is not None and inner_folds(n_folds, targets, kind, None, seed):
+        warnings.warn(
+            "How much the head is regularised can't be chosen by cross-validation, as the groups "
+            "can't be dealt into folds that leave some of each class to learn from: a fixed value "
+            "is taken. If that matters, pass smaller groups, or more images.",
+            UndividedWarning,
+            stacklevel=12,
+        )
+    return folds
 
 
 def _fit(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit
 from torch import nn
 
 from sktransfer._bars import tqdm
@@ -16,6 +15,7 @@ from sktransfer._engine.augmentation import Views
 from sktransfer._engine.frozen import Activations
 from sktransfer._engine.stream import Stream
 from sktransfer._memory.memory import check_memory
+from sktransfer._splits import hold_outs
 from sktransfer._torch_state import Chance
 from sktransfer._training.cut import find_cut
 from sktransfer._training.data import allocate
@@ -62,19 +62,16 @@ def find_phases(task: Task, *, goes_on: bool, n_left: int) -> Phases:
     return Phases(solves_head, n_head_epochs, n_epochs)
 
 
-def hold_out(settings: Settings, targets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    settings: Settings, targets: np.ndarray, groups: np.ndarray | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows to learn from, and those that are held out for early stopping."""
     rows = np.arange(len(targets))
     if not settings.early_stopping:
         return rows, rows[:0]
-    share, strata = settings.validation_fraction, None
-    splitter: ShuffleSplit | StratifiedShuffleSplit
-    splitter = ShuffleSplit(1, test_size=share, random_state=seed)
-    if settings.kind == "class":
-        splitter = StratifiedShuffleSplit(1, test_size=share, random_state=seed)
-        strata = targets
+    share = settings.validation_fraction
     try:
-        return next(splitter.split(rows, strata))
+        return hold_outs(1, share, targets, settings.kind, groups, seed)[0]
     except ValueError as error:
         raise ValueError(
             f"early_stopping=True can't hold out validation_fraction={share} of {len(rows)} "
@@ -148,13 +145,17 @@ class FrozenPhase:
             return FrozenResults()
         self.progress.stage("frozen blocks")
         start = self.plan.start if with_start else 0
-        outs = {p: allocate((len(views), *frozen.shape(p)), frozen.dtype(p)) for p in positions}
-        if outs.get(start, views) is None:
-            self.plan = self.plan.without_start()
-            return self.run(views, with_embeddings=with_embeddings, with_start=with_start)
+        outs: dict[int, np.ndarray] = {}
+        for position in positions:
+            wanted = (len(views), *frozen.shape(position)), frozen.dtype(position)
+            if (out := allocate(*wanted)) is None and position == start:  # the disk is full
+                self.plan = self.plan.without_start()
+                return self.run(views, with_embeddings=with_embeddings, with_start=with_start)
+            # Rows are needed in any case, and are small beside what the blocks are trained on.
+            outs[position] = np.empty(*wanted) if out is None else out
         stream = self.stream(positions)
         with saying_what_is_kept(stream, len(views)):
-            stream(views, [out for out in outs.values() if out is not None])
+            stream(views, list(outs.values()))
         embeddings, passed = outs.get(frozen.embedding), outs.get(frozen.passed)
         if embeddings is not None and with_start and frozen.passed_rows:
             passed = frozen.passed_of(embeddings)
@@ -213,6 +214,7 @@ def solve_new_head(
         is_start=task.cut < task.frozen.embedding and not task.is_on_layers,
         n_views=n_views,
         seed=examples.seed,
+        groups=None if examples.groups is None else examples.groups[rows],
     )
 
 

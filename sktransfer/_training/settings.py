@@ -113,8 +113,12 @@ def unseen_blocks_error(layer: Any, unfreeze: Any, block: str, is_output: bool) 
 
 
 def distinct(
-    images: ImageSequence, targets: np.ndarray, weights: np.ndarray | None, n_jobs: int | None
-) -> tuple[np.ndarray, np.ndarray | None]:
+    images: ImageSequence,
+    targets: np.ndarray,
+    weights: np.ndarray | None,
+    groups: np.ndarray | None,
+    n_jobs: int | None,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Find the different images, in an order of their own.
 
     Equal images with equal targets are one, with the sum of their weights, and those of weight 0
@@ -127,17 +131,21 @@ def distinct(
         The first row of each.
     weights : ndarray or None
         Theirs; None if none were given, and no image comes twice.
+    groups : ndarray of int or None
+        Theirs: of an image that comes in several groups, the first of these.
     """
     digests = images.digests(n_threads(n_jobs))
     columns = targets.reshape(len(targets), -1).tolist()
     each = np.ones(len(targets)) if weights is None else weights
-    groups: dict[tuple, list[int]] = {}
+    equal: dict[tuple, list[int]] = {}
     for row, (digest, target) in enumerate(zip(digests, columns, strict=True)):
         if each[row] > 0:
-            groups.setdefault((digest, *target), []).append(row)
-    ordered = [groups[key] for key in sorted(groups)]
-    rows = np.array([group[0] for group in ordered])
+            equal.setdefault((digest, *target), []).append(row)
+    ordered = [equal[key] for key in sorted(equal)]
+    rows = np.array([same[0] for same in ordered])
+    if groups is not None:
+        groups = np.array([groups[same].min() for same in ordered])
     if weights is None and len(rows) == len(targets):
-        return rows, None
+        return rows, None, groups
     # Sorted, as a sum depends on its order in the last bit.
-    return rows, np.array([np.sort(each[group]).sum() for group in ordered])
+    return rows, np.array([np.sort(each[same]).sum() for same in ordered]), groups

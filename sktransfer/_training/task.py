@@ -37,6 +37,7 @@ class Examples(NamedTuple):
     weights: np.ndarray | None  # of the images
     seed: int
     passed: np.ndarray | None = None  # rows of the layers in front of the cut, of all views
+    groups: np.ndarray | None = None  # of the images, which no split tears apart
 
 
 class Task:

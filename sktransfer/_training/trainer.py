@@ -123,12 +123,14 @@ class Trainer:
         seed: int,
         *,
         goes_on: bool,
+        groups: np.ndarray | None = None,
     ) -> None:
-        """Run the phases, or go on with the last one."""
+        """Run the phases, or go on with the last one; parts held out are ones of whole groups."""
         self._progress.n_shown = len(images)
         task = self._task
-        learnt, held_out = hold_out(self.settings, targets, seed)
-        examples = Examples(task.views(images, len(targets)), targets, weights, seed)
+        learnt, held_out = hold_out(self.settings, targets, groups, seed)
+        views = task.views(images, len(targets))
+        examples = Examples(views, targets, weights, seed, groups=groups)
         phases = find_phases(task, goes_on=goes_on, n_left=self.n_left)
         n_epochs, with_embeddings = phases.n_epochs, phases.needs_embeddings
         if not goes_on:

@@ -2,6 +2,7 @@
 
 from sktransfer._training.summary import ModelSummary, model_summary
 from sktransfer.inspection._anomaly_displays import AnomalyMapDisplay, RejectionCurveDisplay
+from sktransfer.inspection._audit_display import AuditDisplay
 from sktransfer.inspection._curve_displays import (
     DepthCurveDisplay,
     HistoryDisplay,
@@ -11,9 +12,11 @@ from sktransfer.inspection._detection_display import DetectionDisplay
 from sktransfer.inspection._embedding_display import EmbeddingDisplay
 from sktransfer.inspection._image_displays import PrototypeDisplay, TopLossesDisplay
 from sktransfer.inspection._saliency import SaliencyDisplay
+from sktransfer.inspection._similar import find_similar
 
 __all__ = [
     "AnomalyMapDisplay",
+    "AuditDisplay",
     "DepthCurveDisplay",
     "DetectionDisplay",
     "EmbeddingDisplay",
@@ -24,5 +27,6 @@ __all__ = [
     "SaliencyDisplay",
     "TopLossesDisplay",
     "TransferGainDisplay",
+    "find_similar",
     "model_summary",
 ]

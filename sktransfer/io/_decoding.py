@@ -88,6 +88,16 @@ class OpenImage:
             pixels = torch.from_numpy(self._pixels(room).transpose(2, 0, 1))
             return pixels if use is None else use(pixels)
 
+    def examine(self, use: Callable[[torch.Tensor], Any]) -> tuple[Any, str]:
+        """Return what `use` makes of uint8 RGB (3, height, width), and the damage, if any.
+
+        There is no warning and, if a part could be decoded, no error, whatever the settings say.
+        """
+        with ExitStack() as room:
+            decoded = self._decoded(room)
+            pixels = self._own_pixels(decoded)
+            return use(torch.from_numpy(pixels.transpose(2, 0, 1))), decoded.damage
+
     def check(self) -> None:
         """Raise the `ValueError` that `decode` would, without its warnings."""
         if isinstance(self.content, bytes) and _guarded(is_sound_jpeg, self.content, self.where):
@@ -101,6 +111,9 @@ class OpenImage:
         decoded = self._decoded(room)
         _refuse_damage(decoded, self.where)
         _warn(decoded, self.where)
+        return self._own_pixels(decoded)
+
+    def _own_pixels(self, decoded: Decoded) -> np.ndarray:
         if not isinstance(self.content, bytes):
             return self.content.copy("C")  # it may be the user's own array
         return _from_array(decoded.pixels, self.where)

@@ -128,6 +128,14 @@ class ImageSequence:
                 raise ValueError(f"{image.where}: the file changed while it was read; run again.")
             return image.decode(use)
 
+    def examine(self, i: int, use: Callable[[torch.Tensor], Any]) -> tuple[Any, str]:
+        """Return what `use` makes of the pixels of row `i`, and the damage, if any.
+
+        A `ValueError` says why an image can't be decoded at all. Thread-safe.
+        """
+        with reading_turn(self._items[self._rows[i]]):
+            return self.open(i).examine(use)
+
     def block(
         self, rows: Sequence[int], digests: Sequence[bytes | None] | None = None
     ) -> torch.Tensor | None:
@@ -143,7 +151,7 @@ class ImageSequence:
         numbers = self._rows[list(rows)]
         is_run = bool((np.diff(numbers) == 1).all())
         pixels = items[numbers[0] : numbers[-1] + 1] if is_run else items[numbers]
-        if not pixels.flags.writeable:  # torch would warn
+        if not pixels.flags.writeable or min(pixels.strides) < 0:  # torch would warn, or refuse it
             pixels = pixels.copy()
         for row, digest in zip(rows, digests or (), strict=False):
             if digest is not None and self.open(row).digest != digest:

@@ -1,5 +1,7 @@
-"""Which network to transfer, and whether to transfer at all."""
+"""Which network to transfer, whether to transfer at all, and what is wrong with the images."""
 
+from sktransfer.model_selection._audit import audit
+from sktransfer.model_selection._near_duplicates import suggest_groups
 from sktransfer.model_selection._ranking import (
     TransferGain,
     rank_backbones,
@@ -8,6 +10,8 @@ from sktransfer.model_selection._ranking import (
 
 __all__ = [
     "TransferGain",
+    "audit",
     "rank_backbones",
+    "suggest_groups",
     "transfer_gain",
 ]

@@ -21,12 +21,14 @@ from sklearn.model_selection import GridSearchCV, check_cv, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
+from sklearn.utils.metadata_routing import get_routing_for_object
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length
 
 from sktransfer._estimators.base import check_y
-from sktransfer._estimators.labels import name_rare_classes, plain_labels
+from sktransfer._estimators.labels import plain_labels
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
+from sktransfer._splits import Folds, Split, class_sizes, name_rare_classes
 from sktransfer._threads import renewed_in_forks
 from sktransfer._training.depth_search import OnRows
 from sktransfer.io import ImageSequence
@@ -67,7 +69,7 @@ def pixel_svm(n_features: int, n_jobs: int | None = None) -> BaseEstimator:
     """Return an RBF SVM for thumbnails, tuned on what it is fitted on."""
     kernels = [partial(rbf_kernel, gamma=share / n_features) for share in (0.5, 1)]
     grid = {"svc__C": [1, 3, 10], "svc__kernel": kernels}
-    return GridSearchCV(make_pipeline(StandardScaler(), SVC()), grid, cv=3, n_jobs=n_jobs)
+    return GridSearchCV(make_pipeline(StandardScaler(), SVC()), grid, cv=Folds(3), n_jobs=n_jobs)
 
 
 def rbf_kernel(X: np.ndarray, Y: np.ndarray, gamma: float) -> np.ndarray:
@@ -100,23 +102,34 @@ def check_labels(y: Any, images: ImageSequence, purpose: str) -> np.ndarray:
     return y
 
 
-def stratified_folds(splitter: Any, y: np.ndarray, cv: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def stratified_folds(
+    splitter: Any, y: np.ndarray, cv: Any, groups: np.ndarray | None = None
+) -> list[Split]:
     """Return the folds of a splitter; of a number `cv` of them, say which classes are too small."""
     if isinstance(cv, Integral):
-        _check_folds(int(cv), y)
+        _check_folds(int(cv), y, groups)
     with without_words_on_small_classes():
-        return list(check_cv(splitter, y, classifier=True).split(np.zeros(len(y)), y))
+        splits = list(check_cv(splitter, y, classifier=True).split(np.zeros(len(y)), y, groups))
+    if isinstance(cv, Integral):
+        n_folds = len(splits) * len(y) // sum(len(test) for _, test in splits)
+        if n_folds < int(cv):
+            raise ValueError(
+                f"The groups can be dealt into {n_folds} folds at most, of which each leaves all "
+                f"classes to learn from: pass cv={n_folds}, or smaller groups."
+            )
+    return splits
 
 
-def _check_folds(cv: int, y: np.ndarray) -> None:
+def _check_folds(cv: int, y: np.ndarray, groups: np.ndarray | None) -> None:
     """Raise or warn where scikit-learn would, with the classes and the remedy."""
-    rare = name_rare_classes(y, cv)
-    counts = np.unique(y, return_counts=True)[1]
+    rare = name_rare_classes(y, cv, groups)
+    counts = class_sizes(y, groups)[1]
     possible = counts.min() if counts.min() > 1 or counts.max() >= cv else counts.max()
     fewer = f"pass cv={possible}, or " if possible > 1 else ""
-    remedy = f"{fewer}add images"
+    units, more = ("images", "add images") if groups is None else ("groups", "pass smaller groups")
+    remedy = f"{fewer}{more}"
     if counts.max() < cv:
-        raise ValueError(f"No class has images for cv={cv} folds: {rare}. To go on, {remedy}.")
+        raise ValueError(f"No class has {units} for cv={cv} folds: {rare}. To go on, {remedy}.")
     if rare:
         warnings.warn(
             f"Some of the cv={cv} folds have no image of a class to score on: {rare}. If that "
@@ -126,8 +139,18 @@ def _check_folds(cv: int, y: np.ndarray) -> None:
         )
 
 
+def _takes_groups(model: Any) -> bool:
+    """Tell whether a model splits what it is fitted on, and by groups if there are some."""
+    return bool(get_routing_for_object(model).consumes("fit", ["groups"]))
+
+
 def fit_and_score(
-    model: Any, X: Any, y: np.ndarray, split: tuple[np.ndarray, np.ndarray], scoring: Any
+    model: Any,
+    X: Any,
+    y: np.ndarray,
+    split: Split,
+    scoring: Any,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Fit a clone of a model on the first part of a split, and score it on the second.
 
@@ -142,6 +165,8 @@ def fit_and_score(
         Rows.
     scoring : str, callable or None
         As of :func:`sklearn.model_selection.cross_validate`.
+    groups : ndarray of shape (n,), default=None
+        For a model that splits what it is fitted on.
 
     Returns
     -------
@@ -154,7 +179,7 @@ def fit_and_score(
         return check_scoring(on_rows.fitted_, scoring)(on_rows.fitted_, X[rows], y_true)
 
     results = cross_validate(
-        OnRows(model, X),
+        OnRows(model, X, groups=groups if _takes_groups(model) else None),
         np.arange(len(y)),
         y,
         cv=[split],

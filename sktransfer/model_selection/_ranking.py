@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -23,13 +23,14 @@ from sktransfer._bars import tqdm
 from sktransfer._estimators.base import StrOptions, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._optional import load_optional
+from sktransfer._splits import Folds, Split, check_groups, class_sizes, name_rare_classes
 from sktransfer._threads import small_solve
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.metrics import h_score, leep_score, log_me_score
 from sktransfer.model_selection._comparison import (
     check_labels,
     embed,
-    name_rare_classes,
+    fit_and_score,
     stratified_folds,
     without_words_on_small_classes,
 )
@@ -68,6 +69,7 @@ def rank_backbones(
     metric: str | Callable[..., float] = "accuracy",
     pairs: bool = True,
     cv: Any = 5,
+    groups: Any = None,
     random_state: Any = None,
     image_shape: Any = None,
     image_size: Any = None,
@@ -114,6 +116,11 @@ def rank_backbones(
         embeddings side by side, each of mean length 1, score best. `"leep"` knows none.
     cv : int, splitter or iterable, default=5
         Folds; of a number of them, stratified and shuffled ones. All networks see the same.
+    groups : array-like of shape (n,), default=None
+        The group of each image, as of those of one patient or one part. A number of folds is then
+        one of whole groups, as of :class:`sklearn.model_selection.StratifiedGroupKFold`, and so are
+        the folds in which C is chosen. A splitter gets them. The formulas split nothing: of images
+        that are alike in a group, they stay too high.
     random_state : int, RandomState instance or None, default=None
         Seed of the folds.
     image_shape, image_size, memory, device, precision, runtime, batch_size, n_jobs : \
@@ -189,10 +196,10 @@ def rank_backbones(
     sort_by = _check_scores(scores, sort_by)
     images = check_images(X, image_shape=image_shape)
     y = check_labels(y, images, "rank_backbones")
+    groups = check_groups(groups, len(images))
     seed = check_random_state(random_state).randint(2**31 - 1)
-    folds = _Folds(y, _splits(cv, y, seed), metric, seed)
-    if {"knn", "logistic"} & {*scores}:
-        folds.check_training_parts()
+    folds = _Folds(y, _splits(cv, y, groups, seed), groups, metric, seed)
+    folds.check_training_parts(scores)
     options = {
         "image_size": image_size,
         "memory": memory,
@@ -247,15 +254,18 @@ class _Folds:
     """What the cross-validated scores share."""
 
     y: np.ndarray
-    splits: list[tuple[np.ndarray, np.ndarray]]
+    splits: list[Split]
+    groups: np.ndarray | None
     metric: Any
     seed: int
 
     def score(self, model: Any, X: np.ndarray) -> np.ndarray:
         with without_words_on_small_classes():
-            return cross_val_score(
-                model, X, self.y, cv=self.splits, scoring=self.metric, error_score="raise"
-            )
+            results = [
+                fit_and_score(model, X, self.y, split, self.metric, self.groups)
+                for split in self.splits
+            ]
+        return np.array([result["test_score"] for result in results])
 
     @property
     def n_train(self) -> int:
@@ -264,17 +274,29 @@ class _Folds:
 
     @property
     def n_of_two_classes(self) -> int:
-        """Of how many images each training part has at least two classes."""
-        parts = [np.unique(self.y[train], return_counts=True)[1] for train, _ in self.splits]
-        return min(int(np.sort(counts)[-2]) if len(counts) > 1 else 0 for counts in parts)
+        """Of how many images, or groups, each training part has at least two classes."""
+        return self._n_of_two_classes(self.groups)
 
-    def check_training_parts(self) -> None:
+    def _n_of_two_classes(self, groups: np.ndarray | None) -> int:
+        sizes = [
+            class_sizes(self.y[train], None if groups is None else groups[train])[1]
+            for train, _ in self.splits
+        ]
+        return min(int(np.sort(counts)[-2]) if len(counts) > 1 else 0 for counts in sizes)
+
+    def check_training_parts(self, scores: Sequence[str]) -> None:
         """Refuse what can't be cross-validated, before any image is embedded."""
-        if self.n_of_two_classes < 2:
+        if not {"knn", "logistic"} & {*scores}:
+            return
+        groups = self.groups if "logistic" in scores else None  # which splits them once more
+        if self._n_of_two_classes(groups) < 2:
+            units, more = ("images", "Add images")
+            if groups is not None:
+                units, more = ("groups", "Pass smaller groups")
             raise ValueError(
                 "The scores 'knn' and 'logistic' train on parts of the images, and each part needs "
-                f"2 images of at least two classes, but {name_rare_classes(self.y, 5)}. Add "
-                "images, or pass another cv."
+                f"2 {units} of at least two classes, but {name_rare_classes(self.y, 5, groups)}. "
+                f"{more}, or pass another cv."
             )
 
 
@@ -288,12 +310,10 @@ def _check_scores(scores: Sequence[str], sort_by: str | None) -> str:
     return sort_by or scores[0]
 
 
-def _splits(cv: Any, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _splits(cv: Any, y: np.ndarray, groups: np.ndarray | None, seed: int) -> list[Split]:
     """Return the folds, the same for every network."""
-    splitter = cv
-    if isinstance(cv, Integral):
-        splitter = StratifiedKFold(int(cv), shuffle=True, random_state=seed)
-    return stratified_folds(splitter, y, cv)
+    splitter = Folds(int(cv), random_state=seed) if isinstance(cv, Integral) else cv
+    return stratified_folds(splitter, y, cv, groups)
 
 
 def _recommended(options: dict[str, Any]) -> list[_Candidate]:
@@ -413,8 +433,7 @@ def _solved_score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -
         return {name: leep_score(softmax(logits, axis=1), folds.y) if known else np.nan}
     model: Any = KNeighborsClassifier(min(_NEIGHBORS, folds.n_train), metric="cosine")
     if name == "logistic":
-        n_inner = min(3, folds.n_of_two_classes)
-        inner = StratifiedKFold(n_inner, shuffle=True, random_state=folds.seed)
+        inner = Folds(min(3, folds.n_of_two_classes), random_state=folds.seed)
         pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         grid = {"logisticregression__C": _CS}
         model = GridSearchCV(pipeline, grid, cv=inner, scoring=folds.metric, error_score="raise")

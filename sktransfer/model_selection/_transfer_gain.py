@@ -13,7 +13,6 @@ import numpy as np
 from scipy.stats import t as student
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
-from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.utils import check_random_state
 from tabulate import tabulate
 
@@ -21,6 +20,7 @@ from sktransfer._bars import tqdm
 from sktransfer._estimators.base import Interval, StrOptions, validate_params
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._optional import load_optional
+from sktransfer._splits import Folds, Split, check_groups
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.model_selection._comparison import (
     PIXELS,
@@ -111,6 +111,7 @@ def transfer_gain(
     scoring: str | Callable[..., float] = "accuracy",
     cv: Any = 5,
     n_repeats: int = 2,
+    groups: Any = None,
     confidence_level: float = 0.95,
     random_state: Any = None,
     memory: Any = None,
@@ -147,6 +148,11 @@ def transfer_gain(
         Folds; of a number of them, stratified and shuffled ones.
     n_repeats : int, default=2
         How often images are dealt out to that number of folds; a splitter says that itself.
+    groups : array-like of shape (n,), default=None
+        The group of each image, as of those of one patient or one part. A number of folds is then
+        one of whole groups, as of :class:`sklearn.model_selection.StratifiedGroupKFold`; deals that
+        come out as an earlier one are left out. A splitter gets them, and so do the networks and
+        the SVM, which split what they are fitted on.
     confidence_level : float in (0, 1), default=0.95
         Of each interval by itself.
     random_state : int, RandomState instance or None, default=None
@@ -218,11 +224,12 @@ def transfer_gain(
         raise ValueError(f"baselines={list(names)!r}: pass some of {', '.join(BASELINES)}.")
     images = check_images(X, image_shape=image_shape)
     y = check_labels(y, images, "transfer_gain")
+    groups = check_groups(groups, len(images))
     seed = check_random_state(random_state).randint(2**31 - 1)
     splitter = cv
     if isinstance(cv, Integral):
-        splitter = RepeatedStratifiedKFold(n_splits=int(cv), n_repeats=n_repeats, random_state=seed)
-    splits = stratified_folds(splitter, y, cv)
+        splitter = Folds(int(cv), random_state=seed, n_repeats=n_repeats)
+    splits = stratified_folds(splitter, y, cv, groups)
     if len(splits) < 2:
         raise ValueError("cv has one fold only: an interval takes at least 2.")
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +244,7 @@ def transfer_gain(
         models = {"transfer": (model, images)}
         n_train = min(len(train) for train, _ in splits)
         models |= {name: _baseline(name, model, scratch, images, n_train) for name in names}
-        scores = pandas.DataFrame(_score(models, y, splits, scoring, verbose))
+        scores = pandas.DataFrame(_score(models, y, splits, groups, scoring, verbose))
     share = float(np.mean([len(test) / len(train) for train, test in splits]))
     gains = pandas.DataFrame(
         {name: _gain(scores, name, share, confidence_level) for name in names}
@@ -274,7 +281,8 @@ def _baseline(
 def _score(
     models: dict[str, tuple[Any, Any]],
     y: np.ndarray,
-    splits: Sequence[tuple[np.ndarray, np.ndarray]],
+    splits: Sequence[Split],
+    groups: np.ndarray | None,
     scoring: Any,
     verbose: int,
 ) -> dict[str, list[float]]:
@@ -285,7 +293,7 @@ def _score(
         for split in splits:
             for name, (model, X) in models.items():
                 progress.set_postfix_str(name)
-                result = fit_and_score(model, X, y, split, scoring)
+                result = fit_and_score(model, X, y, split, scoring, groups)
                 scores[name].append(float(result["test_score"]))
                 progress.update()
     return scores

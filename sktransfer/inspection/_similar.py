@@ -1,0 +1,117 @@
+"""Which images are most like a given one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
+from sktransfer._neighbors import nearest
+from sktransfer._optional import load_optional
+from sktransfer.io import check_images
+
+
+def find_similar(
+    queries: Any,
+    X: Any,
+    *,
+    n_neighbors: int = 5,
+    metric: str = "cosine",
+    backbone: Any = "efficientnet_lite0",
+    weights: Any = "default",
+    image_shape: Any = None,
+    image_size: Any = None,
+    memory: Any = None,
+    device: Any = "auto",
+    precision: str = "float32",
+    runtime: str = "auto",
+    batch_size: int | str = "auto",
+    n_jobs: int | None = None,
+    verbose: int = 0,
+) -> Any:
+    """Find the images whose embeddings are nearest to those of some others.
+
+    Parameters
+    ----------
+    queries : sequence of images
+        See :class:`sktransfer.PretrainedFeatureExtractor`; of one image, pass ``[image]``.
+    X : sequence of images
+        Those that are searched. A query may be one of them; it is then its own nearest image.
+    n_neighbors : int, default=5
+        How many of them are returned for each query.
+    metric : str, default="cosine"
+        Distance between embeddings; see :class:`sklearn.neighbors.NearestNeighbors`.
+    backbone, weights, image_shape, image_size, memory, device, precision, runtime, batch_size, \
+    n_jobs : default="efficientnet_lite0", "default", None, None, None, "auto", "float32", "auto", \
+            "auto", None
+        As of :class:`sktransfer.PretrainedFeatureExtractor`. With a `memory`, only images that are
+        not in it run through the network.
+    verbose : int, default=0
+        1 shows progress bars.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `n_neighbors` rows for each query, the nearest first. Columns: `query_row`, `query_path`,
+        `rank` from 1 on, `row`, `path` and `distance`. Paths are None of images that are no files.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an image that can't be read, naming row, file and reason, or if `X` has fewer than
+        `n_neighbors` images.
+    ImportError
+        Without pandas.
+
+    See Also
+    --------
+    PrototypeDisplay : Shows them.
+    sktransfer.model_selection.suggest_groups : Images that are nearly the same.
+
+    Notes
+    -----
+    All distances are computed. Of more than 100,000 images, an index of faiss reads a part of the
+    rows instead, if it is installed (``pip install 'sktransfer[neighbors]'``), and may miss a few.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_sample_images
+    >>> from sktransfer.inspection import find_similar
+    >>> china, flower = load_sample_images().images                  # two arrays (427, 640, 3)
+    >>> X = [china[:, :320], china[:, 320:], flower[:, :320], flower[:, 320:]]
+    >>> sorted(find_similar([flower], X, n_neighbors=2)["row"].tolist())
+    [2, 3]
+    """
+    pandas = load_optional("pandas", "find_similar", "pandas")
+    asked, images = (check_images(of, image_shape=image_shape) for of in (queries, X))
+    if not 1 <= n_neighbors <= len(images):
+        raise ValueError(f"n_neighbors={n_neighbors}, but there are {len(images)} images in X.")
+    extractor = PretrainedFeatureExtractor(
+        backbone,
+        weights=weights,
+        image_size=image_size,
+        memory=memory,
+        device=device,
+        precision=precision,
+        runtime=runtime,
+        batch_size=batch_size,
+        n_jobs=n_jobs,
+        verbose=verbose,
+    )
+    extractor._validate_params()
+    embedding = embedding_of(extractor)
+    of_queries = embedding(asked)  # first: one that can't be read is said before the long part
+    distances, rows = nearest(embedding(images), of_queries, n_neighbors, metric=metric)
+    numbers = np.repeat(np.arange(len(asked)), n_neighbors)
+    paths = [asked.file(i) for i in numbers.tolist()], [images.file(i) for i in rows.ravel()]
+    return pandas.DataFrame(
+        {
+            "query_row": numbers,
+            "query_path": pandas.Series(paths[0], dtype=object),
+            "rank": np.tile(np.arange(1, n_neighbors + 1), len(asked)),
+            "row": rows.ravel(),
+            "path": pandas.Series(paths[1], dtype=object),
+            "distance": distances.ravel(),
+        }
+    )
