@@ -271,8 +271,9 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         self, features: PatchFeatures, images: ImageSequence, progress: Progress
     ) -> list[np.ndarray]:
         """Run images; return what each block has, in half precision, in memory or on disk."""
-        outs = [allocate(*form) for form in features.forms(len(images))]
-        if any(out is None for out in outs):
+        forms = features.forms(len(images))
+        outs = [out for out in (allocate(*form) for form in forms) if out is not None]
+        if len(outs) < len(forms):
             raise ValueError(
                 f"The activations of {len(images)} images fit neither into memory nor into the "
                 "folder for temporary files: pass fewer images, a smaller image_size or a later "
