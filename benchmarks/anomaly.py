@@ -37,7 +37,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "all layers": {"layer": "all", "pooling": ("avg", "max"), "normalize": True},
 }
 _SIDE = 128  # of a tile
-_N_TILES = 200, 60  # to learn from, and of each defect
+_N_TILES = 60  # of each defect
 KINDS = ("scratch", "blot", "missing corner")
 
 
@@ -88,7 +88,7 @@ def patch_scores(
     return scores, notes | {"offset": -detector.offset_}
 
 
-def solar_cells(memory: str) -> None:
+def solar_cells(memory: str, n_tiles: int) -> None:
     """Print ROC AUC on both kinds of cells, and the share of alarms at the default threshold."""
     found: dict[str, dict[str, list[str]]] = {}
     alarms = []
@@ -169,12 +169,12 @@ def spoil(
     return Image.composite(shade, tile, soft), mask
 
 
-def located(name: str, kind: str, **options: Any) -> dict[str, Any]:
+def located(name: str, kind: str, n_tiles: int, **options: Any) -> dict[str, Any]:
     """Return how well a kind of defect is found and located in tiles."""
     chance = np.random.default_rng([*name.encode(), *kind.encode()])
     detector = PatchAnomalyDetector(random_state=0, **options)
-    detector.fit(tiles(name, _N_TILES[0], chance, is_new=False))
-    sound, more = (tiles(name, _N_TILES[1], chance, is_new=True) for _ in range(2))
+    detector.fit(tiles(name, n_tiles, chance, is_new=False))
+    sound, more = (tiles(name, _N_TILES, chance, is_new=True) for _ in range(2))
     bad, masks = zip(*(spoil(tile, kind, chance) for tile in more), strict=True)
     fit_size = detector.features().preprocessing.fit_size
     as_tensors = (torch.from_numpy(np.asarray(mask.convert("RGB")).copy()) for mask in masks)
@@ -191,16 +191,16 @@ def located(name: str, kind: str, **options: Any) -> dict[str, Any]:
         "defect": kind,
         "pixel ROC AUC": f"{roc_auc_score(seen.ravel(), maps.ravel()):.3f}",
         "mean of images": f"{np.mean(each):.3f}",
-        "image ROC AUC": f"{roc_auc_score(np.repeat([0, 1], _N_TILES[1]), -scores):.3f}",
+        "image ROC AUC": f"{roc_auc_score(np.repeat([0, 1], _N_TILES), -scores):.3f}",
     }
 
 
-def defects(memory: str) -> None:
+def defects(memory: str, n_tiles: int) -> None:
     """Print how well made-up defects are located."""
-    rows = [located(name, kind) for name in ("digits", "china", "flower") for kind in KINDS]
-    print(
-        f"Defects in {_N_TILES[1]} tiles of {_SIDE} pixels, learnt from {_N_TILES[0]} sound ones\n"
-    )
+    rows = [
+        located(name, kind, n_tiles) for name in ("digits", "china", "flower") for kind in KINDS
+    ]
+    print(f"Defects in {_N_TILES} tiles of {_SIDE} pixels, learnt from {n_tiles} sound ones\n")
     print(table(rows), "\n")
 
 
@@ -217,7 +217,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-def choose(memory: str) -> None:
+def choose(memory: str, n_tiles: int) -> None:
     """Print what the defaults were chosen by."""
     rows = []
     for name, options in CHOICES.items():
@@ -226,7 +226,7 @@ def choose(memory: str) -> None:
             scores, notes = patch_scores(learnt, ranked, memory, **options)
             found.append(roc_auc_score(is_bad, scores))
         scratches = {
-            f"scratches, {photo}": located(photo, "scratch", **options)["pixel ROC AUC"]
+            f"scratches, {photo}": located(photo, "scratch", n_tiles, **options)["pixel ROC AUC"]
             for photo in ("china", "flower")
         }
         notes.pop("offset")
@@ -236,7 +236,7 @@ def choose(memory: str) -> None:
     print(table(rows), "\n")
 
 
-PARTS: dict[str, Callable[[str], None]] = {
+PARTS: dict[str, Callable[[str, int], None]] = {
     "choose": choose,
     "cells": solar_cells,
     "defects": defects,
@@ -247,11 +247,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="(default: all parts)")
     parser.add_argument("--memory", help="folder that keeps activations, about 1 GB")
+    parser.add_argument("--tiles", type=int, default=200, help="sound ones to learn from")
     options = parser.parse_args()
     print(environment("openvino"), "\n")
     with tempfile.TemporaryDirectory() as folder:
         for part in options.part or PARTS:
-            PARTS[part](options.memory or os.path.join(folder, "cache"))
+            PARTS[part](options.memory or os.path.join(folder, "cache"), options.tiles)
 
 
 if __name__ == "__main__":

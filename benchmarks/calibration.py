@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--memory", help="folder that keeps the rows")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # its solves are small
     print(environment(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         labels = [int(n) if n.isdigit() else n for n in args.labels]

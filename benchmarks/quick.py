@@ -35,8 +35,11 @@ class Quick(NamedTuple):
 
 QUICK = {
     "all_layers.py": Quick("--part time --runtimes torch --images 8 --repeats 1"),
+    "anomaly.py": Quick("--part defects --tiles 8"),
+    "audit.py": Quick("--seeds 1 --every 40"),
     "batch_size.py": Quick("--networks mobilenet_v3_large --sizes 1 4"),
     "busy_machine.py": Quick("--rows 60x64x3 --images 4 --repeats 1"),
+    "calibration.py": Quick("--part head --task digits --labels 50 --splits 1"),
     "cold_start.py": Quick("--part gain --backbones efficientnet_lite0 --repeats 1"),
     "contrastive.py": Quick(
         "--start imagenet --image-size 32 --unfreeze 1 --epochs 1 --every 16 --draws 2 --labels 25"
