@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import skops.io
 from PIL import Image
+from scipy.special import expit
 from sklearn.base import clone
 from sklearn.metrics.pairwise import rbf_kernel as sklearn_kernel
 
@@ -163,6 +164,15 @@ def test_csv_and_page(report, tmp_path):
     assert "is right about" in text and "95% interval" in text and text.count("±") >= 8
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
     assert "http" not in text  # self-contained
+    logistic = max(
+        (r for r in report.results if "logistic" in r.classifier),
+        key=lambda r: r.scores["accuracy"].mean(),
+    )
+    y, p = np.concatenate(logistic.y_true), expit(np.concatenate(logistic.y_score))
+    right = (p > 0.5) == (y == logistic.positive)
+    bins = np.minimum((np.maximum(p, 1 - p) * 15).astype(int), 14)
+    gaps = [np.sum((right - np.maximum(p, 1 - p))[bins == b]) for b in range(15)]
+    assert f"expected calibration error {np.abs(gaps).sum() / len(y):.3f}" in text
 
 
 def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path):

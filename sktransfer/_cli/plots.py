@@ -13,6 +13,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import auc, roc_curve
 
 from sktransfer._cli.results import Report, Result, best_of, full_name
+from sktransfer.metrics import expected_calibration_error
 
 _GREY = "#9a9a9a"
 _INK = "#123456"  # of plots, replaced by the colour of the page's text
@@ -188,7 +189,16 @@ def plot_reliability(results: Sequence[Result]) -> tuple[str, str]:
         axes.set(xlabel="probability of what is said")
 
     gap = f"On average {confidence.mean():.0%} sure and {right.mean():.0%} right"
-    return _draw(draw), f"{full_name(best)}. {gap}; below the dotted line it is too sure."
+    error = f"expected calibration error {_calibration_error(best):.3f}"
+    return _draw(draw), f"{full_name(best)}. {gap}, {error}; below the dotted line it is too sure."
+
+
+def _calibration_error(result: Result) -> float:
+    y, score = np.concatenate(result.y_true), np.concatenate(result.y_score)
+    if score.ndim == 2:
+        return expected_calibration_error(y, score, labels=result.classes)
+    (other,) = result.classes[result.classes != result.positive]
+    return expected_calibration_error(y, expit(score), labels=[other, result.positive])
 
 
 def _confidences(result: Result) -> tuple[np.ndarray, np.ndarray]:
