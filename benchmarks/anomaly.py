@@ -80,7 +80,7 @@ def patch_scores(
     detector = PatchAnomalyDetector(memory=memory, random_state=0, **options).fit(list(learnt))
     seconds = time.perf_counter() - start
     start = time.perf_counter()
-    scores = detector.score_samples(list(ranked))
+    scores = -detector.score_samples(list(ranked))
     per_image = 1000 * (time.perf_counter() - start) / len(ranked)
     bank = f"{len(detector.bank_):,} × {detector.bank_.shape[1]}"
     megabytes = f"{detector.bank_.nbytes / 1e6:.1f}"

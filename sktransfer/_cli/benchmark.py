@@ -162,7 +162,8 @@ def _candidates(
     options: dict[str, Any],
 ) -> list[_Candidate]:
     """Return all that is to be compared, in the order in which `compare` says it is."""
-    candidates = _baselines(task, networks[0].name, with_pixels=not depths)
+    first = networks[0].name if networks else "none"
+    candidates = _baselines(task, first, with_pixels=not depths)
     for network in networks:
         # Whole groups leave fewer images to tune on.
         models = classifiers(len(task.images) // (1 if task.groups is None else 2))

@@ -209,11 +209,13 @@ class TrainedEstimator(KeepsTrainer):
         Returns
         -------
         PretrainedFeatureExtractor
-            On a copy of the network, with the parameters that both have.
+            On a copy of the network, with the parameters that both have, but for `augment` and
+            `n_views`: one view an image.
         """
         backbone = self.to_backbone()  # or an error, if nothing is fitted
         shared = PretrainedFeatureExtractor().get_params().keys() & self.get_params().keys()
-        parameters = {name: getattr(self, name) for name in shared - {"weights"}}
+        of_training = {"weights", "augment", "n_views"}  # the extractor's are other views
+        parameters = {name: getattr(self, name) for name in shared - of_training}
         parameters |= {name: self._shape[name] for name in shared & self._shape.keys()}
         parameters["backbone"] = backbone
         if not self.trainer().frozen.runner.can_be_cut:  # all of it is its embedding
