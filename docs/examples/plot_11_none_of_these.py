@@ -19,22 +19,31 @@ images, labels = load_digits(return_X_y=True)
 images = images / 16
 known = labels < 7
 learnt, rest, y_learnt, y_rest = train_test_split(
-    images[known], labels[known], train_size=500, random_state=0, stratify=labels[known]
+    images[known], labels[known], train_size=300, random_state=0, stratify=labels[known]
 )
-held_out, new, y_held_out, y_new = train_test_split(rest, y_rest, train_size=300, random_state=0)
-shown = np.concatenate([new, images[~known]])
-y_shown = np.concatenate([y_new, labels[~known]])
-print(f"{len(new)} digits of known classes, {(~known).sum()} of others")
+held_out, new, _, y_new = train_test_split(
+    rest, y_rest, train_size=200, test_size=200, random_state=0
+)
+unknown, y_unknown = images[~known][:200], labels[~known][:200]
+shown, y_shown = np.concatenate([new, unknown]), np.concatenate([y_new, y_unknown])
+
+figure, axes = plt.subplots(2, 8, figsize=(8, 2.6), layout="constrained")
+for row, name, digits in zip(axes, ["known", "unknown"], [new, unknown], strict=True):
+    row[0].set_title(name, loc="left")
+    for ax, digit in zip(row, digits, strict=False):
+        ax.imshow(digit.reshape(8, 8), cmap="gray_r")
+        ax.set_axis_off()
+plt.show()
 
 # %%
-# One memory serves both: the classifier and the novelty detector stand on the same rows, and each
-# image runs through the network once.
+# One memory serves both: the classifier and the novelty detector stand on the same features, and
+# each image runs through the network once. The classifier scales them; here the novelty detector
+# finds more without a scaler. Try both on a few images that you know to be of no class.
 
 import tempfile
 
 from sklearn.neighbors import LocalOutlierFactor
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from sktransfer import PretrainedFeatureExtractor, make_classifier
 
@@ -44,7 +53,7 @@ model = make_classifier(**options).fit(learnt, y_learnt)
 features = PretrainedFeatureExtractor(
     layer="all", pooling=("avg", "max"), normalize=True, **options
 )
-novelty = make_pipeline(features, StandardScaler(), LocalOutlierFactor(novelty=True)).fit(learnt)
+novelty = make_pipeline(features, LocalOutlierFactor(n_neighbors=5, novelty=True)).fit(learnt)
 
 # %%
 # Both numbers on both kinds of images. Known digits of which the classifier is not sure are to the
