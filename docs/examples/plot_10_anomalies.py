@@ -7,8 +7,8 @@ detector learns from sound images alone, and says which new ones differ, and whe
 """
 
 # %%
-# Solar cells once more, of the polycrystalline kind: 200 sound ones to learn from, and 60 others,
-# of which 30 are defective. No defective cell is used to learn.
+# Solar cells once more, of the monocrystalline kind, whose ground is even: 200 sound ones to learn
+# from, and 60 others, of which 30 are defective. No defective cell is used to learn.
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pandas as pd
 
 folder = Path(elpv_dataset.__file__).parent / "data"
 cells = pd.read_csv(folder / "labels.csv", sep=r"\s+", names=["file", "probability", "kind"])
-cells = cells[cells.kind == "poly"].assign(path=lambda t: [str(folder / file) for file in t.file])
+cells = cells[cells.kind == "mono"].assign(path=lambda t: [str(folder / file) for file in t.file])
 sound = cells[cells.probability == 0].path.to_numpy()
 defective = cells[cells.probability == 1].path.sample(30, random_state=0).to_numpy()
 learnt, others = sound[:200], np.concatenate([sound[-30:], defective])
@@ -48,7 +48,8 @@ plt.show()
 # %%
 # The quick way beside it: one row for a whole image, and any detector of scikit-learn. It is a
 # pipeline, and runs at the speed of the embeddings. It says nothing of where. Which of the two
-# finds more depends on the images: try both.
+# finds more depends on the images: on monocrystalline cells it is the patches, on polycrystalline
+# ones, whose grains differ at every place, the rows. Try both.
 
 from sklearn.metrics import RocCurveDisplay
 from sklearn.neighbors import LocalOutlierFactor
