@@ -159,7 +159,7 @@ def test_leaks(tiles, memory):
         table = audit(X, y, test=test, memory=memory, **SMALL)
         assert table.kind[0] == "leak" and (table.row[0], table.other_row[0]) == (40, 4)
         assert "not in the test part" in table.reason[0]
-    table = audit(X, groups=[*range(40), "new"], memory=memory, **SMALL)
+    table = audit(X, groups=[*range(40), 40], memory=memory, **SMALL)
     assert table.kind[0] == "leak" and "another group" in table.reason[0]
     same = audit(X, groups=[*range(40), 4], memory=memory, **SMALL)
     assert "leak" not in set(same.kind) and "exact duplicate" in set(same.kind)
@@ -175,6 +175,9 @@ def test_labels_that_are_wrong_come_first(tiles, memory):
     assert set(wrong) <= set(suspects.row[:5])
     assert set(suspects.other_label) <= {"china", "flower"}
     assert (np.diff(suspects.score) <= 0).all() and (suspects.score <= 1).all()
+    numbers = audit(paths, np.where(y == "china", 0, 1), memory=memory, image_size=64)
+    other = numbers.other_label[numbers.kind == "label"]
+    assert other.tolist() == np.where(suspects.other_label == "china", 0, 1).tolist()
 
 
 def test_copies_are_no_witnesses_and_small_classes_are_not_judged():
@@ -205,15 +208,23 @@ def test_bad_input(tmp_path, memory):
     two = [image, image[::-1]]
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         audit(two, ["a"], **SMALL)
-    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+    with pytest.raises(ValueError, match="groups has 3 entries for 2 images"):
         audit(two, groups=[1, 2, 3], **SMALL)
-    with pytest.raises(ValueError, match="no value for 1 of 2 images, the first in row 1"):
+    with pytest.raises(ValueError, match=r"groups contains NaN.* in 1 of 2 rows \(1\)"):
         audit(two, groups=["a", np.nan], **SMALL)
-    for test in ([2], [-1], [0.5], [[0]], [True]):
+    with pytest.raises(ValueError, match=r"groups has shape \(2, 2\)"):
+        audit(two, groups=np.eye(2), **SMALL)
+    for groups in (5, "ab"):
+        with pytest.raises(TypeError, match="groups is of type"):
+            audit(two, groups=groups, **SMALL)
+    for test in ([2], [-1], [0.5], [[0]], [True], ([0, 1], [1]), ["a"]):
         with pytest.raises(ValueError, match="test must be a mask of 2 booleans"):
             audit(two, test=test, **SMALL)
     with pytest.raises(ValueError, match="n_neighbors=3, but there are 2 images"):
         find_similar(two, two, n_neighbors=3, **SMALL)
+    for n_neighbors in (0, "2", None, 1.5):
+        with pytest.raises(ValueError, match="'n_neighbors' parameter of find_similar"):
+            find_similar(two, two, n_neighbors=n_neighbors, **SMALL)
 
 
 def test_facts_of_images_of_any_size():

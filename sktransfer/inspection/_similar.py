@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from sktransfer._estimators.base import Interval, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._neighbors import nearest
 from sktransfer._optional import load_optional
 from sktransfer.io import check_images
 
 
+@validate_params(
+    {"n_neighbors": [Interval(Integral, 1, None, closed="left")]},
+    prefer_skip_nested_validation=True,
+)
 def find_similar(
     queries: Any,
     X: Any,
@@ -85,7 +91,7 @@ def find_similar(
     """
     pandas = load_optional("pandas", "find_similar", "pandas")
     asked, images = (check_images(of, image_shape=image_shape) for of in (queries, X))
-    if not 1 <= n_neighbors <= len(images):
+    if n_neighbors > len(images):
         raise ValueError(f"n_neighbors={n_neighbors}, but there are {len(images)} images in X.")
     extractor = PretrainedFeatureExtractor(
         backbone,

@@ -24,6 +24,7 @@ from sktransfer._estimators.pretrained import (
 from sktransfer._memory.memory import check_memory
 from sktransfer._neighbors import nearest
 from sktransfer._optional import load_optional
+from sktransfer._splits import check_groups
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.model_selection._image_checks import ImageFinding, odd_images, outliers
 from sktransfer.model_selection._image_facts import ImageFacts, look_at
@@ -200,7 +201,7 @@ def audit(
     load_optional("pandas", "audit", "pandas")
     images = check_images(X, image_shape=image_shape)
     labels = None if y is None else _check_labels(y, images)
-    groups = None if groups is None else _check_groups(groups, images)
+    groups = check_groups(groups, len(images))
     in_test = None if test is None else _test_mask(test, len(images))
     extractor = PretrainedFeatureExtractor(
         backbone,
@@ -249,23 +250,12 @@ def _check_labels(y: Any, images: ImageSequence) -> np.ndarray:
     return labels
 
 
-def _check_groups(groups: Any, images: ImageSequence) -> np.ndarray:
-    """Return the number of each image's group."""
-    pandas = load_optional("pandas", "audit", "pandas")
-    values = list(groups)
-    check_consistent_length(images, values)
-    numbers = pandas.factorize(pandas.Series(values, dtype=object))[0]
-    if len(missing := np.flatnonzero(numbers < 0)):
-        raise ValueError(
-            f"groups has no value for {len(missing)} of {len(values)} images, the first in row "
-            f"{missing[0]}: name the group of each image."
-        )
-    return numbers
-
-
 def _test_mask(test: Any, n: int) -> np.ndarray:
     """Return which images are in the test part."""
-    test = np.asarray(test)
+    try:
+        test = np.asarray(test)
+    except ValueError:  # a pair of what is learnt from and tested on, of different lengths
+        test = np.fromiter(test, object, len(test))
     if test.dtype == bool and test.shape == (n,):
         return test
     is_rows = test.ndim == 1 and (test.dtype.kind in "iu" or not test.size)
@@ -433,7 +423,9 @@ def _table(findings: list[_Finding], images: ImageSequence, labels: np.ndarray |
             "label": objects([label_of(row) for row in rows]),
             "other_row": pandas.array(others, dtype="Int64"),
             "other_path": objects([None if row is None else images.file(row) for row in others]),
-            "other_label": objects([one.label or label_of(one.other) for one in found]),
+            "other_label": objects(
+                [label_of(one.other) if one.label is None else one.label for one in found]
+            ),
             "score": np.array([one.score for one in found], float),
             "reason": objects([one.reason for one in found]),
         }
