@@ -188,7 +188,7 @@ class Embedding(Rows):
         block = self._images.block(rows, digests)
         if block is None:
             return super()._load_several(rows, digests)
-        return list(Block(self.preprocessing.fit_size(block)).split())
+        return Block(self.preprocessing.fit_size(block)).split()
 
 
 class MeanEmbedding(Rows):

@@ -129,7 +129,8 @@ class Runner(CutNetwork):
     backbone : Backbone
     device : torch.device
     precision : {"float32", "bfloat16", "float16", "int8"}
-        In the half precisions, the operations that lose nothing by it run in it (torch's autocast).
+        In the half precisions, the operations that lose nothing by it run in it (torch's autocast);
+        in bfloat16 on a GPU all do, by weights of that type, where this loses little more.
         In `"int8"`, see `QuantisedNetwork`, there are rows alone, of OpenVINO alone.
     runtime : {"torch", "openvino"}
         Where a program can't be made for OpenVINO, it becomes "torch".
