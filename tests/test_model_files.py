@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import VotingClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -84,6 +84,12 @@ GENUINE = {
         {"logisticregression__C": [1, 10]},
         cv=KFold(2, shuffle=True, random_state=0),
     ).fit(X, Y),
+    **{
+        f"search with {type(cv).__name__}": lambda cv=cv: GridSearchCV(
+            classifier(unfreeze=0), {"dropout": [0.0]}, cv=cv
+        ).fit(X, Y, groups=np.arange(12) // 2 % 4)
+        for cv in (GroupKFold(2), StratifiedGroupKFold(2))
+    },
     "vote": lambda: VotingClassifier([("a", classifier(unfreeze=0)), ("b", classifier())]).fit(
         X, Y
     ),

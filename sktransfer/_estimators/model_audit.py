@@ -22,7 +22,9 @@ OURS = {
 }
 KNOWN = OURS | {  # what searches and ensembles of scikit-learn hold besides estimators
     "sklearn.metrics._scorer._PassthroughScorer": "ObjectNode",
+    "sklearn.model_selection._split.GroupKFold": "ObjectNode",
     "sklearn.model_selection._split.KFold": "ObjectNode",
+    "sklearn.model_selection._split.StratifiedGroupKFold": "ObjectNode",
     "sklearn.model_selection._split.StratifiedKFold": "ObjectNode",
     "sklearn.utils._bunch.Bunch": "DictNode",
 }
