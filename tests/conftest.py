@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from networks import LOG
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+# A shell has what it starts in the background ignore Ctrl-C, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Layers as small as those of most tests take several times as long on several threads.
 torch.set_num_threads(1)
 
