@@ -34,7 +34,7 @@ from sktransfer._training.summary import blocks_html
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models._modules import portable
 from sktransfer.models._registry import Backbone, loaded_model, seeded_model
-from sktransfer.models._weights import portable_weights
+from sktransfer.models._state_files import portable_weights
 from sktransfer.transforms import Preprocessing
 
 __all__ = [

@@ -13,8 +13,9 @@ from torch import nn
 from torchvision.models import get_model_builder, get_model_weights
 
 from sktransfer._torch_state import call_seeded
+from sktransfer.models._fitting import load_state
 from sktransfer.models._hub import check_hub, downloading
-from sktransfer.models._weights import load_state, read_state_dict, sha256_of
+from sktransfer.models._state_files import read_state_dict, sha256_of
 from sktransfer.transforms import Preprocessing
 
 #: Names for `backbone=` by what they are for; the user guide has their sources and licences.
@@ -138,7 +139,8 @@ def build_timm(name: str, weights: Any, seed: int) -> Built:
     elif isinstance(weights, Path):
         network = create()
         state = read_state_dict(weights)
-        network = load_state(create, network, state, name, weights)
+        size = timm.data.resolve_data_config(model=network)["input_size"][1:]
+        network = load_state(create, network, state, name, weights, size)
     else:
         if not tags:
             raise ValueError(_unknown_weights(name, weights, tags))

@@ -34,15 +34,16 @@ from sktransfer.models._builders import (
     published_enum,
     published_weights,
 )
+from sktransfer.models._fitting import load_state
 from sktransfer.models._modules import copy_of, portable, set_eval, without_wrapper
-from sktransfer.models._weights import (
+from sktransfer.models._state_files import (
     file_beside,
-    fingerprint,
-    load_state,
+    file_stamp,
     read_state_dict,
     sha256_of,
     weights_path,
 )
+from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
 
 __all__ = ["Backbone", "get_model", "list_models", "register_model"]
@@ -291,7 +292,7 @@ def _stamp(weights: Any, backbone: Any) -> Any:
     is_name = isinstance(backbone, str)
     path = weights_path(weights) if is_name else file_beside(weights, backbone.name)
     if path is not None:
-        return path, path.stat().st_mtime_ns, path.stat().st_size
+        return file_stamp(path)
     return weights if is_name else None  # its own
 
 
@@ -302,7 +303,8 @@ def _copied(given: Backbone, path: Path | None, known: str) -> Backbone:
     """
     copied = replace(given, network=copy_of(given.network))
     if path is not None:
-        load_state(None, copied.network, read_state_dict(path), copied.name, path)
+        state, size = read_state_dict(path), given.preprocessing.size
+        load_state(None, copied.network, state, copied.name, path, size)
     elif _is_copied_as_is(given.network):
         copied._fingerprint = known
     return copied
@@ -345,6 +347,8 @@ def _ready(backbone: Backbone) -> Backbone:
 
 
 def _build(name: str, weights: Any, seed: int) -> Backbone:
+    if weights is not None:
+        seed = _SEED  # of a head that a file lacks: the same, whoever loads it first
     if name in _builders:
         built = _builders[name](weights, seed)
         if not isinstance(built, Backbone):
