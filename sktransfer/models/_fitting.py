@@ -215,6 +215,12 @@ def _some(names: list[str]) -> str:
 # ------------------------------------------------------------------------------ values
 
 
+def check_finite(state: Mapping[str, torch.Tensor], source: Any) -> None:
+    """Raise ValueError for a tensor of a file that holds NaN or infinity, or no values."""
+    values = {name: tensor for name, tensor in state.items() if _is_weight(tensor)}
+    _check_values(values, dict.fromkeys(values, torch.zeros(())), source)
+
+
 def _check_values(
     state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: Any
 ) -> None:

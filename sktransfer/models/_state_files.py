@@ -30,7 +30,7 @@ _DEEPEST = 4  # containers in containers
 _MOST_SHARDS = 1024
 _LARGEST_INDEX = 2**26  # bytes: a name and a file for each tensor
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-_INDEX = ".index.json"  # ends the name of a file that lists shards
+INDEX = ".index.json"  # ends the name of a file that lists shards
 _STARTS = {  # of files that hold something else
     b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras saves its weights",
     b"\x93NUMPY": "an array of NumPy",
@@ -122,8 +122,8 @@ def sha256_of(path: Path) -> str:
 def file_stamp(path: Path) -> tuple[Any, ...]:
     """Return what tells a file of weights apart: place, age and size, those of its shards too."""
     files = [path]
-    if path.name.endswith(_INDEX):
-        files += sorted({*_shards(path).values()})
+    if path.name.endswith(INDEX):
+        files += sorted({*shards_of(path).values()})
     stats = [(file, file.stat()) for file in files if file is path or file.exists()]
     return tuple((file, status.st_mtime_ns, status.st_size) for file, status in stats)
 
@@ -150,7 +150,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     ValueError
         It says what the file is instead, or what it holds.
     """
-    if (shards := _shards(path) if path.name.endswith(_INDEX) else None) is None:
+    if (shards := shards_of(path) if path.name.endswith(INDEX) else None) is None:
         return _tensors(_read_file(path, path), path)
     state: dict[str, torch.Tensor] = {}
     for file in sorted(set(shards.values())):
@@ -163,7 +163,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _shards(path: Path) -> dict[str, Path]:
+def shards_of(path: Path) -> dict[str, Path]:
     """Return the file of each tensor that an index lists; all lie in the folder of the index."""
     if path.stat().st_size > _LARGEST_INDEX:
         raise ValueError(f"weights={str(path)!r} is too large for an index of shards.")
@@ -233,7 +233,7 @@ def _what_else(start: bytes, path: Path) -> str | None:
     if start.startswith(b"\x80") or _is_safetensors(start) or b"ustar" in start[257:265]:
         return None
     if text.startswith((b"{", b"[")):
-        return f"JSON; an index of shards has a name that ends in {_INDEX}"
+        return f"JSON; an index of shards has a name that ends in {INDEX}"
     kind = "a text" if start.isascii() and b"\0" not in start else "of an unknown format"
     return f"{kind}, beginning with {start[:16]!r}"
 
