@@ -143,7 +143,7 @@ class Preprocessing:
             resize, mode = (shortest, shortest), "squash"
         if crop is None and mode == "floor":
             raise ValueError(f"the shortest side is scaled to {shortest}, and nothing is cropped")
-        resampling = {2: "bilinear", 3: "bicubic"}.get(int(config.get("resample") or 2))
+        resampling = {None: "bilinear", 2: "bilinear", 3: "bicubic"}.get(config.get("resample"))
         if resampling is None:
             raise ValueError(f"resample={config['resample']} is neither bilinear nor bicubic")
         scaled = config.get("do_normalize", True)

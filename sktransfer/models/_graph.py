@@ -76,8 +76,9 @@ class _Tracer(fx.Tracer):
         owner: Any = value.args[0]
         if owner.op == "get_attr":
             path, _, name = owner.target.rpartition(".")
-            tensors = self.root.get_submodule(path)._parameters  # elsewhere, it is a proxy now
-            return tensors[name].dtype if tensors.get(name) is not None else None
+            # As an attribute of its module, it is a proxy now.
+            weight = self.root.get_submodule(path)._parameters.get(name)
+            return None if weight is None else weight.dtype
         return torch.float32 if owner.op == "placeholder" else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -148,7 +148,7 @@ class Origin(NamedTuple):
         remedy = f"weights={there[0]!r}, which is read without running code" if there else ""
         if self.is_folder and not there:
             files = sorted(entry.name for entry in os.scandir(self.place) if entry.is_file())
-            what += f"; there is {', '.join(files[:5]) or 'nothing'}"
+            what += f", but {', '.join(files[:5]) or 'nothing'},"
         return f"backbone={self.name!r}: there is {what} in {self.place!r}. " + (
             f"Pass {remedy}."
             if remedy

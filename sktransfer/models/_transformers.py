@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from sktransfer._optional import load_optional
 from sktransfer._torch_state import call_seeded
-from sktransfer.models._fitting import check_finite, load_state
+from sktransfer.models._fitting import check_finite, load_state, without_prefix
 from sktransfer.models._origins import Origin
 from sktransfer.models._state_files import read_state_dict
 from sktransfer.transforms import Preprocessing
@@ -94,22 +94,26 @@ def build_transformers(
     network, preprocessing, categories
     """
     load_optional("transformers", f"backbone={origin.name!r}", "'sktransfer[hub]'")
+    is_remote = trust_remote_code and "auto_map" in config
     with silence():
+        settings, cls = (None, None) if is_remote else _choose_class(origin, config)
         preprocessing = _read_preprocessing(origin, trust_remote_code)
         source = weights
         if isinstance(weights, str):
             source = origin.weights(None if weights == "default" else weights)
         state = read_state_dict(source) if source else {}
         check_finite(state, source)
-        if trust_remote_code and "auto_map" in config:
-            model = call_seeded(seed, lambda: _remote_model(origin, config))
-            lacking: list[str] = ["all"]
-        else:
-            settings, cls = _choose_class(origin, config, state)
-            model, lacking = call_seeded(seed, lambda: _load(origin, settings, cls, state))
-    if state and lacking:
+        model, left = call_seeded(
+            seed,
+            lambda: (
+                (_remote_model(origin, config), state)
+                if is_remote
+                else _load(origin, settings, cls, state)
+            ),
+        )
+    if left:
         # It says what differs, takes prefixes off, and knows which part is the head.
-        load_state(None, model, state, origin.name, source, preprocessing.size)
+        load_state(None, model, left, origin.name, source, preprocessing.size)
     _forget_place(model.config)
     return VisionNetwork(model), preprocessing, _categories(model.config) if state else None
 
@@ -133,9 +137,7 @@ def silence() -> Iterator[None]:
 # ------------------------------------------------------------------------------ models
 
 
-def _choose_class(
-    origin: Origin, config: dict[str, Any], state: Mapping[str, Any]
-) -> tuple[Any, Any]:
+def _choose_class(origin: Origin, config: dict[str, Any]) -> tuple[Any, Any]:
     """Return the settings of the part of a model that sees images, and the class of this part."""
     import transformers
 
@@ -151,8 +153,9 @@ def _choose_class(
         )
     # Code of the author, or compiled code of a hub, would be named here.
     named = {k: v for k, v in config.items() if k != "auto_map" and "implementation" not in k}
+    named["architectures"] = [str(name) for name in config.get("architectures") or ()]
     settings = transformers.CONFIG_MAPPING[kind].from_dict(named)
-    is_classifier = _is_classifier(config.get("architectures"))
+    is_classifier = _is_classifier(named["architectures"])
     classifiers = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if is_classifier and type(settings) in classifiers:
         return _checked(origin, settings, classifiers[type(settings)])
@@ -160,7 +163,7 @@ def _choose_class(
         tower = settings.vision_config
         tower.projection_dim = getattr(settings, "projection_dim", None)
         settings, kind = tower, f"{kind}_vision_model"
-    if kind == "clip_vision_model" and (not state or "visual_projection.weight" in state):
+    if kind == "clip_vision_model" and "CLIPVisionModel" not in named["architectures"]:
         return _checked(origin, settings, transformers.CLIPVisionModelWithProjection)
     if type(settings) not in transformers.MODEL_MAPPING:
         raise ValueError(f"backbone={origin.name!r} is a {kind}, which has no model of images.")
@@ -203,39 +206,68 @@ def _unknown_kind(origin: Origin, config: dict[str, Any]) -> str:
 
 def _load(
     origin: Origin, settings: Any, cls: Any, state: dict[str, torch.Tensor]
-) -> tuple[Any, list[str]]:
-    """Return a model with the tensors of a file, and the names of those that it lacks."""
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return a model with the tensors of a file; if it lacks some, also those that there are."""
     with torch.device("meta"):
-        n_values = sum(tensor.numel() for tensor in cls(settings).parameters())
-    n_read = sum(tensor.numel() for tensor in state.values())
+        expected = cls(settings).state_dict()
+    n_values, n_read = (sum(v.numel() for v in each.values()) for each in (expected, state))
     if n_values > (2 * n_read + 1e7 if state else _MOST_VALUES):
         raise ValueError(
             f"backbone={origin.name!r}: its config.json is of a model of {n_values:.3g} values, "
             f"and its weights have {n_read:.3g}: they do not belong together."
         )
     if not state:
-        return cls(settings), []
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        return cls(settings), {}
+    model, there, is_whole = _converted(settings, cls, state)
+    if not is_whole:  # maybe as it was saved inside of another network
+        plain, _ = without_prefix(state, expected)
+        model, there, is_whole = _converted(settings, cls, plain)
+    return model, {} if is_whole else there
+
+
+def _converted(
+    settings: Any, cls: Any, state: dict[str, torch.Tensor]
+) -> tuple[Any, dict[str, torch.Tensor], bool]:
+    """Let transformers load tensors, which it knows by the names of its older versions, too.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+    there : dict of str to torch.Tensor
+        The tensors of the file by the model's present names, and what it does not know.
+    is_whole : bool
+        Whether the model lacks none.
+    """
     model, report = cls.from_pretrained(
-        None, config=settings, state_dict=dict(state), dtype=torch.float32, **options
+        None,
+        config=settings,
+        state_dict=dict(state),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
-    other = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    lacking = sorted({*report["missing_keys"], *other})
-    if getattr(model, "pooler", None) is not None and any("pooler." in key for key in lacking):
+    other = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+    lacking = {*report["missing_keys"], *other}
+    if getattr(model, "pooler", None) is not None and any(k.startswith("pooler.") for k in lacking):
         model.pooler = None  # it was not trained
-        lacking = [key for key in lacking if not key.startswith("pooler.")]
-    return model, lacking
+        lacking = {key for key in lacking if not key.startswith("pooler.")}
+    there = {k: v for k, v in model.state_dict().items() if k not in lacking}
+    unknown = {k: state[k] for k in sorted(report["unexpected_keys"]) if k in state}
+    return model, {**there, **unknown}, not lacking
 
 
 def _remote_model(origin: Origin, config: dict[str, Any]) -> Any:
     """Return a model with random weights whose code comes with it, and is trusted."""
     import transformers
 
-    where = {"revision": origin.revision, "trust_remote_code": True}
-    settings = transformers.AutoConfig.from_pretrained(origin.place, **where)
+    revision = {} if origin.is_folder else {"revision": origin.revision}
+    settings = transformers.AutoConfig.from_pretrained(
+        origin.place, trust_remote_code=True, **revision
+    )
     is_classifier = "AutoModelForImageClassification" in config["auto_map"]
     auto = transformers.AutoModelForImageClassification if is_classifier else transformers.AutoModel
-    return auto.from_config(settings, **where)
+    code = {} if origin.is_folder else {"code_revision": origin.revision}
+    return auto.from_config(settings, trust_remote_code=True, **code)
 
 
 def _forget_place(settings: Any) -> None:
