@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sktransfer._estimators.model_file import load_model
     from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, make_classifier
     from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
+    from sktransfer._estimators.zero_shot import ZeroShotClassifier
     from sktransfer.inspection import model_summary
     from sktransfer.io import load_image_folder
     from sktransfer.io._coco import load_coco
@@ -31,6 +32,7 @@ __all__ = [
     "PatchAnomalyDetector",
     "PretrainedClassifier",
     "PretrainedFeatureExtractor",
+    "ZeroShotClassifier",
     "config_context",
     "get_config",
     "get_model",
@@ -53,6 +55,7 @@ _HOMES = {
     "PatchAnomalyDetector": "_estimators.anomaly",
     "PretrainedClassifier": "_estimators.pretrained_classifier",
     "PretrainedFeatureExtractor": "_estimators.pretrained",
+    "ZeroShotClassifier": "_estimators.zero_shot",
     "config_context": "_config",
     "get_config": "_config",
     "get_model": "models",

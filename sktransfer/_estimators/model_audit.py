@@ -18,6 +18,7 @@ OURS = {
     "sktransfer._estimators.masked_language.MaskedLanguagePretrainer": "ObjectNode",
     "sktransfer._training.plan.Plan": "ObjectNode",
     "sktransfer._estimators.pretrained.PretrainedFeatureExtractor": "ObjectNode",
+    "sktransfer._estimators.zero_shot.ZeroShotClassifier": "ObjectNode",
     "sktransfer._estimators.pretrained_classifier.PretrainedClassifier": "ObjectNode",
 }
 KNOWN = OURS | {  # what searches and ensembles of scikit-learn hold besides estimators

@@ -225,6 +225,26 @@ def _load(
     return model, {} if is_whole else there
 
 
+def load_part(
+    origin: Origin, settings: Any, cls: Any, state: dict[str, torch.Tensor], what: str
+) -> Any:
+    """Return one part of a model with its tensors of a file; without tensors, random ones.
+
+    Raises
+    ------
+    ValueError
+        If the file lacks some.
+    """
+    model, there = _load(origin, settings, cls, state)
+    if there:
+        lacking = [name for name in model.state_dict() if name not in there]
+        raise ValueError(
+            f"backbone={origin.name!r}: its weights lack {len(lacking)} tensors of the {what} "
+            f"part, such as {', '.join(lacking[:3])}. Pass those of the whole network."
+        )
+    return model
+
+
 def _converted(
     settings: Any, cls: Any, state: dict[str, torch.Tensor]
 ) -> tuple[Any, dict[str, torch.Tensor], bool]:
