@@ -269,6 +269,9 @@ def test_pickles_only_where_they_are_named(folder):
         get_model(f"hf:{folder}")
     with pytest.raises(OSError, match="there is no file pytorch_model.bin, but"):
         get_model(f"hf:{folder}", "pytorch_model.bin")
+    for name in ("../nowhere/w.bin", "/nowhere/w.bin"):
+        with pytest.raises(ValueError, match="there is no such file, and files of"):
+            get_model(f"hf:{folder}", name)
 
 
 def test_a_file_of_ones_own_beside_a_folder(folder, tmp_path):
