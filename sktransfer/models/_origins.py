@@ -101,7 +101,7 @@ class Origin(NamedTuple):
             first = str(error).strip().splitlines()[0]
             raise OSError(
                 f"backbone={self.name!r}: {file} could not be downloaded from {self.place!r} at "
-                f"{constants.ENDPOINT} ({type(error).__name__}: {first}). If the repository is "
+                f"{constants.ENDPOINT} ({type(error).__name__}: {first}). Check the name. If it is "
                 "private or gated, ask for access and log in by `hf auth login`, or set HF_TOKEN."
             ) from error
 
