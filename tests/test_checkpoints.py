@@ -136,9 +136,10 @@ def test_what_lightning_saves_is_loaded(tmp_path, state, expected):
 
 
 def test_averaged_weights_are_preferred_and_the_others_named(tmp_path, state, expected):
-    content = {"state_dict": small(2).state_dict(), "state_dict_ema": state}
-    with pytest.warns(UserWarning, match="'state_dict_ema' is loaded; 'state_dict' left out"):
-        assert loaded_print(saved(content, tmp_path / "w.pth")) == expected
+    for best, other in (("state_dict_ema", "state_dict"), ("teacher", "student")):
+        content = {other: small(2).state_dict(), best: state}
+        with pytest.warns(UserWarning, match=f"'{best}' is loaded; '{other}' left out"):
+            assert loaded_print(saved(content, tmp_path / "w.pth")) == expected
 
 
 # ------------------------------------------------------------------------------ formats

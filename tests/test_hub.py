@@ -237,10 +237,6 @@ def test_shards_and_half_precision(folder):
     expected = print_of(folder)
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     assert print_of(folder) == expected  # the only safetensors
-    model = (
-        vit().from_pretrained(folder / "..", config=tr.ViTConfig(), state_dict={}) if 0 else None
-    )
-    assert model is None
     state = safetensors.torch.load_file(folder / "one.safetensors")
     (folder / "one.safetensors").unlink()
     tr.ViTForImageClassification.from_pretrained(
@@ -273,6 +269,9 @@ def test_pickles_only_where_they_are_named(folder):
         get_model(f"hf:{folder}")
     with pytest.raises(OSError, match="there is no file pytorch_model.bin, but"):
         get_model(f"hf:{folder}", "pytorch_model.bin")
+    for name in ("../nowhere/w.bin", "/nowhere/w.bin"):
+        with pytest.raises(ValueError, match="there is no such file, and files of"):
+            get_model(f"hf:{folder}", name)
 
 
 def test_a_file_of_ones_own_beside_a_folder(folder, tmp_path):
@@ -380,9 +379,7 @@ class OwnModel(PreTrainedModel):
 def test_code_of_others_runs_only_where_it_is_trusted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
     trace = tmp_path / "ran"
-    (folder / "own.py").write_text(
-        REMOTE.replace('Path(__file__).with_name("ran")', f"Path({str(trace)!r})")
-    )
+    (folder / "own.py").write_text(f"TRACE = {str(trace)!r}{REMOTE}")
     classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
     # A known kind of model needs no code of others; that which is named is not run.
     edited(
@@ -392,12 +389,9 @@ def test_code_of_others_runs_only_where_it_is_trusted(folder, tmp_path, monkeypa
     edited(folder, model_type="sktransfer_own", architectures=["OwnModel"])
     with pytest.raises(ValueError, match=r"not run\..*get_model\(.*, trust_remote_code=True\)"):
         get_model(str(folder))
-    edited(
-        folder,
-        "preprocessor_config.json",
-        auto_map={"AutoImageProcessor": "own.OwnModel"},
-        image_processor_type="Own",
-    )
+    edited(folder, model_type="vit", architectures=["ViTModel"])
+    own = {"auto_map": {"AutoImageProcessor": "own.OwnModel"}, "image_processor_type": "Own"}
+    edited(folder, "preprocessor_config.json", **own)
     with pytest.raises(ValueError, match="can't be done here"):
         get_model(str(folder))
     assert not trace.exists()
@@ -407,9 +401,7 @@ def test_trusted_code_runs(folder, tmp_path, monkeypatch, photos):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
     monkeypatch.syspath_prepend(str(tmp_path / "c"))
     trace = tmp_path / "ran"
-    (folder / "own.py").write_text(
-        REMOTE.replace('Path(__file__).with_name("ran")', f"Path({str(trace)!r})")
-    )
+    (folder / "own.py").write_text(f"TRACE = {str(trace)!r}{REMOTE}")
     state = {"conv.weight": torch.ones(4, 3, 3, 3), "conv.bias": torch.zeros(4)}
     safetensors.torch.save_file(state, folder / "model.safetensors")
     classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ _FOLDER = "local-dir:"  # timm's, too
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}")
 _UNSAFE = ("pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+_SOON = 10.0  # seconds in which a hub that gave no answer is not asked again, for the next file
+_refusals: dict[str, tuple[float, str]] = {}  # when it gave none, and why
 _LARGEST_JSON = 2**24  # bytes: classes are named in it, twenty thousand at most
 
 
@@ -98,7 +101,7 @@ class Origin(NamedTuple):
             first = str(error).strip().splitlines()[0]
             raise OSError(
                 f"backbone={self.name!r}: {file} could not be downloaded from {self.place!r} at "
-                f"{constants.ENDPOINT} ({type(error).__name__}: {first}). If the repository is "
+                f"{constants.ENDPOINT} ({type(error).__name__}: {first}). Check the name. If it is "
                 "private or gated, ask for access and log in by `hf auth login`, or set HF_TOKEN."
             ) from error
 
@@ -131,6 +134,11 @@ class Origin(NamedTuple):
         OSError
             If there is none; it says what there is.
         """
+        if file and (Path(file).is_absolute() or ".." in Path(file).parts):
+            raise ValueError(
+                f"weights={file!r}: there is no such file, and files of {self.name!r} lie in its "
+                "folder."
+            )
         found = next(filter(None, map(self.find, [file] if file else _WEIGHTS)), None)
         if found is None and file is None and self.is_folder:
             others = sorted(Path(self.place).glob("*.safetensors"))
@@ -195,10 +203,15 @@ def _why_offline() -> str:
     """Say why the hub can't be asked; an empty text if it can."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
+    known = _refusals.get(constants.ENDPOINT)
+    if known is not None and time.monotonic() - known[0] < _SOON:
+        return known[1]
     try:
         check_connection(constants.ENDPOINT)
     except OSError as error:
-        return f"no connection: {error}"
+        why = f"no connection: {error}"
+        _refusals[constants.ENDPOINT] = time.monotonic(), why
+        return why
     return ""
 
 

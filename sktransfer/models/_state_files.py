@@ -24,7 +24,7 @@ from sktransfer.io._files import open_regular
 _CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "teacher"),
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
-    *("weights", "params", "backbone", "encoder"),
+    *("weights", "params", "backbone", "encoder", "student"),
 )
 _DEEPEST = 4  # containers in containers
 _MOST_SHARDS = 1024

@@ -27,6 +27,7 @@ _REFUSED = {  # kinds of models, and why they can't be used
     "as 'hf:google/siglip2-base-patch16-224'",
 }
 _OUTPUTS = ("logits", "image_embeds", "pooler_output")  # the first that there is
+_OLDEST = 5  # version of transformers
 _MOST_LAYERS = 1000
 _MOST_VALUES = 5e9  # of random weights
 _STEP = 1 / 255  # of intensities in 8 bits
@@ -93,7 +94,12 @@ def build_transformers(
     -------
     network, preprocessing, categories
     """
-    load_optional("transformers", f"backbone={origin.name!r}", "'sktransfer[hub]'")
+    found = load_optional("transformers", f"backbone={origin.name!r}", "'sktransfer[hub]'")
+    if int(found.__version__.partition(".")[0]) < _OLDEST:
+        raise ImportError(
+            f"backbone={origin.name!r} needs transformers {_OLDEST} or newer, not "
+            f"{found.__version__}: pip install 'sktransfer[hub]'"
+        )
     is_remote = trust_remote_code and "auto_map" in config
     with silence():
         settings, cls = (None, None) if is_remote else _choose_class(origin, config)
