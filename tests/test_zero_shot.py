@@ -162,10 +162,10 @@ def test_rows_are_those_of_everyone(folders, images, tmp_path):
 # ------------------------------------------------------------------------------ labelled images
 
 
-def spotted(chance, bright, n):
-    """Images that a network tells apart, but no random words do."""
-    X = chance.integers(0, 60, (n, 32, 32, 3)).astype(np.uint8)
-    X[:, 8 * bright : 8 * bright + 8] += 180
+def spotted(chance, colour, n):
+    """Images of a colour, which a network tells apart, but no words that say nothing."""
+    X = chance.integers(0, 20, (n, 32, 32, 3)).astype(np.uint8)
+    X[..., colour] += 200
     return X
 
 

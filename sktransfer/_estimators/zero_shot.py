@@ -328,8 +328,8 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         classes = np.array(sorted(prompts))
         if len(classes) < 2:
             raise ValueError(
-                f"There is a single class, {classes.tolist()[0]!r}, from which none can be told apart: pass "
-                "prompts for two or more."
+                f"There is a single class, {classes.tolist()[0]!r}, from which none can be told "
+                "apart: pass prompts for two or more."
             )
         tower = self._tower()
         rows = [tower(sentences[label]).mean(0) for label in sorted(prompts)]
