@@ -20,7 +20,7 @@ __all__ = ["Preprocessing"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_MODES = ("center", "squash", "border")
+_MODES = ("center", "floor", "squash", "border")
 # Pillow's filters, and how many pixels to each side of a point they read.
 _INTERPOLATIONS = {
     "bilinear": (Image.Resampling.BILINEAR, 1),
@@ -48,8 +48,9 @@ class Preprocessing:
         Height and width in pixels of what enters the network.
     resize : tuple of (int, int), default=(256, 256)
         Height and width in pixels to which an image is scaled before the crop, as `mode` says.
-    mode : {"center", "squash", "border"}, default="center"
-        `"center"` keeps the aspect ratio and covers `resize`, `"squash"` scales each side to
+    mode : {"center", "floor", "squash", "border"}, default="center"
+        `"center"` keeps the aspect ratio and covers `resize`; so does `"floor"`, which of an odd
+        number of pixels crops one more at the bottom or right. `"squash"` scales each side to
         `resize`, `"border"` keeps the aspect ratio inside `resize` and pads with the mean
         colour. All then crop the central `size`.
     interpolation : {"bilinear", "bicubic"}, default="bilinear"
@@ -114,6 +115,47 @@ class Preprocessing:
             std=tuple(config["std"]),
         )
 
+    @classmethod
+    def from_transformers(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """Read the settings of an image processor of transformers, its `to_dict()`.
+
+        Raises
+        ------
+        ValueError
+            If it does what can't be said here, such as images of any proportions.
+        """
+        size = config.get("size") or {}
+        size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
+        crops = config.get("do_center_crop") and config.get("crop_size")
+        crop = {"height": crops, "width": crops} if isinstance(crops, int) else crops
+        crop = (crop["height"], crop["width"]) if crop else None
+        shortest, crop_pct = size.get("shortest_edge"), config.get("crop_pct")
+        if not config.get("do_resize", True) or not (shortest or {"height", "width"} <= set(size)):
+            raise ValueError(f"images of one size come only of do_resize and a size, not {size}")
+        if not shortest:
+            resize, mode = (size["height"], size["width"]), "squash"
+        elif crop_pct is None:
+            resize, mode = (shortest, shortest), "floor"
+        elif shortest < 384:  # ConvNeXt's
+            resize, mode = (int(shortest / crop_pct),) * 2, "floor"
+            crop = (shortest, shortest)
+        else:
+            resize, mode = (shortest, shortest), "squash"
+        if crop is None and mode == "floor":
+            raise ValueError(f"the shortest side is scaled to {shortest}, and nothing is cropped")
+        resampling = {None: "bilinear", 2: "bilinear", 3: "bicubic"}.get(config.get("resample"))
+        if resampling is None:
+            raise ValueError(f"resample={config['resample']} is neither bilinear nor bicubic")
+        scaled = config.get("do_normalize", True)
+        return cls(
+            size=crop or resize,
+            resize=resize,
+            mode=mode,
+            interpolation=resampling,
+            mean=config["image_mean"] if scaled else (0.0, 0.0, 0.0),
+            std=config["image_std"] if scaled else (1.0, 1.0, 1.0),
+        )
+
     def with_size(self, size: int | tuple[int, int] | None) -> Preprocessing:
         """Return the same preprocessing for another input size; the crop keeps its share."""
         if size is None:
@@ -147,7 +189,7 @@ class Preprocessing:
         if max(ratios) > _EXTREME * min(ratios):
             if image.ndim == 4:
                 return torch.stack([self.fit_size(each) for each in image])
-            image = _scale_center(image, scaled, self.size, self.interpolation)
+            image = _scale_center(image, scaled, self.size, self.interpolation, self.mode)
         else:
             image = _scale(image, scaled, self.interpolation)
         if self.mode == "border":
@@ -158,7 +200,8 @@ class Preprocessing:
             padding = [left, top, missing[1] - left, missing[0] - top]
             fill = [float(round(255 * value)) for value in self.mean]
             image = F.pad(image, padding, fill=fill)
-        rows, columns = (_center(*sides) for sides in zip(image.shape[-2:], self.size, strict=True))
+        both = zip(image.shape[-2:], self.size, strict=True)
+        rows, columns = (_center(*sides, self.mode) for sides in both)
         if (len(rows), len(columns)) != self.size:
             return F.center_crop(image, list(self.size))  # which pads
         return image[..., rows.start : rows.stop, columns.start : columns.stop]
@@ -225,14 +268,18 @@ def _scales_8_bits() -> bool:
 
 
 def _scale_center(
-    image: torch.Tensor, scaled: tuple[int, int], size: tuple[int, int], interpolation: str
+    image: torch.Tensor,
+    scaled: tuple[int, int],
+    size: tuple[int, int],
+    interpolation: str,
+    mode: str,
 ) -> torch.Tensor:
     """Scale an image to `scaled`, but make only the central `size` of the result.
 
     The pixels are those of scaling the whole and cropping it, to rounding.
     """
     resampling, radius = _INTERPOLATIONS[interpolation]
-    rows, columns = (_center(*sides) for sides in zip(scaled, size, strict=True))
+    rows, columns = (_center(*sides, mode) for sides in zip(scaled, size, strict=True))
     across, left, right = _read_for(columns, image.shape[2], scaled[1], radius)
     strips = []
     n_rows = _STRIP if image.shape[1] > image.shape[2] else len(rows)
@@ -250,9 +297,10 @@ def _scale_center(
     return torch.from_numpy(np.concatenate(strips)).permute(2, 0, 1)  # (3, height, width)
 
 
-def _center(length: int, size: int) -> range:
-    """Return the places that torchvision's `center_crop` keeps of an axis."""
-    start = max(0, round((length - size) / 2))
+def _center(length: int, size: int, mode: str) -> range:
+    """Return the places that torchvision's `center_crop`, or that of "floor", keeps of an axis."""
+    half = (length - size) / 2
+    start = max(0, int(half) if mode == "floor" else round(half))
     return range(start, start + min(length, size))
 
 

@@ -686,3 +686,47 @@ def test_a_norm_still_refuses_sizes_that_are_not_its_own():
     assert norm in blocks._values[32, 32].overwritten  # by what follows
     with pytest.raises(TracingError, match="running_mean should contain"):
         TracedNetwork(network, (40, 40))
+
+
+# ------------------------------------------------------------------------------ control flow
+
+
+class Choosy(nn.Module):
+    """What it does depends on the size and the type of its input, or, if it `looks`, on pixels."""
+
+    def __init__(self, looks=False):
+        super().__init__()
+        self.conv, self.looks = nn.Conv2d(4, 4, 3, padding=1), looks
+
+    def forward(self, x):
+        if x.shape[-1] != 4 and (not self.looks or x.sum() > 0):
+            x = x + self.conv(x)
+        return x
+
+
+class Converting(nn.Module):
+    """It converts images to the type of its weights, if they have another one."""
+
+    def __init__(self, looks=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.Sequential(Choosy(), Choosy(looks))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        if x.dtype != self.stem.weight.dtype:
+            x = x.to(self.stem.weight.dtype)
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def test_modules_whose_flow_depends_on_sizes_are_taken_whole():
+    network = Converting().eval()
+    traced = TracedNetwork(network, (16, 16))
+    assert traced.names == ("stem", "blocks.0", "blocks.1")
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        for cut in range(traced.output + 1):
+            part = traced.slice(cut, traced.output)(traced.slice(0, cut)(x))
+            torch.testing.assert_close(part, network(x))
+    with pytest.raises(TracingError, match="cannot be cut into blocks"):
+        TracedNetwork(Converting(looks=True), (16, 16))

@@ -618,8 +618,8 @@ def test_weights_that_can_not_be_those_of_a_module(tmp_path):
     for name in ("IMAGENET1K_V1", ResNet18_Weights.DEFAULT):
         with pytest.raises(ValueError, match=r"beside a network \(Small\).*'default'"):
             PretrainedFeatureExtractor(small(), weights=name).transform(np.zeros((1, 32, 32)))
-    torch.save(Small(7).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"the weights of 'Small': head.weight is \(7, 16\)"):
+    torch.save({**small().state_dict(), "stem.0.weight": torch.ones(7, 3)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"the weights of 'Small': stem.0.weight is \(7, 3\)"):
         get_model(small(), tmp_path / "w.pth")
 
 

@@ -6,8 +6,7 @@ import functools
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +23,7 @@ from sktransfer._threads import call_in_forks, renewed_in_forks
 from sktransfer._torch_state import call_seeded, float32_by_default, network_lock
 from sktransfer.models._hub import check_hub
 from sktransfer.models._modules import copy_of
+from sktransfer.models._transformers import silence
 from sktransfer.models._weights import Describer
 
 _VERSION = 1  # of the computation; a change that alters rows makes old entries unreachable
@@ -190,7 +190,7 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
             check_hub(model)
         if tokenizer is not None and not os.path.exists(tokenizer):
             check_hub(tokenizer, (".json", ".txt", ".model"))
-        with _silence():
+        with silence():
             words = AutoTokenizer.from_pretrained(tokenizer or model, trust_remote_code=False)
             network = call_seeded(
                 _SEED,
@@ -204,22 +204,6 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
             "connected machine."
         ) from error
     return TextModel(network.float(), words, os.path.basename(os.path.normpath(model)))
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep transformers from showing bars, and reports of weights that are not in a file."""
-    from transformers.utils import logging
-
-    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if has_bars:
-            logging.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------ embeddings

@@ -33,8 +33,9 @@ from sktransfer._training.interrupt import Interrupted
 from sktransfer._training.summary import blocks_html
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models._modules import portable
+from sktransfer.models._origins import portable_name
 from sktransfer.models._registry import Backbone, loaded_model, seeded_model
-from sktransfer.models._weights import portable_weights
+from sktransfer.models._state_files import portable_weights
 from sktransfer.transforms import Preprocessing
 
 __all__ = [
@@ -267,7 +268,7 @@ class ImageEstimator(BaseEstimator):
         state = super().__getstate__()
         if "weights" in state:
             state = {**state, "weights": portable_weights(state["weights"])}
-        return {**state, "backbone": portable(state["backbone"])}
+        return {**state, "backbone": portable(portable_name(state["backbone"]))}
 
     def __sklearn_clone__(self) -> Self:
         cloned = super().__sklearn_clone__()

@@ -36,6 +36,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
     backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
         A name of :func:`sktransfer.models.list_models`: torchvision's (`"resnet50"`), timm's
         (`"timm/vit_small_patch14_dinov2.lvd142m"`), or an embedded one that needs no download;
+        `"hf:owner/name"` on the hub, or a folder, see :func:`sktransfer.models.get_model`;
         a network; or a fitted estimator that trained one, such as
         :class:`ContrastivePretrainer`.
     weights : str, path or None, default="default"

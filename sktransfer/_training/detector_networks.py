@@ -22,8 +22,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._torch_state import call_seeded
 from sktransfer._training.detector_backbones import MapBatch, Pyramid, stride
+from sktransfer.models._fitting import load_state, without_prefix
 from sktransfer.models._hub import downloading
-from sktransfer.models._weights import load_state, read_state_dict, weights_path
+from sktransfer.models._state_files import read_state_dict, weights_path
 from sktransfer.transforms import Preprocessing
 
 NEW = ("fcos", "retinanet", "faster_rcnn")  # what is built on a backbone
@@ -99,7 +100,7 @@ def _with_state(
     expected = network.state_dict()
     # Published files were saved from batch-norms that do not count their batches.
     counters = {k: v for k, v in expected.items() if k.endswith(".num_batches_tracked")}
-    state = {**counters, **state}
+    state = {**counters, **without_prefix(state, expected)[0]}
     other = [k for k, v in expected.items() if k in state and v.shape != state[k].shape]
     if other and expected[other[0]].ndim and len(state[other[0]]):
         n_classes = _N_COCO * len(state[other[0]]) // len(expected[other[0]])

@@ -36,8 +36,10 @@ from sktransfer._training.detector_networks import (
 )
 from sktransfer._training.detector_start import start_at_cut
 from sktransfer.models import Backbone
+from sktransfer.models._fitting import load_state
 from sktransfer.models._modules import copy_of
-from sktransfer.models._weights import file_beside, fingerprint, load_state, read_state_dict
+from sktransfer.models._state_files import file_beside, read_state_dict
+from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
 
 _SIDE = 320  # pixels of a new detector's input

@@ -13,8 +13,11 @@ from torch import nn
 from torchvision.models import get_model_builder, get_model_weights
 
 from sktransfer._torch_state import call_seeded
+from sktransfer.models._fitting import load_state
 from sktransfer.models._hub import check_hub, downloading
-from sktransfer.models._weights import load_state, read_state_dict, sha256_of
+from sktransfer.models._origins import Origin
+from sktransfer.models._state_files import read_state_dict, sha256_of
+from sktransfer.models._transformers import build_transformers
 from sktransfer.transforms import Preprocessing
 
 #: Names for `backbone=` by what they are for; the user guide has their sources and licences.
@@ -29,6 +32,7 @@ RECOMMENDED: dict[str, tuple[str, ...]] = {
     "satellite": ("timm/vit_large_patch16_dinov3.sat493m",),
     "text in images": ("timm/vit_base_patch16_siglip_384.v2_webli",),
 }
+_LARGEST_OPTION = 2**16  # of a number by which a network of timm is made
 _NEEDS_NONE = "backbone='efficientnet_lite0' needs no download."
 
 
@@ -138,7 +142,8 @@ def build_timm(name: str, weights: Any, seed: int) -> Built:
     elif isinstance(weights, Path):
         network = create()
         state = read_state_dict(weights)
-        network = load_state(create, network, state, name, weights)
+        size = timm.data.resolve_data_config(model=network)["input_size"][1:]
+        network = load_state(create, network, state, name, weights, size)
     else:
         if not tags:
             raise ValueError(_unknown_weights(name, weights, tags))
@@ -148,6 +153,71 @@ def build_timm(name: str, weights: Any, seed: int) -> Built:
         categories = _timm_categories(network)
     config = timm.data.resolve_data_config(model=network)
     return Built(network, Preprocessing.from_timm(config), categories)
+
+
+def build_origin(origin: Origin, weights: Any, seed: int, trust_remote_code: bool) -> Built:
+    """Build a network of timm or transformers from a folder, or a repository of the hub.
+
+    Its `config.json` tells which of the two it is.
+    """
+    config = origin.config()
+    if weights is not None and not isinstance(weights, (str, Path)):
+        raise ValueError(_unknown_weights(origin.name, weights, []))
+    if "architecture" not in config:
+        return Built(*build_transformers(origin, config, weights, seed, trust_remote_code))
+    model, pretrained, options = _timm_options(origin, config)
+
+    def create(**changed: Any) -> nn.Module:
+        settings = {"pretrained_cfg": dict(pretrained), **options, **changed}
+        return call_seeded(seed, lambda: timm.create_model(model, **settings))
+
+    try:
+        network = create()
+    except Exception as error:  # whatever a config.json makes of a network
+        raise ValueError(
+            f"backbone={origin.name!r}: timm could not build {model!r} as its config.json says "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    data = timm.data.resolve_data_config(model=network)
+    if weights is not None:
+        source = weights
+        if isinstance(weights, str):
+            source = origin.weights(None if weights == "default" else weights)
+        state = read_state_dict(Path(source))
+        network = load_state(create, network, state, origin.name, source, data["input_size"][1:])
+    labels = pretrained.get("label_names")
+    is_named = isinstance(labels, list) and len(labels) == getattr(network, "num_classes", 0)
+    categories = tuple(map(str, labels or ())) if is_named else _timm_categories(network)
+    is_own = weights is not None and not isinstance(weights, Path)
+    return Built(network, Preprocessing.from_timm(data), categories if is_own else None)
+
+
+def _timm_options(
+    origin: Origin, config: dict[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return architecture, configuration and arguments of a network of timm from its file."""
+    model = str(config["architecture"])
+    if not timm.is_model(model):
+        raise ValueError(
+            f"backbone={origin.name!r}: its config.json is of {model!r}, an architecture that the "
+            "installed timm does not know. A newer timm may."
+        )
+    given = config.get("pretrained_cfg", config)
+    options = config.get("model_args") or {}
+    if not isinstance(given, dict) or not isinstance(options, dict):
+        raise ValueError(f"backbone={origin.name!r}: its config.json is not as timm writes it.")
+    named = {k: v for k, v in config.items() if k in ("num_classes", "label_names")}
+    # What is told of files is not believed: weights are read by this library, from here.
+    files = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
+    given = {k: v for k, v in (given | named).items() if k not in files}
+    numbers = [v for v in options.values() if isinstance(v, (int, float))]
+    if {"pretrained", "checkpoint_path", "pretrained_cfg"} & options.keys() or any(
+        n > _LARGEST_OPTION for n in numbers
+    ):
+        raise ValueError(f"backbone={origin.name!r}: model_args={options} in its config.json.")
+    if isinstance(given.get("num_classes"), int):
+        options = {"num_classes": given["num_classes"], **options}
+    return model, given, options
 
 
 def _download_timm(name: str, model: str, create: Callable[..., nn.Module]) -> nn.Module:

@@ -38,15 +38,18 @@ class Cut(NamedTuple):
 
 
 class _Tracer(fx.Tracer):
-    """Traces a network as a function of its first argument; the others keep their defaults."""
+    """Traces a network as a function of its first argument; the others keep their defaults.
 
-    def __init__(self) -> None:
-        functions, self.leaves = (), ()
+    Modules of the classes `whole` are not looked into.
+    """
+
+    def __init__(self, whole: tuple[type, ...] = ()) -> None:
+        functions, self.leaves = (), whole
         if "timm" in sys.modules:  # else the network is not one of timm's
             from timm.models import get_notrace_functions, get_notrace_modules
 
             functions = tuple(get_notrace_functions())
-            self.leaves = tuple(get_notrace_modules())
+            self.leaves = (*whole, *get_notrace_modules())
         modules: Any = (math, torchvision.ops)
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)
 
@@ -56,6 +59,27 @@ class _Tracer(fx.Tracer):
         # Not root_fn, the forward of the class: the user may have replaced that of the instance.
         image = self.create_proxy("placeholder", "image", (), {})
         return (lambda root, image: root.forward(image)), [self.root, image]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer whether images are of the type of a weight: a network converts them if not."""
+        node = obj.node
+        if node.target in (operator.eq, operator.ne):
+            left, right = map(self._dtype, node.args)
+            if left is not None and right is not None:
+                return node.target(left, right)
+        return super().to_bool(obj)
+
+    def _dtype(self, value: Any) -> torch.dtype | None:
+        """Return the type that a node stands for, of images and of weights; None if of others."""
+        if not (isinstance(value, fx.Node) and value.target is getattr and "dtype" in value.args):
+            return value if isinstance(value, torch.dtype) else None
+        owner: Any = value.args[0]
+        if owner.op == "get_attr":
+            path, _, name = owner.target.rpartition(".")
+            # As an attribute of its module, it is a proxy now.
+            weight = self.root.get_submodule(path)._parameters.get(name)
+            return None if weight is None else weight.dtype
+        return torch.float32 if owner.op == "placeholder" else None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
@@ -68,7 +92,7 @@ def trace(network: nn.Module) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     before = {module: dict(vars(module)) for module in network.modules()}
     try:
         set_eval(network)
-        graph = _Tracer().trace(network)
+        graph = _trace_around(network)
     finally:
         # The tracer leaves the tensors that it met on the way as attributes of the network, and
         # hooks that compute weights leave what stands for them in the graph.
@@ -79,6 +103,23 @@ def trace(network: nn.Module) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
                 del vars(module)[name]
             vars(module).update(attributes)
     return graph, {name: value for name, value in constants.items() if torch.is_tensor(value)}
+
+
+def _trace_around(network: nn.Module) -> fx.Graph:
+    """Trace a network, but take modules whole that can't be traced.
+
+    What a module does may depend on the size of its input, which is unknown to the tracer.
+    """
+    whole: tuple[type, ...] = ()
+    while True:
+        tracer = _Tracer(whole)
+        try:
+            return tracer.trace(network)
+        except Exception:
+            _, (path, innermost) = [("", ("", None)), *tracer.module_stack.items()][-1]
+            if not path or innermost is None or innermost in whole:
+                raise
+            whole = (*whole, innermost)
 
 
 def choose_output(graph: fx.Graph, values: Values) -> None:

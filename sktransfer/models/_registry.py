@@ -29,20 +29,23 @@ from sktransfer._threads import renewed_in_forks
 from sktransfer._torch_state import call_seeded, ready_to_train
 from sktransfer.models._builders import (
     build_efficientnet_lite,
+    build_origin,
     build_timm,
     build_torchvision,
     published_enum,
     published_weights,
 )
+from sktransfer.models._fitting import load_state
 from sktransfer.models._modules import copy_of, portable, set_eval, without_wrapper
-from sktransfer.models._weights import (
+from sktransfer.models._origins import Origin, find_origin
+from sktransfer.models._state_files import (
     file_beside,
-    fingerprint,
-    load_state,
+    file_stamp,
     read_state_dict,
     sha256_of,
     weights_path,
 )
+from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
 
 __all__ = ["Backbone", "get_model", "list_models", "register_model"]
@@ -188,20 +191,39 @@ def list_models(pattern: str = "*") -> list[str]:
     return fnmatch.filter([*ours, *timms], pattern)
 
 
-def get_model(backbone: Any, weights: Any = "default") -> Backbone:
+def get_model(
+    backbone: Any, weights: Any = "default", *, trust_remote_code: bool = False
+) -> Backbone:
     """Load a pretrained network.
 
     Parameters
     ----------
     backbone : str, torch.nn.Module, Backbone or fitted estimator
-        A name of :func:`list_models`; the network itself; or what has it: an estimator of this
-        library that trained one, or anything else with a method `to_backbone`.
+        A name of :func:`list_models`; a place, see below; the network itself; or what has it: an
+        estimator of this library that trained one, or anything else with a method `to_backbone`.
+
+        ===========================  =============================================================
+        place                        what is there
+        ===========================  =============================================================
+        `"hf-hub:owner/name"`,       a repository of the hub with a network of timm, or a vision
+        `"hf:owner/name"`            model of transformers (extra `hub`); its `config.json` tells
+                                     which. `"hf:owner/name@revision"` for another than the main
+                                     branch. Tokens, folders and HF_HUB_OFFLINE are those of
+                                     `huggingface_hub`.
+        `"local-dir:PATH"`,          a folder with such files
+        `"hf:PATH"`, `"PATH"`
+        ===========================  =============================================================
     weights : str, path or None, default="default"
         `"default"`: the best published ones. Another published name such as `"IMAGENET1K_V1"`.
-        A path to a state dict (`.pth`, `.pt`, `.bin`, `.safetensors`), read without running code.
+        A path to a state dict, a checkpoint with one, safetensors or the index of shards, read
+        without running code; its content tells which, not its suffix. Names may have a prefix such
+        as ``module.``; a head that does not fit is left out, with a warning. Of a place, the name
+        of a file there, such as `"pytorch_model.bin"`; `"default"` takes safetensors alone.
         `None`: random, here always the same; estimators that have a `random_state` draw them by
         it. A network, a Backbone or an estimator has its own
         weights, which `"default"` (and None) leaves as they are; a path is loaded into a copy.
+    trust_remote_code : bool, default=False
+        Whether code that lies beside a model of transformers may run. Read it before.
 
     Returns
     -------
@@ -217,7 +239,7 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     TypeError
         Something else than a backbone, also from a builder of :func:`register_model`.
     OSError
-        Published weights that could not be downloaded.
+        Published weights that could not be downloaded, or files that a place lacks.
 
     Examples
     --------
@@ -225,15 +247,24 @@ def get_model(backbone: Any, weights: Any = "default") -> Backbone:
     >>> get_model("efficientnet_lite0").categories[985]
     'daisy'
     """
-    return seeded_model(backbone, weights, _SEED)
+    return seeded_model(backbone, weights, _SEED, trust_remote_code)
 
 
-def seeded_model(backbone: Any, weights: Any, seed: int) -> Backbone:
+def seeded_model(
+    backbone: Any, weights: Any, seed: int, trust_remote_code: bool = False
+) -> Backbone:
     """Return what `get_model` does; the random weights that None asks for depend on `seed`."""
     backbone = _unwrapped(backbone)
     key = _key(backbone, weights, seed)
+    if trust_remote_code and not (isinstance(backbone, str) and _origin_of(backbone)):
+        raise ValueError(
+            f"trust_remote_code=True is for a folder or a repository of the hub, not {backbone!r}."
+        )
     if isinstance(backbone, str):
-        return _keep(key, lambda: _build(backbone, weights_path(weights) or weights, seed))
+        file = _file_of(weights, backbone) or weights
+        return _keep(
+            (*key, trust_remote_code), lambda: _build(backbone, file, seed, trust_remote_code)
+        )
     given = Backbone(backbone) if isinstance(backbone, nn.Module) else backbone
     return _keep(key, lambda: _copied(given, weights_path(weights), key[0]))
 
@@ -242,12 +273,15 @@ def loaded_model(backbone: Any, weights: Any, seed: int = _SEED) -> Backbone | N
     """Return what `seeded_model` would, if it is loaded: for those that only want to look."""
     key = _key(_unwrapped(backbone), weights, seed)  # it may restore an estimator, digest a network
     with _lock:
-        return _loaded.get(key)
+        return _loaded.get((*key, False) if isinstance(backbone, str) else key)
 
 
 def get_architecture(backbone: Any, weights: Any) -> Backbone:
     """Return what `get_model` does, but with random weights where it would have to download."""
-    is_local = not isinstance(backbone, str) or backbone in _builders or weights_path(weights)
+    if not isinstance(backbone, str) or backbone in _builders:
+        return get_model(backbone, weights)
+    origin = _origin_of(backbone)
+    is_local = _file_of(weights, backbone) or (origin is not None and origin.is_folder)
     if is_local or loaded_model(backbone, weights) is not None:
         return get_model(backbone, weights)
     return get_model(backbone, None)
@@ -271,7 +305,9 @@ def _unwrapped(backbone: Any) -> Any:
 def _key(backbone: Any, weights: Any, seed: int) -> Any:
     """Return all that shapes a loaded backbone."""
     if isinstance(backbone, str):
-        return backbone, seed if weights is None else _stamp(weights, backbone)
+        origin = _origin_of(backbone)
+        chosen = seed if weights is None else _stamp(weights, backbone)
+        return backbone, chosen, origin and origin.stamp()
     if isinstance(backbone, nn.Module):
         backbone = Backbone(backbone)
     if not isinstance(backbone, Backbone):
@@ -289,10 +325,32 @@ def _key(backbone: Any, weights: Any, seed: int) -> Any:
 def _stamp(weights: Any, backbone: Any) -> Any:
     """Return what tells weights apart: of a file, its place, age and size."""
     is_name = isinstance(backbone, str)
-    path = weights_path(weights) if is_name else file_beside(weights, backbone.name)
+    path = _file_of(weights, backbone) if is_name else file_beside(weights, backbone.name)
     if path is not None:
-        return path, path.stat().st_mtime_ns, path.stat().st_size
+        return file_stamp(path)
     return weights if is_name else None  # its own
+
+
+def _origin_of(name: str) -> Origin | None:
+    """Return where the files of a network lie if its name says so, and it is no known name."""
+    return None if _is_known(name) else find_origin(name)
+
+
+def _is_known(name: str) -> bool:
+    is_timm = name.startswith("timm/") and timm.is_model(name.removeprefix("timm/"))
+    return name in _builders or is_timm or name in _torchvision_names()
+
+
+@functools.cache
+def _torchvision_names() -> frozenset[str]:
+    return frozenset(torchvision.models.list_models(module=torchvision.models))
+
+
+def _file_of(weights: Any, name: str) -> Path | None:
+    """Return the file that `weights` names; None if it is no path, or a file beside a network."""
+    if isinstance(weights, str) and not Path(weights).expanduser().exists() and _origin_of(name):
+        return None
+    return weights_path(weights)
 
 
 def _copied(given: Backbone, path: Path | None, known: str) -> Backbone:
@@ -302,7 +360,8 @@ def _copied(given: Backbone, path: Path | None, known: str) -> Backbone:
     """
     copied = replace(given, network=copy_of(given.network))
     if path is not None:
-        load_state(None, copied.network, read_state_dict(path), copied.name, path)
+        state, size = read_state_dict(path), given.preprocessing.size
+        load_state(None, copied.network, state, copied.name, path, size)
     elif _is_copied_as_is(given.network):
         copied._fingerprint = known
     return copied
@@ -344,7 +403,9 @@ def _ready(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def _build(name: str, weights: Any, seed: int) -> Backbone:
+def _build(name: str, weights: Any, seed: int, trust_remote_code: bool) -> Backbone:
+    if weights is not None:
+        seed = _SEED  # of a head that a file lacks: the same, whoever loads it first
     if name in _builders:
         built = _builders[name](weights, seed)
         if not isinstance(built, Backbone):
@@ -355,8 +416,10 @@ def _build(name: str, weights: Any, seed: int) -> Backbone:
             )
     elif name.startswith("timm/") and timm.is_model(name.removeprefix("timm/")):
         built = Backbone(*build_timm(name, weights, seed))
-    elif name in torchvision.models.list_models(module=torchvision.models):
+    elif name in _torchvision_names():
         built = Backbone(*build_torchvision(name, weights, seed))
+    elif (origin := find_origin(name)) is not None:
+        built = Backbone(*build_origin(origin, weights, seed, trust_remote_code))
     else:
         raise ValueError(_unknown_name(name))
     built.name = name
@@ -367,10 +430,13 @@ def _unknown_name(name: str) -> str:
     known = [*list_models(), *(f"timm/{model}" for model in timm.list_models())]
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     near = list(dict.fromkeys([*near, *([f"timm/{name}"] if f"timm/{name}" in known else [])]))
+    if name.count("/") == 1 and not name.startswith("timm/"):
+        near = [f"hf:{name}"]
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     return (
         f"Unknown backbone {name!r}. {hint}"
-        "sktransfer.models.list_models() gives all names; a torch.nn.Module is taken as well."
+        "sktransfer.models.list_models() gives all names; 'hf:owner/name' of the hub, 'local-dir:"
+        "PATH' and a torch.nn.Module are taken as well."
     )
 
 

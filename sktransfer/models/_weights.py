@@ -1,170 +1,26 @@
-"""State dicts: read them safely, load them whole, and tell networks apart by their weights."""
+"""Networks are told apart by their weights, settings and code; values are checked."""
 
 from __future__ import annotations
 
 import contextlib
 import dis
 import functools
-import hashlib
 import inspect
 import logging
-import os
-import pickle
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import xxhash
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from sktransfer.io._files import open_regular
 from sktransfer.models._modules import computed_attributes, load_script, script_bytes
 from sktransfer.models._sources import Sources, file_of, is_known_by_version
-
-
-def weights_path(weights: Any) -> Path | None:
-    """Return the file that `weights` names, or None if it is no path."""
-    if not _is_path(weights):
-        return None
-    path = Path(weights).expanduser()
-    try:
-        open_regular(path).close()
-    except FileNotFoundError as error:
-        where = "" if path.is_absolute() else f" in {os.getcwd()!r}, from which it is looked for"
-        raise ValueError(
-            f"weights={str(weights)!r}: there is no such file{where}. If it was moved, name its "
-            "new place by set_params(weights='path/to/the/file')."
-        ) from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"weights={str(weights)!r} can't be read: {reason}.") from error
-    return path.resolve()
-
-
-def file_beside(weights: Any, name: str) -> Path | None:
-    """Return the file to load into a network that has weights; None to leave it as it is.
-
-    Raises
-    ------
-    ValueError
-        If `weights` names published ones, or a file that is not there.
-    """
-    if weights is None or (isinstance(weights, str) and weights == "default"):
-        return None
-    if (path := weights_path(weights)) is not None:
-        return path
-    raise ValueError(
-        f"weights={weights!r} names published weights, beside a network ({name}) that has its own. "
-        "Pass weights='default' for these, a path to a state dict, or the network by its name."
-    )
-
-
-def portable_weights(weights: Any) -> Any:
-    """Return `weights` as another process, in another folder, finds them: files by full path."""
-    if not _is_path(weights):
-        return weights
-    # A text: paths of another system can't be unpickled, and skops does not know them.
-    path = Path(weights).expanduser()
-    return str(path.resolve()) if path.exists() else os.fspath(weights)
-
-
-def _is_path(weights: Any) -> bool:
-    if isinstance(weights, str):
-        return os.sep in weights or Path(weights).suffix != ""
-    return isinstance(weights, os.PathLike)
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict without running code that the file may hold."""
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights={str(path)!r} was refused: it is not a plain state dict, and reading it "
-            "could run code. Save the tensors alone: torch.save(network.state_dict(), path)."
-        ) from error
-    except Exception as error:
-        raise ValueError(f"weights={str(path)!r} can't be read as a state dict: {error}") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    entries = list(state.values()) if isinstance(state, Mapping) else []
-    if not entries or not all(isinstance(entry, torch.Tensor) for entry in entries):
-        raise ValueError(
-            f"weights={str(path)!r} holds no state dict (a mapping of names to tensors) but a "
-            f"{type(state).__name__}. Save one with torch.save(network.state_dict(), path)."
-        )
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def load_state(
-    create: Callable[..., nn.Module] | None,
-    network: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    name: str,
-    source: Any,
-) -> nn.Module:
-    """Load `state`, all of it; a head of another number of classes is made to fit, by `create`."""
-    expected = network.state_dict()
-    missing = [key for key in expected if key not in state]
-    unknown = [key for key in state if key not in expected]
-    other = [k for k in expected if k in state and expected[k].shape != state[k].shape]
-    sizes = {len(state[key]) for key in other if expected[key].ndim}
-    if create and other and not missing and not unknown and len(sizes) == 1:
-        resized = create(num_classes=sizes.pop())
-        if all(value.shape == state[key].shape for key, value in resized.state_dict().items()):
-            network, other = resized, []
-    if missing or unknown or other:
-        problems = [
-            *(f"{key} is missing" for key in missing[:2]),
-            *(f"{key} is not known" for key in unknown[:2]),
-            *(f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}" for k in other[:2]),
-        ]
-        raise ValueError(
-            f"weights={str(source)!r} does not hold the weights of {name!r}: {'; '.join(problems)} "
-            f"({len(missing) + len(unknown) + len(other)} entries differ of {len(expected)}). "
-            "Name the architecture that the file was saved from."
-        )
-    _check_values(state, network.state_dict(), source)
-    network.load_state_dict(state)
-    return network
-
-
-def _check_values(
-    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: Any
-) -> None:
-    """Raise ValueError for a tensor with which a network could not compute."""
-    for name, tensor in state.items():
-        if (problem := _problem(tensor, expected[name])) is not None:
-            raise ValueError(
-                f"weights={str(source)!r}: {name} {problem}. Save plain floating-point tensors "
-                "with finite values: torch.save(network.state_dict(), path)."
-            )
-
-
-def _problem(tensor: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """Say what is wrong with a tensor that is to take the place of `expected`."""
-    if tensor.is_meta:
-        return "has a shape but no values (it is on torch's meta device)"
-    if tensor.layout != torch.strided:
-        return f"is sparse ({tensor.layout})"
-    if tensor.is_quantized:
-        return f"is quantised ({tensor.dtype})"
-    if expected.is_floating_point() and not tensor.is_floating_point():
-        return f"is {tensor.dtype}, not floating-point"
-    if not is_finite(tensor) and is_finite(expected):  # a mask of a network may hold infinity
-        return f"holds {_counted(tensor)}"
-    return None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -177,7 +33,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(end.isfinite()) for end in tensor.detach().reshape(-1).aminmax())
 
 
-def _counted(tensor: torch.Tensor) -> str:
+def counted_not_finite(tensor: torch.Tensor) -> str:
+    """Say how many values of a tensor are no numbers."""
     tensor = tensor.float()
     counts = {"NaN": int(tensor.isnan().sum()), "infinity": int(tensor.isinf().sum())}
     kinds = " and ".join(f"{kind} {n} times" for kind, n in counts.items() if n)
@@ -188,11 +45,6 @@ def not_finite(network: nn.Module) -> str | None:
     """Return the name of a weight or statistic of a network that holds NaN or infinity."""
     tensors = (*network.named_parameters(), *network.named_buffers())
     return next((name for name, tensor in tensors if not is_finite(tensor)), None)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(network: nn.Module) -> str:
