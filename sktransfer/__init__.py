@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from sktransfer._estimators.fine_tuning import FineTunedClassifier
     from sktransfer._estimators.masked_language import MaskedLanguagePretrainer
     from sktransfer._estimators.model_file import load_model
-    from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, make_classifier
+    from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
     from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
+    from sktransfer._estimators.recipe import make_classifier
     from sktransfer._estimators.zero_shot import ZeroShotClassifier
     from sktransfer.inspection import model_summary
     from sktransfer.io import load_image_folder
@@ -63,7 +64,7 @@ _HOMES = {
     "load_coco": "io._coco",
     "load_image_folder": "io",
     "load_model": "_estimators.model_file",
-    "make_classifier": "_estimators.pretrained",
+    "make_classifier": "_estimators.recipe",
     "model_summary": "inspection",
     "register_model": "models",
     "set_config": "_config",

@@ -78,10 +78,15 @@ def test_rows_of_both_agree(photos):
     assert runner.runtime == "openvino"
 
 
-@pytest.mark.parametrize("name", ["resnet18", "timm/vit_tiny_patch16_224", "shufflenet_v2_x0_5"])
-def test_architectures(name, photos):
-    size = {"image_size": 224 if "vit" in name else SIZE}
-    a, b = (extractor(rt, backbone=name, weights=None, **size) for rt in ("openvino", "torch"))
+def small_vit():
+    return timm.create_model("vit_tiny_patch16_224", img_size=SIZE, depth=4)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", small_vit, "shufflenet_v2_x0_5"])
+def test_architectures(backbone, photos):
+    options = {"weights": None} if isinstance(backbone, str) else {}
+    backbone = backbone if isinstance(backbone, str) else backbone()
+    a, b = (extractor(rt, backbone=backbone, **options) for rt in ("openvino", "torch"))
     assert difference(a.transform(photos), b.transform(photos)) < 1e-3
 
 
@@ -186,6 +191,7 @@ def test_fine_tuning_on_openvino(tiles, tmp_path):
     _, paths, labels = tiles
     X, y = paths[::4], labels[::4]
     options = {"image_size": SIZE, "max_epochs": 2, "random_state": 0, "unfreeze": 2}
+    options["backbone"] = Wide()
     found = {}
     for runtime in ("torch", "openvino"):
         model = FineTunedClassifier(runtime=runtime, **options).fit(X, y)

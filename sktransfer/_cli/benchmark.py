@@ -24,11 +24,8 @@ from sktransfer._bars import tqdm
 from sktransfer._cli.results import METRICS, Best, Cost, Report, Result, best_of
 from sktransfer._cli.tasks import Task, load_elpv, load_folder, read_elpv
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
-from sktransfer._estimators.pretrained import (
-    GOOD_FEATURES,
-    PretrainedFeatureExtractor,
-    make_classifier,
-)
+from sktransfer._estimators.pretrained import GOOD_FEATURES, PretrainedFeatureExtractor
+from sktransfer._estimators.recipe import make_classifier
 from sktransfer._splits import Folds, Split, hold_outs
 from sktransfer._threads import small_solve
 from sktransfer._training.cut import find_cut

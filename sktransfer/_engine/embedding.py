@@ -13,7 +13,14 @@ import torch
 from sktransfer._bars import tqdm
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.layers import columns_of, free_rows
-from sktransfer._engine.program import ACTIVATION, Block, Output, Program
+from sktransfer._engine.program import (
+    ACTIVATION,
+    Block,
+    OfBlock,
+    Output,
+    Program,
+    as_block,
+)
 from sktransfer._engine.results import Names
 from sktransfer._engine.runner import Runner
 from sktransfer._engine.stream import Images, Stream
@@ -129,7 +136,15 @@ class OutputsPass(Stream):
     def _load(self, row: int, digest: bytes | None) -> torch.Tensor:
         return self._images.load(row, digest)  # a view has the network's size already
 
-    def _run(self, loaded: list[torch.Tensor]) -> list[Any]:
+    def _load_several(self, rows: Sequence[int], digests: Sequence[bytes | None]) -> list[Any]:
+        loaded = super()._load_several(rows, digests)
+        images = [image for image in loaded if not isinstance(image, Exception)]
+        if self.runner.device.type != "cuda" or not images:
+            return loaded
+        of_block = iter(as_block(images, self.runner.device).split())
+        return [image if isinstance(image, Exception) else next(of_block) for image in loaded]
+
+    def _run(self, loaded: list[torch.Tensor | OfBlock]) -> list[Any]:
         assert self._program is not None
         results = dict(zip(self._in_order, self._program(loaded, self.step), strict=True))
         return [results[output] for output in self.outputs]
@@ -188,7 +203,8 @@ class Embedding(Rows):
         block = self._images.block(rows, digests)
         if block is None:
             return super()._load_several(rows, digests)
-        return Block(self.preprocessing.fit_size(block)).split()
+        upright = self.preprocessing.fit_size(block).permute(0, 2, 3, 1)
+        return Block([upright], self.runner.device).split()
 
 
 class MeanEmbedding(Rows):

@@ -79,14 +79,37 @@ def stored_form(x: torch.Tensor, output: Output, half: torch.dtype, layout: str)
 
 
 class Block:
-    """Images (n, 3, h, w) that lie side by side, with channels last."""
+    """Images (n, h, w, 3) that lie side by side.
 
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images.contiguous(memory_format=torch.channels_last)
+    Those for a GPU lie in memory from which it copies them without a wait. Threads that load images
+    put them there: the one thread that keeps the GPU at work copies nothing.
+
+    Parameters
+    ----------
+    parts : sequence of Tensor of shape (k, h, w, 3)
+    device : torch.device
+        Of the network.
+    """
+
+    def __init__(self, parts: Sequence[torch.Tensor], device: torch.device) -> None:
+        self.device = device
+        if device.type != "cuda":
+            self.images = (parts[0] if len(parts) == 1 else torch.cat(list(parts))).contiguous()
+            return
+        shape = sum(map(len, parts)), *parts[0].shape[1:]
+        # Torch keeps this memory for later blocks: new memory costs more than the copy.
+        self.images = torch.empty(shape, dtype=parts[0].dtype, device="cpu", pin_memory=True)
+        torch.cat(list(parts), out=self.images)
 
     def split(self) -> list[OfBlock]:
-        """Return them one by one."""
+        """Return the images one by one."""
         return [OfBlock(self, number) for number in range(len(self.images))]
+
+    def on_device(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Return the images of some numbers, which rise, on the device."""
+        first, end = numbers[0], numbers[-1] + 1
+        images = self.images[first:end].to(self.device, non_blocking=True)
+        return images if len(numbers) == end - first else images[[n - first for n in numbers]]
 
 
 class OfBlock(NamedTuple):
@@ -183,8 +206,8 @@ class Program:
         parts: list[list[Any]] = []
         for start in range(0, len(images), step):
             batch = list(images[start : start + step])
-            stacked = _stacked(batch, step, self.device)
-            parts.append([fetch(x) for x in self.results(stacked, len(batch))])
+            together = _batch(batch, step, self.device)
+            parts.append([fetch(x) for x in self.results(together, len(batch))])
         columns = zip(*parts, strict=True)
         return [part[0] if len(part) == 1 else np.concatenate(part) for part in columns]
 
@@ -205,28 +228,28 @@ def to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
     return batch.to(device, non_blocking=True)
 
 
-def _stacked(
+def as_block(images: Sequence[torch.Tensor], device: torch.device) -> Block:
+    """Put images (3, h, w) of one size side by side."""
+    # By NumPy: torch lets other threads in between at each of so many operations.
+    parts = [torch.from_numpy(image.numpy().transpose(1, 2, 0)[None]) for image in images]
+    return Block(parts, device)
+
+
+def _batch(
     images: Sequence[torch.Tensor | OfBlock], step: int, device: torch.device
 ) -> torch.Tensor:
     """Return a batch (step, 3, h, w) that repeats its first image; channels last, as they lie."""
     parts: list[torch.Tensor] = []  # (n, h, w, 3)
     for block, group in groupby(images, _block_of):
         if block is None:
-            # By NumPy: torch lets threads that decode in between at each of so many operations.
-            single = (image.numpy() for image in group if isinstance(image, torch.Tensor))
-            parts += [torch.from_numpy(image.transpose(1, 2, 0)[None]) for image in single]
+            singles = [image for image in group if isinstance(image, torch.Tensor)]
+            block, numbers = as_block(singles, device), list(range(len(singles)))
         else:
             numbers = [image.number for image in group if isinstance(image, OfBlock)]
-            is_run = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-            rows = slice(numbers[0], numbers[-1] + 1) if is_run else numbers
-            parts.append(block.images[rows].permute(0, 2, 3, 1))
-    parts += [parts[0][:1]] * (step - len(images))
-    if device.type != "cuda":
-        return torch.cat(parts).permute(0, 3, 1, 2)
-    # Into memory from which it is copied as it is, and which torch keeps for the next batch.
-    shape, dtype = (step, *parts[0].shape[1:]), parts[0].dtype
-    batch = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
-    return torch.cat(parts, out=batch).permute(0, 3, 1, 2)
+        parts.append(block.on_device(numbers))
+    if missing := step - len(images):
+        parts.append(parts[0][:1].expand(missing, -1, -1, -1))
+    return torch.cat(parts).permute(0, 3, 1, 2)
 
 
 def _block_of(image: torch.Tensor | OfBlock) -> Block | None:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_sample_images
 from torch import nn
 
 from sktransfer._bars import tqdm
@@ -62,6 +61,8 @@ def calibration_images(preprocessing: Preprocessing, n: int | None = None) -> np
     """
     # The numbers of this older generator never change.
     random = np.random.RandomState(0)
+    from sklearn.datasets import load_sample_images  # here, as it imports readers of all formats
+
     photos = load_sample_images().images
     images = []
     for i in range(_N_CROPS if n is None else n):

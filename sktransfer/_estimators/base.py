@@ -29,7 +29,7 @@ from sktransfer._engine.cut_network import POOLINGS
 from sktransfer._engine.device import INT8, PRECISIONS
 from sktransfer._engine.runner import Runner, get_runner
 from sktransfer._engine.runtime import RUNTIMES
-from sktransfer._training.net import Interrupted
+from sktransfer._training.interrupt import Interrupted
 from sktransfer._training.summary import blocks_html
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models._modules import portable

@@ -20,7 +20,7 @@ from sktransfer._estimators.base import (
     interrupted_refit,
 )
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
-from sktransfer._training.net import Interrupted
+from sktransfer._training.interrupt import Interrupted
 from sktransfer._training.settings import Settings
 from sktransfer._training.trainer import Trainer
 from sktransfer.io import ImageSequence

@@ -26,7 +26,7 @@ from sktransfer._torch_state import ready_to_train
 from sktransfer._training.detector_networks import NEW
 from sktransfer._training.detector_part import DetectorPart, part_of_detector, part_on_backbone
 from sktransfer._training.detector_trainer import DetectorSettings, DetectorTrainer
-from sktransfer._training.net import Interrupted
+from sktransfer._training.interrupt import Interrupted
 from sktransfer.io._boxes import check_inside, check_objects, encode, find_classes, image_sizes
 
 # What a fit trains: a later change counts for one that starts anew.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +19,7 @@ from torch.utils.data import Dataset
 
 from sktransfer._bars import tqdm
 from sktransfer._torch_state import Chance, chance_lock, network_lock
+from sktransfer._training.interrupt import Interrupted, ctrl_c
 
 _WARM_UP = 0.1  # of all steps
 
@@ -319,30 +318,6 @@ class Schedule:
 # ------------------------------------------------------------------------------ the loop
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: unlike a callback's KeyboardInterrupt, by which skorch ends a training early."""
-
-    n_done = 0  # epochs that were run to their end
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[None]:
-    """Turn Ctrl-C into `Interrupted`, where this thread is the one that gets it."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise Interrupted
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def train(
     net: Any,
     data: Dataset,
@@ -376,7 +351,7 @@ def train(
 def _run_epochs(net: skorch.NeuralNet, data: Dataset, n_epochs: int) -> None:
     """Run epochs until a callback ends them; one that was cut off is not recorded."""
     try:
-        with _ctrl_c():
+        with ctrl_c():
             net.fit_loop(data, epochs=n_epochs)
     except Interrupted:
         raise

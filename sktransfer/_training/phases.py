@@ -20,7 +20,8 @@ from sktransfer._torch_state import Chance
 from sktransfer._training.cut import find_cut
 from sktransfer._training.data import allocate
 from sktransfer._training.heads import solve_head
-from sktransfer._training.net import Interrupted, Progress, Schedule, train
+from sktransfer._training.interrupt import Interrupted
+from sktransfer._training.net import Progress, Schedule, train
 from sktransfer._training.plan import Plan, make_plan
 from sktransfer._training.settings import Settings
 from sktransfer._training.task import Examples, Task

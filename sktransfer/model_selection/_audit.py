@@ -19,8 +19,8 @@ from sktransfer._estimators.pretrained import (
     GOOD_FEATURES,
     PretrainedFeatureExtractor,
     embedding_of,
-    make_classifier,
 )
+from sktransfer._estimators.recipe import make_classifier
 from sktransfer._memory.memory import check_memory
 from sktransfer._neighbors import nearest
 from sktransfer._optional import load_optional
