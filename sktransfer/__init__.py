@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sktransfer._config import config_context, get_config, set_config
     from sktransfer._estimators.anomaly import PatchAnomalyDetector
+    from sktransfer._estimators.channel_adapter import ChannelAdapter
     from sktransfer._estimators.contrastive import ContrastivePretrainer
     from sktransfer._estimators.detection import FineTunedDetector
     from sktransfer._estimators.fine_tuned_regressor import FineTunedRegressor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelAdapter",
     "ContrastivePretrainer",
     "FineTunedClassifier",
     "FineTunedDetector",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ChannelAdapter": "_estimators.channel_adapter",
     "ContrastivePretrainer": "_estimators.contrastive",
     "FineTunedClassifier": "_estimators.fine_tuning",
     "FineTunedDetector": "_estimators.detection",

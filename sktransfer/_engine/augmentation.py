@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sktransfer._torch_state import Chance, chance_lock, cpu_by_default
@@ -28,8 +29,29 @@ _SYMMETRIES = {
 }
 
 
+class OfAnyChannels:
+    """Calls a transform of pictures on images of any channels: each is changed as a grey picture.
+
+    All of them are changed alike, but for what depends on their pixels, such as a contrast. What
+    colours have besides, saturation and hue, other channels have not.
+    """
+
+    def __init__(self, transform: Callable[..., Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: torch.Tensor, *others: Any) -> Any:
+        if len(image) in (1, 3):
+            return self.transform(image, *others)
+        channels = image.unsqueeze(1)  # (c, 1, height, width)
+        channels = tv_tensors.wrap(channels, like=image) if others else channels
+        changed = self.transform(channels, *others)
+        if not others:
+            return changed.squeeze(1)
+        return (changed[0].squeeze(1), *changed[1:])
+
+
 class Augmentation:
-    """What `augment` stands for, on uint8 images (3, height, width) of the network's size.
+    """What `augment` stands for, on uint8 images (c, height, width) of the network's size.
 
     `starts_with_image` says whether the first fixed view is the image itself.
 
@@ -59,7 +81,8 @@ class Augmentation:
             turns = (0, 1, 2, 3) if size[0] == size[1] else (0, 2)
             self._symmetries = [s for s in _SYMMETRIES[self._name] if s[0] in turns]
         elif augment == "auto":
-            self._transform = v2.Compose([v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()])
+            both = [v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()]
+            self._transform = OfAnyChannels(v2.Compose(both))
         else:
             assert not isinstance(augment, str)
             self._transform = augment
@@ -163,7 +186,7 @@ class Views:
         return self.augmentation.digest(view, self.images.digest(number))
 
     def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
-        """Return number `i`, uint8 (3, *size); see `ImageSequence.load`."""
+        """Return number `i`, uint8 (c, *size); see `ImageSequence.load`."""
         number, view = divmod(i, self.n_views)
         is_image = view == 0 and self.augmentation.starts_with_image
         base = self.images.digest(number) if digest is not None or not is_image else None

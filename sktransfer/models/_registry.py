@@ -43,7 +43,7 @@ from sktransfer.models._weights import (
     sha256_of,
     weights_path,
 )
-from sktransfer.transforms import Preprocessing
+from sktransfer.transforms import RGB, Channels, Preprocessing
 
 __all__ = ["Backbone", "get_model", "list_models", "register_model"]
 
@@ -65,11 +65,13 @@ class Backbone:
     Parameters
     ----------
     network : torch.nn.Module
-        Takes a float batch (n, 3, height, width) and returns one tensor with a row for each image;
-        a dict, tuple or data class of one tensor counts as this tensor, a list of maps as its last.
+        Takes a float batch (n, channels, height, width) and returns one tensor with a row for each
+        image; a dict, tuple or data class of one tensor counts as this tensor, a list of maps as
+        its last.
         Used in evaluation mode. What `torch.compile` or `DataParallel` wraps is taken out.
     preprocessing : Preprocessing, default=that of ImageNet at 224 pixels
-        How an image is brought to the network's input.
+        How an image is brought to the network's input; its `mean` and `std` have a number for each
+        channel that the network takes.
     categories : tuple of str or None, default=None
         Names of the network's own classes, in the order of its outputs; unique.
     name : str, default=the class of `network`
@@ -243,6 +245,17 @@ def loaded_model(backbone: Any, weights: Any, seed: int = _SEED) -> Backbone | N
     key = _key(_unwrapped(backbone), weights, seed)  # it may restore an estimator, digest a network
     with _lock:
         return _loaded.get(key)
+
+
+def channels_of(backbone: Any, load: Callable[[], Backbone]) -> Channels:
+    """Return what the pixels are that a network takes; `load` gives it if it must be looked at.
+
+    What is published as a name of torchvision's or timm's takes RGB; so does a module, of which
+    nothing else is said.
+    """
+    if isinstance(backbone, str) and backbone not in _builders and ":" not in backbone:
+        return RGB
+    return RGB if isinstance(backbone, nn.Module) else load().preprocessing.channels
 
 
 def get_architecture(backbone: Any, weights: Any) -> Backbone:
