@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Callable
 from contextlib import closing
@@ -26,6 +27,7 @@ from sktransfer.io._messages import pillow_warnings
 # Modes of Pillow whose bands are what the file has; a palette and others are not.
 _PLAIN = ("1", "L", "LA", "RGB", "RGBA", "I", "I;16", "I;16B", "I;16L", "F")
 _INVERTED, _PALETTE = 0, 3  # of what TIFF calls a photometric interpretation
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else it prints what it raises
 _ARRAYS = "read it yourself and pass arrays (height, width, channels)"
 
 
@@ -58,7 +60,7 @@ def _pillow_samples(image: Image.Image) -> np.ndarray:
             f"its mode is {image.mode!r}, whose bands are no channels of their own; convert it, as "
             "with image.convert('L') or 'RGB'"
         )
-    return upright(np.asarray(image), image)
+    return upright(np.array(image), image)
 
 
 def _refuse_8_of_16_bits(image: Image.Image) -> None:
@@ -74,24 +76,37 @@ def _refuse_8_of_16_bits(image: Image.Image) -> None:
 def _tiff_samples(data: bytes, reserve: Callable[[int], Any]) -> np.ndarray:
     tifffile = load_optional("tifffile", "Reading channels of TIFF files", "'sktransfer[tiff]'")
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        pages = _only_series(file)
-        _refuse_other_values(pages.keyframe)
-        places = _places_of_axes(pages.axes, pages.shape)
-        height, width = (pages.shape[i] for i in places[:2])
+        series = _series_of_image(file)
+        page = series[0].keyframe
+        _refuse_other_values(page)
+        shape, axes = series[0].shape, series[0].axes
+        if len(series) > 1:  # pages that were written one by one
+            shape, axes = (len(series), *shape), "I" + axes
+        places = _places_of_axes(axes, shape)
+        height, width = (shape[i] for i in places[:2])
         check_n_pixels(width, height)
-        reserve(math.prod(pages.shape))
-        values = pages.asarray()
-    values = values.transpose(places)  # (height, width[, channels])
-    orientation = int(pages.keyframe.tags.valueof("Orientation", 1))
-    return turned(values, orientation)
+        reserve(math.prod(shape))
+        try:
+            values = np.stack([each.asarray() for each in series]).reshape(shape)
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            reason = f"its compression is one that tifffile does not read by itself ({error})"
+            raise UnusableImage(f"{reason}: pip install imagecodecs") from error
+    orientation = int(page.tags.valueof("Orientation", 1))
+    return turned(values.transpose(places), orientation)  # (height, width[, channels])
 
 
-def _only_series(file: Any) -> Any:
+def _series_of_image(file: Any) -> list[Any]:
     """Return the pages that are the image; smaller copies and masks of it are none."""
     series = [s for s in file.series if not (s.keyframe.is_reduced or s.keyframe.is_mask)]
-    if len(series) == 1:
-        return series[0]
-    sizes = [" × ".join(map(str, each.shape)) for each in series]
+    if not series:
+        raise OSError("it has no pages")
+    first = series[0]
+    are_alike = all((s.shape, s.dtype) == (first.shape, first.dtype) for s in series)
+    if len(series) == 1 or (are_alike and first.axes == "YX"):
+        return series
+    sizes = [f"{' × '.join(map(str, each.shape))} {each.dtype}" for each in series]
     listed = ", ".join(sizes[:4]) + ", ..." * (len(sizes) > 4)
     raise UnusableImage(
         f"its pages have different sizes or types ({listed}), so they are not the channels of one "
