@@ -222,7 +222,7 @@ def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
     try:
         with speaking_of(where):
             return decode(source)
-    except MemoryError:
+    except (MemoryError, ImportError):
         raise
     except Image.DecompressionBombWarning as error:  # the user's filters make it an error
         raise ValueError(str(error)) from error
