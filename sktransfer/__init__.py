@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sktransfer._estimators.fine_tuning import FineTunedClassifier
     from sktransfer._estimators.masked_language import MaskedLanguagePretrainer
     from sktransfer._estimators.model_file import load_model
+    from sktransfer._estimators.onnx_export import to_onnx
     from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, make_classifier
     from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
     from sktransfer.inspection import model_summary
@@ -44,6 +45,7 @@ __all__ = [
     "model_summary",
     "register_model",
     "set_config",
+    "to_onnx",
 ]
 
 _HOMES = {
@@ -67,6 +69,7 @@ _HOMES = {
     "model_summary": "inspection",
     "register_model": "models",
     "set_config": "_config",
+    "to_onnx": "_estimators.onnx_export",
 }
 
 

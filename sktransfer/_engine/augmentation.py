@@ -74,12 +74,12 @@ class Augmentation:
         n_views: int | None,
         size: tuple[int, int],
     ) -> None:
-        self._symmetries: list[tuple[int, bool]] = []
+        self.symmetries: list[tuple[int, bool]] = []
         self._transform: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._name = augment if isinstance(augment, str) else "none"
         if augment is None or augment in ("flip", "dihedral"):
             turns = (0, 1, 2, 3) if size[0] == size[1] else (0, 2)
-            self._symmetries = [s for s in _SYMMETRIES[self._name] if s[0] in turns]
+            self.symmetries = [s for s in _SYMMETRIES[self._name] if s[0] in turns]
         elif augment == "auto":
             both = [v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()]
             self._transform = OfAnyChannels(v2.Compose(both))
@@ -87,7 +87,7 @@ class Augmentation:
             assert not isinstance(augment, str)
             self._transform = augment
             self._name = Describer()(augment)
-        most = len(self._symmetries)
+        most = len(self.symmetries)
         if n_views is not None and most and n_views > most:
             raise ValueError(
                 f"n_views={n_views}, but augment={augment!r} has {most} views of an image of "
@@ -100,7 +100,7 @@ class Augmentation:
         if number == 0:
             return image
         if self._transform is None:
-            return _symmetric(image, *self._symmetries[number])
+            return _symmetric(image, *self.symmetries[number])
         return self._random(image, xxhash.xxh3_64_intdigest(digest, seed=number))
 
     def digest(self, number: int, digest: bytes) -> bytes:
@@ -108,7 +108,7 @@ class Augmentation:
         if number == 0:
             return digest
         if self._transform is None:  # equal views of different augmentations are one entry
-            return xxhash.xxh3_128_digest(digest + repr(self._symmetries[number]).encode())
+            return xxhash.xxh3_128_digest(digest + repr(self.symmetries[number]).encode())
         return xxhash.xxh3_128_digest(digest + f"{self._name} {number}".encode())
 
     def draw(self, image: torch.Tensor, seed: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ class Augmentation:
         if self._transform is not None:
             return self._random(image, seed)
         digest = xxhash.xxh3_64_intdigest(seed.to_bytes(8, "little"))
-        return _symmetric(image, *self._symmetries[digest % len(self._symmetries)])
+        return _symmetric(image, *self.symmetries[digest % len(self.symmetries)])
 
     def _random(self, image: torch.Tensor, seed: int) -> torch.Tensor:
         assert self._transform is not None
@@ -151,6 +151,15 @@ def check_bytes(view: torch.Tensor) -> torch.Tensor:
 def _symmetric(image: torch.Tensor, quarter_turns: int, is_flipped: bool) -> torch.Tensor:
     turned = torch.rot90(image, quarter_turns, (1, 2))
     return (turned.flip(2) if is_flipped else turned).contiguous()
+
+
+def fixed_views(augmentation: Augmentation, batch: torch.Tensor) -> list[torch.Tensor]:
+    """Return the fixed views of a batch (n, c, h, w), of an augmentation by symmetries."""
+    turned = []
+    for quarter_turns, is_flipped in augmentation.symmetries[: augmentation.n_views]:
+        view = torch.rot90(batch, quarter_turns, (2, 3))
+        turned.append(view.flip(3) if is_flipped else view)
+    return turned
 
 
 class Views:

@@ -60,7 +60,7 @@ class BoxAugmentation(Augmentation):
 
     def moved_target(self, target: Target, number: int) -> Target:
         """Return where the boxes of an image lie in its fixed view `number`, one by symmetry."""
-        turns, is_flipped = self._symmetries[number]
+        turns, is_flipped = self.symmetries[number]
         return {**target, "boxes": move_boxes(target["boxes"], self.size, turns, is_flipped)}
 
     def draw_with_boxes(
@@ -70,7 +70,7 @@ class BoxAugmentation(Augmentation):
         if self.is_random:
             return self._changed(image, target, seed)
         chance = xxhash.xxh3_64_intdigest(seed.to_bytes(8, "little"))
-        return self.view_with_boxes(image, target, chance % len(self._symmetries), b"")
+        return self.view_with_boxes(image, target, chance % len(self.symmetries), b"")
 
     def _changed(
         self, image: torch.Tensor, target: Target, seed: int
