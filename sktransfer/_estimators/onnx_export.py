@@ -81,12 +81,11 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     Examples
     --------
     >>> import tempfile
-    >>> from sklearn.datasets import load_sample_images
-    >>> from sktransfer import make_classifier, to_onnx
-    >>> china, flower = load_sample_images().images                  # two arrays (427, 640, 3)
-    >>> X = [photo[:, left : left + 80] for photo in (china, flower) for left in range(0, 640, 80)]
-    >>> model = make_classifier(layer="auto", image_size=64).fit(X, ["china"] * 8 + ["flower"] * 8)
-    >>> to_onnx(model, tempfile.mkdtemp() + "/model.onnx").name
+    >>> from torch import nn
+    >>> from sktransfer import PretrainedFeatureExtractor, to_onnx
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> extractor = PretrainedFeatureExtractor(network, image_size=32)
+    >>> to_onnx(extractor, tempfile.mkdtemp() + "/model.onnx").name
     'model.onnx'
     """
     check_target(path)
@@ -152,9 +151,7 @@ def _network(name: str, first: Any, is_last: bool) -> _Network:
 def _why_not(first: Any) -> str:
     kind = type(first).__name__
     if kind == "FineTunedDetector":
-        return (
-            "the number of boxes that it finds depends on the image, and torch writes no such graph"
-        )
+        return "boxes, whose number depends on the image, are not written yet"
     if kind == "PatchAnomalyDetector":
         return "it looks for neighbours in a bank of patches, which is no part of a network"
     return "it takes no images"
