@@ -14,7 +14,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
-from sklearn.svm import SVC
+from sklearn.svm import SVC, LinearSVC
 
 from sktransfer import (
     ChannelAdapter,
@@ -140,6 +140,32 @@ def test_networks_of_the_library_alone(tiles, tmp_path):
     path = to_onnx(tuned.fit(paths, labels), tmp_path / "tuned.onnx")
     found = outputs(path, map(pixels, files))["probabilities"]
     np.testing.assert_allclose(found, tuned.predict_proba(files), atol=1e-4)
+
+
+def test_scores_of_a_classifier_without_probabilities(tiles, tmp_path):
+    pytest.importorskip("skl2onnx")
+    _, paths, labels = tiles
+    classes = np.array([f"{label} {i % 2}" for i, label in enumerate(labels)])
+    model = make_pipeline(extractor(), LinearSVC()).fit(paths, classes)
+    found = outputs(to_onnx(model, tmp_path / "model.onnx"), map(pixels, paths[::8]))
+    assert found.keys() == {"label", "scores"}
+    np.testing.assert_allclose(found["scores"], model.decision_function(paths[::8]), atol=1e-4)
+
+
+def test_mlflow_keeps_a_model_as_a_skops_file(tmp_path):
+    mlflow = pytest.importorskip("mlflow.sklearn")
+    X = np.random.default_rng(0).integers(256, size=(4, 40, 40, 3), dtype=np.uint8)
+    first = PretrainedFeatureExtractor(image_size=32)
+    model = make_pipeline(first, LogisticRegression()).fit(X, [0, 1, 0, 1])
+    mlflow.save_model(
+        model,
+        tmp_path / "model",
+        serialization_format="skops",
+        skops_trusted_types=["sktransfer._estimators.pretrained.PretrainedFeatureExtractor"],
+        pip_requirements=["sktransfer"],
+    )
+    loaded = mlflow.load_model(str(tmp_path / "model"))
+    np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), atol=1e-6)
 
 
 # ------------------------------------------------------------------------------ bad input

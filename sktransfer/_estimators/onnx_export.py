@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,9 +73,10 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     transparency are of files, so whoever decodes them sees to that. Of a network with a
     `value_range`, 0 and 255 stand for its ends.
 
-    The outputs are `label` and `probabilities` of a classifier of scikit-learn, `variable` of
-    other last steps, `probabilities` or `values` of a network of this library, `rows` of an
-    extractor alone. The metadata have the labels of the columns as a JSON list under `labels`.
+    The outputs are `label` and `probabilities` of a classifier of scikit-learn, or `scores` if it
+    has no probabilities, a column for each class; `variable` of other last steps; `probabilities`
+    or `values` of a network of this library; `rows` of an extractor alone. The metadata have the
+    labels of the columns as a JSON list under `labels`.
 
     All computes in float32, whatever `precision` says.
 
@@ -190,17 +192,40 @@ def _check_step(name: str, step: Any) -> None:
 
 
 def _converted(step: Any, width: int, given: str) -> Any:
+    """Return a step, or several, as an ONNX model that takes float32 rows."""
     import skl2onnx
     from skl2onnx.common.data_types import FloatTensorType
 
     last = step.steps[-1][1] if isinstance(step, Pipeline) else step
-    options = {id(last): {"zipmap": False}} if hasattr(last, "classes_") else None
-    return skl2onnx.convert_sklearn(
-        step,
-        initial_types=[(given, FloatTensorType([None, width]))],
-        target_opset={"": OPSET, "ai.onnx.ml": 3},
-        options=options,
-    )
+    rows = [(given, FloatTensorType([None, width]))]
+    versions = {"": OPSET, "ai.onnx.ml": 3}
+
+    def convert(options: Any) -> Any:
+        return skl2onnx.convert_sklearn(
+            step, initial_types=rows, target_opset=versions, options=options
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of attributes that scikit-learn will rename one day
+        if not hasattr(last, "classes_"):
+            return convert(None)
+        try:
+            model = convert({id(last): {"zipmap": False}})  # else it returns dicts
+        except Exception as error:
+            if "zipmap" not in str(error):
+                raise
+            model = convert(None)  # it has no such option, and returns none
+    return model if hasattr(last, "predict_proba") else _renamed(model, "probabilities", "scores")
+
+
+def _renamed(model: Any, name: str, new: str) -> Any:
+    """Return a model of which one output has another name."""
+    for node in model.graph.node:
+        node.output[:] = [new if output == name else output for output in node.output]
+        node.input[:] = [new if given == name else given for given in node.input]
+    for output in model.graph.output:
+        output.name = new if output.name == name else output.name
+    return model
 
 
 def _first_line(error: Exception) -> str:
