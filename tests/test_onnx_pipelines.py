@@ -9,6 +9,7 @@ import torch
 from networks import small
 from PIL import Image
 from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
@@ -181,6 +182,9 @@ def test_a_step_that_cannot_be_exported_is_named(tiles, tmp_path):
         ValueError, match="Step 'functiontransformer', a FunctionTransformer, can't"
     ):
         to_onnx(model, target)
+    middle = make_pipeline(extractor(), LinearDiscriminantAnalysis(), SVC())
+    with pytest.raises(ValueError, match="Step 'lineardisc.* a classifier in front of other steps"):
+        to_onnx(middle.fit(paths[::4], labels[::4]), target)
     unfitted = make_pipeline(extractor(), LogisticRegression())
     with pytest.raises(ValueError, match="Step 'logisticregression', a LogisticRegr.* not fitted"):
         to_onnx(unfitted, target)

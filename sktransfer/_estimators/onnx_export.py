@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sklearn.base import is_classifier
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -95,15 +96,15 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     steps = _steps(model)
     name, first = steps[0]
     network = _network(name, first, is_last=len(steps) == 1)
-    tail = None
+    tails: list[Any] = []
     labels = network.labels
     if len(steps) > 1:
-        tail = _tail(model, steps[1:], network)
+        tails = _tails(steps[1:], network.output)
         classes = getattr(steps[-1][1], "classes_", None)
         labels = None if classes is None else classes.tolist()
     metadata = {"labels": labels, "backbone": first.load_network()[0].name}
     what = network.module, network.preprocessing, network.output
-    return write_onnx(path, *what, tail, metadata)
+    return write_onnx(path, *what, tails, metadata)
 
 
 def _steps(model: Any) -> list[tuple[str, Any]]:
@@ -162,42 +163,43 @@ def _why_not(first: Any) -> str:
 # ------------------------------------------------------------------------------ scikit-learn's
 
 
-def _tail(model: Any, steps: list[tuple[str, Any]], network: _Network) -> Any:
-    """Return the steps behind the network as an ONNX model, which takes `rows`."""
+def _tails(steps: list[tuple[str, Any]], given: str) -> list[Any]:
+    """Return each step behind the network as an ONNX model, which takes what the last one gives.
+
+    One by one: an error is that of a step, and skl2onnx does not know all pipelines whose steps it
+    knows.
+    """
     for name, step in steps:
         check_is_fitted(step, msg=f"Step {name!r}, a %(name)s, is not fitted: call fit first.")
     for module in ("skl2onnx", "onnx"):
         load_optional(module, "to_onnx of a pipeline", _EXTRA)
-    width = steps[0][1].n_features_in_
-    try:
-        return _converted(Pipeline(steps), width, network.output)
-    except Exception as error:
-        for name, step in steps:
-            _check_step(name, step)
-        raise ValueError(
-            f"The steps {', '.join(repr(name) for name, _ in steps)} can't be exported together: "
-            f"{_first_line(error)}"
-        ) from error
+    models = []
+    for number, (name, step) in enumerate(steps, 1):
+        if number < len(steps) and is_classifier(step):
+            raise ValueError(
+                f"Step {name!r}, a {type(step).__name__}, can't be exported: it is a classifier in "
+                "front of other steps, and skl2onnx writes what it predicts, not what it transforms."
+            )
+        try:
+            model = _converted(step, given)
+        except Exception as error:
+            raise ValueError(
+                f"Step {name!r}, a {type(step).__name__}, can't be exported: skl2onnx says: "
+                f"{_first_line(error)}"
+            ) from error
+        if number < len(steps):
+            inner = f"{name}_{number}"
+            model, given = _renamed(model, model.graph.output[-1].name, inner), inner
+        models.append(model)
+    return models
 
 
-def _check_step(name: str, step: Any) -> None:
-    """Raise an error if skl2onnx can't write one step, even alone."""
-    try:
-        _converted(step, step.n_features_in_, "rows")
-    except Exception as error:
-        raise ValueError(
-            f"Step {name!r}, a {type(step).__name__}, can't be exported: skl2onnx says: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def _converted(step: Any, width: int, given: str) -> Any:
-    """Return a step, or several, as an ONNX model that takes float32 rows."""
+def _converted(step: Any, given: str) -> Any:
+    """Return a step as an ONNX model that takes float32 rows."""
     import skl2onnx
     from skl2onnx.common.data_types import FloatTensorType
 
-    last = step.steps[-1][1] if isinstance(step, Pipeline) else step
-    rows = [(given, FloatTensorType([None, width]))]
+    rows = [(given, FloatTensorType([None, step.n_features_in_]))]
     versions = {"": OPSET, "ai.onnx.ml": 3}
 
     def convert(options: Any) -> Any:
@@ -207,15 +209,15 @@ def _converted(step: Any, width: int, given: str) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of attributes that scikit-learn will rename one day
-        if not hasattr(last, "classes_"):
+        if not hasattr(step, "classes_"):
             return convert(None)
         try:
-            model = convert({id(last): {"zipmap": False}})  # else it returns dicts
+            model = convert({id(step): {"zipmap": False}})  # else it returns dicts
         except Exception as error:
             if "zipmap" not in str(error):
                 raise
             model = convert(None)  # it has no such option, and returns none
-    return model if hasattr(last, "predict_proba") else _renamed(model, "probabilities", "scores")
+    return model if hasattr(step, "predict_proba") else _renamed(model, "probabilities", "scores")
 
 
 def _renamed(model: Any, name: str, new: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def write_onnx(
     network: nn.Module,
     preprocessing: Preprocessing,
     output: str,
-    tail: Any,
+    tails: Sequence[Any],
     metadata: Mapping[str, Any],
 ) -> Path:
     """Write preprocessing, a network and an ONNX model of what follows to one file.
@@ -79,8 +79,8 @@ def write_onnx(
         From images of the network's size, 0 to 255, to `output`.
     preprocessing : Preprocessing
     output : str
-    tail : onnx.ModelProto or None
-        It takes `output`.
+    tails : sequence of onnx.ModelProto
+        What follows; each takes one of the outputs of that before it, and the first one `output`.
     metadata : mapping
         What else the file says of itself.
     """
@@ -91,9 +91,9 @@ def write_onnx(
     middle = onnx_program(network, blank, "fitted", output, OPSET).model_proto
     front = preprocessing_model(preprocessing, OPSET, middle.ir_version)
     model = _joined(front, middle, "fitted", ("fit_size", ""))
-    if tail is not None:
-        tail = _in_versions_of(middle, tail)
-        model = _joined(model, tail, output, ("", "tail"))
+    for number, tail in enumerate(tails):
+        name = tail.graph.input[0].name
+        model = _joined(model, _in_versions_of(middle, tail), name, ("", f"step_{number}"))
     texts = {"producer": f"sktransfer {version('sktransfer')}", **metadata}
     texts["input"] = f"{words_of_channels(preprocessing)}, of any size; the graph does the rest"
     onnx.helper.set_model_props(model, {k: _text(value) for k, value in texts.items()})
