@@ -178,7 +178,7 @@ def _tails(steps: list[tuple[str, Any]], given: str) -> list[Any]:
         if number < len(steps) and is_classifier(step):
             raise ValueError(
                 f"Step {name!r}, a {type(step).__name__}, can't be exported: it is a classifier in "
-                "front of other steps, and skl2onnx writes what it predicts, not what it transforms."
+                "front of other steps, and skl2onnx writes its predictions, not what it transforms."
             )
         try:
             model = _converted(step, given)
