@@ -17,7 +17,7 @@ from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedd
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, logits_of
 from sktransfer._estimators.supervised import FineTuned
 from sktransfer._optional import load_optional
-from sktransfer._training.onnx_file import OPSET, RowsNetwork, write_onnx
+from sktransfer._training.onnx_file import OPSET, OPSET_ML, RowsNetwork, write_onnx
 from sktransfer._training.whole import OUTPUTS, check_target, whole_with_preprocessing
 from sktransfer.transforms import Preprocessing
 
@@ -200,7 +200,7 @@ def _converted(step: Any, given: str) -> Any:
     from skl2onnx.common.data_types import FloatTensorType
 
     rows = [(given, FloatTensorType([None, step.n_features_in_]))]
-    versions = {"": OPSET, "ai.onnx.ml": 3}
+    versions = {"": OPSET, "ai.onnx.ml": OPSET_ML}
 
     def convert(options: Any) -> Any:
         return skl2onnx.convert_sklearn(

@@ -23,6 +23,7 @@ from sktransfer.transforms import Preprocessing
 
 _LARGE = 2**31 - 2**27  # bytes; protobuf, in which the file is written, ends at 2 GiB
 OPSET = 18  # of ONNX: the first in which torch writes
+OPSET_ML = 3  # of the operators of scikit-learn's models
 
 
 class RowsNetwork(nn.Module):
@@ -116,7 +117,9 @@ def _in_versions_of(model: Any, tail: Any) -> Any:
     from onnx import helper
 
     tail.ir_version = model.ir_version
-    versions = {each.domain: each.version for each in tail.opset_import} | {"": OPSET}
+    asked = {"": OPSET, "ai.onnx.ml": OPSET_ML}
+    stated = {each.domain: each.version for each in tail.opset_import}
+    versions = {domain: asked.get(domain, version) for domain, version in stated.items()}
     del tail.opset_import[:]
     tail.opset_import.extend(helper.make_opsetid(*item) for item in versions.items())
     return tail
