@@ -129,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sktransfer", description="Reuse pretrained networks on your own images.")
     parser.add_argument("--version", action="version", version=f"sktransfer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _audit, _similar, _cache):
+    for add in (_fit, _predict, _export, _embed, _rank, _classify, _benchmark):
+        add(commands.add_parser)
+    for add in (_audit, _similar, _cache):
         add(commands.add_parser)
     return parser
 
@@ -191,6 +193,20 @@ def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     add_files(parser)
     add_csv_or_json(parser)
     add_reading(parser)
+
+
+def _export(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "export",
+        help="write a model that `fit` or `benchmark` wrote as an ONNX file",
+        description=(
+            "Write a model, as `predict` takes it, to an ONNX file for other programs: from uint8 "
+            "images of any size to predictions. Needs the 'onnx' extra."
+        ),
+    )
+    parser.add_argument("model", metavar="FILE.skops")
+    add_output(parser, "FILE.onnx", "the file to write", required=True)
+    add_json(parser)
 
 
 def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
