@@ -58,7 +58,7 @@ def extractor(**options):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("mode", ["center", "floor", "squash", "border"])
 @pytest.mark.parametrize("n_channels", [3, 5])
 def test_the_graph_scales_as_the_library_does(mode, interpolation, n_channels):
     statistics = {"mean": (0.4,) * n_channels, "std": (1,) * n_channels}

@@ -40,7 +40,7 @@ _AXIS = """
  {x}_size = Constant <value = double {{{size}.0}}> ()
  {x}_over = Sub ({x}_S, {x}_size)
  {x}_half = Div ({x}_over, two)
- {x}_cut = Round ({x}_half)
+ {x}_cut = {cut} ({x}_half)
  {x}_neghalf = Neg ({x}_half)
  {x}_floor = Floor ({x}_neghalf)
  {x}_pad = Neg ({x}_floor)
@@ -139,6 +139,7 @@ _SCALED = {
  x_S = Max (x_S1, one)
 """,
 }
+_SCALED["floor"] = _SCALED["center"]
 _FILL = """
  y_rows = Unsqueeze (y_inkept, axis1)
  both = And (y_rows, x_inkept)
@@ -179,7 +180,8 @@ def preprocessing_model(preprocessing: Preprocessing, opset: int, ir_version: in
  y_L = Cast <to = 11> (y_L1)
  x_L = Cast <to = 11> (x_L1)""")
     axes = [("y", height), ("x", width)]
-    weights = [_AXIS.format(x=x, size=size, filter=kernel.format(x=x)) for x, size in axes]
+    cut = "Floor" if preprocessing.mode == "floor" else "Round"
+    weights = [_AXIS.format(x=x, size=size, cut=cut, filter=kernel.format(x=x)) for x, size in axes]
     text = "\n".join(
         [
             f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>',
