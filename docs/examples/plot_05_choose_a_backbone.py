@@ -7,21 +7,37 @@ fine-tuning any: embed the images once with each, and look at how well the class
 """
 
 # %%
-# 300 solar cells, half of them defective.
+# 240 small pieces of six photographs. The task: of which photograph is a piece?
 
 import tempfile
-from pathlib import Path
 
-import elpv_dataset
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
+from skimage import data
+from sklearn.datasets import load_sample_images
 
-folder = Path(elpv_dataset.__file__).parent / "data"
-cells = pd.read_csv(folder / "labels.csv", sep=r"\s+", names=["file", "probability", "kind"])
-cells = cells[cells.probability.isin([0, 1])].groupby("probability").sample(150, random_state=0)
-paths = np.array([str(folder / file) for file in cells.file])
-labels = np.where(cells.probability == 1, "defective", "sound")
+china, flower = load_sample_images().images
+photos = {
+    "astronaut": data.astronaut(),
+    "cat": data.chelsea(),
+    "china": china,
+    "coffee": data.coffee(),
+    "flower": flower,
+    "motorcycle": data.stereo_motorcycle()[0],
+}
+
+random, size, pieces = np.random.default_rng(0), 32, []
+for photo in photos.values():
+    for _ in range(40):
+        top, left = (random.integers(0, length - size) for length in photo.shape[:2])
+        pieces.append(photo[top : top + size, left : left + size])
+labels = np.repeat(list(photos), 40)
+
+figure, axes = plt.subplots(2, 12, figsize=(8, 1.6), layout="constrained")
+for ax, piece in zip(axes.T.flat, pieces[::10], strict=True):
+    ax.imshow(piece)
+    ax.set_axis_off()
+plt.show()
 
 # %%
 # Candidates are names, or pairs of a name and its weights. ``None`` stands for random weights:
@@ -33,12 +49,12 @@ from sktransfer.model_selection import rank_backbones
 
 memory = tempfile.TemporaryDirectory()
 table = rank_backbones(
-    paths,
+    pieces,
     labels,
     ["efficientnet_lite0", "efficientnet_lite1", ("efficientnet_lite0", None)],
     scoring=["logistic", "knn", "logme", "h_score"],
     cv=5,
-    image_size=96,
+    image_size=64,
     memory=memory.name,
     random_state=0,
 )
