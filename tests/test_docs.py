@@ -86,9 +86,14 @@ def canonical(package):
 NEEDS = {"sktransfer.inspection": "matplotlib", "SaliencyDisplay": "grad-cam"}
 
 
+@pytest.fixture(scope="module")
+def packages_of():
+    return packages_distributions()
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/guide.md", *PAGES])
-def test_snippets_take_what_the_page_says(page):
-    packages_of, needed = packages_distributions(), set()
+def test_snippets_take_what_the_page_says(page, packages_of):
+    needed = set()
     for node in ast.walk(ast.parse("\n".join(snippets_of(page)))):
         modules = [node.module] if isinstance(node, ast.ImportFrom) else []
         names = [alias.name for alias in getattr(node, "names", [])]
