@@ -55,6 +55,7 @@ table = rank_backbones(
     ["efficientnet_lite0", "efficientnet_lite1", ("efficientnet_lite0", None)],
     scoring=["logistic", "knn", "logme", "h_score"],
     cv=5,
+    pairs=False,  # True ranks the best two side by side as well, in one row more
     image_size=64,
     memory=memory.name,
     random_state=0,
@@ -64,8 +65,8 @@ table[shown].round(3)
 
 # %%
 # Two scores are accuracies in cross-validation, of logistic regression and of the five nearest
-# neighbours. By both, the pretrained networks are ahead of random weights; which of the two is
-# better, 300 cells don't say. Bars: one standard deviation over the five folds.
+# neighbours. Bars: one standard deviation over the five folds. Differences that are smaller than
+# these don't say which network is better.
 
 figure, ax = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
 places = np.arange(len(table))
@@ -78,8 +79,8 @@ ax.legend()
 plt.show()
 
 # %%
-# The other two are formulas, and one of them is misled here: the H-score puts random weights
-# first. It compares scatter between classes with scatter as a whole, and of 300 points in 1,280
-# dimensions that is hard to estimate. So take several scores, and a few networks from the top
+# The other two are formulas, quicker, and can be misled: the H-score compares scatter between
+# classes with scatter as a whole, and of a few hundred points in 1,280 dimensions that is hard to
+# estimate. So take several scores, and a few networks from the top
 # by most of them, and fine-tune those. LEEP (``"leep"``) asks the network's own classes; all
 # scores stand alone in :mod:`sktransfer.metrics`, on arrays.
