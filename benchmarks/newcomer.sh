@@ -45,7 +45,7 @@ tests() { # the README's second command
         "$PYTHON" -m pytest -n 2 --dist worksteal
 }
 
-own_folder() { # crops of photographs and drawings, some of them cut out, one file that is damaged
+own_folder() { # crops of photographs, and drawings, half of which are cut out
     cd "$WORK" && "$PYTHON" - "$WORK/photos" <<'PYTHON'
 import sys
 from pathlib import Path

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sktransfer._config import config_context, get_config, set_config
     from sktransfer._estimators.anomaly import PatchAnomalyDetector
+    from sktransfer._estimators.channel_adapter import ChannelAdapter
     from sktransfer._estimators.contrastive import ContrastivePretrainer
     from sktransfer._estimators.detection import FineTunedDetector
     from sktransfer._estimators.fine_tuned_regressor import FineTunedRegressor
     from sktransfer._estimators.fine_tuning import FineTunedClassifier
     from sktransfer._estimators.masked_language import MaskedLanguagePretrainer
     from sktransfer._estimators.model_file import load_model
+    from sktransfer._estimators.onnx_export import to_onnx
     from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
     from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
     from sktransfer._estimators.recipe import make_classifier
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelAdapter",
     "ContrastivePretrainer",
     "FineTunedClassifier",
     "FineTunedDetector",
@@ -45,9 +48,11 @@ __all__ = [
     "model_summary",
     "register_model",
     "set_config",
+    "to_onnx",
 ]
 
 _HOMES = {
+    "ChannelAdapter": "_estimators.channel_adapter",
     "ContrastivePretrainer": "_estimators.contrastive",
     "FineTunedClassifier": "_estimators.fine_tuning",
     "FineTunedDetector": "_estimators.detection",
@@ -68,6 +73,7 @@ _HOMES = {
     "model_summary": "inspection",
     "register_model": "models",
     "set_config": "_config",
+    "to_onnx": "_estimators.onnx_export",
 }
 
 

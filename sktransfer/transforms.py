@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from numbers import Integral
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,29 @@ def __dir__() -> list[str]:
     return __all__
 
 
+class Channels(NamedTuple):
+    """What the pixels of an image are: how many channels, and from where to where their values go.
+
+    `value_range` has one pair (low, high) for all channels, or one for each; it is None where the
+    dtype says it: 0 to 255 of integers, 0 to 1 of floats.
+    """
+
+    number: int = 3
+    value_range: tuple[tuple[float, float], ...] | None = None
+
+    @property
+    def are_rgb(self) -> bool:
+        """Whether images are read as pictures that Pillow would show, and become RGB."""
+        return self.number == 3 and self.value_range is None
+
+    def in_8_bits(self) -> Channels:
+        """Return the same channels, once their values are brought to 8 bits."""
+        return Channels(self.number)
+
+
+RGB = Channels()
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize, crop and normalise an image as the pretrained weights were evaluated.
@@ -55,8 +78,13 @@ class Preprocessing:
         colour. All then crop the central `size`.
     interpolation : {"bilinear", "bicubic"}, default="bilinear"
         Always with antialiasing.
-    mean, std : tuple of 3 floats, default=those of ImageNet
-        Per channel (red, green, blue), for intensities in [0, 1].
+    mean, std : tuple of floats, default=those of ImageNet
+        Per channel (red, green, blue), for intensities in [0, 1]. Their number is that of the
+        channels that the network takes; see :class:`sktransfer.ChannelAdapter`.
+    value_range : tuple of (low, high), or one such pair for each channel, default=None
+        The values that become the intensities 0 and 1; what lies outside is clipped. None: what
+        the dtype says, 0 and 255 of integers, 0 and 1 of floats. Between them 256 steps are told
+        apart.
 
     Examples
     --------
@@ -74,6 +102,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    value_range: Any = None
 
     def __post_init__(self) -> None:
         # Lists and arrays are taken, but kept as tuples of plain numbers: these have a hash, and
@@ -82,8 +111,15 @@ class Preprocessing:
             object.__setattr__(self, name, _sides(getattr(self, name), name))
         for name in ("mean", "std"):
             object.__setattr__(self, name, _per_channel(getattr(self, name), name))
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} numbers and std {len(self.std)}: pass one for each "
+                "channel."
+            )
         if 0 in self.std:
             raise ValueError(f"std={self.std} holds 0, by which nothing can be divided.")
+        pairs = range_pairs(self.value_range, len(self.mean))
+        object.__setattr__(self, "value_range", pairs)
         for name, known in (("mode", _MODES), ("interpolation", _INTERPOLATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
@@ -126,7 +162,7 @@ class Preprocessing:
         """
         size = config.get("size") or {}
         size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
-        crops = config.get("do_center_crop") and config.get("crop_size")
+        crops = config.get("crop_size") if config.get("do_center_crop") else None
         crop = {"height": crops, "width": crops} if isinstance(crops, int) else crops
         crop = (crop["height"], crop["width"]) if crop else None
         shortest, crop_pct = size.get("shortest_edge"), config.get("crop_pct")
@@ -167,6 +203,24 @@ class Preprocessing:
         )
         return replace(self, size=(height, width), resize=resize)
 
+    def __repr__(self) -> str:
+        # Without a range it is what it always was: keys of the memory are made of it.
+        shown = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.value_range is None:
+            del shown["value_range"]
+        values = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return f"{type(self).__qualname__}({values})"
+
+    @property
+    def channels(self) -> Channels:
+        """What the pixels are that the network takes."""
+        return Channels(len(self.mean), self.value_range)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what enters the network."""
+        return len(self.mean), *self.size
+
     @property
     def fingerprint(self) -> str:
         """Text that is equal for two preprocessings only if they do the same."""
@@ -177,11 +231,11 @@ class Preprocessing:
 
         Parameters
         ----------
-        image : uint8 tensor of shape ([n,] 3, height, width)
+        image : uint8 tensor of shape ([n,] channels, height, width)
 
         Returns
         -------
-        uint8 tensor of shape ([n,] 3, height, width), those of `size`
+        uint8 tensor of shape ([n,] channels, height, width), those of `size`
         """
         height, width = image.shape[-2:]
         scaled = self.scaled_size(height, width)
@@ -221,16 +275,16 @@ class Preprocessing:
         return max(target_height, int(target_width * height / width)), target_width
 
     def normalize(self, batch: torch.Tensor) -> torch.Tensor:
-        """Turn a uint8 batch (n, 3, height, width) into the float32 input of the network."""
+        """Turn a uint8 batch (n, c, height, width) into the float32 input of the network."""
         if batch.device.type == "cuda" and type(batch) is torch.Tensor:  # a copy there waits
             mean, std = _constants_on(batch.device, self.mean, self.std)
         else:
             mean, std = _constants(batch.device, self.mean, self.std)
-        return batch.to(torch.float32).div_(255).sub_(mean).div_(std)  # (n, 3, h, w)
+        return batch.to(torch.float32).div_(255).sub_(mean).div_(std)  # (n, c, h, w)
 
 
 def _constants(device: torch.device, *values: tuple[float, ...]) -> list[torch.Tensor]:
-    """Return numbers per channel as float32 tensors (1, 3, 1, 1)."""
+    """Return numbers per channel as float32 tensors (1, c, 1, 1)."""
     tensors = (torch.tensor(each, dtype=torch.float32, device=device) for each in values)
     return [tensor.view(1, -1, 1, 1) for tensor in tensors]
 
@@ -243,7 +297,7 @@ def _constants_on(device: torch.device, *values: tuple[float, ...]) -> list[torc
 
 
 def _scale(image: torch.Tensor, scaled: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Scale uint8 images ([n,] 3, height, width) as torchvision does, to the same pixels.
+    """Scale uint8 images ([n,] c, height, width) as torchvision does, to the same pixels.
 
     By one operation of torch, where it has one for 8 bits: threads that decode wait for each other
     at each of them, as it leaves Python's lock and takes it again.
@@ -256,7 +310,8 @@ def _scale(image: torch.Tensor, scaled: tuple[int, int], interpolation: str) -> 
         mode = InterpolationMode(interpolation)
         return F.resize(image, list(scaled), interpolation=mode, antialias=True)
     last = image.numpy().transpose((1, 2, 0) if image.ndim == 3 else (0, 2, 3, 1))
-    batch = torch.from_numpy(last.reshape(-1, height, width, 3).transpose(0, 3, 1, 2))
+    last = last.reshape(-1, height, width, last.shape[-1])
+    batch = torch.from_numpy(last.transpose(0, 3, 1, 2))
     batch = interpolate(batch, scaled, mode=interpolation, align_corners=False, antialias=True)
     return torch.from_numpy(batch.numpy().reshape(*image.shape[:-2], *scaled))
 
@@ -278,6 +333,10 @@ def _scale_center(
 
     The pixels are those of scaling the whole and cropping it, to rounding.
     """
+    if len(image) != 3:  # Pillow knows no others
+        what = scaled, size, interpolation, mode
+        single = (channel.expand(3, -1, -1) for channel in image.split(1))
+        return torch.cat([_scale_center(channel, *what)[:1] for channel in single])
     resampling, radius = _INTERPOLATIONS[interpolation]
     rows, columns = (_center(*sides, mode) for sides in zip(scaled, size, strict=True))
     across, left, right = _read_for(columns, image.shape[2], scaled[1], radius)
@@ -324,8 +383,40 @@ def _sides(value: Any, name: str) -> tuple[int, int]:
 
 
 def _per_channel(value: Any, name: str) -> tuple[float, ...]:
-    """Check a number for each of red, green and blue."""
+    """Check a number for each channel."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, (tuple, list)) or len(value) != 3:
-        raise ValueError(f"{name} must be 3 numbers, for red, green and blue, got {value!r}.")
+    are_numbers = isinstance(value, (tuple, list)) and all(map(_is_finite, value))
+    if not are_numbers or not value:
+        raise ValueError(
+            f"{name} must have a number for each channel, 3 of them for red, green and blue, got "
+            f"{value!r}."
+        )
     return tuple(map(float, value))
+
+
+def range_pairs(value: Any, n_channels: int | None) -> tuple[tuple[float, float], ...] | None:
+    """Check a range of values, (low, high), or one for each channel; return pairs of floats."""
+    if value is None:
+        return None
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    pairs = [listed] if _is_pair(listed) else listed
+    if not isinstance(pairs, (list, tuple)) or not pairs or not all(map(_is_pair, pairs)):
+        raise ValueError(
+            "value_range must be the values of black and white, (low, high) with low < high, or "
+            f"one such pair for each channel, got {value!r}."
+        )
+    if n_channels is not None and len(pairs) not in (1, n_channels):
+        raise ValueError(
+            f"value_range has {len(pairs)} pairs for {n_channels} channels: pass one pair for all "
+            "of them, or one for each."
+        )
+    return tuple((float(low), float(high)) for low, high in pairs)
+
+
+def _is_pair(value: Any) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_pair and all(map(_is_finite, value)) and value[0] < value[1]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)

@@ -1,10 +1,12 @@
 """The command line: what each command prints and writes, and how it says no."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -229,9 +231,15 @@ def test_cache(tiles, tmp_path, capsys):
     run(capsys, "embed", root, "-o", output, "--memory", memory, *SMALL)
     info = run(capsys, "cache", "info", memory)
     assert f"{memory}: 40 results" in info
-    assert re.search(r"(?m)^efficientnet_lite0, \S+×\S+: 0\.\d MB, 100 %$", info)
-    assert re.search(r"embedding +avg +40 +0\.\d +100 %$", info.strip())
+    assert re.search(r"(?m)^efficientnet_lite0, \S+×\S+: 0\.\d MB, (\d+) %$", info)
+    assert re.search(r"(?m)embedding +avg +40 +0\.\d +(\d+) %$", info)
+    assert re.search(r"(?m)^keys, times of use, unfilled ends of pages: 0\.\d MB, \d+ %$", info)
     assert max(map(len, info.splitlines()[1:])) <= 80
+    found = json.loads(run(capsys, "cache", "info", memory, "--json"))
+    parts = [share["bytes"] for share in found["shares"]] + [*found["rest"].values()]
+    assert sum(parts) == found["n_bytes"] and min(parts) >= 0 and len(parts) == 3
+    percents = re.findall(r"(?m): 0\.\d MB, (\d+) %$", info)
+    assert sum(map(int, percents)) == pytest.approx(100, abs=1)  # each is rounded
     assert "now: 10 results" in run(capsys, "cache", "reduce", memory, "--items", 10)
     assert "now: 10 results" in run(capsys, "cache", "reduce", memory, "--days", 1)
     assert "now: 0 results" in run(capsys, "cache", "reduce", memory, "--bytes", "1K")
@@ -572,6 +580,32 @@ def test_unreadable_images_are_skipped_and_listed(tiles, place, model, tmp_path,
     assert "bad.jpg" in run(capsys, *arguments)
     assert main(["predict", str(path), str(bad), "--skip-unreadable"]) == 2
     assert "No image of 1 can be read" in capsys.readouterr().err
+
+
+def test_long_errors_are_wrapped_on_a_terminal_alone(tmp_path, capsys, monkeypatch):
+    missing = str(tmp_path / "a-folder-whose-name-can-be-copied" / "b")
+    commands = ["fit", missing, "-o", "m.skops"], ["cache", "burn", "a long word " * 9]
+    in_a_pipe = []
+    for command in commands:
+        with contextlib.suppress(SystemExit):  # of argparse
+            main(command)
+        in_a_pipe.append(capsys.readouterr().err.splitlines()[-1])
+    monkeypatch.setenv("COLUMNS", "60")
+    for command, expected in zip(commands, in_a_pipe, strict=True):
+        ours, theirs = os.openpty()
+        with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", terminal)
+            with contextlib.suppress(SystemExit):
+                main(command)
+            terminal.flush()
+            shown = ""
+            while select.select([ours], [], [], 0)[0]:
+                shown += os.read(ours, 4096).decode().replace("\r\n", "\n")
+        os.close(ours)
+        error = re.search(r"(?ms)^sktransfer[^\n]*: error:.*", shown)[0].splitlines()
+        assert len(error) > 1 and max(len(line) for line in error if missing not in line) <= 60
+        assert " ".join(line.strip() for line in error) == expected
+        assert len(expected) > 80
 
 
 def test_nothing_to_reduce_by(tiles, tmp_path, capsys):

@@ -1,9 +1,13 @@
 """Every snippet of README and docs runs as it is printed, and so does every docstring."""
 
+import ast
 import doctest
 import importlib
 import pkgutil
 import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -31,15 +35,19 @@ def test_docstrings(name):
     assert result.failed == 0
 
 
+def snippets_of(page):
+    """Return what stands in ```python fences; ```py is of other libraries, for the reader."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+
+
 def run_snippets(page, tiles, tmp_path, monkeypatch):
-    """Run what stands in ```python fences; those of other libraries are ```py, for the reader."""
     for path in map(Path, tiles[1]):
         if int(path.stem) < 8:  # of each class, as few as the snippets can do with
             folder = tmp_path / "photos" / path.parent.name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+    snippets = snippets_of(page)
     assert snippets
     namespace = {}
     for snippet in snippets:
@@ -54,6 +62,47 @@ def test_snippets(page, tiles, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets_on_traps_and_for_newcomers(page, tiles, tmp_path, monkeypatch):
     run_snippets(page, tiles, tmp_path, monkeypatch)
+
+
+def packages_named_on(page):
+    """Return what a fresh environment holds that has just what a page says, as far as declared."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = " ".join(re.findall(r"pip install [^`\n]+", (ROOT / page).read_text()))
+    extras = " ".join(re.findall(r"\[([\w,]+)\]", lines))
+    wanted, found = re.findall(r"\w+", extras), {*re.findall(r" ([a-z][\w-]+)", lines)}
+    needed = [*project["dependencies"]]
+    while wanted:
+        needed += project["optional-dependencies"][wanted.pop()]
+        wanted += re.findall(r"\w+", "".join(re.findall(r"sktransfer\[(.*?)\]", " ".join(needed))))
+        needed = [one for one in needed if not one.startswith("sktransfer[")]
+    return {canonical(re.match(r"[\w.-]+", one)[0]) for one in [*needed, *found]}
+
+
+def canonical(package):
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+# What parts of the library take that a plain installation has not.
+NEEDS = {"sktransfer.inspection": "matplotlib", "SaliencyDisplay": "grad-cam"}
+
+
+@pytest.fixture(scope="module")
+def packages_of():
+    return packages_distributions()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/guide.md", *PAGES])
+def test_snippets_take_what_the_page_says(page, packages_of):
+    needed = set()
+    for node in ast.walk(ast.parse("\n".join(snippets_of(page)))):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = [alias.name for alias in getattr(node, "names", [])]
+        modules += names if isinstance(node, ast.Import) else []
+        needed |= {NEEDS[name] for name in [*modules, *names] if name in NEEDS}
+        for name in {module.partition(".")[0] for module in modules}:
+            if name != "sktransfer" and name not in sys.stdlib_module_names:
+                needed |= {canonical(package) for package in packages_of.get(name, [name])[:1]}
+    assert needed - packages_named_on(page) == set()
 
 
 @pytest.mark.parametrize("folder", ["traps", "migrate"])

@@ -6,30 +6,40 @@ A network that was trained on ImageNet knows 1,000 classes. To use these, nothin
 """
 
 # %%
-# Two photographs that scikit-learn ships, as arrays of different content and equal size. An
-# estimator of this library takes a list of them, of paths, of PIL images, or one array of all.
+# Some photographs, which scikit-image and scikit-learn ship, as arrays of different content and
+# size. An estimator of this library takes a list of them, of paths, of PIL images, or one array of
+# all.
 
 import matplotlib.pyplot as plt
+from skimage import data
 from sklearn.datasets import load_sample_images
 
 from sktransfer import PretrainedClassifier
 
-images = load_sample_images().images  # two arrays (427, 640, 3), uint8
+china, flower = load_sample_images().images  # two arrays (427, 640, 3), uint8
+images = [data.chelsea(), data.coffee(), data.stereo_motorcycle()[0], flower, china, data.rocket()]
 
 model = PretrainedClassifier()  # "efficientnet_lite0"; or "resnet50", "vgg16", ...
-print(model.predict(images))
+predicted, probabilities = model.predict(images), model.predict_proba(images)
+
+figure, axes = plt.subplots(2, 3, figsize=(7.2, 4.2), layout="constrained")
+for ax, image, label, row in zip(axes.flat, images, predicted, probabilities, strict=True):
+    ax.imshow(image)
+    ax.set_title(f"{label}, {row.max():.0%}")
+    ax.set_axis_off()
+plt.show()
 
 # %%
-# ``top_k`` is a data frame: the best classes of each image, with their probabilities.
-# Scikit-learn calls the first photograph "china", which is no class of ImageNet; the network
-# says what it knows.
+# A network can say nothing but what it was taught. There is no "china" in ImageNet, so that the
+# building is a palace, and no "rocket", so that one becomes a missile; the low probability says
+# that the network is not sure. ``top_k`` is a data frame of the best classes of each image. Here
+# are those of the cat, of which ImageNet has several kinds, and of the rocket.
 
-model.top_k(images, k=4)
+model.top_k([images[0], images[-1]], k=3).round(3)
 
 # %%
 # ``predict_proba`` has all of them, a column for each entry of ``classes_``.
 
-probabilities = model.predict_proba(images)
 print(probabilities.shape, model.classes_[:3])
 
 # %%
@@ -40,9 +50,8 @@ print(probabilities.shape, model.classes_[:3])
 
 from sktransfer.inspection import SaliencyDisplay
 
-flower = images[1]
 display = SaliencyDisplay.from_estimator(
-    model, [images[0], flower, flower], targets=["palace", "daisy", "bee"]
+    model, [images[0], flower, flower], targets=["tiger cat", "daisy", "bee"]
 )
 display.figure_.set_size_inches(8, 3.1)
 plt.show()

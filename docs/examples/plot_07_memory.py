@@ -7,24 +7,29 @@ today or tomorrow. The key of a result is the content of the image, and all that
 """
 
 # %%
-# 100 solar cells, as files.
+# 100 small pieces of a photograph, as files, and one more.
 
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
-import elpv_dataset
 import joblib
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
+from skimage import data
 
 from sktransfer import PretrainedFeatureExtractor
 
-source = Path(elpv_dataset.__file__).parent / "data" / "images"
 work = tempfile.TemporaryDirectory()
-first, *files = sorted(source.glob("*.png"))[:101]
-extractor = PretrainedFeatureExtractor(image_size=128, memory=f"{work.name}/cache")
+photo = data.chelsea()  # a cat: (300, 451, 3)
+for number in range(101):
+    top, left = 20 * (number // 16), 25 * (number % 16)
+    piece = Image.fromarray(photo[top : top + 64, left : left + 64])
+    piece.save(Path(work.name, f"{number:03}.png"))
+first, *files = sorted(Path(work.name).glob("*.png"))
+extractor = PretrainedFeatureExtractor(image_size=64, memory=f"{work.name}/cache")
 
 # %%
 # The memory is a ``joblib.Memory``, so that it can be asked what is in it. What an image adds
@@ -75,7 +80,7 @@ with open(copies[0], "ab") as file:
     file.write(b"changed")
 embed("one file changed", copies)
 
-middle = PretrainedFeatureExtractor(layer="blocks.3", image_size=128, memory=extractor.memory)
+middle = PretrainedFeatureExtractor(layer="blocks.3", image_size=64, memory=extractor.memory)
 embed("another layer", files, middle)
 
 # %%

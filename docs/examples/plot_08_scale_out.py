@@ -7,26 +7,33 @@ collections, and return a lazy array, one task for each partition.
 """
 
 # %%
-# 96 solar cells stand for a hundred million. A dask array of their paths, cut into partitions
-# of 24.
+# 120 small pieces of five photographs stand for a hundred million images. A dask array of their
+# paths, cut into partitions of 24.
 
 import tempfile
 from pathlib import Path
 
 import dask
 import dask.array as da
-import elpv_dataset
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
+from skimage import data
+from sklearn.datasets import load_sample_images
 
 from sktransfer import PretrainedFeatureExtractor
 
-source = Path(elpv_dataset.__file__).parent / "data" / "images"
-files = np.array([str(file) for file in sorted(source.glob("*.png"))[:96]])
+work, random = tempfile.TemporaryDirectory(), np.random.default_rng(0)
+china, flower = load_sample_images().images
+photos = [data.chelsea(), china, data.coffee(), flower, data.stereo_motorcycle()[0]]
+files = np.array([f"{work.name}/{number:03}.png" for number in range(120)])
+for number, file in enumerate(files):
+    photo = photos[number // 24]
+    top, left = (random.integers(0, length - 96) for length in photo.shape[:2])
+    Image.fromarray(photo[top : top + 96, left : left + 96]).save(file)
 paths = da.from_array(files, chunks=24)
 
-memory = tempfile.TemporaryDirectory()
-extractor = PretrainedFeatureExtractor(image_size=96, memory=memory.name)
+extractor = PretrainedFeatureExtractor(image_size=96, memory=f"{work.name}/cache")
 rows = extractor.transform(paths)  # nothing has been computed yet
 print(rows)
 
@@ -45,14 +52,14 @@ print(some.shape, everything.shape, np.array_equal(everything[:24], some))
 distance = da.linalg.norm(rows - rows.mean(axis=0), axis=1)
 with dask.config.set(scheduler="threads"):
     odd = int(distance.argmax().compute())
-print("the oddest cell:", Path(files[odd]).name)
+print("the oddest piece:", Path(files[odd]).name)
 
 # %%
-# It, some others, and the cells that are most like each.
+# It, some others, and the pieces that are most like each.
 
 from sktransfer.inspection import PrototypeDisplay
 
-chosen = np.array([odd, *(i for i in (40, 77) if i != odd)])
+chosen = np.array([odd, *(i for i in (10, 60, 110) if i != odd)])
 others = np.setdiff1d(np.arange(len(files)), chosen)
 PrototypeDisplay.from_embeddings(
     everything[chosen], everything[others], files[chosen], files[others], n_neighbors=4

@@ -34,6 +34,12 @@ n = 48 if has_gpu else 16
 lefts = np.linspace(0, 640 - 240, n).astype(int)
 crops = [photo[100:340, left : left + 240] for photo in photos for left in lefts]
 
+figure, axes = plt.subplots(2, 6, figsize=(8, 2.8), layout="constrained")
+for ax, crop in zip(axes.flat, [*crops[:n:2][:6], *crops[n::2][:6]], strict=True):
+    ax.imshow(crop)
+    ax.set_axis_off()
+plt.show()
+
 # %%
 # ``batch_size="auto"`` is as many as a GPU's memory takes, and on a CPU as many as it likes.
 # One that does not fit is halved, with a warning, and the work goes on.

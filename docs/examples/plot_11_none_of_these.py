@@ -19,12 +19,12 @@ images, labels = load_digits(return_X_y=True)
 images = images / 16
 known = labels < 7
 learnt, rest, y_learnt, y_rest = train_test_split(
-    images[known], labels[known], train_size=300, random_state=0, stratify=labels[known]
+    images[known], labels[known], train_size=200, random_state=0, stratify=labels[known]
 )
 held_out, new, _, y_new = train_test_split(
-    rest, y_rest, train_size=200, test_size=200, random_state=0
+    rest, y_rest, train_size=120, test_size=120, random_state=0
 )
-unknown, y_unknown = images[~known][:200], labels[~known][:200]
+unknown, y_unknown = images[~known][:120], labels[~known][:120]
 shown, y_shown = np.concatenate([new, unknown]), np.concatenate([y_new, y_unknown])
 
 figure, axes = plt.subplots(2, 8, figsize=(8, 2.6), layout="constrained")

@@ -6,7 +6,9 @@ import argparse
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -68,12 +70,12 @@ def _run_command(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        print(f"sktransfer: error: {_one_line(error, options)}", file=sys.stderr)
+        _tell("error: ", _one_line(error, options))
         return 2
     except KeyboardInterrupt:
         kept = getattr(options, "memory", None)
         hint = f"; what was computed is in {kept}" if kept else ""
-        print(f"sktransfer: interrupted{printable(hint)}", file=sys.stderr)
+        _tell("interrupted", printable(hint))
         return 130
     return 0
 
@@ -87,9 +89,27 @@ def _show_warning(
 ) -> None:
     """Show a warning to users in one line; `show` has all others, as Python shows them."""
     if issubclass(category, UserWarning):
-        print(f"sktransfer: warning: {_one_line(message, options)}", file=sys.stderr)
+        _tell("warning: ", _one_line(message, options))
     else:
         show(message, category, *where)
+
+
+def _tell(what: str, text: str) -> None:
+    """Print what a command says of itself."""
+    print(_wrapped(f"sktransfer: {what}{text}"), file=sys.stderr)
+
+
+def _wrapped(text: str) -> str:
+    """Return text as lines of the terminal, if it is to be shown on one; else it stays one line.
+
+    Words are never cut, so that paths can be copied.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(
+        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _one_line(message: Any, options: argparse.Namespace) -> str:
@@ -117,7 +137,8 @@ class _Parser(argparse.ArgumentParser):
     """Quotes arguments, which may be names of files, without what a terminal would obey."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        self.print_usage(sys.stderr)
+        self.exit(2, _wrapped(f"{self.prog}: error: {printable(message)}") + "\n")
 
 
 # ------------------------------------------------------------------------------ commands
@@ -129,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sktransfer", description="Reuse pretrained networks on your own images.")
     parser.add_argument("--version", action="version", version=f"sktransfer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_fit, _predict, _embed, _rank, _classify, _benchmark, _audit, _similar, _cache):
+    for add in (_fit, _predict, _export, _embed, _rank, _classify, _benchmark):
+        add(commands.add_parser)
+    for add in (_audit, _similar, _cache):
         add(commands.add_parser)
     return parser
 
@@ -191,6 +214,20 @@ def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     add_files(parser)
     add_csv_or_json(parser)
     add_reading(parser)
+
+
+def _export(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    parser = add_parser(
+        "export",
+        help="write a model that `fit` or `benchmark` wrote as an ONNX file",
+        description=(
+            "Write a model, as `predict` takes it, to an ONNX file for other programs: from uint8 "
+            "images of any size to predictions. Needs the 'onnx' extra."
+        ),
+    )
+    parser.add_argument("model", metavar="FILE.skops")
+    add_output(parser, "FILE.onnx", "the file to write", required=True)
+    add_json(parser)
 
 
 def _embed(add_parser: Callable[..., argparse.ArgumentParser]) -> None:

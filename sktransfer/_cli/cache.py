@@ -14,6 +14,9 @@ from sktransfer._escaping import escape
 from sktransfer._memory.memory import check_memory
 from sktransfer._memory.store_backend import BACKEND
 
+_COMPILED = "compiled networks"
+_PAGES = "keys, times of use, unfilled ends of pages"
+
 
 def cache(options: argparse.Namespace) -> None:
     """Print what a memory holds; clear or reduce it first, if that is asked for."""
@@ -36,7 +39,8 @@ def cache(options: argparse.Namespace) -> None:
         text += f"\nnow: {_size_in_words(document['now'])}"
     elif shares := _shares(memory):
         document["shares"] = shares
-        text += f"\n{_tables_of_shares(shares)}"
+        document["rest"] = _rest(memory, before["n_bytes"] - sum(row["bytes"] for row in shares))
+        text += f"\n{_tables_of_shares(shares, document['rest'], before['n_bytes'])}"
     show(options, document, text)
 
 
@@ -53,9 +57,20 @@ def _shares(memory: Memory) -> list[dict[str, Any]]:
     return found
 
 
-def _tables_of_shares(shares: list[dict[str, Any]]) -> str:
-    """Return a table for each network, with what it takes above it."""
-    total = sum(share["bytes"] for share in shares)
+def _rest(memory: Memory, n_bytes: int) -> dict[str, int]:
+    """Return what takes the bytes that are not of results, largest first.
+
+    The file consists of pages, and a result of more than half a page has pages of its own.
+    """
+    opened = check_memory(memory)
+    assert opened is not None
+    compiled = opened.n_companion_bytes()
+    rest = {_COMPILED: compiled, _PAGES: n_bytes - compiled}
+    return {what: rest[what] for what in sorted(rest, key=rest.__getitem__, reverse=True)}
+
+
+def _tables_of_shares(shares: list[dict[str, Any]], rest: dict[str, int], total: int) -> str:
+    """Return a table for each network, with what it takes above it, and the rest in a line each."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for share in shares:
         heading = ", ".join(escape(share[name]) for name in ("network", "size") if share[name])
@@ -69,6 +84,11 @@ def _tables_of_shares(shares: list[dict[str, Any]]) -> str:
             *(_amount(row["bytes"], total) for row in rows), strict=True
         )
         lines += ["", f"{heading}: {megabytes} MB, {part}", as_table(columns)]
+    lines.append("")
+    for what, n_bytes in rest.items():
+        if n_bytes:
+            megabytes, part = _amount(n_bytes, total)
+            lines.append(f"{what}: {megabytes} MB, {part}")
     return "\n".join(lines)
 
 

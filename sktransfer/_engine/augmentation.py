@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sktransfer._torch_state import Chance, chance_lock, cpu_by_default
@@ -28,8 +29,29 @@ _SYMMETRIES = {
 }
 
 
+class OfAnyChannels:
+    """Calls a transform of pictures on images of any channels: each is changed as a grey picture.
+
+    All of them are changed alike, but for what depends on their pixels, such as a contrast. What
+    colours have besides, saturation and hue, other channels have not.
+    """
+
+    def __init__(self, transform: Callable[..., Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: torch.Tensor, *others: Any) -> Any:
+        if len(image) in (1, 3):
+            return self.transform(image, *others)
+        channels = image.unsqueeze(1)  # (c, 1, height, width)
+        channels = tv_tensors.wrap(channels, like=image) if others else channels
+        changed = self.transform(channels, *others)
+        if not others:
+            return changed.squeeze(1)
+        return (changed[0].squeeze(1), *changed[1:])
+
+
 class Augmentation:
-    """What `augment` stands for, on uint8 images (3, height, width) of the network's size.
+    """What `augment` stands for, on uint8 images (c, height, width) of the network's size.
 
     `starts_with_image` says whether the first fixed view is the image itself.
 
@@ -52,19 +74,20 @@ class Augmentation:
         n_views: int | None,
         size: tuple[int, int],
     ) -> None:
-        self._symmetries: list[tuple[int, bool]] = []
+        self.symmetries: list[tuple[int, bool]] = []
         self._transform: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._name = augment if isinstance(augment, str) else "none"
         if augment is None or augment in ("flip", "dihedral"):
             turns = (0, 1, 2, 3) if size[0] == size[1] else (0, 2)
-            self._symmetries = [s for s in _SYMMETRIES[self._name] if s[0] in turns]
+            self.symmetries = [s for s in _SYMMETRIES[self._name] if s[0] in turns]
         elif augment == "auto":
-            self._transform = v2.Compose([v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()])
+            both = [v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()]
+            self._transform = OfAnyChannels(v2.Compose(both))
         else:
             assert not isinstance(augment, str)
             self._transform = augment
             self._name = Describer()(augment)
-        most = len(self._symmetries)
+        most = len(self.symmetries)
         if n_views is not None and most and n_views > most:
             raise ValueError(
                 f"n_views={n_views}, but augment={augment!r} has {most} views of an image of "
@@ -77,7 +100,7 @@ class Augmentation:
         if number == 0:
             return image
         if self._transform is None:
-            return _symmetric(image, *self._symmetries[number])
+            return _symmetric(image, *self.symmetries[number])
         return self._random(image, xxhash.xxh3_64_intdigest(digest, seed=number))
 
     def digest(self, number: int, digest: bytes) -> bytes:
@@ -85,7 +108,7 @@ class Augmentation:
         if number == 0:
             return digest
         if self._transform is None:  # equal views of different augmentations are one entry
-            return xxhash.xxh3_128_digest(digest + repr(self._symmetries[number]).encode())
+            return xxhash.xxh3_128_digest(digest + repr(self.symmetries[number]).encode())
         return xxhash.xxh3_128_digest(digest + f"{self._name} {number}".encode())
 
     def draw(self, image: torch.Tensor, seed: int) -> torch.Tensor:
@@ -93,7 +116,7 @@ class Augmentation:
         if self._transform is not None:
             return self._random(image, seed)
         digest = xxhash.xxh3_64_intdigest(seed.to_bytes(8, "little"))
-        return _symmetric(image, *self._symmetries[digest % len(self._symmetries)])
+        return _symmetric(image, *self.symmetries[digest % len(self.symmetries)])
 
     def _random(self, image: torch.Tensor, seed: int) -> torch.Tensor:
         assert self._transform is not None
@@ -130,6 +153,15 @@ def _symmetric(image: torch.Tensor, quarter_turns: int, is_flipped: bool) -> tor
     return (turned.flip(2) if is_flipped else turned).contiguous()
 
 
+def fixed_views(augmentation: Augmentation, batch: torch.Tensor) -> list[torch.Tensor]:
+    """Return the fixed views of a batch (n, c, h, w), of an augmentation by symmetries."""
+    turned = []
+    for quarter_turns, is_flipped in augmentation.symmetries[: augmentation.n_views]:
+        view = torch.rot90(batch, quarter_turns, (2, 3))
+        turned.append(view.flip(3) if is_flipped else view)
+    return turned
+
+
 class Views:
     """Images brought to the network's size, each in all its fixed views, one behind the other.
 
@@ -163,7 +195,7 @@ class Views:
         return self.augmentation.digest(view, self.images.digest(number))
 
     def load(self, i: int, digest: bytes | None = None) -> torch.Tensor:
-        """Return number `i`, uint8 (3, *size); see `ImageSequence.load`."""
+        """Return number `i`, uint8 (c, *size); see `ImageSequence.load`."""
         number, view = divmod(i, self.n_views)
         is_image = view == 0 and self.augmentation.starts_with_image
         base = self.images.digest(number) if digest is not None or not is_image else None

@@ -11,7 +11,7 @@ import xxhash
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from sktransfer._engine.augmentation import Augmentation, Views, check_bytes, seeded
+from sktransfer._engine.augmentation import Augmentation, OfAnyChannels, Views, check_bytes, seeded
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
@@ -23,7 +23,7 @@ Target = dict[str, torch.Tensor]
 
 
 class BoxAugmentation(Augmentation):
-    """What `augment` stands for, on uint8 images (3, height, width) and the boxes in them.
+    """What `augment` stands for, on uint8 images (c, height, width) and the boxes in them.
 
     Parameters
     ----------
@@ -43,7 +43,8 @@ class BoxAugmentation(Augmentation):
         self.size = size
         self.is_random = self._transform is not None
         if augment == "auto":
-            self._transform = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(*_COLOURS)])
+            both = [v2.RandomHorizontalFlip(), v2.ColorJitter(*_COLOURS)]
+            self._transform = OfAnyChannels(v2.Compose(both))
         if self.is_random:  # other views than a classifier's, under other names in the memory
             self._name = f"boxes {_VERSION} {self._name}"
 
@@ -59,7 +60,7 @@ class BoxAugmentation(Augmentation):
 
     def moved_target(self, target: Target, number: int) -> Target:
         """Return where the boxes of an image lie in its fixed view `number`, one by symmetry."""
-        turns, is_flipped = self._symmetries[number]
+        turns, is_flipped = self.symmetries[number]
         return {**target, "boxes": move_boxes(target["boxes"], self.size, turns, is_flipped)}
 
     def draw_with_boxes(
@@ -69,7 +70,7 @@ class BoxAugmentation(Augmentation):
         if self.is_random:
             return self._changed(image, target, seed)
         chance = xxhash.xxh3_64_intdigest(seed.to_bytes(8, "little"))
-        return self.view_with_boxes(image, target, chance % len(self._symmetries), b"")
+        return self.view_with_boxes(image, target, chance % len(self.symmetries), b"")
 
     def _changed(
         self, image: torch.Tensor, target: Target, seed: int

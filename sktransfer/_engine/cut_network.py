@@ -85,6 +85,7 @@ class CutNetwork:
         if device.type != "cpu":
             network = copy_of(network).to(device)
         self.network: nn.Module = network
+        self._n_channels, *_ = backbone.preprocessing.shape
         self._image_size = backbone.preprocessing.size
         self._sizes = [self._image_size]  # by which blocks are looked for
         self._traced: TracedNetwork | None = None
@@ -129,7 +130,7 @@ class CutNetwork:
                 return  # by now another thread has found them, or that there are none
             try:
                 with self._plain():
-                    self._traced = TracedNetwork(self.network, size)
+                    self._traced = TracedNetwork(self.network, size, self._n_channels)
             except TracingError as error:
                 why = self._advice(size, error)
         if self._traced is None:
@@ -296,7 +297,7 @@ class CutNetwork:
         return self._flops[image_size]
 
     def _count_whole(self, image_size: tuple[int, int]) -> int:
-        blank = torch.zeros(1, 3, *image_size, device=self.device)
+        blank = torch.zeros(1, self._n_channels, *image_size, device=self.device)
         with self._plain(), counted_flops() as counter:
             Whole(self.network)(blank)
         return counter.get_total_flops()
@@ -310,7 +311,8 @@ class CutNetwork:
     def _find_whole_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
         try:
             with self._plain():
-                output = Whole(self.network)(torch.zeros(2, 3, *image_size, device=self.device))
+                blank = torch.zeros(2, self._n_channels, *image_size, device=self.device)
+                output = Whole(self.network)(blank)
             _check_rows(output)
         except OutputError as error:
             raise OutputError(error.what, f"Backbone {self.name!r}") from error
@@ -321,7 +323,8 @@ class CutNetwork:
     def _runs_on_cpu(self, image_size: tuple[int, int]) -> bool:
         try:
             with self._plain():
-                Whole(self.backbone.network)(torch.zeros(2, 3, *image_size, device="cpu"))
+                blank = torch.zeros(2, self._n_channels, *image_size, device="cpu")
+                Whole(self.backbone.network)(blank)
         except Exception:
             return False
         return True
@@ -334,9 +337,10 @@ class CutNetwork:
                 f"{str(self.device)!r}, torch says: {first_line(error)}"
             )
         height, width = image_size
+        shape = f"(n, {self._n_channels}, {height}, {width})"
         message = (
             f"Backbone {self.name!r} can't take images of {height} × {width} pixels, any number of "
-            f"them as a float32 tensor (n, 3, {height}, {width}): {first_line(error).rstrip('.')}."
+            f"them as a float32 tensor {shape}: {first_line(error).rstrip('.')}."
         )
         if image_size == self._image_size:
             return f"{message} If it takes another size, pass image_size."

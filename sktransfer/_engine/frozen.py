@@ -115,7 +115,7 @@ class FrozenBlocks:
     def shape(self, position: int) -> tuple[int, ...]:
         """Return the shape of one image's result, as it is stored: maps have channels last."""
         if position == 0:
-            return (3, *self.size)
+            return self.preprocessing.shape
         if position >= self.embedding:
             return (self.columns_at(position)[-1].stop,)
         shape = self.runner.shape(position, self.size)
@@ -158,7 +158,7 @@ class FrozenBlocks:
     def activations(
         self, program: Program, images: torch.Tensor, positions: Sequence[int], step: int
     ) -> list[torch.Tensor]:
-        """Run uint8 images (n, 3, h, w) to cuts, by the batches in which `Activations` does.
+        """Run uint8 images (n, c, h, w) to cuts, by the batches in which `Activations` does.
 
         The results are float32, ready for what is trained behind the cuts. `program` is that of
         these positions: who runs a network, as in a training step, can't ask for it, see `Runner`.

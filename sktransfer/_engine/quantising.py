@@ -58,7 +58,18 @@ def calibration_images(preprocessing: Preprocessing, n: int | None = None) -> np
     Returns
     -------
     uint8 array of shape (n, height, width, 3)
+
+    Raises
+    ------
+    ValueError
+        If the network takes no pictures: it would be calibrated on what it never sees.
     """
+    if not preprocessing.channels.are_rgb:
+        raise ValueError(
+            "precision='int8' is calibrated on photographs, and this network takes images of "
+            f"{len(preprocessing.mean)} channels or of a value_range: pass precision='bfloat16' or "
+            "'float32'."
+        )
     # The numbers of this older generator never change.
     random = np.random.RandomState(0)
     from sklearn.datasets import load_sample_images  # here, as it imports readers of all formats

@@ -442,7 +442,7 @@ class Runner(CutNetwork):
         if self._has_good_half is None:
             preprocessing = self.backbone.preprocessing
             outputs = [Output(self.embedding_or_output, "flatten")]
-            noise = np.random.default_rng(0).integers(256, size=(4, 3, *preprocessing.size))
+            noise = np.random.default_rng(0).integers(256, size=(4, *preprocessing.shape))
             images = torch.from_numpy(noise.astype(np.uint8)).to(self.device)
 
             def rows(precision: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -471,7 +471,7 @@ class Runner(CutNetwork):
         """Compile a module whose results are finished behind: it is as fast, compiled earlier."""
         if not self.can_be_cut:
             raise ValueError("it can't be traced, so what it does may depend on the pixels")
-        noise = np.random.default_rng(0).integers(256, size=(1, 3, *preprocessing.size))
+        noise = np.random.default_rng(0).integers(256, size=(1, *preprocessing.shape))
         example = torch.from_numpy(noise.astype(np.uint8))
 
         def make() -> Outputs:

@@ -10,7 +10,7 @@ import xxhash
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from sktransfer._engine.augmentation import Augmentation, Views, check_bytes, seeded
+from sktransfer._engine.augmentation import Augmentation, OfAnyChannels, Views, check_bytes, seeded
 from sktransfer._torch_state import cpu_by_default
 from sktransfer.io import ImageSequence
 from sktransfer.models._weights import Describer
@@ -26,7 +26,7 @@ _VERSION = 2  # of what "auto" and "dihedral" do
 
 
 class Tiles(Augmentation):
-    """What `augment` stands for, on uint8 pictures (3, height, width) with room for crops.
+    """What `augment` stands for, on uint8 pictures (c, height, width) with room for crops.
 
     Parameters
     ----------
@@ -68,13 +68,13 @@ class Tiles(Augmentation):
         return xxhash.xxh3_128_digest(digest + f"{self._name} {number}".encode())
 
     def draw(self, image: torch.Tensor, seed: int) -> torch.Tensor:
-        """Return a random tile, uint8 (3, *size)."""
+        """Return a random tile, uint8 (c, *size)."""
         assert self._transform is not None
         tile = seeded(self._transform, image, seed)
-        if not isinstance(tile, torch.Tensor) or tile.ndim != 3 or len(tile) != 3:
+        if not isinstance(tile, torch.Tensor) or tile.ndim != 3 or len(tile) != len(image):
             came = f"a tensor {tuple(tile.shape)}" if hasattr(tile, "shape") else type(tile)
             raise ValueError(
-                f"augment must return a tensor (3, height, width) of any size; of one "
+                f"augment must return a tensor ({len(image)}, height, width) of any size; of one "
                 f"{tuple(image.shape)} it returned {came}."
             )
         check_bytes(tile)
@@ -87,7 +87,8 @@ class _Crop:
     """Crop, change colours, blur: as in SimCLR, where the picture's kind allows it.
 
     Of grey pictures, X-rays for one, shades and fine texture are all there is to see: the former
-    are changed by half as much as colours are, and the latter is not blurred.
+    are changed by half as much as colours are, and the latter is not blurred. So it is with
+    channels that are no colours, which are changed alike.
     """
 
     def __init__(self, size: tuple[int, int], crop_scale: tuple[float, float]) -> None:
@@ -95,15 +96,20 @@ class _Crop:
             self.crop = v2.RandomResizedCrop(size, scale=crop_scale, antialias=True)
         colours = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
         self.colours = v2.Compose([v2.RandomApply([colours], 0.8), v2.RandomGrayscale(0.2)])
-        self.shades = v2.RandomApply([v2.ColorJitter(_SHADES, _SHADES)], 0.8)
+        self.shades = OfAnyChannels(v2.RandomApply([v2.ColorJitter(_SHADES, _SHADES)], 0.8))
         kernel = min(size) // 10 // 2 * 2 + 1
         blur = v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], 0.5)
         self.blur = blur if min(size) >= _BLURRED else v2.Identity()
 
     def __call__(self, picture: torch.Tensor) -> torch.Tensor:
         tile = self.crop(picture)
-        is_grey = torch.equal(picture[0], picture[1]) and torch.equal(picture[1], picture[2])
-        return self.shades(tile) if is_grey else self.blur(self.colours(tile))
+        if len(picture) != 3 or _is_grey(picture):
+            return self.shades(tile)
+        return self.blur(self.colours(tile))
+
+
+def _is_grey(picture: torch.Tensor) -> bool:
+    return torch.equal(picture[0], picture[1]) and torch.equal(picture[1], picture[2])
 
 
 class TileViews(Views):

@@ -34,9 +34,9 @@ from sktransfer._training.summary import blocks_html
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models._modules import portable
 from sktransfer.models._origins import portable_name
-from sktransfer.models._registry import Backbone, loaded_model, seeded_model
+from sktransfer.models._registry import Backbone, channels_of, loaded_model, seeded_model
 from sktransfer.models._state_files import portable_weights
-from sktransfer.transforms import Preprocessing
+from sktransfer.transforms import Channels, Preprocessing
 
 __all__ = [
     "HasMethods",
@@ -257,11 +257,19 @@ class ImageEstimator(BaseEstimator):
             )
         if self.image_shape is not None:
             X = validate_data(self, X, reset=reset, dtype="numeric")
-            return check_images(X, image_shape=tuple(self.image_shape))
+            shape = tuple(self.image_shape)
+            return check_images(X, image_shape=shape, channels=self._channels(reset))
         # Without fit, there are no names of columns to compare with.
         if reset or hasattr(self, "n_features_in_") or hasattr(self, "feature_names_in_"):
             validate_data(self, X, reset=reset, skip_check_array=True, ensure_2d=False)
-        return check_images(X)
+        return check_images(X, channels=self._channels(reset))
+
+    def _channels(self, reset: bool) -> Channels:
+        """Return what the pixels are that the network takes: the one that is fitted, if one is."""
+        fitted = None if reset else getattr(self, "_network", None)
+        if fitted is not None:
+            return fitted.preprocessing.channels
+        return channels_of(self.backbone, self._backbone)
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy may be opened in another folder; the parameters stay as they were given.

@@ -349,6 +349,11 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
 
     def _check_images(self, X: Any, *, reset: bool) -> ImageSequence:
         if self.image_shape is None and is_clips(X):
+            if not self._channels(reset).are_rgb:
+                raise ValueError(
+                    "Clips are read as RGB, and the backbone takes other images: pass single "
+                    "images as X, or a backbone for RGB."
+                )
             return check_clips(X)
         return super()._check_images(X, reset=reset)
 

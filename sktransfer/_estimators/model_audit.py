@@ -11,6 +11,7 @@ from typing import Any
 # it may: an object that gets its attributes back. All other kinds call what they name.
 OURS = {
     "sktransfer._estimators.anomaly.PatchAnomalyDetector": "ObjectNode",
+    "sktransfer._estimators.channel_adapter.ChannelAdapter": "ObjectNode",
     "sktransfer._estimators.contrastive.ContrastivePretrainer": "ObjectNode",
     "sktransfer._estimators.detection.FineTunedDetector": "ObjectNode",
     "sktransfer._estimators.fine_tuning.FineTunedClassifier": "ObjectNode",

@@ -178,10 +178,13 @@ class ImageMemory:
         else:
             items = self._backend.get_items()
             info = {"n_entries": len(items), "n_bytes": sum(item.size for item in items)}
-        folder = self._local_folder
-        if folder is not None:
-            info["n_bytes"] += n_companion_bytes(folder)
+        info["n_bytes"] += self.n_companion_bytes()
         return info
+
+    def n_companion_bytes(self) -> int:
+        """Return the bytes of files that are no results of images; see `companions`."""
+        folder = self._local_folder
+        return 0 if folder is None else n_companion_bytes(folder)
 
     def shares(self) -> list[tuple[str, int, int]]:
         """Return the text, the number of results and their bytes of each function, largest first.

@@ -66,8 +66,7 @@ class TrainingData(Dataset):
         self._images: np.ndarray | None = None
         self._threads = n_threads
         if stored is None:
-            size = views.preprocessing.size
-            shape = (len(views.images), 3, *size)
+            shape = (len(views.images), *views.preprocessing.shape)
             self._images = np.empty(shape, np.uint8) if in_ram(math.prod(shape)) else None
             self._is_loaded = np.zeros(len(views.images), bool)
 

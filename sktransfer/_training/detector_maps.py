@@ -106,7 +106,7 @@ class DetectorMaps:
         self.runner, self.preprocessing = runner, preprocessing
         network: Any = runner.network
         with network_lock.shared(), torch.inference_mode(), float32_by_default():
-            blank = torch.zeros(1, 3, *preprocessing.size, device=runner.device)
+            blank = torch.zeros(1, *preprocessing.shape, device=runner.device)
             self.shapes = [x.shape[1:] for x in network.maps(blank)]
 
     def empty(self, n: int) -> list[np.ndarray]:
@@ -132,7 +132,7 @@ class Pixels:
         self.preprocessing, self.device = preprocessing, device
 
     def empty(self, n: int) -> list[np.ndarray]:
-        return [_allocated(n, (3, *self.preprocessing.size), np.uint8)]
+        return [_allocated(n, self.preprocessing.shape, np.uint8)]
 
     def fill(self, views: Views, outs: list[np.ndarray], **options: Any) -> None:
         with ThreadPoolExecutor(n_threads(options["n_jobs"])) as threads:

@@ -215,7 +215,7 @@ def summarize(
 ) -> ModelSummary:
     """Put the table together; with `unfrozen=None`, nothing is said of what is trained."""
     runner, size = frozen.runner, frozen.size
-    rows = [BlockRow("image", (3, *size), n_bytes=frozen.n_bytes(0))]
+    rows = [BlockRow("image", frozen.preprocessing.shape, n_bytes=frozen.n_bytes(0))]
     seen: set[nn.Parameter] = set()  # that blocks may share
     for position, count in enumerate(frozen.flops(), start=1):
         new = set(runner.segment(position - 1, size).parameters()) - seen

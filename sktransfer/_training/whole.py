@@ -141,14 +141,11 @@ def export_onnx(
     -------
     Path
     """
-    for module in ("onnx", "onnxscript"):
-        load_optional(module, "to_onnx", "'sktransfer[onnx]'")
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ValueError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}.")
+    target = check_target(path)
     preprocessing = trainer.frozen.preprocessing
-    network = _Exported(preprocessing, whole_of_trainer(trainer).cpu(), last).eval()
-    program = _program(network, preprocessing.size, OUTPUTS[trainer.settings.kind])
+    network = whole_with_preprocessing(trainer, last)
+    blank = torch.zeros(2, *preprocessing.shape, dtype=torch.uint8, device="cpu")
+    program = onnx_program(network, blank, "images", OUTPUTS[trainer.settings.kind])
     for name, value in _metadata(trainer, labels).items():
         program.model.metadata_props[name] = _text(value)
     n_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
@@ -156,8 +153,26 @@ def export_onnx(
     return target
 
 
-def _program(network: nn.Module, size: tuple[int, int], output: str) -> Any:
-    blank = torch.zeros(2, 3, *size, dtype=torch.uint8, device="cpu")
+def check_target(path: str | os.PathLike) -> Path:
+    """Return where a file is to be written, if it can be and all is there that writes it."""
+    for module in ("onnx", "onnxscript"):
+        load_optional(module, "to_onnx", "'sktransfer[onnx]'")
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}.")
+    return target
+
+
+def whole_with_preprocessing(trainer: Trainer, last: nn.Module) -> nn.Module:
+    """Return what leads from images of the network's size, 0 to 255, to predictions."""
+    whole = whole_of_trainer(trainer).cpu()
+    return _Exported(trainer.frozen.preprocessing, whole, last).eval()
+
+
+def onnx_program(
+    network: nn.Module, blank: torch.Tensor, given: str, output: str, opset: int | None = None
+) -> Any:
+    """Write a network as torch's ONNX program, for any number of images like `blank`."""
     logger = logging.getLogger("torch.onnx")  # it counts operators that nobody asked for
     level = logger.level
 
@@ -168,7 +183,8 @@ def _program(network: nn.Module, size: tuple[int, int], output: str) -> Any:
                 network,
                 (blank,),
                 dynamo=True,
-                input_names=["images"],
+                opset_version=opset,
+                input_names=[given],
                 output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("n")},),
                 verbose=False,
@@ -195,7 +211,8 @@ def _metadata(trainer: Trainer, labels: list[Any] | None) -> dict[str, Any]:
     return {
         "producer": f"sktransfer {version('sktransfer')}",
         "backbone": trainer.frozen.runner.name,
-        "input": "RGB, uint8, resized and cropped as 'preprocessing' says; the graph does the rest",
+        "input": f"{words_of_channels(preprocessing)}, resized and cropped as 'preprocessing' "
+        "says; the graph does the rest",
         "preprocessing": {
             "resize": list(preprocessing.resize),
             "mode": preprocessing.mode,
@@ -205,3 +222,11 @@ def _metadata(trainer: Trainer, labels: list[Any] | None) -> dict[str, Any]:
         },
         "labels": labels,
     }
+
+
+def words_of_channels(preprocessing: Preprocessing) -> str:
+    if preprocessing.channels.are_rgb:
+        return "RGB, uint8"
+    words = f"{len(preprocessing.mean)} channels, uint8"
+    pairs = preprocessing.value_range
+    return words if pairs is None else f"{words}: 0 and 255 at the ends of {list(pairs)}"

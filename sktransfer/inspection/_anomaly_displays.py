@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_consistent_length
 
 from sktransfer._estimators.labels import plain_labels
 from sktransfer.inspection._plotting import (
+    as_rgb,
     as_seen,
     grid_axes,
     n_rows_and_cols,
@@ -111,7 +112,7 @@ class AnomalyMapDisplay:
             )
         maps, scores = estimator.anomaly_map(X), estimator.score_samples(X)
         images, preprocessing = estimator.check_images(X), estimator.features().preprocessing
-        seen = as_seen(images, preprocessing).permute(0, 2, 3, 1).numpy()
+        seen = as_rgb(as_seen(images, preprocessing)).permute(0, 2, 3, 1).numpy()
         around = surroundings(images, preprocessing)
         return cls(seen, maps, scores, estimator.offset_, around).plot(ax=ax, **kwargs)
 

@@ -60,7 +60,7 @@ def n_rows_and_cols(n: int, n_cols: int | None) -> tuple[int, int]:
 
 def shown(images: ImageSequence, i: int, side: int = _SIDE) -> np.ndarray:
     """Return an image as it is shown: uint8 (height, width, 3), its longer side `side` pixels."""
-    image = images.load(i)  # (3, height, width)
+    image = as_rgb(images.load(i))  # (3, height, width)
     scale = side / max(image.shape[1:])
     size = [max(1, round(length * scale)) for length in image.shape[1:]]
     return F.resize(image, size, antialias=True).permute(1, 2, 0).numpy()
@@ -73,8 +73,13 @@ def put_image(axes: Any, image: np.ndarray, lines: Sequence[str], color: str = "
     axes.set_title(text, fontsize=8, color=color)
 
 
+def as_rgb(image: torch.Tensor) -> torch.Tensor:
+    """Return images ([n,] 3, h, w) of which other channels are shown: the first three, or one."""
+    return image[..., :3, :, :] if image.shape[-3] >= 3 else image[..., [0, 0, 0], :, :]
+
+
 def as_seen(images: ImageSequence, preprocessing: Preprocessing) -> torch.Tensor:
-    """Return images as they enter a network, uint8 (n, 3, height, width)."""
+    """Return images as they enter a network, uint8 (n, channels, height, width)."""
     return torch.stack([images.load(i, None, preprocessing.fit_size) for i in range(len(images))])
 
 
@@ -89,7 +94,7 @@ def surroundings(images: ImageSequence, preprocessing: Preprocessing) -> list[An
 def _surroundings(
     images: ImageSequence, i: int, preprocessing: Preprocessing
 ) -> tuple[np.ndarray, tuple[int, int]] | None:
-    image = images.load(i)
+    image = as_rgb(images.load(i))
     size = preprocessing.scaled_size(*image.shape[1:])
     if math.prod(size) > _MOST_AROUND * math.prod(preprocessing.size):
         return None

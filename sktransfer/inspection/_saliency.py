@@ -18,6 +18,7 @@ from sktransfer._optional import load_optional
 from sktransfer._torch_state import network_lock, ready_to_train
 from sktransfer._training.whole import WholeNetwork, whole_of_runner, whole_of_trainer
 from sktransfer.inspection._plotting import (
+    as_rgb,
     as_seen,
     grid_axes,
     n_rows_and_cols,
@@ -138,10 +139,10 @@ class SaliencyDisplay:
         images = estimator.check_images(X)
         columns = _columns(estimator, targets, len(images))
         position = _position(source.runner, layer, source.preprocessing.size)
-        fitted = as_seen(images, source.preprocessing)  # (n, 3, h, w) uint8
+        fitted = as_seen(images, source.preprocessing)  # (n, c, h, w) uint8
         saliency, outputs, columns = _grad_cam(source, position, fitted, columns)
         titles = _titles(estimator, outputs, columns, X)
-        shown = fitted.permute(0, 2, 3, 1).numpy()
+        shown = as_rgb(fitted).permute(0, 2, 3, 1).numpy()
         around = surroundings(images, source.preprocessing)
         return cls(shown, saliency, titles, around).plot(ax=ax, **kwargs)
 

@@ -74,8 +74,8 @@ def _with_warnings(decode: Callable[[], Decoded]) -> Decoded:
 
 
 def _decode(data: bytes, background: Colour, reserve: Callable[[int], Any]) -> Decoded:
-    with closing(_open(data)) as image:
-        _check_size(image)
+    with closing(open_encoded(data)) as image:
+        check_n_pixels(image.width, image.height)
         reserve(image.width * image.height)
         damage = ""
         if image.format in ("JPEG", "MPO"):
@@ -83,9 +83,9 @@ def _decode(data: bytes, background: Colour, reserve: Callable[[int], Any]) -> D
         else:
             pixels = _webp_pixels(image, data, background)
         if pixels is not None:
-            return Decoded(_upright(pixels, image), damage)
+            return Decoded(upright(pixels, image), damage)
         bits = bits_of_file(image)  # seen before it is loaded only
-        damage = _load(image, data if image.format == "PNG" else b"") or damage
+        damage = load_pixels(image, data if image.format == "PNG" else b"") or damage
         return _decoded(image, background, bits)._replace(damage=damage)
 
 
@@ -108,7 +108,7 @@ def _load_of_user(image: ImageFile.ImageFile) -> None:
     """Load an image, and keep with it what is seen only then: it may be asked for once more."""
     seen = _Seen(image.tell(), bits_of_file(image))
     try:
-        seen = seen._replace(damage=_load(image, _bytes_not_loaded(image)))
+        seen = seen._replace(damage=load_pixels(image, _bytes_not_loaded(image)))
     except Exception as error:
         if not image.tile:  # libtiff's errors leave it as if it were loaded
             setattr(image, _SEEN, seen._replace(error=str(error)))
@@ -136,7 +136,7 @@ def _decoded(image: Image.Image, background: Colour, bits: int = 8) -> Decoded:
         pixels, doubt = _rgb(image, background, bits), ""
         if bits == 16 and (largest := int(pixels.max(initial=0))):
             doubt = too_dark(largest << 8 | 255)  # the lower byte is lost: of black nobody can tell
-    return Decoded(_upright(pixels, image), doubt=doubt)
+    return Decoded(upright(pixels, image), doubt=doubt)
 
 
 def why_unknown(data: bytes) -> str:
@@ -163,7 +163,7 @@ def why_unknown(data: bytes) -> str:
     return f"Pillow knows no image that starts with {data[:12]!r}; replace it, or drop the row"
 
 
-def _open(data: bytes) -> Image.Image:
+def open_encoded(data: bytes) -> Image.Image:
     refuse_unreadable(data)
     # Only their own plugins: once all are loaded, others would try to read them before.
     formats = next((kinds for start, kinds in _KINDS.items() if data.startswith(start)), None)
@@ -182,11 +182,14 @@ def _open(data: bytes) -> Image.Image:
     raise UnidentifiedImageError("no plugin opens it")
 
 
-def _check_size(image: Image.Image) -> None:
-    limit, pixels = get_config()["max_pixels"], image.width * image.height
-    if limit != "pillow" and pixels > limit:
+def check_n_pixels(width: int, height: int) -> None:
+    """Raise an error for an image of more pixels than `set_config` or Pillow allows."""
+    limit, pixels = get_config()["max_pixels"], width * height
+    if limit == "pillow":
+        limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else pixels
+    if pixels > limit:
         raise Image.DecompressionBombError(
-            f"{image.width} × {image.height} = {pixels} pixels, but max_pixels is {limit}"
+            f"{width} × {height} = {pixels} pixels, but max_pixels is {limit}"
         )
 
 
@@ -209,9 +212,13 @@ def _rgb(image: Image.Image, background: Colour, bits: int = 8) -> np.ndarray:
     return pixels
 
 
-def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+def upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     """Turn pixels as the EXIF data of their image say."""
-    orientation = _orientation(image)
+    return turned(pixels, _orientation(image))
+
+
+def turned(pixels: np.ndarray, orientation: Any) -> np.ndarray:
+    """Turn pixels as a number of EXIF says, of which 1 is upright."""
     if orientation not in range(2, 9):
         return pixels
     if orientation in (5, 6, 7, 8):
@@ -222,10 +229,10 @@ def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
         pixels = pixels[:, ::-1]
     if pixels.ndim == 2:
         return np.ascontiguousarray(pixels)
-    turned = np.empty(pixels.shape, pixels.dtype)
-    for channel in range(3):  # five times as fast as all at once
-        turned[..., channel] = pixels[..., channel]
-    return turned
+    copied = np.empty(pixels.shape, pixels.dtype)
+    for channel in range(pixels.shape[2]):  # five times as fast as all at once
+        copied[..., channel] = pixels[..., channel]
+    return copied
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -255,8 +262,8 @@ def is_sound_jpeg(data: bytes) -> bool:
     """
     if not data.startswith(_STARTS["JPEG"]):
         return False
-    with pillow_warnings(), closing(_open(data)) as image:
-        _check_size(image)
+    with pillow_warnings(), closing(open_encoded(data)) as image:
+        check_n_pixels(image.width, image.height)
         _orientation(image)  # of which damaged tags make an error
     try:
         simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)
@@ -307,7 +314,7 @@ def _damage_of_jpeg(data: bytes) -> str:
 # ------------------------------------------------------------------------------ others
 
 
-def _load(image: Image.Image, data: bytes) -> str:
+def load_pixels(image: Image.Image, data: bytes) -> str:
     """Load an image with Pillow; return what is wrong with it nevertheless.
 
     The bytes are needed for PNG and for a JPEG that nobody has decoded: without them they are not

@@ -7,8 +7,8 @@ import os
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Number
@@ -31,11 +31,13 @@ from sktransfer.io._codecs import (
 )
 from sktransfer.io._files import read_regular, room_for
 from sktransfer.io._messages import speaking_of
+from sktransfer.io._samples import samples, samples_of_pillow
 from sktransfer.io._transparency import Colour, may_be_transparent
+from sktransfer.transforms import RGB, Channels
 
 _LONGEST_NAME = 500  # characters in an error
+_MOST_OUTSIDE = 0.5  # of the values of an image; if more are clipped, their range was another one
 ACCEPTED = "paths, encoded bytes, PIL images, arrays (height, width[, channels]) or tensors"
-CHANNELS = (1, 3)  # that an array may have: grey, or red, green and blue
 _KINDS: dict[str, tuple[type, ...]] = {
     "a path": (str, os.PathLike),
     "encoded bytes": (bytes, bytearray, memoryview),
@@ -55,7 +57,7 @@ class DamagedImageWarning(UserWarning):
 
 @dataclass(frozen=True)
 class OpenImage:
-    """An image whose file was read: its bytes, or uint8 RGB pixels (height, width, 3)."""
+    """An image whose file was read: its bytes, or uint8 pixels (height, width, channels)."""
 
     content: Any
     where: str
@@ -63,6 +65,7 @@ class OpenImage:
     damage: str = ""  # what is wrong with the file of a PIL image
     # Read once, as another thread may change it: pixels are never kept under another one's digest.
     background: Colour = field(default_factory=lambda: get_config()["background"])
+    channels: Channels = RGB
 
     @cached_property
     def digest(self) -> bytes:
@@ -79,8 +82,8 @@ class OpenImage:
         return digest.digest()
 
     def decode(self, use: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
-        """Return uint8 RGB of shape (3, height, width), channels last in memory, or what `use`
-        makes of it.
+        """Return uint8 pixels (channels, height, width), RGB unless `channels` says else, with
+        channels last in memory; or what `use` makes of them.
 
         No other large image is decoded before `use` returns.
         """
@@ -89,7 +92,7 @@ class OpenImage:
             return pixels if use is None else use(pixels)
 
     def examine(self, use: Callable[[torch.Tensor], Any]) -> tuple[Any, str]:
-        """Return what `use` makes of uint8 RGB (3, height, width), and the damage, if any.
+        """Return what `use` makes of uint8 (channels, height, width), and the damage, if any.
 
         There is no warning and, if a part could be decoded, no error, whatever the settings say.
         """
@@ -100,12 +103,13 @@ class OpenImage:
 
     def check(self) -> None:
         """Raise the `ValueError` that `decode` would, without its warnings."""
-        if isinstance(self.content, bytes) and _guarded(is_sound_jpeg, self.content, self.where):
+        is_picture = isinstance(self.content, bytes) and self.channels.are_rgb
+        if is_picture and _guarded(is_sound_jpeg, self.content, self.where):
             return
         with ExitStack() as room:
             decoded = self._decoded(room)
             _refuse_damage(decoded, self.where)
-            _from_array(decoded.pixels, self.where)
+            _from_array(decoded.pixels, self.where, self.channels)
 
     def _pixels(self, room: ExitStack) -> np.ndarray:
         decoded = self._decoded(room)
@@ -116,7 +120,7 @@ class OpenImage:
     def _own_pixels(self, decoded: Decoded) -> np.ndarray:
         if not isinstance(self.content, bytes):
             return self.content.copy("C")  # it may be the user's own array
-        return _from_array(decoded.pixels, self.where)
+        return _from_array(decoded.pixels, self.where, self.channels)
 
     def _decoded(self, room: ExitStack) -> Decoded:
         if not isinstance(self.content, bytes):
@@ -124,7 +128,12 @@ class OpenImage:
             return Decoded(self.content, self.damage, self.doubt)
 
         def decode_in_turn(data: bytes) -> Decoded:
-            return decode(data, self.background, lambda n: room.enter_context(room_for(n)))
+            def reserve(n: int) -> None:
+                room.enter_context(room_for(n))
+
+            if not self.channels.are_rgb:
+                return samples(data, reserve)
+            return decode(data, self.background, reserve)
 
         return _guarded(decode_in_turn, self.content, self.where)
 
@@ -151,21 +160,23 @@ def _warn(decoded: Decoded, where: str) -> None:
         warnings.warn(f"{where}: {decoded.doubt}.", stacklevel=2)
 
 
-def open_image(item: Any, where: str) -> OpenImage:
+def open_image(item: Any, where: str, channels: Channels = RGB) -> OpenImage:
     if isinstance(item, (str, os.PathLike)):
-        return OpenImage(_read(item, where), where)
+        return OpenImage(_read(item, where), where, channels=channels)
     if isinstance(item, (bytes, bytearray, memoryview)):
         if not item:
             raise ValueError(f"{where}: the encoded image is empty (0 bytes); drop the row.")
-        return OpenImage(bytes(item), where)
+        return OpenImage(bytes(item), where, channels=channels)
     damage = doubt = ""
     if isinstance(item, Image.Image):
-        item, damage, doubt = _guarded(_from_users_pillow, item, where)
+        decode = _from_users_pillow if channels.are_rgb else _samples_of_users_pillow
+        item, damage, doubt = _guarded(decode, item, where)
     if isinstance(item, torch.Tensor):
-        item = _channels_last(item, where)
+        item = _channels_last(item, where, channels)
     if not isinstance(item, np.ndarray):
         raise TypeError(f"{where} is {kind_of(item)}: pass {ACCEPTED}.")
-    return OpenImage(_from_array(item, where), where, doubt, damage)
+    pixels = _from_array(item, where, channels)
+    return OpenImage(pixels, where, doubt, damage, channels=channels)
 
 
 def file_name(item: Any) -> str:
@@ -211,7 +222,7 @@ def _guarded(decode: Callable[[Any], Any], source: Any, where: str) -> Any:
     try:
         with speaking_of(where):
             return decode(source)
-    except MemoryError:
+    except (MemoryError, ImportError):
         raise
     except Image.DecompressionBombWarning as error:  # the user's filters make it an error
         raise ValueError(str(error)) from error
@@ -255,10 +266,33 @@ def _came_through_pillow(error: Exception) -> bool:
 
 def _from_users_pillow(image: Image.Image) -> Decoded:
     """Decode an image that other threads may hold: Pillow reads its file when it is first used."""
+    with _turn_of(image):
+        return decode_pillow(image, get_config()["background"])
+
+
+def _samples_of_users_pillow(image: Image.Image) -> Decoded:
+    with _turn_of(image):
+        return samples_of_pillow(image)
+
+
+@contextmanager
+def _turn_of(image: Image.Image) -> Iterator[None]:
     lock = _pillow_locks[id(image) // 64 % len(_pillow_locks)]
     # In this order: who holds the lock never waits for room, so that it is soon free again.
     with room_for(image.width * image.height), lock:
-        return decode_pillow(image, get_config()["background"])
+        yield
+
+
+def shape_of(item: Any, where: str) -> tuple[int, ...]:
+    """Return height, width and perhaps channels of an image as it came, before any conversion."""
+    if isinstance(item, torch.Tensor):
+        return (*item.shape[1:], item.shape[0]) if item.ndim == 3 else tuple(item.shape)
+    if isinstance(item, np.ndarray):
+        return item.shape
+    if isinstance(item, Image.Image):
+        return _guarded(_samples_of_users_pillow, item, where).pixels.shape
+    content = open_image(item, where, Channels(0)).content
+    return _guarded(lambda data: samples(data, lambda n: None), content, where).pixels.shape
 
 
 def as_numpy(X: Any) -> Any:
@@ -268,51 +302,78 @@ def as_numpy(X: Any) -> Any:
     return (X.float() if X.is_floating_point() else X).numpy()  # NumPy has no bfloat16
 
 
-def _channels_last(tensor: torch.Tensor, where: str) -> np.ndarray:
+def counts_of(channels: Channels) -> tuple[int, ...]:
+    """Return how many channels an array may have: grey becomes RGB."""
+    return (1, 3) if channels.number == 3 else (channels.number,)
+
+
+def expected(channels: Channels) -> str:
+    """Return the words for these numbers."""
+    if channels.number == 3:
+        return "1 or 3 channels"
+    return f"{channels.number} channel{'s' * (channels.number > 1)}"
+
+
+def _channels_last(tensor: torch.Tensor, where: str, channels: Channels) -> np.ndarray:
     """Return a tensor (channels, height, width) as an array (height, width, channels)."""
-    shape = tuple(tensor.shape)
+    shape, counts = tuple(tensor.shape), counts_of(channels)
     if len(shape) != 3:
         return as_numpy(tensor)
-    if shape[0] in CHANNELS:
+    if shape[0] in counts:
         return np.moveaxis(as_numpy(tensor), 0, -1)
-    remedy = "pass (height, width) or (channels, height, width) with 1 or 3 channels"
-    if shape[2] in CHANNELS:
+    remedy = f"pass (height, width) or (channels, height, width) with {expected(channels)}"
+    if channels.number != 3:
+        remedy = f"the network takes (channels, height, width) with {expected(channels)}"
+    if shape[2] in counts:
         remedy += "; image.permute(2, 0, 1) puts the channels first"
-    elif shape[0] in (2, 4):
-        remedy = without_last(shape[0], f"image[:{shape[0] - 1}]")
+    elif channels.number == 3:
+        remedy = without_others(shape[0], "image[{}]")
     raise ValueError(f"{where}: got a tensor of shape {shape}; {remedy}.")
 
 
-def without_last(n_channels: int, rest: str) -> str:
-    """Return what to do with 2 or 4 channels; `rest` is the code that leaves the last one out."""
-    kind = "grey" if n_channels == 2 else "red, green and blue"
+def without_others(n_channels: int, rest: str) -> str:
+    """Return what to do with 2, 4 or more channels; `rest` is the code that takes some of them."""
+    kind, part = ("grey", ":1") if n_channels == 2 else ("RGB", ":3")
+    transparency = ""
+    if n_channels in (2, 4):
+        transparency = ", or show transparency on a colour with PIL.Image.alpha_composite"
     return (
-        f"an image has 1 or 3 channels, and none of {n_channels} is dropped unasked: pass {rest} "
-        f"if the others are {kind}; to show transparency, composite it on a colour with "
-        "PIL.Image.alpha_composite"
+        f"an image has 1 or 3 channels, and none of {n_channels} is dropped unasked: for a network "
+        f"of {n_channels}, pass backbone=sktransfer.ChannelAdapter(backbone, n_channels="
+        f"{n_channels}); or convert to {kind}: pass {rest.format(part)} if these are "
+        f"{kind}{transparency}"
     )
 
 
-def _from_array(array: np.ndarray, where: str) -> np.ndarray:
-    """Return (height, width[, channels]) as uint8 (height, width, 3), itself if it is that."""
-    shape = array.shape
+def _from_array(array: np.ndarray, where: str, channels: Channels = RGB) -> np.ndarray:
+    """Return (height, width[, channels]) as uint8 (height, width, channels), itself if it is that.
+
+    Grey becomes RGB for a network of three channels.
+    """
+    shape, counts = array.shape, counts_of(channels)
     if array.ndim == 2:
         array = array[:, :, None]  # (height, width, 1)
-    if array.ndim != 3 or array.shape[2] not in CHANNELS:
-        remedy = "pass (height, width) or (height, width, channels) with 1 or 3 channels"
-        if array.ndim == 3 and array.shape[0] in CHANNELS:
+    if array.ndim != 3 or array.shape[2] not in counts:
+        remedy = f"pass (height, width) or (height, width, channels) with {expected(channels)}"
+        if channels.number != 3:
+            remedy = f"the network takes (height, width, channels) with {expected(channels)}"
+        if array.ndim == 3 and array.shape[0] in counts:
             remedy += "; np.moveaxis(image, 0, -1) puts the channels last"
-        elif array.ndim == 3 and array.shape[2] in (2, 4):
-            remedy = without_last(array.shape[2], f"image[..., :{array.shape[2] - 1}]")
+        elif array.ndim == 3 and channels.number == 3:
+            remedy = without_others(array.shape[2], "image[..., {}]")
         raise ValueError(f"{where}: got an image of shape {shape}; {remedy}.")
     if array.size == 0:
         raise ValueError(f"{where}: the image has no pixels (shape {shape}); drop the row.")
-    array = _to_uint8(array, where)
-    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
+    array = to_uint8(array, where, channels.value_range)
+    is_grey = array.shape[2] == 1 and channels.number == 3
+    return np.repeat(array, 3, axis=2) if is_grey else array
 
 
-def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:
-    check_dtype(array.dtype, where)
+def to_uint8(array: np.ndarray, where: str, value_range: Any = None) -> np.ndarray:
+    """Return pixels (..., channels) as uint8; errors call them `where`."""
+    check_dtype(array.dtype, where, value_range)
+    if value_range is not None:
+        return _from_range(array, where, value_range)
     if array.dtype == np.uint8:
         return array
     low, high, top = float(array.min()), float(array.max()), white(array)
@@ -328,6 +389,25 @@ def _to_uint8(array: np.ndarray, where: str) -> np.ndarray:
     return quantise(array)
 
 
+def _from_range(
+    array: np.ndarray, where: str, value_range: tuple[tuple[float, float], ...]
+) -> np.ndarray:
+    """Return values (..., channels) as uint8: 0 and 255 at the ends of the range, and beyond."""
+    low, high = np.array(value_range).T  # one for all channels, or for each
+    values = array.astype(np.float32 if array.itemsize <= 2 else np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{where}: the pixels hold NaN or infinity; mend them or drop the row.")
+    scaled = (values - low) / (high - low)
+    if (outside := ((scaled < 0) | (scaled > 1)).mean()) > _MOST_OUTSIDE:
+        warnings.warn(
+            f"{where}: {outside:.0%} of the values lie outside of value_range={value_range} and "
+            f"are clipped; they go from {values.min():g} to {values.max():g}. State the range of "
+            "the data.",
+            stacklevel=2,
+        )
+    return quantise(scaled)
+
+
 def white(array: np.ndarray) -> int:
     """Return the value of white."""
     return 1 if array.dtype.kind in "fb" else 255
@@ -341,11 +421,14 @@ def quantise(array: np.ndarray) -> np.ndarray:
     return np.clip(array, 0, 255).astype(np.uint8)
 
 
-def check_dtype(dtype: np.dtype, where: str) -> None:
+def check_dtype(dtype: np.dtype, where: str, value_range: Any = None) -> None:
     if dtype.kind == "c":
         raise ValueError(f"{where}: Complex data not supported; pass the real part or magnitude.")
     if dtype.kind not in "biuf":
         raise TypeError(f"{where}: pixels of dtype {dtype}; pass uint8, or floats in [0, 1].")
-    if dtype == np.uint16:
-        remedy = "divide by the largest value the camera gives (255, 4095 or 65535)"
+    if dtype == np.uint16 and value_range is None:
+        remedy = (
+            "divide by the largest value the camera gives (255, 4095 or 65535), or state it to "
+        )
+        remedy += "a sktransfer.ChannelAdapter: value_range=(0, 4095)"
         raise ValueError(f"{where}: the range of uint16 pixels is unknown; {remedy}.")

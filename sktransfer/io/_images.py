@@ -17,20 +17,24 @@ from sklearn.utils import check_array
 from sktransfer._config import get_config
 from sktransfer.io._decoding import (
     ACCEPTED,
-    CHANNELS,
     DamagedImageWarning,
     OpenImage,
     as_numpy,
     check_dtype,
+    counts_of,
+    expected,
     file_name,
     kind_of,
     open_image,
     quantise,
+    shape_of,
+    to_uint8,
     white,
-    without_last,
+    without_others,
 )
 from sktransfer.io._files import reading_turn
 from sktransfer.io._folders import list_images, load_image_folder
+from sktransfer.transforms import RGB, Channels
 
 __all__ = [
     "DamagedImageWarning",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 _DARK = 16  # of 255; images in which nothing is brighter were probably scaled otherwise
+_MOST_BANDS = 16  # of what may be the channels of an image that came first
 _ONE_FILE = ("a path", "encoded bytes", "a PIL image")
 
 
@@ -64,17 +69,28 @@ class ImageSequence:
         items: Any,
         rows: np.ndarray | None = None,
         digests: dict[Any, bytes] | None = None,
+        channels: Channels = RGB,
     ) -> None:
         self._items = items
         self._rows = np.arange(len(items)) if rows is None else rows
         self._digests = {} if digests is None else digests
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, indices: Any) -> ImageSequence:
         """Return the rows of a slice, a list of indices or a mask; errors keep their numbers."""
-        return ImageSequence(self._items, np.atleast_1d(self._rows[indices]), self._digests)
+        rows = np.atleast_1d(self._rows[indices])
+        return ImageSequence(self._items, rows, self._digests, self.channels)
+
+    def with_channels(self, channels: Channels) -> ImageSequence:
+        """Return the same images as another network takes them."""
+        if channels == self.channels:
+            return self
+        if _is_block(self._items):
+            _check_block(self._items, channels)
+        return ImageSequence(self._items, self._rows, None, channels)
 
     def file(self, i: int) -> str | None:
         """Return the path of row `i`; None if it is no file."""
@@ -88,7 +104,7 @@ class ImageSequence:
 
     def open(self, i: int) -> OpenImage:
         """Return row `i`, its file read once, with `.digest` and `.decode()`. Thread-safe."""
-        return open_image(self._items[self._rows[i]], self.where(i))
+        return open_image(self._items[self._rows[i]], self.where(i), self.channels)
 
     def digest(self, i: int) -> bytes:
         """Return 16 bytes that stand for the content of row `i`.
@@ -117,10 +133,11 @@ class ImageSequence:
         digest: bytes | None = None,
         use: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return row `i` as uint8 RGB of shape (3, height, width), or raise a `ValueError`.
+        """Return row `i` as uint8 (channels, height, width), or raise a `ValueError`.
 
-        It raises one, too, if the row's content has another digest than the given one. With `use`
-        it returns what that makes of the pixels: large images wait for each other until then.
+        The channels are red, green and blue, unless `check_images` got others. It raises one, too,
+        if the row's content has another digest than the given one. With `use` it returns what that
+        makes of the pixels: large images wait for each other until then.
         """
         with reading_turn(self._items[self._rows[i]]):
             image = self.open(i)
@@ -139,14 +156,15 @@ class ImageSequence:
     def block(
         self, rows: Sequence[int], digests: Sequence[bytes | None] | None = None
     ) -> torch.Tensor | None:
-        """Return rows of one array of uint8 RGB images as a tensor (n, 3, height, width) on it.
+        """Return rows of one array of uint8 images as a tensor (n, channels, height, width) on it.
 
         None for everything else, and if a row's content has another digest than the given one:
         then `load` says what is wrong. As it may be the user's own array, it is only to be read.
         """
         items = self._items
         is_block = isinstance(items, np.ndarray) and items.dtype == np.uint8 and items.ndim == 4
-        if not is_block or items.shape[3] != 3 or not items.size:
+        is_block = is_block and self.channels.value_range is None
+        if not is_block or items.shape[3] != self.channels.number or not items.size:
             return None
         numbers = self._rows[list(rows)]
         is_run = bool((np.diff(numbers) == 1).all())
@@ -159,7 +177,9 @@ class ImageSequence:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSequence:
+def check_images(
+    X: Any, *, image_shape: Sequence[int] | None = None, channels: Channels | None = None
+) -> ImageSequence:
     """Check that `X` is a sequence of images, without reading files or copying arrays.
 
     Parameters
@@ -175,6 +195,9 @@ def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSe
     image_shape : tuple of 2 or 3 ints, default=None
         Height, width and perhaps channels of flat rows (n, n_features); one may be -1, as in
         `reshape`. Only here are values out of range clipped, with a warning.
+    channels : Channels, default=None
+        What the pixels are that a network takes, its `preprocessing.channels`; None for RGB. See
+        :class:`sktransfer.ChannelAdapter`.
 
     Returns
     -------
@@ -195,25 +218,49 @@ def check_images(X: Any, *, image_shape: Sequence[int] | None = None) -> ImageSe
     (1797, torch.Size([3, 8, 8]))
     """
     if isinstance(X, ImageSequence):
-        return X
+        return X if channels is None else X.with_channels(channels)
+    channels = channels or RGB
     if (kind := kind_of(X)) in _ONE_FILE:
         raise TypeError(f"Expected a sequence of images, got {kind}: for one image, pass [X].")
     if issparse(X) or (isinstance(X, torch.Tensor) and X.layout != torch.strided):
         raise TypeError("Sparse input is not supported: pass X.toarray() (X.to_dense() in torch).")
     if image_shape is not None:
-        return ImageSequence(_flat_rows(X, image_shape))
+        return ImageSequence(_flat_rows(X, image_shape, channels), channels=channels.in_8_bits())
     items = _items(X)
-    is_block = isinstance(items, np.ndarray) and items.dtype.kind not in "OSUT"
-    if is_block or isinstance(items, torch.Tensor):
-        _check_block(items)
+    is_block = _is_block(items)
+    if is_block:
+        _check_block(items, channels)
     if len(items) == 0:
         raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
     kind = "an array" if is_block else kind_of(items[0])
-    if kind in ("an array", "a tensor"):
+    if kind in ("an array", "a tensor") and channels.value_range is None:
         _warn_of_darkness(items)
     elif kind == "a PIL image":
         _refuse_repeated_pages(items)
-    return ImageSequence(items)
+    return ImageSequence(items, channels=channels)
+
+
+def count_channels(X: Any) -> int:
+    """Return how many channels the first of a sequence of images has.
+
+    Raises
+    ------
+    ValueError
+        If it looks as if they came first, and not last.
+    """
+    items = X._items if isinstance(X, ImageSequence) else _items(X)
+    if len(items) == 0:
+        raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
+    first = items[0]
+    shape = shape_of(first, "row 0" + (f" ({file_name(first)})" if file_name(first) else ""))
+    n_channels = shape[2] if len(shape) == 3 else 1
+    if n_channels > shape[0] and shape[0] <= _MOST_BANDS:
+        raise ValueError(
+            f"row 0 has shape {shape}, which would be an image {shape[0]} pixels high, of "
+            f"{n_channels} channels: channels come last, X.transpose(0, 2, 3, 1) moves them there; "
+            f"if they do, pass n_channels={n_channels}."
+        )
+    return n_channels
 
 
 def load_image(source: Any) -> torch.Tensor:
@@ -252,6 +299,12 @@ def load_image(source: Any) -> torch.Tensor:
 
 
 # Many images ----------------------------------------------------------------------------------
+
+
+def _is_block(items: Any) -> bool:
+    """Tell whether images come as one array or tensor of numbers."""
+    is_array = isinstance(items, np.ndarray) and items.dtype.kind not in "OSUT"
+    return is_array or isinstance(items, torch.Tensor)
 
 
 def _items(X: Any) -> Any:
@@ -301,10 +354,11 @@ def _numbers(X: Any) -> np.ndarray:
     return array
 
 
-def _check_block(X: np.ndarray | torch.Tensor) -> None:
+def _check_block(X: np.ndarray | torch.Tensor, channels: Channels) -> None:
     """Check the shape and dtype of images that come as one array or tensor."""
     shape, is_tensor = tuple(X.shape), isinstance(X, torch.Tensor)
-    check_dtype(as_numpy(X[:0] if shape else X).dtype, "X")
+    check_dtype(as_numpy(X[:0] if shape else X).dtype, "X", channels.value_range)
+    counts = counts_of(channels)
     remedy = ""
     if len(shape) < 2:
         got = "1D array" if shape else "scalar array"
@@ -314,8 +368,10 @@ def _check_block(X: np.ndarray | torch.Tensor) -> None:
         remedy = "These are flat rows or one grey image: pass image_shape=(height, width), or [X]."
     elif is_tensor and len(shape) == 3:
         remedy = "Pass X.unsqueeze(1) for grey images, or X.unsqueeze(0) for a single image."
-    elif len(shape) == 4 and shape[1 if is_tensor else 3] not in CHANNELS:
-        remedy = _channels_remedy(shape, is_tensor)
+    elif len(shape) == 4 and shape[1 if is_tensor else 3] not in counts:
+        remedy = _channels_remedy(shape, is_tensor, channels)
+    elif len(shape) == 3 and 1 not in counts:
+        remedy = f"An image has {expected(channels)}: for a single one, pass [X]."
     elif not is_tensor and len(shape) == 3 and shape[2] in (3, 4) and shape[1] > 8:
         remedy = "If this is one colour image, pass [X]; if it is grey ones, X[..., np.newaxis]."
     elif len(shape) > 4:
@@ -324,17 +380,19 @@ def _check_block(X: np.ndarray | torch.Tensor) -> None:
         raise ValueError(f"X has shape {shape}. {remedy}")
 
 
-def _channels_remedy(shape: tuple[int, ...], is_tensor: bool) -> str:
-    """Return what to do with images of this shape, (n, ...), which have not 1 or 3 channels."""
+def _channels_remedy(shape: tuple[int, ...], is_tensor: bool, channels: Channels) -> str:
+    """Return what to do with images of this shape, (n, ...), which have other channels."""
     n_channels, other = (shape[1], shape[3]) if is_tensor else (shape[3], shape[1])
-    if n_channels in (2, 4) and other not in CHANNELS:
-        rest = f"X[:, :{n_channels - 1}]" if is_tensor else f"X[..., :{n_channels - 1}]"
-        return f"But {without_last(n_channels, rest)}."
+    counts = counts_of(channels)
+    if channels.number != 3 and other not in counts:
+        return f"The network takes images of {expected(channels)}."
+    if n_channels and other not in counts:
+        return f"But {without_others(n_channels, 'X[:, {}]' if is_tensor else 'X[..., {}]')}."
     order = "0, 3, 1, 2" if is_tensor else "0, 2, 3, 1"
     move = f"X.{'permute' if is_tensor else 'transpose'}({order})"
     what, where = ("A tensor", "first") if is_tensor else ("An array", "last")
-    remedy = f": pass {move}" if other in CHANNELS else ""
-    return f"{what} has its 1 or 3 channels {where}{remedy}."
+    remedy = f": pass {move}" if other in counts else ""
+    return f"{what} has its {expected(channels)} {where}{remedy}."
 
 
 def _warn_of_darkness(images: Iterable[Any]) -> None:
@@ -371,14 +429,16 @@ def _refuse_repeated_pages(images: Sequence[Any]) -> None:
             )
 
 
-def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
+def _flat_rows(X: Any, image_shape: Sequence[int], channels: Channels) -> np.ndarray:
     """Return flat rows as uint8 (n, height, width[, channels]); clip with a warning."""
     if isinstance(X, (Sequence, np.ndarray)) and len(X):
         first = kind_of(X[0])
         if first in _ONE_FILE:
             raise ValueError(f"image_shape is for flat rows, but row 0 is {first}: leave it None.")
     X = check_array(as_numpy(X), dtype="numeric", ensure_all_finite=False, input_name="X")
-    shape = _resolve_shape(image_shape, X.shape[1])
+    shape = _resolve_shape(image_shape, X.shape[1], channels)
+    if channels.value_range is not None:
+        return to_uint8(X.reshape(len(X), *shape), "X", channels.value_range)
     low, high, top = X.min(axis=1), X.max(axis=1), white(X)  # (n,)
     broken = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high)))
     if len(broken):
@@ -398,7 +458,9 @@ def _flat_rows(X: Any, image_shape: Sequence[int]) -> np.ndarray:
     return quantise(X).reshape(len(X), *shape)
 
 
-def _resolve_shape(image_shape: Sequence[int], n_features: int) -> tuple[int, ...]:
+def _resolve_shape(
+    image_shape: Sequence[int], n_features: int, channels: Channels
+) -> tuple[int, ...]:
     shape = tuple(image_shape)
     valid = all(isinstance(side, (int, np.integer)) and (side > 0 or side == -1) for side in shape)
     if not valid or len(shape) not in (2, 3) or shape.count(-1) > 1:
@@ -411,10 +473,11 @@ def _resolve_shape(image_shape: Sequence[int], n_features: int) -> tuple[int, ..
         holds = f"a multiple of {known}" if -1 in shape else str(known)
         raise ValueError(f"X has {n_features} features, but image_shape={shape} takes {holds}.")
     shape = tuple(n_features // known if side == -1 else int(side) for side in shape)
-    if len(shape) == 3 and shape[2] not in CHANNELS:
-        remedy = "an image has 1 or 3"
-        if shape[2] in (2, 4):
-            rest = f"X.reshape(-1, {', '.join(map(str, shape))})[..., :{shape[2] - 1}]"
-            remedy = without_last(shape[2], rest + " without image_shape")
-        raise ValueError(f"image_shape={shape} has {shape[2]} channels; {remedy}.")
+    n_channels = shape[2] if len(shape) == 3 else 1
+    if n_channels not in counts_of(channels):
+        remedy = f"an image has {expected(channels)}"
+        if channels.number == 3:
+            rest = f"X.reshape(-1, {', '.join(map(str, shape))})[..., {{}}] without image_shape"
+            remedy = without_others(n_channels, rest)
+        raise ValueError(f"image_shape={shape} has {n_channels} channels; {remedy}.")
     return shape

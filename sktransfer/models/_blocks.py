@@ -43,10 +43,12 @@ class TracedNetwork:
     Parameters
     ----------
     network : nn.Module
-        Takes images of shape (n, 3, height, width) and returns one tensor. Traced in eval mode;
-        its parameters are shared with every slice, and nothing in it is changed.
+        Takes images of shape (n, channels, height, width) and returns one tensor. Traced in eval
+        mode; its parameters are shared with every slice, and nothing in it is changed.
     image_size : (int, int), default=(224, 224)
         Height and width of the images by which cuts are found.
+    n_channels : int, default=3
+        Of the images.
 
     Attributes
     ----------
@@ -63,15 +65,20 @@ class TracedNetwork:
         If the network cannot be traced, for instance where its control flow depends on the data.
     """
 
-    def __init__(self, network: nn.Module, image_size: tuple[int, int] = (224, 224)) -> None:
-        self.network = network
+    def __init__(
+        self,
+        network: nn.Module,
+        image_size: tuple[int, int] = (224, 224),
+        n_channels: int = 3,
+    ) -> None:
+        self.network, self.n_channels = network, n_channels
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.n_prefix_tokens = _count_prefix_tokens(network)
         self._slices: dict[tuple[int, int, tuple[int, int]], fx.GraphModule] = {}
         try:
             self._graph, self._constants = trace(network)
             self._nodes = list(self._graph.nodes)
-            values = propagate(self._graph, self._lookup, self.image_size)
+            values = propagate(self._graph, self._lookup, (n_channels, *self.image_size))
             choose_output(self._graph, values)
             self._values = {self.image_size: values}
             self._find_blocks(values)
@@ -213,7 +220,7 @@ class TracedNetwork:
         size = self._size(image_size)
         if size not in self._values:
             try:
-                self._values[size] = propagate(self._graph, self._lookup, size)
+                self._values[size] = propagate(self._graph, self._lookup, (self.n_channels, *size))
             except Exception as error:
                 raise ValueError(
                     f"{type(self.network).__name__} takes no images of {size[0]} x {size[1]} "

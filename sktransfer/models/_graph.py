@@ -227,14 +227,14 @@ def _fits(x: Any, mean: Any = None, *_: Any) -> bool:
     return torch.is_tensor(mean) and x.ndim > 1 and x.shape[1] == len(mean)
 
 
-def propagate(graph: fx.Graph, lookup: Callable[[str], Any], image_size: tuple[int, int]) -> Values:
-    """Run the graph without computing anything, on the meta device."""
+def propagate(graph: fx.Graph, lookup: Callable[[str], Any], shape: tuple[int, int, int]) -> Values:
+    """Run the graph on images (c, h, w) without computing anything, on the meta device."""
     twin = _on_meta(as_module(graph, lookup))
     runs = []
     for batch in _BATCHES:
         recorder = _Recorder(twin)
         with torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _ShapesOnly():
-            recorder.run(torch.empty(batch, 3, *image_size, dtype=torch.float32))
+            recorder.run(torch.empty(batch, *shape, dtype=torch.float32))
         runs.append(recorder.records)
     result = Values(set(), {}, {}, set())
     for node, records in zip(graph.nodes, zip(*runs, strict=True), strict=True):

@@ -46,7 +46,7 @@ from sktransfer.models._state_files import (
     weights_path,
 )
 from sktransfer.models._weights import fingerprint
-from sktransfer.transforms import Preprocessing
+from sktransfer.transforms import RGB, Channels, Preprocessing
 
 __all__ = ["Backbone", "get_model", "list_models", "register_model"]
 
@@ -68,11 +68,13 @@ class Backbone:
     Parameters
     ----------
     network : torch.nn.Module
-        Takes a float batch (n, 3, height, width) and returns one tensor with a row for each image;
-        a dict, tuple or data class of one tensor counts as this tensor, a list of maps as its last.
+        Takes a float batch (n, channels, height, width) and returns one tensor with a row for each
+        image; a dict, tuple or data class of one tensor counts as this tensor, a list of maps as
+        its last.
         Used in evaluation mode. What `torch.compile` or `DataParallel` wraps is taken out.
     preprocessing : Preprocessing, default=that of ImageNet at 224 pixels
-        How an image is brought to the network's input.
+        How an image is brought to the network's input; its `mean` and `std` have a number for each
+        channel that the network takes.
     categories : tuple of str or None, default=None
         Names of the network's own classes, in the order of its outputs; unique.
     name : str, default=the class of `network`
@@ -274,6 +276,18 @@ def loaded_model(backbone: Any, weights: Any, seed: int = _SEED) -> Backbone | N
     key = _key(_unwrapped(backbone), weights, seed)  # it may restore an estimator, digest a network
     with _lock:
         return _loaded.get((*key, False) if isinstance(backbone, str) else key)
+
+
+def channels_of(backbone: Any, load: Callable[[], Backbone]) -> Channels:
+    """Return what the pixels are that a network takes; `load` gives it if it must be looked at.
+
+    What is published as a name of torchvision's or timm's takes RGB; so does a module, of which
+    nothing else is said.
+    """
+    is_name = isinstance(backbone, str) and backbone not in _builders
+    if is_name and _origin_of(backbone) is None:
+        return RGB
+    return RGB if isinstance(backbone, nn.Module) else load().preprocessing.channels
 
 
 def get_architecture(backbone: Any, weights: Any) -> Backbone:

@@ -1,0 +1,143 @@
+"""ONNX files from images of any size to predictions: preprocessing, network and what follows it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sktransfer._engine.augmentation import fixed_views
+from sktransfer._engine.embedding import MeanEmbedding, Rows
+from sktransfer._engine.program import Outputs
+from sktransfer._training.onnx_preprocessing import preprocessing_model
+from sktransfer._training.whole import check_target, onnx_program, words_of_channels
+from sktransfer.models._modules import copy_of
+from sktransfer.transforms import Preprocessing
+
+_LARGE = 2**31 - 2**27  # bytes; protobuf, in which the file is written, ends at 2 GiB
+OPSET = 18  # of ONNX: the first in which torch writes
+OPSET_ML = 3  # of the operators of scikit-learn's models
+
+
+class RowsNetwork(nn.Module):
+    """From images of the network's size, 0 to 255, to the rows of an extractor.
+
+    Parameters
+    ----------
+    embedding : Rows
+    normalizes : bool
+        As the extractor's `normalize`.
+    last : nn.Module
+        What becomes of the rows.
+    """
+
+    def __init__(self, embedding: Rows, normalizes: bool, last: nn.Module) -> None:
+        super().__init__()
+        outputs = Outputs(embedding.runner, embedding.wanted, embedding.preprocessing, None)
+        outputs.slices = [(at, copy_of(part).cpu()) for at, part in outputs.slices]
+        self.outputs, self.last = outputs, last
+        self.parts = nn.ModuleList([part for _, part in outputs.slices])
+        self.normalizes, self.widths = normalizes, [c.stop - c.start for c in embedding.columns]
+        augmentation = embedding.augmentation if isinstance(embedding, MeanEmbedding) else None
+        self.__dict__["augmentation"] = augmentation
+        self.eval().requires_grad_(False)
+
+    def forward(self, fitted: torch.Tensor) -> torch.Tensor:
+        augmentation = self.__dict__["augmentation"]
+        views = [fitted] if augmentation is None else fixed_views(augmentation, fitted)
+        rows = torch.stack([torch.cat(self.outputs(view), 1) for view in views]).mean(0)
+        return self.last(self._normalized(rows) if self.normalizes else rows)
+
+    def _normalized(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return what `power_normalize` does."""
+        roots = [part.sign() * part.abs().sqrt() for part in rows.split(self.widths, 1)]
+        tiny = float(np.finfo(np.float32).tiny)
+        scaled = [part / part.norm(dim=1, keepdim=True).clamp(min=tiny) for part in roots]
+        return torch.cat(scaled, 1) / len(self.widths) ** 0.5
+
+
+def write_onnx(
+    path: str | os.PathLike,
+    network: nn.Module,
+    preprocessing: Preprocessing,
+    output: str,
+    tails: Sequence[Any],
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Write preprocessing, a network and an ONNX model of what follows to one file.
+
+    Parameters
+    ----------
+    path : path
+    network : nn.Module
+        From images of the network's size, 0 to 255, to `output`.
+    preprocessing : Preprocessing
+    output : str
+    tails : sequence of onnx.ModelProto
+        What follows; each takes one of the outputs of that before it, and the first one `output`.
+    metadata : mapping
+        What else the file says of itself.
+    """
+    target = check_target(path)
+    import onnx
+
+    blank = torch.zeros(2, *preprocessing.shape, device="cpu")
+    middle = onnx_program(network, blank, "fitted", output, OPSET).model_proto
+    front = preprocessing_model(preprocessing, OPSET, middle.ir_version)
+    model = _joined(front, middle, "fitted", ("fit_size", ""))
+    for number, tail in enumerate(tails):
+        name = tail.graph.input[0].name
+        model = _joined(model, _in_versions_of(middle, tail), name, ("", f"step_{number}"))
+    texts = {"producer": f"sktransfer {version('sktransfer')}", **metadata}
+    texts["input"] = f"{words_of_channels(preprocessing)}, of any size; the graph does the rest"
+    onnx.helper.set_model_props(model, {k: _text(value) for k, value in texts.items()})
+    is_large = model.ByteSize() > _LARGE
+    onnx.save(
+        model,
+        target,
+        save_as_external_data=is_large,
+        location=f"{target.name}.data" if is_large else None,
+    )
+    return target
+
+
+def _in_versions_of(model: Any, tail: Any) -> Any:
+    """Return a tail that says the versions of a model.
+
+    skl2onnx writes operators of the version that it was asked for, and states the lowest by which
+    those that it used are known.
+    """
+    from onnx import helper
+
+    tail.ir_version = model.ir_version
+    asked = {"": OPSET, "ai.onnx.ml": OPSET_ML}
+    stated = {each.domain: each.version for each in tail.opset_import}
+    versions = {domain: asked.get(domain, version) for domain, version in stated.items()}
+    del tail.opset_import[:]
+    tail.opset_import.extend(helper.make_opsetid(*item) for item in versions.items())
+    return tail
+
+
+def _joined(first: Any, second: Any, name: str, prefixes: tuple[str, str]) -> Any:
+    """Return one model in which `second` gets what `first` calls `name`."""
+    from onnx import compose
+
+    # Only names of what lies inside, which both may have.
+    first, second = (
+        compose.add_prefix(model, f"{prefix}/", rename_inputs=False, rename_outputs=False)
+        if prefix
+        else model
+        for model, prefix in zip((first, second), prefixes, strict=True)
+    )
+    return compose.merge_models(first, second, [(name, name)])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

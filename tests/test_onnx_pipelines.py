@@ -1,0 +1,210 @@
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import skops.io
+import torch
+from networks import small
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.svm import SVC, LinearSVC
+
+from sktransfer import (
+    ChannelAdapter,
+    FineTunedClassifier,
+    FineTunedDetector,
+    PatchAnomalyDetector,
+    PretrainedClassifier,
+    PretrainedFeatureExtractor,
+    to_onnx,
+)
+from sktransfer._cli import main
+from sktransfer._training.onnx_preprocessing import preprocessing_model
+from sktransfer.models import Backbone
+from sktransfer.transforms import Preprocessing
+
+SIZE = Preprocessing(size=(32, 40), resize=(36, 44), interpolation="bicubic", std=(0.5,) * 3)
+
+
+def session_of(model):
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+
+def pixels(file):
+    return np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1)[np.newaxis]
+
+
+def outputs(path, batches):
+    """Return each output for batches of images, of one size each."""
+    session = session_of(path)
+    names = [output.name for output in session.get_outputs()]
+    found = [session.run(None, {"images": batch}) for batch in batches]
+    return dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))
+
+
+def extractor(**options):
+    return PretrainedFeatureExtractor(Backbone(small(), SIZE), **options)
+
+
+# ------------------------------------------------------------------------------ preprocessing
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("mode", ["center", "floor", "squash", "border"])
+@pytest.mark.parametrize("n_channels", [3, 5])
+def test_the_graph_scales_as_the_library_does(mode, interpolation, n_channels):
+    statistics = {"mean": (0.4,) * n_channels, "std": (1,) * n_channels}
+    own = Preprocessing((32, 40), (36, 44), mode, interpolation, **statistics)
+    model = preprocessing_model(own, 18, 10)
+    onnx.checker.check_model(model, full_check=True)
+    session = session_of(model.SerializeToString())
+    random = np.random.default_rng(0)
+    for shape in [(100, 80), (36, 44), (35, 47), (20, 90), (200, 60), (1, 1)]:
+        last = random.integers(256, size=(*shape, n_channels), dtype=np.uint8)
+        image = torch.from_numpy(last).permute(2, 0, 1)
+        (found,) = session.run(None, {"images": image.numpy()[np.newaxis]})
+        difference = np.abs(found[0] - own.fit_size(image).numpy())
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+# ------------------------------------------------------------------------------ whole models
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [StandardScaler(), LogisticRegression()],
+        [StandardScaler(), SVC(probability=True, random_state=0)],
+        [PCA(6), KNeighborsClassifier(3)],
+    ],
+    ids=["scaler, LR", "scaler, SVM", "PCA, k-NN"],
+)
+@pytest.mark.filterwarnings("ignore:The `probability` parameter:FutureWarning")
+def test_pipelines_on_files(steps, tiles, tmp_path):
+    pytest.importorskip("skl2onnx")
+    _, paths, labels = tiles
+    model = make_pipeline(extractor(layer="all", pooling=("avg", "max"), normalize=True), *steps)
+    model.fit(paths, labels)
+    path = to_onnx(model, tmp_path / "model.onnx")
+    onnx.checker.check_model(path, full_check=True)
+    found = outputs(path, map(pixels, paths))
+    expected = model.predict_proba(paths)
+    np.testing.assert_allclose(found["probabilities"], expected, atol=1e-4)
+    assert expected.std() > 0.1
+    np.testing.assert_array_equal(found["label"], model.predict(paths))
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(metadata["labels"]) == model.classes_.tolist()
+
+
+def test_a_search_of_rows_with_other_channels_through_the_command_line(tmp_path, capsys):
+    pytest.importorskip("skl2onnx")
+    X = np.random.default_rng(0).integers(0, 4096, (8, 50, 40, 4)).astype(np.uint16)
+    y = ["a", "b"] * 4
+    X[::2, ..., 3] //= 3
+    backbone = ChannelAdapter("efficientnet_lite0", value_range=(0, 4095)).fit(X)
+    first = PretrainedFeatureExtractor(backbone, image_size=32)
+    pipeline = make_pipeline(first, LogisticRegression())
+    search = GridSearchCV(pipeline, {"logisticregression__C": [1.0, 10.0]}, cv=2).fit(X, y)
+    skops.io.dump(search, tmp_path / "model.skops")
+    target = tmp_path / "model.onnx"
+    assert main(["export", str(tmp_path / "model.skops"), "-o", str(target)]) == 0
+    assert "written: " in capsys.readouterr().out
+    bytes_of = np.rint(X / 4095 * 255).astype(np.uint8).transpose(0, 3, 1, 2)
+    found = outputs(target, [bytes_of])
+    np.testing.assert_allclose(found["probabilities"], search.predict_proba(X), atol=1e-4)
+    metadata = {entry.key: entry.value for entry in onnx.load(target).metadata_props}
+    assert metadata["input"].startswith("4 channels, uint8: 0 and 255 at the ends of [(0.0, 4095")
+    assert main(["export", str(tmp_path / "model.skops"), "-o", "model.txt"]) == 2
+    assert "must end in .onnx" in capsys.readouterr().err
+
+
+def test_networks_of_the_library_alone(tiles, tmp_path):
+    _, paths, labels = tiles
+    files = paths[::8]
+    views = extractor(augment="dihedral", pooling="max", layer="body")
+    assert outputs(to_onnx(views, tmp_path / "rows.onnx"), map(pixels, files)).keys() == {"rows"}
+    found = outputs(tmp_path / "rows.onnx", map(pixels, files))["rows"]
+    np.testing.assert_allclose(found, views.transform(files), atol=1e-4)
+    classifier = PretrainedClassifier(Backbone(small(), SIZE, tuple("abcde")))
+    path = to_onnx(classifier, tmp_path / "classes.onnx")
+    found = outputs(path, map(pixels, files))["probabilities"]
+    np.testing.assert_allclose(found, classifier.predict_proba(files), atol=1e-4)
+    tuned = FineTunedClassifier(Backbone(small(), SIZE), unfreeze=1, max_epochs=1, random_state=0)
+    path = to_onnx(tuned.fit(paths, labels), tmp_path / "tuned.onnx")
+    found = outputs(path, map(pixels, files))["probabilities"]
+    np.testing.assert_allclose(found, tuned.predict_proba(files), atol=1e-4)
+
+
+def test_scores_of_a_classifier_without_probabilities(tiles, tmp_path):
+    pytest.importorskip("skl2onnx")
+    _, paths, labels = tiles
+    classes = np.array([f"{label} {i % 2}" for i, label in enumerate(labels)])
+    model = make_pipeline(extractor(), LinearSVC()).fit(paths, classes)
+    found = outputs(to_onnx(model, tmp_path / "model.onnx"), map(pixels, paths[::8]))
+    assert found.keys() == {"label", "scores"}
+    np.testing.assert_allclose(found["scores"], model.decision_function(paths[::8]), atol=1e-4)
+
+
+def test_mlflow_keeps_a_model_as_a_skops_file(tmp_path):
+    mlflow = pytest.importorskip("mlflow.sklearn")
+    X = np.random.default_rng(0).integers(256, size=(4, 40, 40, 3), dtype=np.uint8)
+    first = PretrainedFeatureExtractor(image_size=32)
+    model = make_pipeline(first, LogisticRegression()).fit(X, [0, 1, 0, 1])
+    mlflow.save_model(
+        model,
+        tmp_path / "model",
+        serialization_format="skops",
+        skops_trusted_types=["sktransfer._estimators.pretrained.PretrainedFeatureExtractor"],
+        pip_requirements=["sktransfer"],
+    )
+    loaded = mlflow.load_model(str(tmp_path / "model"))
+    np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+def test_a_step_that_cannot_be_exported_is_named(tiles, tmp_path):
+    pytest.importorskip("skl2onnx")
+    _, paths, labels = tiles
+    target = tmp_path / "model.onnx"
+    steps = extractor(), StandardScaler(), FunctionTransformer(np.abs), LogisticRegression()
+    model = make_pipeline(*steps).fit(paths[::4], labels[::4])
+    with pytest.raises(
+        ValueError, match="Step 'functiontransformer', a FunctionTransformer, can't"
+    ):
+        to_onnx(model, target)
+    middle = make_pipeline(extractor(), LinearDiscriminantAnalysis(), SVC())
+    with pytest.raises(ValueError, match="Step 'lineardisc.* a classifier in front of other steps"):
+        to_onnx(middle.fit(paths[::4], labels[::4]), target)
+    unfitted = make_pipeline(extractor(), LogisticRegression())
+    with pytest.raises(ValueError, match="Step 'logisticregression', a LogisticRegr.* not fitted"):
+        to_onnx(unfitted, target)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (make_pipeline(StandardScaler(), SVC()), "Step 'standardscaler', .* takes no images"),
+        (FineTunedDetector(), "'FineTunedDetector', .* boxes"),
+        (PatchAnomalyDetector(), "'PatchAnomalyDetector', .* bank of patches"),
+        ("model.skops", "a str, can't be exported"),
+    ],
+)
+def test_models_that_cannot_be_exported(model, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        to_onnx(model, tmp_path / "model.onnx")
+
+
+def test_there_is_no_such_folder(tmp_path):
+    with pytest.raises(ValueError, match="nowhere/model.onnx': there is no folder"):
+        to_onnx(extractor(), tmp_path / "nowhere" / "model.onnx")
