@@ -296,12 +296,24 @@ def test_commands_of_bad_input(tmp_path, tiles, capsys, memory):
     assert "No image in" in capsys.readouterr().err
     (tmp_path / "no.jpg").write_bytes(b"no image")
     assert main(["audit", str(tmp_path)]) == 0
-    assert "1 images, 1 findings" in (out := capsys.readouterr().out) and "damaged" in out
+    assert "1 image, 1 finding\n" in (out := capsys.readouterr().out) and "damaged" in out
     assert main(["similar", str(root), str(tmp_path / "no.jpg"), "--memory", memory]) == 2
     assert "no.jpg" in capsys.readouterr().err
+    some = [str(root), paths[0], str(tmp_path / "no.jpg"), "--skip-unreadable", "--json"]
+    assert main(["similar", *some, "--memory", memory, "--image-size", "64"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {row["query"] for row in document["similar"]} == {paths[0]}
+    assert [row["path"] for row in document["skipped"]] == [some[2]]
+    assert main(["similar", str(root), some[2], "--skip-unreadable"]) == 2
+    assert "No image of 1 can be read" in capsys.readouterr().err
     assert main(["similar", str(root), str(tmp_path / "gone.jpg")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main(["similar", str(root), paths[0], "--html", "page.txt"]) == 2
+    for empty in ("--output", "--memory", "--test"):
+        assert main(["audit", str(root), empty, ""]) == 2
+        assert f"error: {empty} is empty: pass a value." in capsys.readouterr().err
+    assert main(["benchmark", ""]) == 2  # would otherwise take the solar cells
+    assert "error: FOLDER is empty" in capsys.readouterr().err
     assert main(["audit", str(root), "--test", str(tmp_path / "none")]) == 2
     assert "is no folder" in capsys.readouterr().err
     test = ["--test", str(root), "--memory", memory, "--image-size", "64"]

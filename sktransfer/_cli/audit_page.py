@@ -63,7 +63,7 @@ def audit_page(table: Any, name: str) -> str:
     )
     overview = f"<table><thead><tr><th>finding</th><th>images</th></tr></thead>{rows}</table>"
     sections = "".join(_section(kind, table[table["kind"] == kind]) for kind in kinds)
-    headline = f"<em>{len(table):,}</em> finding{'s' * (len(table) > 1)}, the most urgent first."
+    headline = f"<em>{len(table):,}</em> finding{'s' * (len(table) != 1)}, the most urgent first."
     return whole_page(
         title, f'<p class="headline">{headline}</p><div class="scroll">{overview}</div>{sections}'
     )

@@ -16,6 +16,7 @@ from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import report as _report
 from sktransfer._cli.audit import audit, similar
 from sktransfer._cli.cache import cache
+from sktransfer._cli.checks import counted
 from sktransfer._cli.groups import groups_of
 from sktransfer._cli.models import classify, fit, predict, where_and_how_to_use, write_model
 from sktransfer._cli.options import common_parameters, depth_of, one_or_several
@@ -66,7 +67,8 @@ def embed(options: argparse.Namespace) -> None:
     else:
         map_text(table, csv_cell).to_csv(options.output, index=False)
     document = {"written": options.output, "n_images": len(files), "n_features": rows.shape[1]}
-    text = f"written: {escape(options.output)} ({len(files)} images, {rows.shape[1]} features)"
+    images = counted(len(files), "image")
+    text = f"written: {escape(options.output)} ({images}, {rows.shape[1]} features)"
     show(options, document, text, skipped)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sktransfer._estimators.base import Interval, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
-from sktransfer._neighbors import nearest
+from sktransfer._neighbors import nearest_in_order
 from sktransfer._optional import load_optional
 from sktransfer.io import check_images
 
@@ -59,8 +59,9 @@ def find_similar(
     Returns
     -------
     pandas.DataFrame
-        `n_neighbors` rows for each query, the nearest first. Columns: `query_row`, `query_path`,
-        `rank` from 1 on, `row`, `path` and `distance`. Paths are None of images that are no files.
+        `n_neighbors` rows for each query, the nearest first, and copies of one image in the order
+        of `X`. Columns: `query_row`, `query_path`, `rank` from 1 on, `row`, `path` and `distance`.
+        Paths are None of images that are no files.
 
     Raises
     ------
@@ -108,7 +109,8 @@ def find_similar(
     extractor._validate_params()
     embedding = embedding_of(extractor)
     of_queries = embedding(asked)  # first: one that can't be read is said before the long part
-    distances, rows = nearest(embedding(images), of_queries, n_neighbors, metric=metric)
+    embeddings = embedding(images)
+    distances, rows = nearest_in_order(embeddings, of_queries, n_neighbors, metric=metric)
     numbers = np.repeat(np.arange(len(asked)), n_neighbors)
     paths = [asked.file(i) for i in numbers.tolist()], [images.file(i) for i in rows.ravel()]
     return pandas.DataFrame(
