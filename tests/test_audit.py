@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,13 @@ def test_bad_input(tmp_path, memory):
             audit(two, test=test, **SMALL)
     with pytest.raises(ValueError, match="n_neighbors=3, but there are 2 images"):
         find_similar(two, two, n_neighbors=3, **SMALL)
+    for wrong in ("layer", "normalize", "imagesize"):
+        for call in (audit, suggest_groups, partial(find_similar, two)):
+            with pytest.raises(TypeError, match=f"{wrong}'. Of PretrainedFeatureExtractor, it"):
+                call(two, **{wrong: 1})
+    for call in (audit, suggest_groups, partial(find_similar, two)):
+        with pytest.raises(ValueError, match="'batch_size' parameter"):
+            call(two, batch_size=0)
     for n_neighbors in (0, "2", None, 1.5):
         with pytest.raises(ValueError, match="'n_neighbors' parameter of find_similar"):
             find_similar(two, two, n_neighbors=n_neighbors, **SMALL)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sktransfer._estimators.base import Interval, validate_params
-from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
+from sktransfer._estimators.pretrained import embedding_of, extractor_by
 from sktransfer._neighbors import nearest_in_order
 from sktransfer._optional import load_optional
 from sktransfer.io import check_images
@@ -25,16 +25,9 @@ def find_similar(
     n_neighbors: int = 5,
     metric: str = "cosine",
     backbone: Any = "efficientnet_lite0",
-    weights: Any = "default",
-    image_shape: Any = None,
-    image_size: Any = None,
     memory: Any = None,
-    device: Any = "auto",
-    precision: str = "float32",
-    runtime: str = "auto",
-    batch_size: int | str = "auto",
-    n_jobs: int | None = None,
     verbose: int = 0,
+    **parameters: Any,
 ) -> Any:
     """Find the images whose embeddings are nearest to those of some others.
 
@@ -48,13 +41,15 @@ def find_similar(
         How many of them are returned for each query.
     metric : str, default="cosine"
         Distance between embeddings; see :class:`sklearn.neighbors.NearestNeighbors`.
-    backbone, weights, image_shape, image_size, memory, device, precision, runtime, batch_size, \
-    n_jobs : default="efficientnet_lite0", "default", None, None, None, "auto", "float32", "auto", \
-            "auto", None
-        As of :class:`sktransfer.PretrainedFeatureExtractor`. With a `memory`, only images that are
-        not in it run through the network.
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        See :class:`sktransfer.PretrainedFeatureExtractor`.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep the embeddings: only images that are not in it run through the network.
     verbose : int, default=0
         1 shows progress bars.
+    **parameters
+        Further parameters of :class:`sktransfer.PretrainedFeatureExtractor`: `weights`,
+        `image_shape`, `image_size`, `device`, `precision`, `runtime`, `batch_size` and `n_jobs`.
 
     Returns
     -------
@@ -91,22 +86,13 @@ def find_similar(
     [2, 3]
     """
     pandas = load_optional("pandas", "find_similar", "pandas")
-    asked, images = (check_images(of, image_shape=image_shape) for of in (queries, X))
+    extractor = extractor_by(
+        "find_similar", backbone=backbone, memory=memory, verbose=verbose, **parameters
+    )
+    shape = extractor.image_shape
+    asked, images = (check_images(of, image_shape=shape) for of in (queries, X))
     if n_neighbors > len(images):
         raise ValueError(f"n_neighbors={n_neighbors}, but there are {len(images)} images in X.")
-    extractor = PretrainedFeatureExtractor(
-        backbone,
-        weights=weights,
-        image_size=image_size,
-        memory=memory,
-        device=device,
-        precision=precision,
-        runtime=runtime,
-        batch_size=batch_size,
-        n_jobs=n_jobs,
-        verbose=verbose,
-    )
-    extractor._validate_params()
     embedding = embedding_of(extractor)
     of_queries = embedding(asked)  # first: one that can't be read is said before the long part
     embeddings = embedding(images)

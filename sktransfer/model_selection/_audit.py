@@ -19,6 +19,7 @@ from sktransfer._estimators.pretrained import (
     GOOD_FEATURES,
     PretrainedFeatureExtractor,
     embedding_of,
+    extractor_by,
     make_classifier,
 )
 from sktransfer._memory.memory import check_memory
@@ -78,17 +79,10 @@ def audit(
     *,
     test: Any = None,
     backbone: Any = "efficientnet_lite0",
-    weights: Any = "default",
-    image_shape: Any = None,
-    image_size: Any = None,
     memory: Any = None,
-    device: Any = "auto",
-    precision: str = "float32",
-    runtime: str = "auto",
-    batch_size: int | str = "auto",
     random_state: Any = 0,
-    n_jobs: int | None = None,
     verbose: int = 0,
+    **parameters: Any,
 ) -> Any:
     """List what should be looked at before a model is trained on images.
 
@@ -106,16 +100,18 @@ def audit(
     test : array-like of shape (n,) of bool, or of ints, default=None
         The test part of a split: a mask, or rows, as a splitter yields them. Equal or nearly equal
         images in the test part and in the other one are leaks.
-    backbone, weights, image_shape, image_size, memory, device, precision, runtime, batch_size, \
-    n_jobs : default="efficientnet_lite0", "default", None, None, None, "auto", "float32", "auto", \
-            "auto", None
-        As of :class:`sktransfer.PretrainedFeatureExtractor`. With a `memory`, a second audit
-        decodes only damaged images, and nothing runs through the network. Without one, labelled
-        images run through it twice.
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        See :class:`sktransfer.PretrainedFeatureExtractor`.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep what is known of each image: a second audit decodes only damaged images, and
+        nothing runs through the network. Without it, labelled images run through it twice.
     random_state : int, RandomState instance or None, default=0
         Seed of the folds in which labels are judged.
     verbose : int, default=0
         1 shows progress bars.
+    **parameters
+        Further parameters of :class:`sktransfer.PretrainedFeatureExtractor`: `weights`,
+        `image_shape`, `image_size`, `device`, `precision`, `runtime`, `batch_size` and `n_jobs`.
 
     Returns
     -------
@@ -199,24 +195,14 @@ def audit(
     [['duplicate across classes', 16, 3], ['blank', 17, <NA>]]
     """
     load_optional("pandas", "audit", "pandas")
-    images = check_images(X, image_shape=image_shape)
+    extractor = extractor_by(
+        "audit", backbone=backbone, memory=memory, verbose=verbose, **parameters
+    )
+    images = check_images(X, image_shape=extractor.image_shape)
     labels = None if y is None else _check_labels(y, images)
     groups = check_groups(groups, len(images))
     in_test = None if test is None else _test_mask(test, len(images))
-    extractor = PretrainedFeatureExtractor(
-        backbone,
-        weights=weights,
-        image_size=image_size,
-        memory=memory,
-        device=device,
-        precision=precision,
-        runtime=runtime,
-        batch_size=batch_size,
-        n_jobs=n_jobs,
-        verbose=verbose,
-    )
-    extractor._validate_params()
-    facts = look_at(images, check_memory(memory), n_jobs, verbose)
+    facts = look_at(images, check_memory(memory), extractor.n_jobs, verbose)
     rows = np.array([row for row in range(len(images)) if row not in facts.damage], int)
     findings = [_Finding("damaged", row, 1.0, why) for row, why in facts.damage.items()]
     if labels is not None:
