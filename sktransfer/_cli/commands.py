@@ -132,6 +132,7 @@ def benchmark(options: argparse.Namespace) -> None:
         n_splits=options.splits,
         random_state=options.seed,
         fit_best=bool(options.save_best),
+        with_audit=bool(options.output),
         on_result=None if options.json else partial(_print_newest, options),
         **common,
     )
