@@ -105,9 +105,9 @@ def _surroundings(
 
 
 def put_maps(
-    axes: Sequence[Any],
-    images: Sequence[np.ndarray],
-    maps: Sequence[np.ndarray],
+    axes: np.ndarray,
+    images: np.ndarray,
+    maps: np.ndarray,
     around: Sequence[Any] | None,
     **kwargs: Any,
 ) -> Any:
