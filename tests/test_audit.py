@@ -16,7 +16,7 @@ from sktransfer._cli import main
 from sktransfer._cli.audit_page import audit_page
 from sktransfer.inspection import AuditDisplay, find_similar
 from sktransfer.io import check_images
-from sktransfer.model_selection import audit, suggest_groups
+from sktransfer.model_selection import _audit, audit, suggest_groups
 from sktransfer.model_selection._image_facts import look_at
 from sktransfer.model_selection._label_suspects import label_suspects, out_of_fold
 
@@ -166,7 +166,7 @@ def test_leaks(tiles, memory):
     assert "leak" not in set(same.kind) and "exact duplicate" in set(same.kind)
 
 
-def test_labels_that_are_wrong_come_first(tiles, memory):
+def test_labels_that_are_wrong_come_first(tiles, memory, monkeypatch):
     _, paths, labels = tiles
     y = labels.copy()
     wrong = [2, 11, 27]
@@ -176,6 +176,12 @@ def test_labels_that_are_wrong_come_first(tiles, memory):
     assert set(wrong) <= set(suspects.row[:5])
     assert set(suspects.other_label) <= {"china", "flower"}
     assert (np.diff(suspects.score) <= 0).all() and (suspects.score <= 1).all()
+    monkeypatch.setattr(_audit, "_MANY", 30)  # images, and fewer columns for more of them
+    monkeypatch.setattr(_audit, "_DIRECTIONS", 12)
+    fewer = audit(paths, y, memory=memory, image_size=64)
+    assert set(wrong) <= set(fewer.row[fewer.kind == "label"][:6])
+    assert not fewer.equals(table)
+    monkeypatch.undo()
     numbers = audit(paths, np.where(y == "china", 0, 1), memory=memory, image_size=64)
     other = numbers.other_label[numbers.kind == "label"]
     assert other.tolist() == np.where(suspects.other_label == "china", 0, 1).tolist()
