@@ -197,7 +197,7 @@ def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path)
     assert "<script" not in text and "8 &lt;script&gt;, 9 =cmd()" in text
     assert "<b>" not in text and "&lt;b&gt;: 41 images" in text and "\x1b" not in text
     audited = text.partition("What to look at in the images")[2].partition("<h2>")[0]
-    assert "2 × copies with different labels" in audited and "their labels differ" in audited
+    assert "× copies with different labels" in audited and "their labels differ" in audited
     assert "&lt;img src=x&gt;.jpg" in audited and "<strong>&lt;script&gt;</strong>" in audited
     assert (
         "<code>sktransfer audit FOLDER --output DIR</code>" in audited and "<img src=x" not in text
