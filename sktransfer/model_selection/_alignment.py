@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -13,10 +11,9 @@ ORIENTATIONS = range(8)  # of a picture: mirrored or not, in four turns
 _COARSE = 16  # pixels of the side of what is compared first
 _ALIKE = 0.25  # difference of coarse pictures, above which no alignment is tried
 _SIGMA = 1.0  # pixels; finer details differ with the quality of a JPEG file
-_BORDER = 3 / 64  # of a side, which a crop may have cut off
+_BORDER = 3  # pixels, which a crop may have cut off
 _STEPS = 3  # of Gauss and Newton, for those that are near after the first
 _NEAR = 0.06  # the share of variance that is then left, at most
-_NEARLY = 0.12  # the same, of pictures of half the size, which take a quarter of the time
 _FURTHEST = 0.08  # of half a side: as far as a crop of a few per cent shifts or stretches
 _PAIRS = 512  # at once
 
@@ -84,22 +81,14 @@ def _in_orientation(
     """Return the differences with the second of each pair turned; infinity if it is no use."""
     found = np.full(len(pairs), np.inf, np.float32)
     if len(rows := np.flatnonzero(coarsely < _ALIKE)):
-        first, second = (small[of] for of in pairs[rows].T)
+        first, second = (_blurred(small[of]) for of in pairs[rows].T)
         second = _turned_each(second, orientations[rows])
-        left = _aligned(_halved(first), _halved(second), 1)
-        near = np.flatnonzero(left < _NEARLY)
-        left[near] = _closely(_blurred(first[near]), _blurred(second[near]))
+        left = _aligned(first, second, 1)
+        near = np.flatnonzero(left < _NEAR)
+        one, other = first[near], second[near]
+        left[near] = np.minimum(_aligned(one, other, _STEPS), _aligned(other, one, _STEPS))
         found[rows] = left
     return found
-
-
-def _closely(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
-    """Return the differences of pictures of which most are one."""
-    left = _aligned(first, second, 1)
-    near = np.flatnonzero(left < _NEAR)
-    one, other = first[near], second[near]
-    left[near] = np.minimum(_aligned(one, other, _STEPS), _aligned(other, one, _STEPS))
-    return left
 
 
 def _coarse_differences(pictures: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -111,13 +100,10 @@ def _coarse_differences(pictures: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.stack(found).clip(0, 1)
 
 
-def _turned_each(pictures: np.ndarray, orientations: np.ndarray) -> np.ndarray:
-    each = [turned(pictures[i : i + 1], way)[0] for i, way in enumerate(orientations.tolist())]
-    return np.stack(each)
-
-
-def _halved(small: np.ndarray) -> torch.Tensor:
-    return F.avg_pool2d(torch.from_numpy(small.astype(np.float32)), 2)
+def _turned_each(pictures: torch.Tensor, orientations: np.ndarray) -> torch.Tensor:
+    arrays = pictures.numpy()
+    each = [turned(arrays[i : i + 1], way)[0] for i, way in enumerate(orientations.tolist())]
+    return torch.from_numpy(np.stack(each))
 
 
 def _blurred(small: np.ndarray) -> torch.Tensor:
@@ -152,8 +138,7 @@ def _aligned(moved: torch.Tensor, fixed: torch.Tensor, n_steps: int) -> np.ndarr
 
 def _inside(pictures: torch.Tensor) -> torch.Tensor:
     """Return the pixels off the border as columns of mean 0, (n, pixels, 1)."""
-    border = math.ceil(_BORDER * pictures.shape[1])
-    inner = pictures[:, border:-border, border:-border].flatten(1)
+    inner = pictures[:, _BORDER:-_BORDER, _BORDER:-_BORDER].flatten(1)
     return (inner - inner.mean(1, keepdim=True))[:, :, None]
 
 
