@@ -209,6 +209,7 @@ def defects(memory: str, n_tiles: int) -> None:
 CHOICES: dict[str, dict[str, Any]] = {
     "default": {},
     "layer='stages'": {"layer": "stages"},
+    "layer='blocks.1'": {"layer": "blocks.1"},
     "layer='blocks.2'": {"layer": "blocks.2"},
     "layer='blocks.4'": {"layer": "blocks.4"},
     "coreset=1000": {"coreset": 1000},

@@ -4,20 +4,24 @@ On the ELPV solar cells, with 50 files doubled (saved again as JPEG, cropped by 
 2 % of the labels flipped: how many of the doubles are found, at which precision; the average
 precision of the doubtful labels, against chance. On the cells as they are: which cells it takes for
 one, and how far apart these stand in the list, which has the cells of a module one after the other.
-On tiles of photographs in class folders, five of them in a wrong one: their ranks. `--speed N`: the
-seconds of an audit of N photographs with a warm memory.
+In class folders of what is at hand, five images in a wrong one: their ranks among the labels that
+may be wrong (faces and more photographs with scikit-image). `--speed N`: the seconds of an audit of
+N images with a warm memory.
 """
 
 import argparse
 import io
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from _common import environment, table, write_photographs
+from _common import environment, table
 from PIL import Image, ImageOps
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import average_precision_score
 
 from sktransfer._cli.tasks import load_elpv
@@ -81,53 +85,135 @@ def of_cells_as_they_are(memory: str, every: int) -> None:
         print(f"  rows {one.other_row} and {one.row}: {one.reason}")
 
 
-def in_wrong_folders(folder: Path, memory: str) -> dict[str, object]:
-    """Return the ranks of five tiles of photographs that lie in a wrong class folder."""
-    paths, y = [], []
-    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
-        for i in range(60):
-            top, left = 70 * (i // 10), 64 * (i % 10)
-            path = folder / f"{name}{i:02}.png"
-            Image.fromarray(photo[top : top + 70, left : left + 64]).save(path)
-            paths.append(str(path))
-            y.append(name)
-    wrong = np.random.default_rng(0).choice(len(y), 5, replace=False)
-    for row in wrong:
-        y[row] = "flower" if y[row] == "china" else "china"
-    found = audit(paths, y, memory=memory)
-    ranks = [int(found["rank"][found.row == row].min()) for row in wrong if row in set(found.row)]
-    return {"tiles in a wrong folder": 5, "found": len(ranks), "ranks": sorted(ranks)}
+def collections(folder: Path) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Yield names, files and labels of collections that are at hand, as class folders."""
+    photos = dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+    yield "tiles of 2 photographs", *_tiles(folder / "two", photos)
+    task = load_elpv()
+    yield "solar cells, by kind of module", task.images, task.strata
+    digits = load_digits()
+    images = {f"{i:04}": image for i, image in enumerate((digits.images * 15.9).astype(np.uint8))}
+    yield "digits", _written(folder / "digits", images), digits.target
+    if find_spec("skimage") is None:
+        print("Without scikit-image: no faces, and no tiles of its photographs\n", flush=True)
+        return
+    from skimage import data
+
+    for name in ("astronaut", "brick", "camera", "cat", "coffee", "coins", "grass", "gravel"):
+        photos[name] = getattr(data, name)()
+    for name in ("hubble_deep_field", "immunohistochemistry", "moon", "retina", "rocket"):
+        photos[name] = getattr(data, name)()
+    yield f"tiles of {len(photos)} photographs", *_tiles(folder / "many", photos)
+    faces = (data.lfw_subset() * 255).astype(np.uint8)  # 100 faces, then 100 others
+    images = {f"{i:04}": image for i, image in enumerate(faces)}
+    yield "faces, and what is none", _written(folder / "faces", images), np.repeat([1, 0], 100)
+
+
+def _tiles(folder: Path, photos: dict[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+    """Write 24 tiles of each photograph, that do not overlap."""
+    tiles = {}
+    for name, photo in photos.items():
+        height, width = photo.shape[0] // 4, photo.shape[1] // 6
+        for i in range(24):
+            top, left = height * (i // 6), width * (i % 6)
+            tiles[f"{name}{i:02}"] = photo[top : top + height, left : left + width]
+    return _written(folder, tiles), np.repeat(list(photos), 24)
+
+
+def _written(folder: Path, images: dict[str, np.ndarray]) -> list[str]:
+    folder.mkdir()
+    for name, image in images.items():
+        Image.fromarray(image).save(folder / f"{name}.png")
+    return [str(folder / f"{name}.png") for name in images]
+
+
+def in_wrong_folders(
+    name: str, paths: list[str], y: np.ndarray, memory: str, seeds: int
+) -> dict[str, object]:
+    """Return where among the doubtful labels five images are that lie in a wrong class folder."""
+    ranks = []
+    for seed in range(seeds):
+        chance, labels = np.random.default_rng(seed), y.copy()
+        wrong = chance.choice(len(y), 5, replace=False)
+        for row in wrong:
+            labels[row] = chance.choice(np.setdiff1d(y, y[row]))
+        found = audit(paths, labels, memory=memory)
+        suspects = found.row[found.kind == "label"].tolist()
+        ranks.append(sorted(1 + suspects.index(row) for row in wrong if row in suspects))
+    return {
+        "images": name,
+        "": len(y),
+        "classes": len(np.unique(y)),
+        "among the first 15": ", ".join(f"{sum(r <= 15 for r in of)}" for of in ranks),
+        "ranks": "; ".join(", ".join(map(str, of)) for of in ranks),
+    }
+
+
+def write_mosaics(folder: Path, n: int) -> list[str]:
+    """Write JPEG files of four crops of photographs each; return their paths.
+
+    Crops of two photographs alone would be copies of each other.
+    """
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    width, height = 160, 120
+
+    def write(i: int) -> str:
+        chance, mosaic = np.random.default_rng(i), Image.new("RGB", (2 * width, 2 * height))
+        for place, which in enumerate(chance.permutation(np.arange(4) < i % 5).astype(int)):
+            photo, scale = photos[which], chance.uniform(0.6, 1.4)
+            left = chance.uniform(0, photo.width - scale * width)
+            top = chance.uniform(0, photo.height - scale * height)
+            box = (left, top, left + scale * width, top + scale * height)
+            tile = photo.resize((width, height), Image.Resampling.BICUBIC, box)
+            tile = ImageOps.mirror(tile) if chance.random() < 0.5 else tile
+            mosaic.paste(tile, (place % 2 * width, place // 2 * height))
+        path = folder / f"{i:06}.jpg"
+        mosaic.save(path, quality=90)
+        return str(path)
+
+    folder.mkdir()
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(write, range(n)))
 
 
 def seconds_of_warm_audit(folder: Path, n: int, memory: str) -> dict[str, object]:
-    paths = write_photographs(folder / "many", n, (320, 240))
-    y = np.arange(n) % 10
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        audit(paths, y, memory=memory)
-        seconds.append(f"{time.perf_counter() - start:.1f}")
-    return {"images": n, "first audit, s": seconds[0], "warm audit, s": seconds[1]}
+    """Return how long two audits take of mosaics, by how many parts are of one photograph.
+
+    At 64 pixels, which spares time at first: what is read and compared later has the same size.
+    """
+    paths = write_mosaics(folder / "mosaics", n)
+    y = np.arange(n) % 5
+    found: dict[str, object] = {"images": n}
+    for name in ("first audit", "warm audit"):
+        start, cpu = time.perf_counter(), time.process_time()
+        audit(paths, y, memory=memory, image_size=64)
+        found[f"{name}, s"] = f"{time.perf_counter() - start:.1f}"
+        found[f"{name}, s of CPU"] = f"{time.process_time() - cpu:.1f}"
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--speed", type=int, default=0, metavar="N", help="0: not measured")
+    parser.add_argument("--speed", type=int, metavar="N", help="measure the seconds instead")
     parser.add_argument("--every", type=int, default=1, help="take every so manieth cell only")
     parser.add_argument("--memory", help="by default, a temporary folder")
     options = parser.parse_args()
     print(environment() + "\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         memory = options.memory or f"{folder}/memory"
-        tiles = Path(folder) / "tiles"
-        tiles.mkdir()
-        print(table([in_wrong_folders(tiles, memory)]) + "\n", flush=True)
+        if options.speed:
+            print(table([seconds_of_warm_audit(Path(folder), options.speed, memory)]))
+            return
+        every, seeds = options.every, options.seeds
+        found = [
+            in_wrong_folders(name, paths[::every], y[::every], memory, seeds)
+            for name, paths, y in collections(Path(folder))
+        ]
+        print(table(found) + "\n", flush=True)
         rows = [with_faults(seed, memory, options.every) for seed in range(options.seeds)]
         print(table(rows) + "\n\nELPV as it is:\n", flush=True)
         of_cells_as_they_are(memory, options.every)
-        if options.speed:
-            print("\n" + table([seconds_of_warm_audit(Path(folder), options.speed, memory)]))
 
 
 if __name__ == "__main__":

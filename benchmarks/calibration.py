@@ -30,16 +30,17 @@ from sklearn.model_selection import StratifiedKFold
 from torch.nn import functional as F
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor
+from sktransfer._training import heads as _heads
 from sktransfer._training.heads import Loss
 from sktransfer.metrics import expected_calibration_error
 
-STRENGTHS = 10.0 ** np.arange(-4, 0.1, 0.5)  # of the weights' squares, on standardised rows
+STRENGTHS = 10.0 ** np.arange(-4, 1.1, 0.5)  # of the weights' squares, on scaled rows
 SMOOTHING = (0.05, 0.1)
 _MIXES = 4  # times the rows
 
 
 class SoftLogistic(ClassifierMixin, BaseEstimator):
-    """Logistic regression on standardised rows, whose targets may be smoothed or mixed."""
+    """Logistic regression on rows scaled as those of a head; targets may be smoothed or mixed."""
 
     def __init__(self, smoothing: float = 0.0, mixup: float = 0.0, strength: float | None = None):
         self.smoothing = smoothing
@@ -49,7 +50,7 @@ class SoftLogistic(ClassifierMixin, BaseEstimator):
     def fit(self, X: np.ndarray, y: np.ndarray) -> SoftLogistic:
         self.classes_ = np.unique(y)
         strength = self.strength or self._chosen(X, y)
-        self._mean, self._scale = X.mean(0), X.std(0) + 1e-6
+        self._mean, self._scale = X.mean(0), _heads._scale(X.var(0), is_start=False)
         rows = torch.from_numpy((X - self._mean) / self._scale)
         targets = F.one_hot(torch.from_numpy(np.searchsorted(self.classes_, y))).float()
         targets = targets * (1 - self.smoothing) + self.smoothing / len(self.classes_)
@@ -76,7 +77,8 @@ class SoftLogistic(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         weight, bias = self._weights
-        return softmax((X - self._mean) / self._scale @ weight.T + bias, axis=1)
+        logits = (X - self._mean) / self._scale @ weight.T + bias
+        return softmax(logits.astype(float), axis=1)
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         return self.classes_[self.predict_proba(X).argmax(1)]

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import xxhash
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import check_array
 
@@ -48,6 +49,37 @@ def nearest(
         distances, indices = _nearest(_unit(rows), queries, n_neighbors, "euclidean")
         return np.square(distances) / 2, indices
     return _nearest(rows, queries, n_neighbors, metric)
+
+
+def nearest_in_order(
+    rows: Any, queries: Any, n_neighbors: int, *, metric: Any = "cosine"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `nearest` returns; of rows that are equal, the first comes first.
+
+    So are the rows that are returned if more of them are equally near than are asked for.
+    """
+    rows = check_array(rows, dtype=[np.float32, np.float64])
+    numbers = _numbers_of_distinct(rows)
+    firsts = np.unique(numbers, return_index=True)[1]
+    k = min(n_neighbors, len(firsts))
+    distances, found = nearest(rows[firsts], queries, k, metric=metric)
+    order = np.lexsort((found, distances))
+    distances, found = (np.take_along_axis(of, order, axis=1) for of in (distances, found))
+    if len(firsts) == len(rows):
+        return distances, found
+    equal = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
+    indices = [np.concatenate([equal[i] for i in of_query])[:n_neighbors] for of_query in found]
+    counts = np.array([len(of) for of in equal])
+    pairs = zip(distances, counts[found], strict=True)
+    repeated = [np.repeat(*pair)[:n_neighbors] for pair in pairs]
+    return np.stack(repeated), np.stack(indices)
+
+
+def _numbers_of_distinct(rows: np.ndarray) -> np.ndarray:
+    """Return a number for each row, the same for equal ones, in the order in which they come."""
+    rows, known = np.ascontiguousarray(rows), dict[bytes, int]()
+    digests = (xxhash.xxh3_128_digest(row.data) for row in rows)
+    return np.array([known.setdefault(digest, len(known)) for digest in digests])
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from sktransfer._cli import main
 from sktransfer._cli.audit_page import audit_page
 from sktransfer.inspection import AuditDisplay, find_similar
 from sktransfer.io import check_images
-from sktransfer.model_selection import audit, suggest_groups
+from sktransfer.model_selection import _audit, audit, suggest_groups
 from sktransfer.model_selection._image_facts import look_at
 from sktransfer.model_selection._label_suspects import label_suspects, out_of_fold
 
@@ -165,7 +166,7 @@ def test_leaks(tiles, memory):
     assert "leak" not in set(same.kind) and "exact duplicate" in set(same.kind)
 
 
-def test_labels_that_are_wrong_come_first(tiles, memory):
+def test_labels_that_are_wrong_come_first(tiles, memory, monkeypatch):
     _, paths, labels = tiles
     y = labels.copy()
     wrong = [2, 11, 27]
@@ -175,6 +176,12 @@ def test_labels_that_are_wrong_come_first(tiles, memory):
     assert set(wrong) <= set(suspects.row[:5])
     assert set(suspects.other_label) <= {"china", "flower"}
     assert (np.diff(suspects.score) <= 0).all() and (suspects.score <= 1).all()
+    monkeypatch.setattr(_audit, "_MANY", 30)  # images, and fewer columns for more of them
+    monkeypatch.setattr(_audit, "_DIRECTIONS", 12)
+    fewer = audit(paths, y, memory=memory, image_size=64)
+    assert set(wrong) <= set(fewer.row[fewer.kind == "label"][:6])
+    assert not fewer.equals(table)
+    monkeypatch.undo()
     numbers = audit(paths, np.where(y == "china", 0, 1), memory=memory, image_size=64)
     other = numbers.other_label[numbers.kind == "label"]
     assert other.tolist() == np.where(suspects.other_label == "china", 0, 1).tolist()
@@ -222,6 +229,13 @@ def test_bad_input(tmp_path, memory):
             audit(two, test=test, **SMALL)
     with pytest.raises(ValueError, match="n_neighbors=3, but there are 2 images"):
         find_similar(two, two, n_neighbors=3, **SMALL)
+    for wrong in ("layer", "normalize", "imagesize"):
+        for call in (audit, suggest_groups, partial(find_similar, two)):
+            with pytest.raises(TypeError, match=f"{wrong}'. Of PretrainedFeatureExtractor, it"):
+                call(two, **{wrong: 1})
+    for call in (audit, suggest_groups, partial(find_similar, two)):
+        with pytest.raises(ValueError, match="'batch_size' parameter"):
+            call(two, batch_size=0)
     for n_neighbors in (0, "2", None, 1.5):
         with pytest.raises(ValueError, match="'n_neighbors' parameter of find_similar"):
             find_similar(two, two, n_neighbors=n_neighbors, **SMALL)
@@ -296,12 +310,24 @@ def test_commands_of_bad_input(tmp_path, tiles, capsys, memory):
     assert "No image in" in capsys.readouterr().err
     (tmp_path / "no.jpg").write_bytes(b"no image")
     assert main(["audit", str(tmp_path)]) == 0
-    assert "1 images, 1 findings" in (out := capsys.readouterr().out) and "damaged" in out
+    assert "1 image, 1 finding\n" in (out := capsys.readouterr().out) and "damaged" in out
     assert main(["similar", str(root), str(tmp_path / "no.jpg"), "--memory", memory]) == 2
     assert "no.jpg" in capsys.readouterr().err
+    some = [str(root), paths[0], str(tmp_path / "no.jpg"), "--skip-unreadable", "--json"]
+    assert main(["similar", *some, "--memory", memory, "--image-size", "64"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {row["query"] for row in document["similar"]} == {paths[0]}
+    assert [row["path"] for row in document["skipped"]] == [some[2]]
+    assert main(["similar", str(root), some[2], "--skip-unreadable"]) == 2
+    assert "No image of 1 can be read" in capsys.readouterr().err
     assert main(["similar", str(root), str(tmp_path / "gone.jpg")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main(["similar", str(root), paths[0], "--html", "page.txt"]) == 2
+    for empty in ("--output", "--memory", "--test"):
+        assert main(["audit", str(root), empty, ""]) == 2
+        assert f"error: {empty} is empty: pass a value." in capsys.readouterr().err
+    assert main(["benchmark", ""]) == 2  # would otherwise take the solar cells
+    assert "error: FOLDER is empty" in capsys.readouterr().err
     assert main(["audit", str(root), "--test", str(tmp_path / "none")]) == 2
     assert "is no folder" in capsys.readouterr().err
     test = ["--test", str(root), "--memory", memory, "--image-size", "64"]

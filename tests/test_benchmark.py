@@ -183,17 +183,26 @@ def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path)
         os.makedirs(folder)
         for file in tiles[1][8 * k : 8 * k + 8]:
             shutil.copy(file, os.path.join(folder, os.path.basename(os.fsencode(file))))
+    shutil.copy(tiles[1][0], os.path.join(os.fsencode(root), names[1], b"<img src=x>.jpg"))
     output = str(tmp_path / "report")
     task = _benchmark.load_folder(str(root))
     with joblib.parallel_config("threading"):
-        report = _benchmark.compare(task, n_splits=1, depths=[0], image_size=32)
+        options = {"depths": [0], "image_size": 32, "with_audit": True}
+        report = _benchmark.compare(task, n_splits=1, **options)
     assert r"8 \x1b[2J\udcff\x0a" in _report.as_text(report)
     table, page = _report.write(report, output)
     with table.open(encoding="utf-8") as file:
         assert {row["task"] for row in csv.DictReader(file)} == {"<b>"}
     text = page.read_text(encoding="utf-8")
-    assert "<script" not in text and "8 &lt;script&gt;, 8 =cmd()" in text
-    assert "<b>" not in text and "&lt;b&gt;: 40 images" in text and "\x1b" not in text
+    assert "<script" not in text and "8 &lt;script&gt;, 9 =cmd()" in text
+    assert "<b>" not in text and "&lt;b&gt;: 41 images" in text and "\x1b" not in text
+    audited = text.partition("What to look at in the images")[2].partition("<h2>")[0]
+    assert "× copies with different labels" in audited and "their labels differ" in audited
+    assert "&lt;img src=x&gt;.jpg" in audited and "<strong>&lt;script&gt;</strong>" in audited
+    assert (
+        "<code>sktransfer audit FOLDER --output DIR</code>" in audited and "<img src=x" not in text
+    )
+    assert len(report.findings) > 5 and audited.count("<figcaption>") == 5
 
 
 def test_the_encoding_of_files_is_not_that_of_the_locale(report, tmp_path):
@@ -249,7 +258,7 @@ def test_a_reader_that_goes_away_does_not_stop_the_report(tiles, tmp_path, monke
         patch.setattr("sys.stdout", output)
         assert main([*arguments, "--output", str(tmp_path)]) == 141
     reader.join()
-    assert (tmp_path / "report.html").is_file()
+    assert "What to look at in the images" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_no_name_is_html(report):

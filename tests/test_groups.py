@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -36,6 +37,7 @@ from skorch.callbacks import Callback
 
 from sktransfer import FineTunedClassifier, FineTunedRegressor, load_model, register_model
 from sktransfer._cli import benchmark, main
+from sktransfer._cli import groups as groups_option
 from sktransfer._cli.groups import check_groups_option, groups_of
 from sktransfer._escaping import csv_cell
 from sktransfer._splits import Folds, check_groups, hold_outs, inner_folds
@@ -584,6 +586,24 @@ def test_groups_by_names():
     assert groups_by(r"(p\d)", "photos") == ["p1", "p1", "p2", "p3", "p4"]
     assert groups_by(r"^(\w)/", "./photos/") == ["a", "a", "b", "b", "b"]
     assert groups_of(["x"], Namespace(groups=None, folder="")) is None
+
+
+def test_groups_by_composed_and_decomposed_letters(tmp_path):
+    names = ["M\u00fcller/1.jpg", "Mu\u0308ller/2.jpg"]
+    for text in ("(M\u00fcl+er)", "(Mu\u0308l+er)"):
+        assert groups_by(text, "photos", names) == ["M\u00fcller"] * 2
+    (tmp_path / "t.csv").write_text("path,x\nMu\u0308ller/1.jpg,1\nM\u00fcller/2.jpg,2\n", "utf-8")
+    assert groups_by(f"{tmp_path}/t.csv:x", "photos", names) == ["1", "2"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs the alarm of POSIX")
+def test_an_expression_that_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr(groups_option, "_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"\(a\+\)\+\$' was given up after .*'\(a\+\)', or pass a"):
+        groups_by("(a+)+$", "photos", ["a" * 60 + "!.jpg"])
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert groups_by("([[a]+)", "photos", ["ab.jpg"]) == ["a"]  # of which Python warns
 
 
 @pytest.mark.parametrize("form", ["below", "whole", "as this library writes"])

@@ -5,7 +5,7 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from sktransfer import _neighbors
-from sktransfer._neighbors import nearest
+from sktransfer._neighbors import nearest, nearest_in_order
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,19 @@ def test_no_row_is_its_own_neighbor_though_others_equal_it(rows):
     assert not (indices == np.arange(len(doubled))[:, None]).any()
     assert set(indices[1].tolist()) == {301, 304}
     np.testing.assert_allclose(distances[:3], 0, atol=1e-12)  # though rows are float32
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "cityblock"])
+def test_of_equal_rows_the_first_comes_first(rows, metric):
+    order = np.random.default_rng(0).permutation(1500) % 300  # each row five times
+    queries = rows[:40] + 0.1
+    expected = nearest(rows, queries, 3, metric=metric)
+    copies = np.stack([np.flatnonzero(order == row) for row in expected[1].ravel()])
+    distances, indices = nearest_in_order(rows[order], queries, 13, metric=metric)
+    np.testing.assert_array_equal(indices, copies.reshape(40, 15)[:, :13])
+    np.testing.assert_array_equal(distances, np.repeat(expected[0], 5, axis=1)[:, :13])
+    same = nearest_in_order(np.ones((9, 3)), np.ones((2, 3)), 4, metric=metric)[1]
+    assert same.tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_zeros_are_far_from_others_by_the_cosine(rows):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sktransfer._cli.audit_page import audit_page, similar_page
+from sktransfer._cli.checks import counted
 from sktransfer._cli.options import common_parameters
 from sktransfer._cli.tables import as_table, show, show_columns
 from sktransfer._cli.tasks import files_of, readable
@@ -68,8 +69,8 @@ def _files_and_labels(folder: str) -> tuple[list[str], list[str] | None]:
 def _as_text(table: Any, counts: Counter, n: int, all_are_written: bool) -> str:
     """Return how many findings of each kind there are, and the first; only paths may be long."""
     if not len(table):
-        return f"{n:,} images: nothing was found"
-    lines = [f"{n:,} images, {len(table):,} findings", ""]
+        return f"{counted(n, 'image')}: nothing was found"
+    lines = [f"{counted(n, 'image')}, {counted(len(table), 'finding')}", ""]
     lines += [as_table({"finding": [*counts], "images": [*map(str, counts.values())]}), ""]
     first = table.head(_SHOWN)
     for one in first.itertuples():
@@ -95,7 +96,7 @@ def _write(table: Any, options: argparse.Namespace) -> list[str]:
 def similar(options: argparse.Namespace) -> None:
     """Print the images of a folder that are most like some others."""
     files, skipped = readable(list_images(options.folder), options)
-    queries = files_of(options.files)
+    queries, skipped_queries = readable(files_of(options.files), options)
     k = min(options.k, len(files))
     table = find_similar(queries, files, n_neighbors=k, **common_parameters(options))
     if options.html:
@@ -109,4 +110,4 @@ def similar(options: argparse.Namespace) -> None:
     }
     if not options.csv and not options.json:  # a query's name once
         columns["query"] = table["query_path"].where(table["rank"] == 1, "").tolist()
-    show_columns(options, columns, "similar", skipped)
+    show_columns(options, columns, "similar", skipped | skipped_queries)

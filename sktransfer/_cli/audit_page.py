@@ -6,10 +6,12 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-from sktransfer._cli.page import small_image, whole_page
+from sktransfer._cli.checks import counted
+from sktransfer._cli.whole_page import small_image, whole_page
 from sktransfer._escaping import printable
 
 _MOST = 24  # images of a kind that are shown
+_MAIN = 5  # findings in the report of a comparison
 # What a kind is, and what to do about it.
 _ADVICE = {
     "damaged": (
@@ -63,9 +65,33 @@ def audit_page(table: Any, name: str) -> str:
     )
     overview = f"<table><thead><tr><th>finding</th><th>images</th></tr></thead>{rows}</table>"
     sections = "".join(_section(kind, table[table["kind"] == kind]) for kind in kinds)
-    headline = f"<em>{len(table):,}</em> finding{'s' * (len(table) > 1)}, the most urgent first."
+    headline = f"<em>{len(table):,}</em> finding{'s' * (len(table) != 1)}, the most urgent first."
     return whole_page(
         title, f'<p class="headline">{headline}</p><div class="scroll">{overview}</div>{sections}'
+    )
+
+
+def main_findings(table: Any) -> str:
+    """Return the section of a report on the first findings, the first of each kind before others.
+
+    Parameters
+    ----------
+    table : data frame
+        As of `audit`.
+    """
+    heading = "<h2>What to look at in the images</h2>"
+    how = "<code>sktransfer audit FOLDER --output DIR</code>"
+    if not len(table):
+        return f'{heading}<p class="note">An audit found nothing: {how}.</p>'
+    of_kind = table.groupby("kind").cumcount()
+    shown = table.iloc[of_kind.to_numpy().argsort(kind="stable")[:_MAIN]].sort_values("rank")
+    kinds = table["kind"].value_counts(sort=False)
+    counts = ", ".join(f"{n:,} × {_ADVICE[kind][0].lower()}" for kind, n in kinds.items())
+    cards = "".join(_card(finding) for finding in shown.itertuples())
+    return (
+        f'{heading}<p class="note">An audit has {counted(len(table), "finding")}: {counts}.</p>'
+        f'<div class="pairs">{cards}</div>'
+        f'<p class="note">All of them, and what to do about each kind: {how}.</p>'
     )
 
 

@@ -30,6 +30,7 @@ from sktransfer._splits import Folds, Split, hold_outs
 from sktransfer._threads import small_solve
 from sktransfer._training.cut import find_cut
 from sktransfer.io import check_images
+from sktransfer.model_selection import audit
 from sktransfer.model_selection._comparison import (
     PIXELS,
     embed,
@@ -80,6 +81,7 @@ def compare(
     random_state: int = 0,
     verbose: int = 0,
     fit_best: bool = False,
+    with_audit: bool = False,
     on_result: Callable[[Report], None] | None = None,
     **options: Any,
 ) -> Report:
@@ -110,6 +112,9 @@ def compare(
     fit_best : bool, default=False
         Whether the most accurate classifier on a network, under the first convention, is fitted
         once more on all images, as an estimator that takes images.
+    with_audit : bool, default=False
+        Whether the images are audited as well, with the labels of the first convention, on what the
+        first network has computed.
     on_result : callable, default=None
         It is called with the report after each result, which is the last of `report.results`.
     **options
@@ -134,6 +139,10 @@ def compare(
                 on_result(report)
         if fit_best:
             report.best = _fit_best(task, candidates, report.results)
+        if with_audit:
+            y = task.targets[report.results[0].convention]
+            network = {"backbone": backbones[0], "random_state": random_state}
+            report.findings = audit(task.images, y, task.groups, **network, **options)
     return report
 
 

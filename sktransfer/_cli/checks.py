@@ -32,6 +32,9 @@ _SMALLEST = {
 
 def check(options: argparse.Namespace) -> None:
     """Refuse wrong numbers, and files and folders that are missing or can't be written."""
+    if empty := [name for name, value in vars(options).items() if value == ""]:
+        name = empty[0].upper() if empty[0] in ("folder", "model") else option(empty[0])
+        raise ValueError(f"{name} is empty: pass a value. Is a variable of the shell not set?")
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:
@@ -59,19 +62,20 @@ def announcement(options: argparse.Namespace) -> str:
     networks = options.backbone or ["efficientnet_lite0"]
     depths = (options.depths or "0,1,2,4,8").split(",") if options.depths or options.depth else []
     what = (
-        f"{_counted(len(depths), 'depth')} of fine-tuning"
+        f"{counted(len(depths), 'depth')} of fine-tuning"
         if depths
         else "classifiers on frozen features"
     )
     seconds = _seconds(n_images, networks, len(depths), options)
     said = (
-        f"comparing {what}: {_counted(n_images, 'image')}, {', '.join(map(printable, networks))}, "
-        f"{_counted(options.splits, 'split')}; about {_in_words(seconds)}, without a GPU"
+        f"comparing {what}: {counted(n_images, 'image')}, {', '.join(map(printable, networks))}, "
+        f"{counted(options.splits, 'split')}; about {_in_words(seconds)}, without a GPU"
     )
     return textwrap.fill(said, 80, break_on_hyphens=False)
 
 
-def _counted(n: int, what: str) -> str:
+def counted(n: int, what: str) -> str:
+    """Return a number and what it counts, with an s unless it is one."""
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 

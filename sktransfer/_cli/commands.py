@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext, suppress
+import io
+import sys
+from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ from sktransfer._cli import benchmark as _benchmark
 from sktransfer._cli import report as _report
 from sktransfer._cli.audit import audit, similar
 from sktransfer._cli.cache import cache
+from sktransfer._cli.checks import counted
 from sktransfer._cli.groups import groups_of
 from sktransfer._cli.models import classify, export, fit, predict, where_and_how_to_use, write_model
 from sktransfer._cli.options import common_parameters, depth_of, one_or_several
@@ -77,7 +80,8 @@ def embed(options: argparse.Namespace) -> None:
     else:
         map_text(table, csv_cell).to_csv(options.output, index=False)
     document = {"written": options.output, "n_images": len(files), "n_features": rows.shape[1]}
-    text = f"written: {escape(options.output)} ({len(files)} images, {rows.shape[1]} features)"
+    images = counted(len(files), "image")
+    text = f"written: {escape(options.output)} ({images}, {rows.shape[1]} features)"
     show(options, document, text, skipped)
 
 
@@ -134,16 +138,18 @@ def benchmark(options: argparse.Namespace) -> None:
     task = load_folder(options.folder, options) if options.folder else load_elpv()
     depths = options.depths or ("0,1,2,4,8" if options.depth else "")
     common = common_parameters(options)
-    report = _benchmark.compare(
-        task,
-        common.pop("backbone") or ["efficientnet_lite0"],
-        depths=[depth_of(d) for d in depths.split(",") if d],
-        n_splits=options.splits,
-        random_state=options.seed,
-        fit_best=bool(options.save_best),
-        on_result=None if options.json else partial(_print_newest, options),
-        **common,
-    )
+    with redirect_stdout(sys.stdout):  # a reader that went away is told at the end
+        report = _benchmark.compare(
+            task,
+            common.pop("backbone") or ["efficientnet_lite0"],
+            depths=[depth_of(d) for d in depths.split(",") if d],
+            n_splits=options.splits,
+            random_state=options.seed,
+            fit_best=bool(options.save_best),
+            with_audit=bool(options.output),
+            on_result=None if options.json else partial(_print_newest, options),
+            **common,
+        )
     document, text = _report.as_document(report), _report.closing(report)
     try:
         if options.output:  # first, as the reader of what is printed may go away
@@ -160,10 +166,14 @@ def benchmark(options: argparse.Namespace) -> None:
 
 def _print_newest(options: argparse.Namespace, report: Report) -> None:
     lines = _report.lines_of(report, len(report.results) - 1)
-    # Files are written even if the reader of what is printed goes away; the end tells it then.
-    has_files = options.output or options.save_best
-    with tqdm.external_write_mode(), suppress(OSError) if has_files else nullcontext():
-        print(*lines, sep="\n", flush=True)
+    try:
+        with tqdm.external_write_mode():
+            print(*lines, sep="\n", flush=True)
+    except OSError:
+        if not (options.output or options.save_best):
+            raise
+        # Files are written even if the reader goes away; what joblib starts flushes the output.
+        sys.stdout = io.StringIO()
 
 
 def _write_best(best: Best, path: str) -> dict[str, Any]:

@@ -6,13 +6,22 @@ import argparse
 import csv
 import os
 import re
-from collections.abc import Iterable
+import signal
+import threading
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sktransfer._escaping import csv_cell
 
 _TABLE = re.compile(r"(?P<file>.+\.csv):(?P<column>.+)", re.IGNORECASE | re.DOTALL)
+_SECONDS = 10.0  # and a thousandth for each image, after which an expression is given up
+# An "ü" may be one character, as on a keyboard, or two, as in the names of files of macOS.
+_composed = partial(unicodedata.normalize, "NFC")
 
 
 def add_groups(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +59,9 @@ def groups_of(files: Iterable[str], options: argparse.Namespace) -> Any:
 def _pattern(text: str) -> re.Pattern[str]:
     otherwise = "To name a table, write FILE.csv:COLUMN."
     try:
-        pattern = re.compile(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what a later Python will read
+            pattern = re.compile(_composed(text))
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"--groups {text!r} is no regular expression: {error}. {otherwise}"
@@ -65,9 +76,10 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 def _by_name(named: list[tuple[str, str]], text: str) -> list[str]:
     pattern, groups = _pattern(text), []
-    for _, path in named:
-        found = pattern.search(path)
-        groups.append((found[1] if found else None) or "")
+    with _time_limit(_SECONDS + len(named) / 1000, text):
+        for _, path in named:
+            found = pattern.search(_composed(path))
+            groups.append((found[1] if found else None) or "")
     if without := [path for (_, path), group in zip(named, groups, strict=True) if not group]:
         raise ValueError(
             f"--groups {text!r} finds no group in the paths of {len(without)} of {len(named)} "
@@ -75,6 +87,34 @@ def _by_name(named: list[tuple[str, str]], text: str) -> list[str]:
             "is found in each path, rename the image, or pass a table, FILE.csv:COLUMN."
         )
     return groups
+
+
+@contextmanager
+def _time_limit(seconds: float, text: str) -> Iterator[None]:
+    """Give up an expression that would try for years; where no signal can, Ctrl-C still can."""
+
+    def give_up(*_: Any) -> NoReturn:
+        raise ValueError(
+            f"--groups {text!r} was given up after {seconds:.0f} s: a repeat within a repeat, as "
+            "in '(a+)+', can be tried in endless ways. Write it without, as '(a+)', or pass a "
+            "table, FILE.csv:COLUMN."
+        )
+
+    is_free = (
+        hasattr(signal, "SIGALRM")  # not on Windows
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    )
+    if not is_free:
+        yield
+        return
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------ by a table
@@ -86,7 +126,7 @@ def _by_table(named: list[tuple[str, str]], table: str, column: str) -> list[str
     groups = []
     for file, path in named:
         # As this library writes them to its own tables, too.
-        names = (path, file, csv_cell(path), csv_cell(file))
+        names = [_composed(name) for name in (path, file, csv_cell(path), csv_cell(file))]
         groups.append(next((known[name] for name in names if name in known), ""))
     if without := [path for (_, path), group in zip(named, groups, strict=True) if not group]:
         example = f"; its first path is {next(iter(known))!r}" if known else ""
@@ -115,7 +155,7 @@ def _read(table: str, column: str) -> dict[str, str]:
             path, group = header.index("path"), header.index(column)
             for number, row in enumerate(rows, start=2):
                 cells = [*row, *[""] * (len(header) - len(row))]
-                name, value = cells[path], cells[group].strip()
+                name, value = _composed(cells[path]), cells[group].strip()
                 if value != known.setdefault(name, value):
                     raise ValueError(
                         f"{table!r}, row {number}: {name!r} has the group {value!r}, and in an "

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sktransfer._cli.checks import counted
 from sktransfer._cli.page import page
 from sktransfer._cli.results import METRICS, Report, Result, best_of, full_name, gains
 from sktransfer._cli.tables import as_table, head_lines, row_lines
@@ -22,7 +23,8 @@ _WIDTHS = {"accuracy": 13, "balanced": 8, "F1": 5, "ROC AUC": 7}  # and two spac
 
 def as_text(report: Report) -> str:
     """Return all that is printed on a terminal, at once."""
-    first = f"{report.task.name}: {len(report.task.images)} images, {report.n_splits} splits"
+    counts = counted(len(report.task.images), "image"), counted(report.n_splits, "split")
+    first = f"{report.task.name}: {', '.join(counts)}"
     lines = [line for i in range(len(report.results)) for line in lines_of(report, i)]
     return "\n".join([first, *lines, closing(report)])
 

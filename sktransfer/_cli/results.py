@@ -57,6 +57,7 @@ class Report:
     costs: list[Cost]
     n_splits: int
     best: Best | None = None  # if it was asked for
+    findings: Any = None  # of an audit, a data frame, if it was asked for
 
     @property
     def conventions(self) -> list[str]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
-from scipy.ndimage import gaussian_filter
 from sklearn.base import OutlierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.random import sample_without_replacement
 from sklearn.utils.validation import check_is_fitted
-from torch.nn.functional import interpolate
 
 from sktransfer._engine.device import PRECISIONS
 from sktransfer._engine.frozen import Activations
-from sktransfer._engine.patches import PatchFeatures, coreset
+from sktransfer._engine.patch_bank import choose_bank, distances_to, normality, over_pixels
+from sktransfer._engine.patches import PatchFeatures
 from sktransfer._estimators.base import (
     ImageEstimator,
     Interval,
@@ -30,7 +26,6 @@ from sktransfer._estimators.base import (
     twin_of,
 )
 from sktransfer._memory.memory import check_memory
-from sktransfer._neighbors import nearest
 from sktransfer._threads import n_threads
 from sktransfer._training.data import allocate
 from sktransfer._training.net import Progress
@@ -40,8 +35,6 @@ from sktransfer.models import Backbone
 
 __all__ = ["PatchAnomalyDetector"]
 
-_MOST = 10_000  # patches of a bank whose size is a share
-_CANDIDATES = 100_000  # patches among which those of a bank are chosen
 _CHUNK = 32  # images whose patches are compared at once
 _SHAPE = ("layer", "image_size")  # what a fit sets for all that follows
 
@@ -247,7 +240,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
                 patches = features([x[chunk] for x in stored])
                 distances.append(self._distances(patches, digests[chunk]))
                 progress.update(len(patches))
-        scores = _scores(np.concatenate(distances))
+        scores = normality(np.concatenate(distances))
         self.offset_ = float(np.percentile(scores, 100 * self.contamination))
         self.block_names_ = features.frozen.runner.block_names
         return self
@@ -291,23 +284,10 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         progress: Progress,
     ) -> None:
         progress.stage("bank")
-        chance, n_images = check_random_state(self.random_state), len(digests)
-        n = n_images * math.prod(features.grid)
-        drawn = np.sort(sample_without_replacement(n, min(n, _CANDIDATES), random_state=chance))
-        rows = features.rows(stored, drawn)
-        size = self._n_patches(n, len(rows))
-        share = n_images / size
-        chosen = coreset(rows, size, chance, lambda: progress.update(share))
-        numbers = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
-        of_images = np.array([numbers[digest] for digest in digests])
-        self.bank_ = rows[chosen]
-        self._owners = of_images[drawn[chosen] // math.prod(features.grid)]
-
-    def _n_patches(self, n: int, n_candidates: int) -> int:
-        """Return how many of `n` patches make the bank."""
-        if isinstance(self.coreset, Integral):
-            return min(int(self.coreset), n_candidates)
-        return max(2, min(_MOST, n_candidates, round(self.coreset * n)))
+        chance = check_random_state(self.random_state)
+        self.bank_, self._owners = choose_bank(
+            features, stored, self._numbers(digests), self.coreset, chance, progress.update
+        )
 
     # ------------------------------------------------------------------------ patches
 
@@ -336,20 +316,13 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
             progress=progress,
         )
 
-    def _distances(self, patches: np.ndarray, digests: list[bytes]) -> np.ndarray:
-        """Return the distance of each patch (n, n_patches) to the nearest of the bank.
-
-        An image of the training is compared with the patches of the others.
-        """
+    def _numbers(self, digests: list[bytes]) -> np.ndarray:
+        """Return which image of the training each is, -1 for a new one."""
         known = {digest.tobytes(): number for number, digest in enumerate(self._digests)}
-        owners = np.array([known.get(digest, -1) for digest in digests])
-        distances = np.empty(patches.shape[:2])
-        for owner in np.unique(owners):
-            rows, others = owners == owner, self._owners != owner
-            bank = self.bank_[others] if others.any() else self.bank_
-            found, _ = nearest(bank, np.concatenate(patches[rows]), 1, metric="euclidean")
-            distances[rows] = found.reshape(-1, patches.shape[1])
-        return distances
+        return np.array([known.get(digest, -1) for digest in digests])
+
+    def _distances(self, patches: np.ndarray, digests: list[bytes]) -> np.ndarray:
+        return distances_to(self.bank_, self._owners, patches, self._numbers(digests))
 
     def _maps(self, X: Any) -> tuple[np.ndarray, PatchFeatures]:
         """Return the distances of the patches of images (n, rows, columns)."""
@@ -385,7 +358,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
             Minus the distance of the strangest patch to the bank. An image of the training is
             compared with the patches of the others.
         """
-        return _scores(self._maps(X)[0])
+        return normality(self._maps(X)[0])
 
     @takes_dask(lambda self: np.empty(0))
     def decision_function(self, X: Any) -> np.ndarray:
@@ -430,11 +403,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
             to `image_size`. Distances of patches to the bank, interpolated and smoothed.
         """
         maps, features = self._snapshot()._maps(X)
-        size, grid = features.preprocessing.size, features.grid
-        x = torch.from_numpy(maps.astype(np.float32))[:, None]
-        x = interpolate(x, size, mode="bilinear", align_corners=False)[:, 0]
-        cell = [side / n / 2 for side, n in zip(size, grid, strict=True)]
-        return gaussian_filter(x.numpy(), (0, *cell))
+        return over_pixels(maps, features.preprocessing.size)
 
     # ------------------------------------------------------------------------ state
 
@@ -453,8 +422,3 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
 def _chunks(n: int) -> list[slice]:
     return [slice(start, min(n, start + _CHUNK)) for start in range(0, n, _CHUNK)]
-
-
-def _scores(distances: np.ndarray) -> np.ndarray:
-    """Return a score for each map of distances."""
-    return -distances.reshape(len(distances), -1).max(1)

@@ -317,5 +317,22 @@ def embedding_of(estimator: Any) -> Rows:
     return MeanEmbedding(augmentation, *what, **options)
 
 
+def extractor_by(function: str, **parameters: Any) -> PretrainedFeatureExtractor:
+    """Return an extractor for a function that takes parameters of it, checked.
+
+    Which rows it makes is the function's own business, so parameters of these are refused.
+    """
+    of_rows = "layer", "pooling", "normalize", "augment", "n_views"
+    known = [name for name in PretrainedFeatureExtractor().get_params() if name not in of_rows]
+    if wrong := [name for name in parameters if name not in known]:
+        raise TypeError(
+            f"{function} has no parameter {wrong[0]!r}. Of PretrainedFeatureExtractor, it takes "
+            f"{', '.join(known[:-1])} and {known[-1]}."
+        )
+    extractor = PretrainedFeatureExtractor(**parameters)
+    extractor._validate_params()
+    return extractor
+
+
 # Of `make_classifier`.
 GOOD_FEATURES: dict[str, Any] = {"layer": "all", "pooling": ("avg", "max"), "normalize": True}

@@ -15,8 +15,8 @@ from sktransfer.inspection._plotting import (
     as_seen,
     grid_axes,
     n_rows_and_cols,
-    put_heat,
-    put_image,
+    put_maps,
+    put_title,
     pyplot,
     single_axes,
     surroundings,
@@ -156,12 +156,10 @@ class AnomalyMapDisplay:
         else:
             ends = -self.offset / 2, -self.offset * 1.5
         vmin, vmax = (e if v is None else v for v, e in zip((vmin, vmax), ends, strict=True))
-        around = self.surroundings or [None] * len(self.images)
+        colors = {"cmap": cmap, "alpha": alpha, "vmin": vmin, "vmax": vmax}
+        heat = put_maps(self.axes_, self.images, self.maps, self.surroundings, **colors)
         for i, axes in enumerate(self.axes_):
-            put_image(axes, self.images[i], *self._title(i))
-            heat = put_heat(
-                axes, self.maps[i], around[i], cmap=cmap, alpha=alpha, vmin=vmin, vmax=vmax
-            )
+            put_title(axes, *self._title(i))
         self.figure_.colorbar(heat, ax=list(grid.ravel()), label="distance to sound patches")
         return self
 

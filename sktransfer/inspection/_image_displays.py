@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_consistent_length
 
-from sktransfer._neighbors import nearest
+from sktransfer._neighbors import nearest_in_order
 from sktransfer.inspection._embedding_display import embed
 from sktransfer.inspection._plotting import (
     grid_axes,
@@ -349,7 +349,7 @@ class PrototypeDisplay:
             raise ValueError(
                 f"n_neighbors={n_neighbors}, but there are {len(train)} training images."
             )
-        distances, rows = nearest(embeddings_train, embeddings, n_neighbors, metric=metric)
+        distances, rows = nearest_in_order(embeddings_train, embeddings, n_neighbors, metric=metric)
         labels = None if y_train is None else np.asarray(y_train)
         said = None if predictions is None else [f"said {_value(p)}" for p in predictions]
         display = cls(

@@ -69,6 +69,10 @@ def shown(images: ImageSequence, i: int, side: int = _SIDE) -> np.ndarray:
 def put_image(axes: Any, image: np.ndarray, lines: Sequence[str], color: str = "black") -> None:
     """Show an image with lines of text above it, none of them wider than the image."""
     axes.imshow(image)
+    put_title(axes, lines, color)
+
+
+def put_title(axes: Any, lines: Sequence[str], color: str = "black") -> None:
     text = "\n".join(textwrap.shorten(line, 27, placeholder="…") for line in lines)
     axes.set_title(text, fontsize=8, color=color)
 
@@ -105,12 +109,21 @@ def _surroundings(
     return whole, (top, left)
 
 
-def put_heat(axes: Any, heat: np.ndarray, around: Any = None, **kwargs: Any) -> Any:
-    """Show a map upon its image, and faintly what `surroundings` has of it; return the map."""
-    shown = axes.imshow(heat, **kwargs)
-    if around is not None:
-        _put_faintly(axes, *around)
-    return shown
+def put_maps(
+    axes: np.ndarray,
+    images: np.ndarray,
+    maps: np.ndarray,
+    around: Sequence[Any] | None,
+    **kwargs: Any,
+) -> Any:
+    """Show images with maps upon them, and faintly what `surroundings` has; return the last map."""
+    whole = around or [None] * len(images)
+    for ax, image, heat, its_whole in zip(axes, images, maps, whole, strict=True):
+        ax.imshow(image)
+        upon = ax.imshow(heat, **kwargs)
+        if its_whole is not None:
+            _put_faintly(ax, *its_whole)
+    return upon
 
 
 def _put_faintly(axes: Any, whole: np.ndarray, start: tuple[int, int]) -> None:

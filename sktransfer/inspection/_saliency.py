@@ -22,8 +22,8 @@ from sktransfer.inspection._plotting import (
     as_seen,
     grid_axes,
     n_rows_and_cols,
-    put_heat,
-    put_image,
+    put_maps,
+    put_title,
     pyplot,
     surroundings,
     text_of,
@@ -175,12 +175,10 @@ class SaliencyDisplay:
         self.ax_, grid = grid_axes(ax, *shape, f"{type(self).__name__}.plot", n_lines=1)
         self.figure_ = self.ax_.figure
         self.axes_ = grid.ravel()[: len(self.images)]
-        around = self.surroundings or [None] * len(self.images)
-        for axes, image, heat, title, whole in zip(
-            self.axes_, self.images, self.saliency, self.titles, around, strict=True
-        ):
-            put_image(axes, image, [title])
-            put_heat(axes, heat, whole, cmap=cmap, alpha=alpha, vmin=0, vmax=1)
+        colors = {"cmap": cmap, "alpha": alpha, "vmin": 0, "vmax": 1}
+        put_maps(self.axes_, self.images, self.saliency, self.surroundings, **colors)
+        for axes, title in zip(self.axes_, self.titles, strict=True):
+            put_title(axes, [title])
         return self
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from sktransfer._estimators.base import Interval, validate_params
-from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
-from sktransfer._neighbors import nearest
+from sktransfer._estimators.pretrained import embedding_of, extractor_by
+from sktransfer._neighbors import nearest_in_order
 from sktransfer._optional import load_optional
 from sktransfer.io import check_images
 
@@ -25,16 +25,9 @@ def find_similar(
     n_neighbors: int = 5,
     metric: str = "cosine",
     backbone: Any = "efficientnet_lite0",
-    weights: Any = "default",
-    image_shape: Any = None,
-    image_size: Any = None,
     memory: Any = None,
-    device: Any = "auto",
-    precision: str = "float32",
-    runtime: str = "auto",
-    batch_size: int | str = "auto",
-    n_jobs: int | None = None,
     verbose: int = 0,
+    **parameters: Any,
 ) -> Any:
     """Find the images whose embeddings are nearest to those of some others.
 
@@ -48,19 +41,22 @@ def find_similar(
         How many of them are returned for each query.
     metric : str, default="cosine"
         Distance between embeddings; see :class:`sklearn.neighbors.NearestNeighbors`.
-    backbone, weights, image_shape, image_size, memory, device, precision, runtime, batch_size, \
-    n_jobs : default="efficientnet_lite0", "default", None, None, None, "auto", "float32", "auto", \
-            "auto", None
-        As of :class:`sktransfer.PretrainedFeatureExtractor`. With a `memory`, only images that are
-        not in it run through the network.
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        See :class:`sktransfer.PretrainedFeatureExtractor`.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep the embeddings: only images that are not in it run through the network.
     verbose : int, default=0
         1 shows progress bars.
+    **parameters
+        Further parameters of :class:`sktransfer.PretrainedFeatureExtractor`: `weights`,
+        `image_shape`, `image_size`, `device`, `precision`, `runtime`, `batch_size` and `n_jobs`.
 
     Returns
     -------
     pandas.DataFrame
-        `n_neighbors` rows for each query, the nearest first. Columns: `query_row`, `query_path`,
-        `rank` from 1 on, `row`, `path` and `distance`. Paths are None of images that are no files.
+        `n_neighbors` rows for each query, the nearest first, and copies of one image in the order
+        of `X`. Columns: `query_row`, `query_path`, `rank` from 1 on, `row`, `path` and `distance`.
+        Paths are None of images that are no files.
 
     Raises
     ------
@@ -90,25 +86,17 @@ def find_similar(
     [2, 3]
     """
     pandas = load_optional("pandas", "find_similar", "pandas")
-    asked, images = (check_images(of, image_shape=image_shape) for of in (queries, X))
+    extractor = extractor_by(
+        "find_similar", backbone=backbone, memory=memory, verbose=verbose, **parameters
+    )
+    shape = extractor.image_shape
+    asked, images = (check_images(of, image_shape=shape) for of in (queries, X))
     if n_neighbors > len(images):
         raise ValueError(f"n_neighbors={n_neighbors}, but there are {len(images)} images in X.")
-    extractor = PretrainedFeatureExtractor(
-        backbone,
-        weights=weights,
-        image_size=image_size,
-        memory=memory,
-        device=device,
-        precision=precision,
-        runtime=runtime,
-        batch_size=batch_size,
-        n_jobs=n_jobs,
-        verbose=verbose,
-    )
-    extractor._validate_params()
     embedding = embedding_of(extractor)
     of_queries = embedding(asked)  # first: one that can't be read is said before the long part
-    distances, rows = nearest(embedding(images), of_queries, n_neighbors, metric=metric)
+    embeddings = embedding(images)
+    distances, rows = nearest_in_order(embeddings, of_queries, n_neighbors, metric=metric)
     numbers = np.repeat(np.arange(len(asked)), n_neighbors)
     paths = [asked.file(i) for i in numbers.tolist()], [images.file(i) for i in rows.ravel()]
     return pandas.DataFrame(

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
+from sktransfer._estimators.pretrained import extractor_by
 from sktransfer._memory.memory import check_memory
 from sktransfer._neighbors import nearest
 from sktransfer.io import check_images
@@ -57,16 +57,9 @@ def suggest_groups(
     X: Any,
     *,
     backbone: Any = "efficientnet_lite0",
-    weights: Any = "default",
-    image_shape: Any = None,
-    image_size: Any = None,
     memory: Any = None,
-    device: Any = "auto",
-    precision: str = "float32",
-    runtime: str = "auto",
-    batch_size: int | str = "auto",
-    n_jobs: int | None = None,
     verbose: int = 0,
+    **parameters: Any,
 ) -> np.ndarray:
     """Put images that are nearly the same into one group, so that no split parts them.
 
@@ -76,13 +69,16 @@ def suggest_groups(
     ----------
     X : sequence of images
         See :class:`sktransfer.PretrainedFeatureExtractor`.
-    backbone, weights, image_shape, image_size, memory, device, precision, runtime, batch_size, \
-    n_jobs : default="efficientnet_lite0", "default", None, None, None, "auto", "float32", "auto", \
-            "auto", None
-        As of :class:`sktransfer.PretrainedFeatureExtractor`. With a `memory`, a second call
-        decodes no image, and nothing runs through the network.
+    backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
+        See :class:`sktransfer.PretrainedFeatureExtractor`.
+    memory : str, path, joblib.Memory or None, default=None
+        Where to keep what is known of each image: a second call decodes no image, and nothing runs
+        through the network.
     verbose : int, default=0
         1 shows progress bars.
+    **parameters
+        Further parameters of :class:`sktransfer.PretrainedFeatureExtractor`: `weights`,
+        `image_shape`, `image_size`, `device`, `precision`, `runtime`, `batch_size` and `n_jobs`.
 
     Returns
     -------
@@ -137,22 +133,12 @@ def suggest_groups(
     >>> suggest_groups([china, flower, np.fliplr(china), china[4:-4, 6:-6]]).tolist()
     [0, 1, 0, 0]
     """
-    images = check_images(X, image_shape=image_shape)
-    extractor = PretrainedFeatureExtractor(
-        backbone,
-        weights=weights,
-        image_size=image_size,
-        memory=memory,
-        device=device,
-        precision=precision,
-        runtime=runtime,
-        batch_size=batch_size,
-        n_jobs=n_jobs,
-        verbose=verbose,
+    extractor = extractor_by(
+        "suggest_groups", backbone=backbone, memory=memory, verbose=verbose, **parameters
     )
-    extractor._validate_params()
+    images = check_images(X, image_shape=extractor.image_shape)
     embeddings = embed(extractor, images)[0]  # first: it says what can't be read
-    facts = look_at(images, check_memory(memory), n_jobs, verbose)
+    facts = look_at(images, check_memory(memory), extractor.n_jobs, verbose)
     return components(len(images), find_duplicates(facts, embeddings).pairs)
 
 

@@ -1,0 +1,100 @@
+"""A bank of the patches of sound images: chosen among them, and compared with those of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from sklearn.utils.random import sample_without_replacement
+from torch.nn.functional import interpolate
+
+from sktransfer._engine.patches import PatchFeatures, coreset
+from sktransfer._neighbors import nearest
+
+_MOST = 10_000  # patches of a bank whose size is a share
+_CANDIDATES = 100_000  # patches among which those of a bank are chosen
+
+
+def choose_bank(
+    features: PatchFeatures,
+    stored: Sequence[np.ndarray],
+    owners: np.ndarray,
+    size: float | int,
+    chance: np.random.RandomState,
+    tell: Callable[[float], Any],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose patches of images, and say of which each is.
+
+    Parameters
+    ----------
+    features : PatchFeatures
+    stored : sequence of ndarray
+        What a pass over the images returned.
+    owners : ndarray of int, shape (n,)
+        A number for each image, the same for those of equal content.
+    size : int or float
+        Patches, or a share of all.
+    chance : RandomState
+    tell : callable
+        It is called with the share of the images for which each choice stands.
+
+    Returns
+    -------
+    bank : ndarray of shape (n_patches, n_features), float32
+    owners : ndarray of int, shape (n_patches,)
+    """
+    n_places = math.prod(features.grid)
+    n = len(owners) * n_places
+    drawn = np.sort(sample_without_replacement(n, min(n, _CANDIDATES), random_state=chance))
+    rows = features.rows(stored, drawn)
+    if isinstance(size, Integral):
+        n_chosen = min(int(size), len(rows))
+    else:
+        n_chosen = max(2, min(_MOST, len(rows), round(size * n)))
+    chosen = coreset(rows, n_chosen, chance, lambda: tell(len(owners) / n_chosen))
+    return rows[chosen], owners[drawn[chosen] // n_places]
+
+
+def distances_to(
+    bank: np.ndarray, owners: np.ndarray, patches: np.ndarray, owners_of_patches: np.ndarray
+) -> np.ndarray:
+    """Return the distance of each patch of images (n, n_patches) to the nearest of a bank.
+
+    An image is compared with the patches of the others, if it is one of those of the bank.
+
+    Parameters
+    ----------
+    bank, owners : ndarray
+        As of `choose_bank`.
+    patches : ndarray of shape (n, n_patches, n_features)
+    owners_of_patches : ndarray of int, shape (n,)
+        The number of each image, -1 for a new one.
+    """
+    distances = np.empty(patches.shape[:2])
+    for owner in np.unique(owners_of_patches):
+        rows, others = owners_of_patches == owner, owners != owner
+        found, _ = nearest(
+            bank[others] if others.any() else bank,
+            *(np.concatenate(patches[rows]), 1),
+            metric="euclidean",
+        )
+        distances[rows] = found.reshape(-1, patches.shape[1])
+    return distances
+
+
+def normality(distances: np.ndarray) -> np.ndarray:
+    """Return a score for each map of distances (n, ...): minus that of the strangest patch."""
+    return -distances.reshape(len(distances), -1).max(1)
+
+
+def over_pixels(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return maps of patches (n, rows, columns) as maps of pixels, interpolated and smoothed."""
+    x = torch.from_numpy(maps.astype(np.float32))[:, None]
+    x = interpolate(x, size, mode="bilinear", align_corners=False)[:, 0]
+    cell = [side / n / 2 for side, n in zip(size, maps.shape[1:], strict=True)]
+    return gaussian_filter(x.numpy(), (0, *cell))
