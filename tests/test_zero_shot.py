@@ -15,6 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_predict
 
 from sktransfer import PretrainedFeatureExtractor, ZeroShotClassifier, load_model
+from sktransfer.model_selection import rank_backbones
 
 tr = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -238,6 +239,20 @@ def test_search(folders, images, tmp_path):
     by_text = found.pivot(index="row", columns="text", values="similarity")
     np.testing.assert_allclose(by_text["the dog"] - by_text["a cat"], margin, atol=1e-5)
     assert model.search("eel", paths, k=2)["path"].isin(paths).all()
+
+
+def test_ranked_beside_a_linear_probe(folders):
+    chance = np.random.default_rng(0)
+    X = np.concatenate([spotted(chance, k, 6) for k in range(2)])
+    y = np.repeat(LABELS[:2], 6)
+    networks = [str(folders / "clip"), "efficientnet_lite0"]
+    scoring = ["logistic", "zero_shot"]
+    options = {"scoring": scoring, "cv": 2, "random_state": 0, "image_size": 32}
+    table = rank_backbones(X, y, networks, **options).set_index("backbone")
+    expected = zero_shot(folders / "clip", LABELS[:2]).score(X, y)
+    found = table["zero_shot"]
+    assert found.notna().sum() == 1 and found.dropna().item() == expected
+    assert rank_backbones(X, y, networks, **options | {"scoring": "zero_shot"}).shape[0] == 2
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import check_scoring
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -22,6 +23,7 @@ from torch import nn
 from sktransfer._bars import tqdm
 from sktransfer._estimators.base import StrOptions, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
+from sktransfer._estimators.zero_shot import ZeroShotClassifier
 from sktransfer._optional import load_optional
 from sktransfer._splits import Folds, Split, check_groups, class_sizes, name_rare_classes
 from sktransfer._threads import small_solve
@@ -37,10 +39,12 @@ from sktransfer.model_selection._comparison import (
 from sktransfer.model_selection._transfer_gain import TransferGain, transfer_gain
 from sktransfer.models._builders import RECOMMENDED
 from sktransfer.models._registry import Backbone, get_model, imagenet_accuracy
+from sktransfer.models._text_towers import reads_words
 
 __all__ = ["TransferGain", "rank_backbones", "transfer_gain"]
 
-SCORES = ("knn", "logistic", "logme", "h_score", "leep")
+SCORES = ("knn", "logistic", "logme", "h_score", "leep", "zero_shot")
+_WITHOUT_PAIRS = ("leep", "zero_shot")  # two heads, or two languages, make no third
 _NEIGHBORS = 5
 _PAIRED = 3  # of how many networks, the best, pairs are formed
 _CS = [0.001, 0.01, 0.1, 1]  # coarse: they differ by a tenfold, and most tasks lie inside
@@ -105,15 +109,18 @@ def rank_backbones(
         `"logme"`, `"h_score"`: :func:`sktransfer.metrics.log_me_score` and `h_score`.
         `"leep"`: :func:`sktransfer.metrics.leep_score` of the network's own head; NaN where the
         network has no classes of its own.
+        `"zero_shot"`: the `metric` of :class:`sktransfer.ZeroShotClassifier` with the labels as
+        prompts, which learns from no image; NaN where the network reads no words.
     sort_by : str, default=None
         The one of them that the rows are sorted by, best first; None for the first. As `refit`
         of :class:`sklearn.model_selection.GridSearchCV`, it says what is best where there are
         several opinions.
     metric : str or callable, default="accuracy"
-        What `"knn"` and `"logistic"` are scored by: a scorer, or the name of one.
+        What `"knn"`, `"logistic"` and `"zero_shot"` are scored by: a scorer, or the name of one.
     pairs : bool, default=True
         Whether the best pair is ranked as well: of the first three networks, those two whose
-        embeddings side by side, each of mean length 1, score best. `"leep"` knows none.
+        embeddings side by side, each of mean length 1, score best. `"leep"` and `"zero_shot"`
+        know none.
     cv : int, splitter or iterable, default=5
         Folds; of a number of them, stratified and shuffled ones. All networks see the same.
     groups : array-like of shape (n,), default=None
@@ -219,7 +226,7 @@ def rank_backbones(
             # The embeddings of many networks would fill the memory.
             ranked[_PAIRED:] = [one._replace(X=None) for one in ranked[_PAIRED:]]
             progress.update()
-    if pairs and len(ranked) > 1 and sort_by != "leep":  # two heads make no third
+    if pairs and len(ranked) > 1 and sort_by not in _WITHOUT_PAIRS:
         two = max(
             combinations(ranked[:_PAIRED], 2),
             key=lambda two: _side_by_side(two[0], two[1], folds, [sort_by]).row[sort_by],
@@ -395,6 +402,8 @@ def _rank(
     row: dict[str, Any] = {"backbone": candidate.name, "weights": candidate.weights}
     for score in scores:
         row |= _score(score, X, logits, folds)
+    if "zero_shot" in scores and reads_words(extractor.backbone):
+        row["zero_shot"] = _zero_shot_score(extractor, images, folds)
     row |= {
         "seconds_per_1000_images": 1000 * seconds / n_computed if n_computed else np.nan,
         "n_parameters": sum(p.numel() for p in backbone.network.parameters()),
@@ -419,6 +428,16 @@ def _side_by_side(a: _Ranked, b: _Ranked, folds: _Folds, scores: Sequence[str]) 
     return _Ranked(row | {"imagenet_accuracy": np.nan})
 
 
+def _zero_shot_score(
+    extractor: PretrainedFeatureExtractor, images: ImageSequence, folds: _Folds
+) -> float:
+    """Score a network by its words for the labels, on all images: it learns from none."""
+    shared = ZeroShotClassifier().get_params().keys() & extractor.get_params().keys()
+    model = ZeroShotClassifier(**{name: getattr(extractor, name) for name in shared})
+    model.set_params(prompts={label: str(label) for label in np.unique(folds.y).tolist()})
+    return float(check_scoring(model, scoring=folds.metric)(model, images, folds.y))
+
+
 def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:
     """Return a score and, of a cross-validated one, its standard deviation over the folds."""
     with small_solve(X.size):
@@ -428,6 +447,8 @@ def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[
 def _solved_score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:
     if name in ("logme", "h_score"):
         return {name: (log_me_score if name == "logme" else h_score)(X, folds.y)}
+    if name == "zero_shot":
+        return {name: np.nan}  # of what reads no words
     if name == "leep":
         known = logits.shape[1] > 0
         return {name: leep_score(softmax(logits, axis=1), folds.y) if known else np.nan}

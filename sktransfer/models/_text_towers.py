@@ -104,6 +104,12 @@ class TextTower:
             )
 
 
+def reads_words(backbone: Any) -> bool:
+    """Tell whether a network, named as for `get_model`, has a half that reads words."""
+    origin = find_origin(backbone) if isinstance(backbone, str) else None
+    return origin is not None and origin.config().get("model_type") in _PARTS
+
+
 def load_text_tower(backbone: Any, weights: Any) -> TextTower:
     """Load what reads words of a network that is named as for `get_model`; the last one is kept.
 
