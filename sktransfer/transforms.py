@@ -113,8 +113,8 @@ class Preprocessing:
             object.__setattr__(self, name, _per_channel(getattr(self, name), name))
         if len(self.mean) != len(self.std):
             raise ValueError(
-                f"mean has {len(self.mean)} numbers and std {len(self.std)}: pass one for each "
-                "channel."
+                f"mean is for {len(self.mean)} channels, and std for {len(self.std)}: pass a "
+                "number for each channel in both."
             )
         if 0 in self.std:
             raise ValueError(f"std={self.std} holds 0, by which nothing can be divided.")

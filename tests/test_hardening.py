@@ -304,7 +304,8 @@ def test_preprocessing_takes_lists_and_arrays_and_says_what_is_wrong():
     for options, message in [
         ({"mode": "centre"}, "mode must be one of .*'center'.*'centre'"),
         ({"interpolation": "nearest"}, "interpolation must be one of"),
-        ({"mean": (0.5,)}, "mean must be 3 numbers"),
+        ({"mean": (0.5,)}, "mean is for 1 channels, and std for 3"),
+        ({"mean": "red"}, "mean must have a number for each channel"),
         ({"std": (0, 1, 1)}, "std=.*holds 0"),
         ({"size": (3, 4, 5)}, "size must be a positive int or"),
     ]:

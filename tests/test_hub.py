@@ -316,7 +316,7 @@ def test_a_processor_that_is_missing_or_does_something_else(folder):
         ({"do_resize": False}, "images of one size"),
         ({"size": {"shortest_edge": 32}}, "nothing is cropped"),
         ({"rescale_factor": 1.0}, "its pixels are others"),
-        ({"image_mean": "red"}, "mean must be 3 numbers"),
+        ({"image_mean": "red"}, "mean must have a number for each"),
         ({"image_processor_type": "NoSuchProcessor"}, "NoSuchProcessor|[Uu]nrecognized|None"),
     ):
         kept = (folder / file).read_text()

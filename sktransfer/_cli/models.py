@@ -89,8 +89,7 @@ def _blaming(path: str) -> Iterator[None]:
     """Let errors that have no remedy of their own name the model's file."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, MemoryError):
-        # Of images, weights, the machine, or a step that can't be exported.
+    except (ValueError, OSError, ImportError, MemoryError):  # of images, weights or the machine
         raise
     except Exception as error:  # attributes that no fit would set raise almost anything
         raise ValueError(
@@ -103,7 +102,10 @@ def export(options: argparse.Namespace) -> None:
     """Write a model from a file as an ONNX file."""
     model = load_model(options.model)
     with _blaming(options.model):
-        path = os.fspath(to_onnx(model, options.output))
+        try:
+            path = os.fspath(to_onnx(model, options.output))
+        except TypeError as error:  # a step that can't be exported
+            raise ValueError(str(error)) from error
     n_bytes = os.path.getsize(path)
     text = f"written: {escape(path)} ({n_bytes / 1e6:,.1f} MB)"
     show(options, {"written": {"path": path, "n_bytes": n_bytes}}, text)
