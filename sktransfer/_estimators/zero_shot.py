@@ -263,6 +263,22 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         """
         return _decision(self._logits(X)[0])
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy.
+
+        Parameters
+        ----------
+        X : sequence of images
+        y : array-like of shape (n,)
+            Entries of `classes_`.
+        sample_weight : array-like of shape (n,), default=None
+
+        Returns
+        -------
+        float
+        """
+        return super().score(X, plain_labels(y), sample_weight)
+
     def search(self, texts: Any, X: Any, k: int = 10) -> Any:
         """Find the images that fit texts best.
 
