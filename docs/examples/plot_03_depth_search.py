@@ -7,8 +7,8 @@ trained. It is a parameter, ``unfreeze``, and is searched for like any other.
 """
 
 # %%
-# 160 handwritten digits, which are unlike the photographs that the network was trained on. Does it pay
-# to train some of its blocks on them?
+# 160 handwritten digits, which are unlike the photographs that the network was trained on. Does it
+# pay to train some of its blocks on them?
 
 import matplotlib.pyplot as plt
 from sklearn.datasets import load_digits

@@ -7,8 +7,8 @@ detector learns from sound images alone, and says which new ones differ, and whe
 """
 
 # %%
-# Photographs of solar cells of the monocrystalline kind, whose ground is even: 200 sound ones to learn
-# from, and 60 others, of which 30 are defective. No defective cell is used to learn.
+# Photographs of solar cells of the monocrystalline kind, whose ground is even: 200 sound ones to
+# learn from, and 60 others, of which 30 are defective. No defective cell is used to learn.
 
 from pathlib import Path
 
