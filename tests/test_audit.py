@@ -337,3 +337,14 @@ def test_commands_of_bad_input(tmp_path, tiles, capsys, memory):
 
 def test_an_empty_page():
     assert "Nothing was found" in audit_page(audit([np.eye(9)], **SMALL), "<script>")
+
+
+def test_a_label_that_another_class_leads_by_far_is_suspect():
+    """Of classes that are told easily, hardly an image is as sure as the mean."""
+    x = np.r_[np.linspace(-5, -3, 20), np.linspace(3, 5, 20), 1.2, 0.1]
+    codes = np.repeat([0, 1, 0], [20, 20, 2])
+    model = LogisticRegression(C=1.0)
+    found = label_suspects(model, x[:, None], codes, np.arange(42), random_state=0)
+    assert [(one.row, one.other) for one in found] == [(40, 1)]
+    own = model.fit(x[:40, None], codes[:40]).predict_proba(x[20:40, None])[:, 1].mean()
+    assert found[0].best < own  # so it is not credible for that class

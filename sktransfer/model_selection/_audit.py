@@ -174,9 +174,9 @@ def audit(
     :func:`sktransfer.make_classifier` in five folds, in which copies stay together. Of more than
     2,000 images, it sees the 256 main directions of the features. A class is
     credible for an image if its probability is at least its mean probability for its own images;
-    if the most probable of the credible classes is not the given one, the label is listed. The
-    score is the difference of both probabilities. Classes without two images that are no copies
-    are not judged.
+    if the most probable of the credible classes is not the given one, the label is listed, and so
+    it is if another class leads the given one by one half. The score is the difference of both
+    probabilities. Classes without two images that are no copies are not judged.
 
     An outlier's mean cosine distance to its ten nearest images lies, as a logarithm, more than 3.5
     robust standard deviations above the median.

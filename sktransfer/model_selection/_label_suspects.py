@@ -13,6 +13,7 @@ from sktransfer._threads import small_solve
 from sktransfer.model_selection._comparison import without_words_on_small_classes
 
 N_FOLDS = 5
+_CLEAR = 0.5  # by how much the probability of another class leads, if it need not be credible
 
 
 class Suspect(NamedTuple):
@@ -48,7 +49,9 @@ def label_suspects(
 
     The rule is that of confident learning (Northcutt, Jiang and Chuang 2021). A class is credible
     for an image if its probability is at least the mean probability that this class has for its
-    own images; a label is suspect if the most probable of the credible classes is another one.
+    own images; a label is suspect if the most probable of the credible classes is another one. Of
+    a class whose images are all easily told, few others are credible: so a label is suspect as
+    well if another class leads by one half.
 
     Parameters
     ----------
@@ -68,8 +71,10 @@ def label_suspects(
     sums = np.bincount(given, of_own, p.shape[1])
     thresholds = sums / np.bincount(given, minlength=p.shape[1]).clip(1)
     credible = np.where(p >= thresholds, p, 0)
-    best = credible.argmax(axis=1)
-    doubtful = np.flatnonzero((best != given) & credible.any(axis=1))
+    best = np.where(credible.any(axis=1), credible.argmax(axis=1), given)
+    leads = (best == given) & (p.max(axis=1) - of_own >= _CLEAR)
+    best = np.where(leads, p.argmax(axis=1), best)
+    doubtful = np.flatnonzero(best != given)
     found = [
         Suspect(int(rows[i]), int(best[i]), float(of_own[i]), float(p[i, best[i]]))
         for i in doubtful
