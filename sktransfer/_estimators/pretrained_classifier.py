@@ -191,7 +191,7 @@ class PretrainedClassifier(ImageEstimator):
         """
         return _softmax(self._logits(self._images(X)))
 
-    @takes_dask(lambda self: _decision(np.empty((0, len(self.classes_)), np.float32)))
+    @takes_dask(lambda self: decision_of(np.empty((0, len(self.classes_)), np.float32)))
     def decision_function(self, X: Any) -> np.ndarray:
         """Return the logits: what the network says before the softmax.
 
@@ -204,7 +204,7 @@ class PretrainedClassifier(ImageEstimator):
         ndarray of shape (n, n_classes) or (n,), float32
             Of two classes, by how much the second leads.
         """
-        return _decision(self._logits(self._images(X)))
+        return decision_of(self._logits(self._images(X)))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the accuracy on images that are labelled with the network's own classes.
@@ -299,7 +299,7 @@ def logits_of(classifier: PretrainedClassifier) -> Rows:
     return embedding
 
 
-def _decision(logits: np.ndarray) -> np.ndarray:
+def decision_of(logits: np.ndarray) -> np.ndarray:
     """Return logits or, of two classes, by how much the second leads."""
     return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from scipy.special import log_softmax, softmax
 from sklearn.base import ClassifierMixin
-from sklearn.exceptions import NotFittedError
 from sklearn.utils import Tags
 
 from sktransfer._estimators.base import (
@@ -22,6 +21,8 @@ from sktransfer._estimators.base import (
 )
 from sktransfer._estimators.labels import is_indicator, plain_labels
 from sktransfer._estimators.pretrained import embedding_of
+from sktransfer._estimators.pretrained_classifier import decision_of
+from sktransfer._estimators.prompts import check_known, prompts_of, sentences_of, texts_of
 from sktransfer._neighbors import nearest
 from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence
@@ -202,7 +203,7 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         images = self._check_images(X, reset=True)
         labels = None if y is None else self._check_labels(y, len(images))
         words = self._read(labels)
-        _check_known(labels, words.classes)
+        check_known(labels, words.classes)
         self._words, self._fitted, self._examples = words._asdict(), self._settings(), None
         self.blend_ = {"weight": 0.0, "sharpness": 1.0}
         if labels is not None:
@@ -215,7 +216,7 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
     def classes_(self) -> np.ndarray:
         """The labels."""
         words = getattr(self, "_words", None)
-        return np.array(sorted(_prompts_of(self.prompts))) if words is None else words["classes"]
+        return np.array(sorted(prompts_of(self.prompts))) if words is None else words["classes"]
 
     @takes_dask(lambda self: self.classes_[:0])
     def predict(self, X: Any) -> np.ndarray:
@@ -248,7 +249,7 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         """
         return softmax(self._logits(X)[0], axis=1)
 
-    @takes_dask(lambda self: _decision(np.empty((0, len(self.classes_)), np.float32)))
+    @takes_dask(lambda self: decision_of(np.empty((0, len(self.classes_)), np.float32)))
     def decision_function(self, X: Any) -> np.ndarray:
         """Return the logits.
 
@@ -261,7 +262,7 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         ndarray of shape (n, n_classes) or (n,), float32
             Of two classes, by how much the second leads.
         """
-        return _decision(self._logits(X)[0])
+        return decision_of(self._logits(X)[0])
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the accuracy.
@@ -304,7 +305,7 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         """
         pandas = load_optional("pandas", "ZeroShotClassifier.search", "pandas")
         self._validate_params()
-        asked = _listed(texts, "texts")
+        asked = texts_of(texts, "texts")
         images = self._check_images(X, reset=False)
         if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= len(images):
             raise ValueError(f"k must be an int from 1 to {len(images)} images, got {k!r}.")
@@ -339,8 +340,8 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         if self.prompts is None and labels is not None:
             prompts = {label: [str(label)] for label in np.unique(labels).tolist()}
         else:
-            prompts = _prompts_of(self.prompts)
-        sentences = _sentences(prompts, self.templates)
+            prompts = prompts_of(self.prompts)
+        sentences = sentences_of(prompts, self.templates)
         classes = np.array(sorted(prompts))
         if len(classes) < 2:
             raise ValueError(
@@ -382,8 +383,8 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
 
     def _settings(self) -> dict[str, Any]:
         """Return the parameters to which the words belong."""
-        prompts = None if self.prompts is None else _prompts_of(self.prompts)
-        templates = None if self.templates is None else _listed(self.templates, "templates")
+        prompts = None if self.prompts is None else prompts_of(self.prompts)
+        templates = None if self.templates is None else texts_of(self.templates, "templates")
         named = {"backbone": portable_name(self.backbone), "weights": str(self.weights)}
         return {**named, "prompts": prompts, "templates": templates}
 
@@ -400,72 +401,6 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         tags = super().__sklearn_tags__()
         tags.requires_fit = False
         return tags
-
-
-# ------------------------------------------------------------------------------ prompts
-
-
-def _listed(texts: Any, what: str) -> list[str]:
-    """Return one text or several as a list; an error for what is none."""
-    listed = [texts] if isinstance(texts, str) else list(texts) if np.iterable(texts) else [texts]
-    for text in listed:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{what} holds {text!r}: pass texts that say something.")
-    if not listed:
-        raise ValueError(f"{what} is empty: pass a text or more.")
-    return [str(text) for text in listed]
-
-
-def _prompts_of(prompts: Any) -> dict[Any, list[str]]:
-    """Return the prompts of each label."""
-    if prompts is None:
-        raise NotFittedError(
-            "prompts=None takes the labels that fit gets: call fit(X, y), or pass prompts, such as "
-            "{'cat': 'a cat', 'dog': ['a dog', 'a puppy']}."
-        )
-    if not isinstance(prompts, Mapping):
-        names = _listed(prompts, "prompts")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"prompts names {twice[0]!r} twice: name each class once.")
-        return {name: [name] for name in names}
-    kinds = {type(label) for label in prompts}
-    if len(kinds) > 1:
-        raise ValueError(f"The labels of prompts mix types: {list(prompts)[:5]!r}. Pass one type.")
-    if not prompts:
-        raise ValueError("prompts is empty: pass a prompt for each of two classes or more.")
-    return {label: _listed(of, f"prompts[{label!r}]") for label, of in prompts.items()}
-
-
-def _sentences(prompts: dict[Any, list[str]], templates: Any) -> dict[Any, list[str]]:
-    """Put prompts into templates; an error if two classes are described by the same words."""
-    frames = ["{}"] if templates is None else _listed(templates, "templates")
-    for frame in frames:
-        if frame.count("{}") != 1:
-            raise ValueError(
-                f"templates holds {frame!r}, in which {{}} does not stand once: put it where the "
-                "prompt goes."
-            )
-    described: dict[frozenset[str], Any] = {}
-    for label, texts in prompts.items():
-        other = described.setdefault(frozenset(texts), label)
-        if other is not label:
-            raise ValueError(
-                f"The classes {other!r} and {label!r} have the same prompts, {texts}: say in what "
-                "they differ."
-            )
-    return {
-        label: [frame.replace("{}", text) for frame in frames for text in texts]
-        for label, texts in prompts.items()
-    }
-
-
-def _check_known(labels: np.ndarray | None, classes: np.ndarray) -> None:
-    unknown = [] if labels is None else np.setdiff1d(labels, classes).tolist()
-    if unknown:
-        raise ValueError(
-            f"y holds {unknown[:5]}, for which there is no prompt: prompts name {classes.tolist()}."
-        )
 
 
 # ------------------------------------------------------------------------------ labelled images
@@ -514,8 +449,3 @@ def _choose(rows: np.ndarray, numbers: np.ndarray, words: _Words) -> dict[str, f
             losses[weight, sharpness] = -float(right.mean())
     weight, sharpness = min(losses, key=losses.__getitem__)
     return {"weight": weight, "sharpness": sharpness}
-
-
-def _decision(logits: np.ndarray) -> np.ndarray:
-    """Return logits or, of two classes, by how much the second leads."""
-    return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits

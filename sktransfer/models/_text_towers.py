@@ -127,8 +127,8 @@ def load_text_tower(backbone: Any, weights: Any) -> TextTower:
         what = repr(backbone) if isinstance(backbone, str) else f"a {type(backbone).__name__}"
         raise ValueError(
             f"ZeroShotClassifier needs a network that was trained on images and texts, got "
-            f"backbone={what}. Pass a CLIP or SigLIP of transformers: a folder, or a name such as "
-            "'hf:google/siglip2-base-patch16-224'."
+            f"backbone={what}. Pass a CLIP or SigLIP of transformers: a folder with its files, "
+            "or a name such as 'hf:google/siglip2-base-patch16-224'."
         )
     load_optional("transformers", f"backbone={origin.name!r}", "'sktransfer[hub]'")
     key = origin, origin.stamp(), str(weights)
