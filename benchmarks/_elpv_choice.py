@@ -251,6 +251,7 @@ class Results:
         names = ("backbone", "whole", "every", "epochs", "batch_size", "lr", "head_lr", "views")
         self.settings = {name: getattr(args, name) for name in (*names, "precision", "device")}
         self.file = None if args.output is None else Path(args.output)
+        self.others = [_written(path, args) for path in args.average]
         self.found: dict[Fit, dict[str, Any]] = {}
         if self.file is not None and self.file.exists():
             for line in map(json.loads, self.file.read_text().splitlines()):
@@ -304,19 +305,35 @@ class Results:
             row |= {metric: f"{row[metric]:.4f}" for metric in ("accuracy", "roc_auc")}
         return table(rows + means)
 
+    def _fine_tuned(self, split: int) -> list[np.ndarray]:
+        """Return what each seed of the chosen recipe says of the test part."""
+        fits = [Fit(self.chosen(split) or "", split, seed, False) for seed in self.seeds]
+        return [np.array(self.found[fit]["probability"]) for fit in fits if fit in self.found]
+
     def _lines(self, split: int, y: np.ndarray, strata: np.ndarray) -> Iterator[dict[str, Any]]:
         truth = y[rows_of(Fit("", split, 0, False), strata)[1]]
-        recipe = self.chosen(split) or ""
-        fits = [Fit(recipe, split, seed, False) for seed in self.seeds]
-        found = [np.array(self.found[fit]["probability"]) for fit in fits if fit in self.found]
+        found = self._fine_tuned(split)
         for n in sorted({1, len(found)} if found else ()):
             name = f"fine-tuned, {n} seeds averaged" if n > 1 else "fine-tuned"
-            row = {"split": split, "fitted": name, "recipe": recipe}
+            row = {"split": split, "fitted": name, "recipe": self.chosen(split)}
             yield row | scores(truth, np.mean(found[:n], axis=0))
+        each = [fits for results in (self, *self.others) if (fits := results._fine_tuned(split))]
+        if len(each) > 1:
+            name = f"fine-tuned, {len(each)} networks averaged, {sum(map(len, each))} fits"
+            p = np.mean([np.mean(fits, axis=0) for fits in each], axis=0)
+            yield {"split": split, "fitted": name, "recipe": ""} | scores(truth, p)
         for name in (SVM, START):
             if (fit := Fit(name, split, 0, False)) in self.found:
                 row = {"split": split, "fitted": name, "recipe": ""}
                 yield row | scores(truth, np.array(self.found[fit]["probability"]))
+
+
+def _written(path: str, args: argparse.Namespace) -> Results:
+    """Return what a run of other settings wrote to its file."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    recipes = list(dict.fromkeys(line["recipe"] for line in lines if line["is_inner"]))
+    told = {**lines[0]["settings"], "recipes": recipes, "output": path, "average": ()}
+    return Results(argparse.Namespace(**{**vars(args), **told}))
 
 
 def _run_all(work: _Work, results: Results) -> None:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def part_features(args: argparse.Namespace, folder: Path) -> None:
         f"{kilobytes(files)}; medians of {args.repeats} turns.\n",
         flush=True,
     )
-    print(table([features(backbone, files, arrays, args) for backbone in args.networks]))
+    print_table(features(backbone, files, arrays, args) for backbone in args.networks)
 
 
 # ------------------------------------------------------------------------------ training
@@ -208,14 +208,25 @@ def part_training(args: argparse.Namespace, folder: Path) -> None:
         f"{args.training_batch_size}, {args.repeats + 1} epochs.\n",
         flush=True,
     )
-    rows = []
-    for backbone in args.networks:
-        weights = weights_file(backbone, folder)
-        for depth in (2, "all"):  # in a process each: nothing else lies on the device
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                found = process.submit(fine_tune, backbone, depth, arrays, weights, args)
-                rows.append(found.result())
-    print(table(rows))
+
+    def rows() -> Iterator[dict[str, str]]:
+        for backbone in args.networks:
+            weights = weights_file(backbone, folder)
+            for depth in (2, "all"):  # in a process each: nothing else lies on the device
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    found = process.submit(fine_tune, backbone, depth, arrays, weights, args)
+                    yield found.result()
+
+    print_table(rows())
+
+
+def print_table(rows: Iterable[dict[str, str]]) -> None:
+    """Print a table; report each row as it comes, as a device is often lent by the minute."""
+    found = []
+    for row in rows:
+        say("  " + ", ".join(f"{name}: {value}" for name, value in row.items() if value))
+        found.append(row)
+    print(table(found), flush=True)
 
 
 # ------------------------------------------------------------------------------ the command line
