@@ -63,7 +63,7 @@ def told() -> list[str]:
 
 
 def test_workers_on_one_gpu_are_warned():
-    """It stands here as the workers of the test before, which import torch for seconds, are idle."""
+    """Behind a test whose workers are idle now: importing torch takes new ones seconds."""
     assert multiprocessing.parent_process() is None and told() == []
     for messages in joblib.Parallel(n_jobs=2)(joblib.delayed(told)() for _ in range(2)):
         assert len(messages) == 1 and "n_jobs=1" in messages[0]
