@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -23,6 +24,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Layers as small as those of most tests take several times as long on several threads.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    # What is imported by now lives as long as the process: no collection looks at it again. A whole
+    # one took half a second, and the tests cause hundreds.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,13 @@ from sktransfer.model_selection import _comparison
 from sktransfer.model_selection._comparison import rbf_kernel
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _threads():
+    """Processes take seconds to start; those of a benchmark run in the commands of the guide."""
+    with joblib.parallel_config("threading"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def told(tiles):
     """A comparison on the tiles, and what it told after each result: lines, number of costs."""
@@ -186,9 +193,8 @@ def test_names_of_classes_are_text_in_table_file_page_and_plots(tiles, tmp_path)
     shutil.copy(tiles[1][0], os.path.join(os.fsencode(root), names[1], b"<img src=x>.jpg"))
     output = str(tmp_path / "report")
     task = _benchmark.load_folder(str(root))
-    with joblib.parallel_config("threading"):
-        options = {"depths": [0], "image_size": 32, "with_audit": True}
-        report = _benchmark.compare(task, n_splits=1, **options)
+    options = {"depths": [0], "image_size": 32, "with_audit": True}
+    report = _benchmark.compare(task, n_splits=1, **options)
     assert r"8 \x1b[2J\udcff\x0a" in _report.as_text(report)
     table, page = _report.write(report, output)
     with table.open(encoding="utf-8") as file:
@@ -218,8 +224,7 @@ def test_the_encoding_of_files_is_not_that_of_the_locale(report, tmp_path):
 def test_a_report_that_can_not_be_written_is_printed(tiles, tmp_path, capsys):
     (tmp_path / "results.csv").mkdir()
     arguments = ["benchmark", str(tiles[0]), "--splits", "1", "--image-size", "32"]
-    with joblib.parallel_config("threading"):
-        assert main([*arguments, "--depths", "0", "--output", str(tmp_path)]) == 2
+    assert main([*arguments, "--depths", "0", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "fine-tuned, depth 0" in out and "results.csv" in err
 

@@ -162,7 +162,7 @@ def without_blank(digests):
 @pytest.mark.parametrize("kind", [FineTunedClassifier, FineTunedRegressor])
 def test_check_estimator_whole(kind):
     options = {"image_shape": (1, -1), "image_size": 8, "batch_size": 256}
-    results = check_estimator(kind("small", max_epochs=5, random_state=0, **options), on_fail=None)
+    results = check_estimator(kind("small", max_epochs=1, random_state=0, **options), on_fail=None)
     assert len(results) > 55
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] != "passed"}
     assert failed == {}

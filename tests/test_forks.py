@@ -210,9 +210,10 @@ def test_joblib_with_forked_workers(tmp_path):
 
 EXITS = """
 import ctypes, os, warnings, numpy as np, torch
+from networks import small
 from sktransfer import PretrainedFeatureExtractor
 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads
-model = PretrainedFeatureExtractor(image_size=64)
+model = PretrainedFeatureExtractor(small(), image_size=64)
 torch.set_num_threads(2)
 torch.ones(500, 500) @ torch.ones(500, 500) + torch.ones(500, 500)  # not through this library
 for works in (True, False):

@@ -1,6 +1,8 @@
+import multiprocessing
 import os
 import signal
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pytest
+import torch
 from networks import small
 from processes import start_code
 from sklearn.model_selection import GridSearchCV
@@ -20,6 +23,7 @@ from sktransfer import PretrainedFeatureExtractor
 from sktransfer._engine import cut_network
 from sktransfer._engine import runner as _inference
 from sktransfer._engine.cut_network import layout_of
+from sktransfer._engine.device import warn_of_copies
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer.io import check_images
 from sktransfer.models import Backbone
@@ -49,6 +53,20 @@ def test_a_search_runs_every_image_once(tiles, tmp_path, run_log, n_jobs):
     assert len(run_log()) == len(paths) - 1
     search(grid, paths, labels)  # one image more: one run more
     assert len(run_log()) == len(paths)
+
+
+def told() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_copies(torch.device("cuda"))
+    return [str(warning.message) for warning in caught]
+
+
+def test_workers_on_one_gpu_are_warned():
+    """Behind a test whose workers are idle now: importing torch takes new ones seconds."""
+    assert multiprocessing.parent_process() is None and told() == []
+    for messages in joblib.Parallel(n_jobs=2)(joblib.delayed(told)() for _ in range(2)):
+        assert len(messages) == 1 and "n_jobs=1" in messages[0]
 
 
 def test_two_threads_share_the_work(tiles, tmp_path, run_log):
@@ -206,7 +224,7 @@ from sktransfer import PretrainedFeatureExtractor
 import sktransfer._engine.embedding as embedding
 pixels = embedding.Embedding._load
 def slow(self, *args):          # one image takes long enough for a person to press Ctrl-C
-    time.sleep(0.2)
+    time.sleep(0.1)
     return pixels(self, *args)
 embedding.Embedding._load = slow
 model = PretrainedFeatureExtractor(small(), image_size=32, memory=sys.argv[1], batch_size=2)

@@ -25,6 +25,7 @@ from sktransfer import (
     PretrainedFeatureExtractor,
     load_model,
     model_summary,
+    register_model,
 )
 from sktransfer._engine import embedding as embedding_module
 from sktransfer._estimators.pretrained import embedding_of
@@ -380,7 +381,8 @@ def test_a_head_on_layers_goes_on():
 )
 def test_a_head_on_layers_is_written_to_files(unfreeze, layer, tmp_path):
     X, y = pictures(6), np.arange(6) % 2
-    model = FineTunedClassifier(image_size=32, unfreeze=unfreeze, max_epochs=1, **BOTH).fit(X, y)
+    register_model("small", lambda weights: Backbone(small()))  # a model file holds the name
+    model = head_on_layers(network="small", unfreeze=unfreeze, max_epochs=1).fit(X, y)
     skops.io.dump(model, tmp_path / "model.skops")
     opened = load_model(tmp_path / "model.skops")
     assert np.array_equal(opened.predict_proba(X), model.predict_proba(X))

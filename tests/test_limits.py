@@ -1,19 +1,15 @@
 """Memory that does not suffice, devices that are shared."""
 
-import multiprocessing
 import os
-import warnings
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from joblib import Parallel, delayed
 from networks import small
 from torch import nn
 
 from sktransfer import FineTunedClassifier, PretrainedFeatureExtractor, get_model
-from sktransfer._engine.device import warn_of_copies
 from sktransfer._engine.runner import get_runner
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._training import data
@@ -116,19 +112,6 @@ def test_a_training_step_that_does_not_fit_is_taken_in_parts(pictures):
     with pytest.warns(UserWarning, match="did not suffice"):
         found = model.predict_proba(pictures)
     np.testing.assert_allclose(found, plain.predict_proba(pictures), atol=1e-4)
-
-
-def told() -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warn_of_copies(torch.device("cuda"))
-    return [str(warning.message) for warning in caught]
-
-
-def test_workers_on_one_gpu_are_warned():
-    assert multiprocessing.parent_process() is None and told() == []
-    for messages in Parallel(n_jobs=2)(delayed(told)() for _ in range(2)):
-        assert len(messages) == 1 and "n_jobs=1" in messages[0]
 
 
 def test_automatic_batch_size(pictures):

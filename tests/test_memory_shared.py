@@ -85,12 +85,13 @@ def _use(folder, is_open_before, connection):
     assert all(folder in message and "damaged" in message for message in messages)
 
 
-# Of seeds 0 to 299, these ended a process by SIGBUS or by an exception where the file was trusted.
+# Of seeds 0 to 299, the first three ended a process by SIGBUS or by an exception where the file was
+# trusted; the others are of all the kinds there are.
 def test_damage_that_kept_the_time_of_modification(tmp_path):
     write_to = check_memory(tmp_path / "sound")
     for start in range(0, len(NUMBERS), 50):
         write(write_to, NUMBERS[start : start + 50])
-    for seed in (134, 196, 272, *range(22)):
+    for seed in (134, 196, 272, *range(12)):
         folder = tmp_path / str(seed)
         shutil.copytree(tmp_path / "sound", folder)
         assert n_hits(check_memory(folder), [0]) == 2  # which seals the copy

@@ -24,6 +24,7 @@ from sktransfer import (
     PatchAnomalyDetector,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
+    register_model,
     to_onnx,
 )
 from sktransfer._cli import main
@@ -109,7 +110,8 @@ def test_a_search_of_rows_with_other_channels_through_the_command_line(tmp_path,
     X = np.random.default_rng(0).integers(0, 4096, (8, 50, 40, 4)).astype(np.uint16)
     y = ["a", "b"] * 4
     X[::2, ..., 3] //= 3
-    backbone = ChannelAdapter("squeezenet1_1", weights=None, value_range=(0, 4095)).fit(X)
+    register_model("small", lambda weights: Backbone(small(), SIZE))  # a model file holds the name
+    backbone = ChannelAdapter("small", value_range=(0, 4095)).fit(X)
     first = PretrainedFeatureExtractor(backbone, image_size=32)
     pipeline = make_pipeline(first, LogisticRegression())
     search = GridSearchCV(pipeline, {"logisticregression__C": [1.0, 10.0]}, cv=2).fit(X, y)

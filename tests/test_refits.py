@@ -478,14 +478,16 @@ class Normed(nn.Module):
         return self.head(self.more(self.body(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("wrap", [lambda n: n, lambda n: Backbone(n, SIZE)])
-def test_no_weights_beside_a_module_change_nothing(wrap):
+@pytest.mark.parametrize(
+    "wrap, depths", [(lambda n: n, (0, 1, "auto")), (lambda n: Backbone(n, SIZE), (0, 1))]
+)
+def test_no_weights_beside_a_module_change_nothing(wrap, depths):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Normed().eval()
     X, y = IMAGES, LABELS
     options = {"image_size": 32, "max_epochs": 1, "batch_size": 4, "random_state": 0}
-    for unfreeze in (0, 1, "auto"):
+    for unfreeze in depths:
         given, expected = (
             FineTunedClassifier(wrap(network), weights=weights, unfreeze=unfreeze, **options).fit(
                 X, y

@@ -352,6 +352,8 @@ class KeepsTrainer(ImageEstimator):
     _place: tuple[Any, ...] | None  # where the trainer computes
     _network: Backbone | None  # on which it was fitted
     _named: dict[str, Any] | None  # the parameters that are known to name the pretrained weights
+    _fingerprint: str  # of these weights
+    _shape: dict[str, Any]  # the parameters that say what is fitted
 
     def trainer(self) -> Any:
         """Return what was trained, where the parameters want it."""
@@ -359,6 +361,20 @@ class KeepsTrainer(ImageEstimator):
 
     def _wanted_place(self) -> tuple[Any, ...]:
         raise NotImplementedError
+
+    def _named_fingerprint(self) -> str:
+        """Return the fingerprint of the pretrained weights that the parameters now name."""
+        raise NotImplementedError
+
+    def _check_shape(self) -> None:
+        """Raise an error if the parameters name something else than what is fitted."""
+        parameters = self.get_params(deep=False)
+        if error := change_since_fit(self._shape, parameters):
+            raise error
+        named = self._named or {}  # unpickled: the weights are compared where they are loaded
+        error = change_since_fit(named, parameters)
+        if error and self._named_fingerprint() != self._fingerprint:
+            raise error
 
     def _rebuilt(self) -> Any:
         """Return a new trainer with the trained values."""

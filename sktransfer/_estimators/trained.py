@@ -15,7 +15,6 @@ from sktransfer._estimators.base import (
     Interval,
     KeepsTrainer,
     StrOptions,
-    change_since_fit,
     check_fingerprint,
     interrupted_refit,
 )
@@ -52,8 +51,6 @@ class TrainedEstimator(KeepsTrainer):
     _prefix = "fine-tuned"  # of the resulting network's name
     _kind: str
     # A fit sets the following. A pickle leaves out those that can be None.
-    _shape: dict[str, Any]
-    _fingerprint: str
     _trainer: Trainer | None
 
     # ------------------------------------------------------------------------ fitting
@@ -90,15 +87,8 @@ class TrainedEstimator(KeepsTrainer):
         settings = self._settings(trainer.settings.n_outputs)
         return trainer.continued(settings, keeps_net=in_parts or trainer.n_left > 0)
 
-    def _check_shape(self) -> None:
-        """Raise an error if the parameters name something else than what is fitted."""
-        parameters = self.get_params(deep=False)
-        if error := change_since_fit(self._shape, parameters):
-            raise error
-        named = self._named or {}  # unpickled: the weights are compared where they are loaded
-        error = change_since_fit(named, parameters)
-        if error and self._backbone().fingerprint != self._fingerprint:
-            raise error
+    def _named_fingerprint(self) -> str:
+        return self._backbone().fingerprint
 
     def _train(
         self,

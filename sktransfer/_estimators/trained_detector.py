@@ -14,7 +14,6 @@ from sklearn.utils.validation import check_is_fitted
 from sktransfer._engine.device import resolve_device
 from sktransfer._estimators.base import (
     KeepsTrainer,
-    change_since_fit,
     check_fingerprint,
     interrupted_fit,
     interrupted_refit,
@@ -44,8 +43,6 @@ class TrainedDetector(KeepsTrainer):
     n_jobs: int | None
     random_state: Any
     # A fit sets the following. A pickle leaves out those that can be None.
-    _shape: dict[str, Any]
-    _fingerprint: str
     _trainer: DetectorTrainer | None
     _state: dict[str, np.ndarray]
 
@@ -95,17 +92,10 @@ class TrainedDetector(KeepsTrainer):
         self._check_shape()
         return self.trainer().continued(self._settings())
 
-    def _check_shape(self) -> None:
-        """Raise an error if the parameters name something else than what is fitted."""
-        parameters = self.get_params(deep=False)
-        if error := change_since_fit(self._shape, parameters):
-            raise error
-        named = self._named or {}  # unpickled: the weights are compared where they are loaded
-        if error := change_since_fit(named, parameters):
-            twin = twin_of(self)
-            twin._load_named()
-            if twin._new_part().fingerprint != self._fingerprint:
-                raise error
+    def _named_fingerprint(self) -> str:
+        twin = twin_of(self)
+        twin._load_named()
+        return twin._new_part().fingerprint
 
     def _set_fitted(self, trainer: DetectorTrainer) -> None:
         """Set the fitted attributes."""
