@@ -141,7 +141,7 @@ def test_the_text(report):
     assert re.search(r"efficientnet_lite0:.*\nRBF SVM +\d\.\d{3} ± \d\.\d{3} ", text, re.S)
     assert "40 images, 2 splits" in text and "second run" in text
     words = " ".join(text.split())
-    assert re.search(r"is right about \d+\.\d% of the images: \+\d+\.\d points over", words)
+    assert re.search(r"gets \d+\.\d% of the images right: \+\d+\.\d points over", words)
     assert "F1 of 'flower'" in text and max(map(len, text.splitlines())) <= 80
 
 
@@ -161,7 +161,7 @@ def test_csv_and_page(report, tmp_path):
         assert float(row["roc_auc_mean"]) == pytest.approx(result.scores["roc_auc"].mean())
     text = page.read_text(encoding="utf-8")
     assert text.count("<svg") == 3 and text.count("data:image/jpeg;base64,") >= 4
-    assert "is right about" in text and "95% interval" in text and text.count("±") >= 8
+    assert "of the images right" in text and "95% interval" in text and text.count("±") >= 8
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
     assert "http" not in text  # self-contained
     logistic = max(
