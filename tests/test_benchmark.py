@@ -19,9 +19,11 @@ from sklearn.base import clone
 from sklearn.metrics.pairwise import rbf_kernel as sklearn_kernel
 
 from sktransfer import load_model
+from sktransfer._cli import _parser, main
 from sktransfer._cli import benchmark as _benchmark
-from sktransfer._cli import main
 from sktransfer._cli import report as _report
+from sktransfer._cli.benchmark import classifiers
+from sktransfer._cli.checks import announcement
 from sktransfer._cli.page import page
 from sktransfer._cli.tables import as_json
 from sktransfer.model_selection import _comparison
@@ -284,6 +286,20 @@ def test_a_memory_is_used_again(tiles, tmp_path):
     assert "all in the memory" in _report.as_text(second)
     for one, two in zip(first.results, second.results, strict=True):
         np.testing.assert_array_equal(one.scores["accuracy"], two.scores["accuracy"])
+
+
+def test_the_announcement_counts_what_may_be_an_image_of_a_class(tmp_path):
+    names = ["a/1.jpg", "a/2.PNG", "b/deep/3.webp", "b/notes.txt", "a/.hidden.png", "stray.jpg"]
+    for name in [*names, ".git/4.png", "a/.DS_Store", "a/Thumbs.db"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    options = _parser().parse_args(["benchmark", str(tmp_path)])
+    assert announcement(options).startswith("comparing classifiers on frozen features: 3 images, ")
+
+
+def test_few_images_start_no_processes():
+    assert {search.n_jobs for search in classifiers(240).values()} == {None}
+    assert {search.n_jobs for search in classifiers(2624).values()} == {-1}
 
 
 def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_path, capsys):
