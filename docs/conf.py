@@ -5,7 +5,7 @@ import sys
 
 import sktransfer
 
-sys.path.insert(0, os.path.dirname(__file__))  # charts
+sys.path.insert(0, os.path.dirname(__file__))  # charts, command_line
 os.environ["COLUMNS"] = "72"  # of the usage of commands
 project = "sktransfer"
 copyright = "2026, the sktransfer developers"

@@ -19,9 +19,11 @@ from sklearn.base import clone
 from sklearn.metrics.pairwise import rbf_kernel as sklearn_kernel
 
 from sktransfer import load_model
+from sktransfer._cli import _parser, main
 from sktransfer._cli import benchmark as _benchmark
-from sktransfer._cli import main
 from sktransfer._cli import report as _report
+from sktransfer._cli.benchmark import classifiers
+from sktransfer._cli.checks import announcement
 from sktransfer._cli.page import page
 from sktransfer._cli.tables import as_json
 from sktransfer.model_selection import _comparison
@@ -148,7 +150,7 @@ def test_the_text(report):
     assert re.search(r"efficientnet_lite0:.*\nRBF SVM +\d\.\d{3} ± \d\.\d{3} ", text, re.S)
     assert "40 images, 2 splits" in text and "second run" in text
     words = " ".join(text.split())
-    assert re.search(r"is right about \d+\.\d% of the images: \+\d+\.\d points over", words)
+    assert re.search(r"gets \d+\.\d% of the images right: \+\d+\.\d points over", words)
     assert "F1 of 'flower'" in text and max(map(len, text.splitlines())) <= 80
 
 
@@ -168,7 +170,7 @@ def test_csv_and_page(report, tmp_path):
         assert float(row["roc_auc_mean"]) == pytest.approx(result.scores["roc_auc"].mean())
     text = page.read_text(encoding="utf-8")
     assert text.count("<svg") == 3 and text.count("data:image/jpeg;base64,") >= 4
-    assert "is right about" in text and "95% interval" in text and text.count("±") >= 8
+    assert "of the images right" in text and "95% interval" in text and text.count("±") >= 8
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
     assert "http" not in text  # self-contained
     logistic = max(
@@ -289,6 +291,20 @@ def test_a_memory_is_used_again(tiles, tmp_path):
     assert "all in the memory" in _report.as_text(second)
     for one, two in zip(first.results, second.results, strict=True):
         np.testing.assert_array_equal(one.scores["accuracy"], two.scores["accuracy"])
+
+
+def test_the_announcement_counts_what_may_be_an_image_of_a_class(tmp_path):
+    names = ["a/1.jpg", "a/2.PNG", "b/deep/3.webp", "b/notes.txt", "a/.hidden.png", "stray.jpg"]
+    for name in [*names, ".git/4.png", "a/.DS_Store", "a/Thumbs.db"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    options = _parser().parse_args(["benchmark", str(tmp_path)])
+    assert announcement(options).startswith("comparing classifiers on frozen features: 3 images, ")
+
+
+def test_few_images_start_no_processes():
+    assert {search.n_jobs for search in classifiers(240).values()} == {None}
+    assert {search.n_jobs for search in classifiers(2624).values()} == {-1}
 
 
 def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_path, capsys):

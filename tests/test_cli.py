@@ -32,7 +32,7 @@ from sktransfer import (
     PretrainedFeatureExtractor,
     load_model,
 )
-from sktransfer._cli import main, tables
+from sktransfer._cli import _parser, main, tables
 from sktransfer._cli.words import in_options
 from sktransfer._escaping import csv_cell, map_text
 from sktransfer.io import list_images
@@ -565,7 +565,8 @@ def test_unreadable_images_are_skipped_and_listed(tiles, place, model, tmp_path,
     assert "trained on 32 images" in out
     found = rows_of(run(capsys, "predict", path, root, "--csv", "--skip-unreadable"))
     assert len(found) == 41 and found[-1]["path"] == str(bad)
-    assert found[-1]["label"] == found[-1]["probability"] == "" and found[-1]["skipped"]
+    assert found[-1]["label"] == found[-1]["probability"] == ""
+    assert found[-1]["skipped"].endswith("or remove it.")  # in words of the command line
     assert {row["skipped"] for row in found[:-1]} == {""}
     found = json.loads(run(capsys, "predict", path, root, "--json", "--skip-unreadable"))
     assert len(found["images"]) == 40 and [r["path"] for r in found["skipped"]] == [str(bad)]
@@ -573,6 +574,7 @@ def test_unreadable_images_are_skipped_and_listed(tiles, place, model, tmp_path,
     assert f"written: {rows} (40 images" in out and "bad.jpg" in out
     table = pandas.read_csv(rows)
     assert table["path"].iloc[-1] == str(bad) and table["skipped"].notna().sum() == 1
+    assert table["skipped"].iloc[-1].endswith("or remove it.")
     assert table.iloc[-1, 3:].isna().all() and table.iloc[:-1, 3:].notna().all(axis=None)
     out = run(capsys, "rank", root, "--backbone", "efficientnet_lite0", "--cv", 2, *skip)
     assert "bad.jpg" in out
@@ -580,6 +582,14 @@ def test_unreadable_images_are_skipped_and_listed(tiles, place, model, tmp_path,
     assert "bad.jpg" in run(capsys, *arguments)
     assert main(["predict", str(path), str(bad), "--skip-unreadable"]) == 2
     assert "No image of 1 can be read" in capsys.readouterr().err
+
+
+def test_help_fits_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = _parser()
+    commands = next(a for a in parser._actions if a.dest == "command").choices
+    for shown in [parser, *commands.values()]:
+        assert max(map(len, shown.format_help().splitlines())) <= 80, shown.prog
 
 
 def test_long_errors_are_wrapped_on_a_terminal_alone(tmp_path, capsys, monkeypatch):

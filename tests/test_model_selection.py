@@ -445,7 +445,7 @@ def test_transfer_helps(helped):
 def test_transfer_helps_in_words(helped):
     gain, _, _ = helped
     text = str(gain)
-    assert text == repr(gain) and text.endswith(gain.verdict)
+    assert text == repr(gain) and text.replace("\n", " ").endswith(gain.verdict)
     assert "scratch: the same network from random weights" in text
     assert "pixels: an RBF SVM on 32 × 32 pixels" in text and "95% interval" in text
 

@@ -65,7 +65,8 @@ print(f"accuracy on {len(y_new)} other digits: {auto.score(X_new, y_new):.3f}")
 # A fitted estimator knows what it trained, and what of the frozen blocks it kept.
 
 deep = search.best_estimator_
-print(deep.unfrozen_block_names_, deep.n_trainable_parameters_)
+print("trained:", *deep.unfrozen_block_names_)
+print(f"{deep.n_trainable_parameters_:,} parameters")
 print(deep.plan_)
 
 # %%

@@ -33,6 +33,7 @@ from sktransfer._escaping import printable
 
 _CLASSES = "a folder with one subfolder of images for each class"
 _FORMATTER = argparse.RawDescriptionHelpFormatter
+_filled = partial(textwrap.fill, width=78)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,16 +162,17 @@ def _fit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add_parser(
         "fit",
         help="fine-tune a pretrained network on a folder of classes",
-        description=(
+        description=_filled(
             "Fine-tune a pretrained network: a new head and, with --depth, its last blocks. A "
             "part of the images is held out and scored; the model is trained on the others."
         ),
         epilog="""
 examples:
-  sktransfer fit photos/ -o model.skops                a new head on frozen blocks
-  sktransfer fit photos/ -o model.skops --depth auto   as many blocks as a search finds best
+  sktransfer fit photos/ -o model.skops                a new head, the rest frozen
+  sktransfer fit photos/ -o model.skops --depth auto   a search finds how many blocks
   sktransfer fit photos/ -o model.skops --depth 2 --memory cache/ --test-size 0
-  sktransfer fit photos/ -o model.skops --groups '(patient[0-9]+)'      or table.csv:patient
+  sktransfer fit photos/ -o model.skops --groups '(patient[0-9]+)'
+  sktransfer fit photos/ -o model.skops --groups table.csv:patient
 """,
         formatter_class=_FORMATTER,
     )
@@ -302,20 +304,20 @@ def _benchmark(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add_parser(
         "benchmark",
         help="how well do classifiers on a pretrained network's embeddings do?",
-        description=(
+        description=_filled(
             "Embed images with pretrained networks; compare k-NN, logistic regression, linear "
             "and RBF SVM on the embeddings with an SVM on the pixels and the majority class, on "
             "repeated 75/25 splits. All tuning happens inside the training part."
         ),
         epilog="""
 examples:
-  sktransfer benchmark                        the ELPV solar cells, a few minutes
-  sktransfer benchmark photos/                your own: photos/cat/1.jpg, photos/dog/7.jpg, ...
-  sktransfer benchmark photos/ --backbone resnet50 --backbone timm/convnext_tiny.in12k_ft_in1k
+  sktransfer benchmark                       the ELPV solar cells, some minutes
+  sktransfer benchmark photos/               your own: photos/cat/1.jpg, ...
+  sktransfer benchmark photos/ --backbone efficientnet_lite0 --backbone resnet50
   sktransfer benchmark photos/ --output report/ --memory cache/
-  sktransfer benchmark photos/ --save-best model.skops      fit the best on all images
-  sktransfer benchmark photos/ --depth          how many blocks should be fine-tuned?
-  sktransfer benchmark photos/ --groups '(patient[0-9]+)'   each patient on one side of a split
+  sktransfer benchmark photos/ --save-best model.skops   fit the best on all images
+  sktransfer benchmark photos/ --depth       how many blocks should be fine-tuned?
+  sktransfer benchmark photos/ --groups '(patient[0-9]+)'   no patient on both sides
 """,
         formatter_class=_FORMATTER,
     )
@@ -354,7 +356,7 @@ def _audit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add_parser(
         "audit",
         help="what is wrong with these images: copies, labels, damage?",
-        description=(
+        description=_filled(
             "List what should be looked at before a model is trained: damaged images, copies "
             "within a class, across classes and across a split, labels that may be wrong, images "
             "that are blank, dark, bright, blurred, tiny, of an odd shape or unlike all others, "
@@ -362,9 +364,9 @@ def _audit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         ),
         epilog="""
 examples:
-  sktransfer audit photos/                              the first findings, as text
-  sktransfer audit photos/ -o audit/ --memory cache/    all, as a page with images and as CSV
-  sktransfer audit train/ --test test/                  copies across the split as well
+  sktransfer audit photos/                             the first findings, as text
+  sktransfer audit photos/ -o audit/ --memory cache/   all, as a page and as CSV
+  sktransfer audit train/ --test test/                 copies across the split, too
 """,
         formatter_class=_FORMATTER,
     )

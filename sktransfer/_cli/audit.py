@@ -18,6 +18,7 @@ from sktransfer._cli.checks import counted
 from sktransfer._cli.options import common_parameters
 from sktransfer._cli.tables import as_table, show, show_columns
 from sktransfer._cli.tasks import files_of, readable
+from sktransfer._cli.words import in_options
 from sktransfer._escaping import csv_cell, escape, map_text
 from sktransfer.inspection import find_similar
 from sktransfer.io import list_images
@@ -36,6 +37,7 @@ def audit(options: argparse.Namespace) -> None:
         files = files + files_of_test
         y = None if y is None or y_of_test is None else y + y_of_test
     table = _audit(files, y, test=test, random_state=options.seed, **common_parameters(options))
+    table["reason"] = [in_options(reason, options) for reason in table["reason"]]
     counts = Counter(table["kind"])
     document: dict[str, Any] = {"n_images": len(files), "n_findings": len(table)}
     document["counts"] = dict(counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mimetypes
 import os
 import textwrap
 from collections.abc import Sequence
@@ -56,9 +57,7 @@ def option(parameter: str) -> str:
 
 def announcement(options: argparse.Namespace) -> str:
     """Return what `benchmark` is going to do, and about how long it takes."""
-    n_images = (
-        sum(len(files) for _, _, files in os.walk(options.folder)) if options.folder else 2624
-    )
+    n_images = _n_images(options.folder) if options.folder else 2624
     networks = options.backbone or ["efficientnet_lite0"]
     depths = (options.depths or "0,1,2,4,8").split(",") if options.depths or options.depth else []
     what = (
@@ -72,6 +71,22 @@ def announcement(options: argparse.Namespace) -> str:
         f"{counted(options.splits, 'split')}; about {_in_words(seconds)}, without a GPU"
     )
     return textwrap.fill(said, 80, break_on_hyphens=False)
+
+
+def _n_images(folder: str) -> int:
+    """Count what may be an image by its name, in the folders of the classes."""
+    inside = (
+        name
+        for root, _, names in os.walk(folder)
+        if root != folder and not _is_hidden(os.path.relpath(root, folder))
+        for name in names
+    )
+    kinds = (mimetypes.guess_type(name, strict=False)[0] for name in inside if name[0] != ".")
+    return sum(kind is not None and kind.startswith("image/") for kind in kinds)
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in Path(path).parts)
 
 
 def counted(n: int, what: str) -> str:

@@ -61,8 +61,8 @@ def _headline(report: Report, results: Sequence[Result], best: Result) -> str:
     said = "; ".join(gains(results, best))
     counts = ", ".join(f"{n} {label}" for label, n in report.counts(best.convention).items())
     return (
-        f'<p class="headline">{html.escape(full_name(best))} is right about <em>{right}</em> of '
-        f"the images{html.escape(': ' + said if said else '')}.</p>"
+        f'<p class="headline">{html.escape(full_name(best))} gets <em>{right}</em> of the '
+        f"images right{html.escape(': ' + said if said else '')}.</p>"
         f'<p class="note">{html.escape(counts)}. Means over {report.n_splits} random '
         f"split{'s' * (report.n_splits > 1)}, a quarter of the images in each test part.</p>"
     )

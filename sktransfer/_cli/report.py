@@ -103,7 +103,7 @@ def _verdict(results: Sequence[Result]) -> str:
     best = best_of(results)
     right = f"{best.scores['accuracy'].mean():.1%} of the images"
     said = "; ".join(gains(results, best))
-    return f"{full_name(best)} is right about {right}{f': {said}' if said else ''}."
+    return f"{full_name(best)} gets {right} right{f': {said}' if said else ''}."
 
 
 def _positive_in_words(result: Result) -> str:

@@ -109,6 +109,7 @@ def _gain(best: Result, other: Result) -> str:
     over = "always the largest class" if other.classifier == "majority class" else full_name(other)
     said = f"{differences.mean():+.1f} points over {over}"
     if len(differences) > 1:
-        low, high = corrected_interval(differences, 1 / 3, _LEVEL)
+        # Two splits give an interval that is wider than accuracies can differ.
+        low, high = np.clip(corrected_interval(differences, 1 / 3, _LEVEL), -100, 100)
         said += f" ({_LEVEL:.0%} interval {low:.1f} to {high:.1f})"
     return said

@@ -21,7 +21,6 @@ from sklearn.base import is_regressor
 from sklearn.metrics import classification_report, confusion_matrix
 from sklearn.pipeline import Pipeline
 
-from sktransfer._cli.words import in_options
 from sktransfer._escaping import csv_cell, escape
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.labels import labels_of
@@ -287,9 +286,9 @@ def show(
 ) -> None:
     """Print the text or, for a program, the document; and what was skipped, and why."""
     if skipped is not None and options.skip_unreadable:
-        document["skipped"] = records(_reasons(skipped, options))
+        document["skipped"] = records(_reasons(skipped))
     if skipped:
-        text += f"\n\nskipped, as they can't be read:\n\n{as_table(_reasons(skipped, options))}"
+        text += f"\n\nskipped, as they can't be read:\n\n{as_table(_reasons(skipped))}"
     print(as_json(document) if options.json else text)
 
 
@@ -310,9 +309,8 @@ def show_columns(
         show(options, {}, as_table(columns), skipped)
 
 
-def _reasons(skipped: dict[str, str], options: argparse.Namespace) -> dict[str, list[str]]:
-    reasons = [in_options(reason, options) for reason in skipped.values()]
-    return {"path": [*skipped], "reason": reasons}
+def _reasons(skipped: dict[str, str]) -> dict[str, list[str]]:
+    return {"path": [*skipped], "reason": [*skipped.values()]}
 
 
 def _four_digits(values: Sequence[float]) -> list[str]:

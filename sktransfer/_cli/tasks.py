@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sktransfer._cli.groups import groups_of
+from sktransfer._cli.words import in_options
 from sktransfer._escaping import escape
 from sktransfer._splits import check_groups, name_rare_classes
 from sktransfer.io import find_unreadable, list_images, load_image_folder
@@ -147,7 +148,8 @@ def labelled(
         if skips:  # they are listed at the end
             warnings.filterwarnings("ignore", r"\d+ unreadable image", UserWarning)
         data = load_image_folder(folder, errors=errors, verbose=sys.stderr.isatty())
-    files, y, skipped = data.data, data.target, dict(data.unreadable) if skips else {}
+    files, y = data.data, data.target
+    skipped = {k: in_options(v, options) for k, v in data.unreadable.items()} if skips else {}
     if len(classes := np.unique(y)) < 2:
         raise ValueError(
             f"{folder!r} has one class only, {str(classes[0])!r}: two are needed, each in a "
@@ -167,7 +169,7 @@ def readable(
         return files, {}
     n_jobs = getattr(options, "n_jobs", None)
     reasons = find_unreadable(files, n_jobs=n_jobs, verbose=sys.stderr.isatty())
-    skipped = {files[row]: reason for row, reason in reasons.items()}
+    skipped = {files[row]: in_options(reason, options) for row, reason in reasons.items()}
     kept = [file for file in files if file not in skipped]
     if not kept:
         file, reason = next(iter(skipped.items()))

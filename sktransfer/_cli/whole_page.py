@@ -58,6 +58,10 @@ figure svg { width: 100%; height: auto; color: var(--ink); }
 .pairs img, .pairs .none { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; }
 .pairs .none { background: var(--line); display: grid; place-items: center; }
 .pairs .wrong { color: var(--wrong); } .pairs small { color: var(--soft); }
+@media (max-width: 600px) {
+  th, td { padding: .3rem .35rem; } td.bars { min-width: 4rem; }
+  td:first-child, thead th:first-child { white-space: normal; } td:first-child { min-width: 7rem; }
+}
 """
 
 

@@ -51,7 +51,7 @@ def _dark(facts: ImageFacts) -> Iterator[ImageFinding]:
     usual = np.median(level)
     for row in np.flatnonzero((level < _DARK) & (level < _HALF * usual)).tolist():
         reason = (
-            f"95 % of its pixels are darker than {level[row] / 255:.0%} of white; of an image in "
+            f"95% of its pixels are darker than {level[row] / 255:.0%} of white; of an image in "
             f"the middle of these data, they are darker than {usual / 255:.0%}."
         )
         yield ImageFinding(row, "dark", float(1 - level[row] / 255), reason)
@@ -62,8 +62,8 @@ def _bright(facts: ImageFacts) -> Iterator[ImageFinding]:
     usual = np.median(level)
     for row in np.flatnonzero((level > _BRIGHT) & (255 - level < _HALF * (255 - usual))).tolist():
         reason = (
-            f"95 % of its pixels are brighter than {level[row] / 255:.0%} of white; of an image in "
-            f"the middle of these data, they are brighter than {usual / 255:.0%}."
+            f"95% of its pixels reach {level[row] / 255:.0%} of white; of an image in the middle "
+            f"of these data, they reach {usual / 255:.0%}."
         )
         yield ImageFinding(row, "bright", float(level[row] / 255), reason)
 

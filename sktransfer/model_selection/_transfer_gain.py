@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -79,8 +80,9 @@ class TransferGain:
         ]
         transfer = self.scores["transfer"]
         mean, deviation = transfer.mean(), transfer.std(ddof=0)
+        verdict = textwrap.fill(self.verdict, 80, break_on_hyphens=False)
         title = f"transfer: {mean:.3f} ± {deviation:.3f} over {len(transfer)} folds"
-        return f"{title}\n{tabulate(lines, header, disable_numparse=True)}\n{self.verdict}"
+        return f"{title}\n{tabulate(lines, header, disable_numparse=True)}\n{verdict}"
 
     __repr__ = __str__
 
