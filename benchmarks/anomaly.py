@@ -216,7 +216,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "layer='blocks.4'": {"layer": "blocks.4"},
     "layer=['blocks.2', 'blocks.4']": {"layer": ["blocks.2", "blocks.4"]},
     "coreset=1000": {"coreset": 1000},
-    "coreset=3000": {"coreset": 3000},
+    "coreset=10000": {"coreset": 10000},
     "image_size=320": {"image_size": 320},
 }
 
@@ -232,7 +232,7 @@ def choose(memory: str, n_tiles: int) -> None:
             row[kind] = f"{roc_auc_score(is_bad[::3], scores):.3f}"
         notes.pop("offset")
         for photo in ("china", "flower"):
-            found = located(photo, "scratch", n_tiles, draw=(1,), **options)
+            found = located(photo, "scratch", n_tiles, draw=(1,), memory=memory, **options)
             row[f"{photo}: pixels"] = found["pixel ROC AUC"]
             row[f"{photo}: tiles"] = found["image ROC AUC"]
         rows.append(row | notes)

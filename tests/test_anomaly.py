@@ -226,7 +226,9 @@ def test_copies_say_the_same(cut, fitted, tmp_path):
     _, sound, scratched = cut
     expected = fitted.score_samples(scratched)
     state = pickle.dumps(fitted)
-    assert len(state) < sum(bank.nbytes for bank in fitted.bank_) + 50_000  # the network is loaded by name
+    assert (
+        len(state) < sum(bank.nbytes for bank in fitted.bank_) + 50_000
+    )  # the network is loaded by name
     np.testing.assert_array_equal(pickle.loads(state).score_samples(scratched), expected)
     skops.io.dump(fitted, tmp_path / "model.skops")
     loaded = load_model(tmp_path / "model.skops")

@@ -365,12 +365,14 @@ examples:
   sktransfer audit photos/                              the first findings, as text
   sktransfer audit photos/ -o audit/ --memory cache/    all, as a page with images and as CSV
   sktransfer audit train/ --test test/                  copies across the split as well
+  sktransfer audit photos/ --groups '(patient[0-9]+)'   copies across patients as well
 """,
         formatter_class=_FORMATTER,
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", help=f"with images, or {_CLASSES}")
     add("--test", metavar="FOLDER", help="the test part of a split, a folder of the same kind")
+    add_groups(parser)
     add_output(parser, "DIR", "write audit.html, with images, and findings.csv there")
     add_network(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")

@@ -16,8 +16,8 @@ from torch.nn.functional import interpolate
 from sktransfer._engine.patches import PatchFeatures, coreset
 from sktransfer._neighbors import nearest
 
-_MOST = 10_000  # patches of a bank whose size is a share
-_CANDIDATES = 100_000  # patches among which those of a bank are chosen
+_MOST = 3_000  # patches of a bank whose size is a share
+_CANDIDATES = 50_000  # patches among which those of a bank are chosen
 
 
 def choose_bank(

@@ -68,10 +68,9 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         least 4 × 4 pixels to a place, but for the last one. What `"stages"` and `"all"` stand for
         is taken without vectors.
     coreset : float in (0, 1] or int, default=0.1
-        The size of the bank of each block: a share of all patches, but 10,000 at most; or their
-        number. They
-        are chosen one by one, each the farthest from those before, among 100,000 patches that are
-        drawn at random if there are more.
+        The size of the bank of each block: a share of all patches, but 3,000 at most; or their
+        number. They are chosen one by one, each the farthest from those before, among 50,000
+        patches that are drawn at random if there are more.
     contamination : float in (0, 0.5], default=0.05
         Share of the images of the training that are beyond the threshold. As each of them is
         compared with the others alone, about this share of new images like them is as well.
@@ -130,20 +129,20 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
     Notes
     -----
-    What is a scratch to an early block is a part of a larger thing to a later one. So the patches of
-    each block are compared by themselves, on the grid of this block, but for no finer one than a
-    place for 8 × 8 pixels. Distances are divided by the usual one of sound patches, as blocks differ
-    in how far apart their patches are; then the maps are scaled up to the finest grid, and averaged.
-    A place with a distance of 2 is twice as strange as usual.
+    An early block sees thin lines, a later one larger things. So the patches of each block are
+    compared by themselves, on the grid of this block, but for none finer than a place for 8 × 8
+    pixels. Blocks differ in how far apart their patches are: so distances are divided by the usual
+    one of sound patches. Then the maps of the blocks are scaled up to the finest grid, and averaged:
+    a distance of 2 is twice the usual one.
 
     An image of the training, which is known by its content, is compared with the patches of the
     others, in `fit` and in all predictions. Its own would make it look more normal than a new one.
 
-    A pickle holds the bank, 4 bytes for each feature of each patch: at most 6 MB with the defaults,
+    A pickle holds the bank, 4 bytes for each feature of each patch: at most 2 MB with the defaults,
     and 16 bytes for each image of the training. The network is loaded again by name, and checked.
 
     In `fit`, the activations of all images lie in memory or, where a block's take more than 512
-    MiB, in a temporary file. An image of 224 × 224 pixels takes 107 KB with the defaults, also in
+    MiB, in a temporary file. An image of 224 × 224 pixels takes 258 KB with the defaults, also in
     the `memory`.
 
     References
