@@ -132,8 +132,8 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
     An early block sees thin lines, a later one larger things. So the patches of each block are
     compared by themselves, on the grid of this block, but for none finer than a place for 8 × 8
     pixels. Blocks differ in how far apart their patches are: so distances are divided by the usual
-    one of sound patches. Then the maps of the blocks are scaled up to the finest grid, and averaged:
-    a distance of 2 is twice the usual one.
+    one of sound patches. Then the maps of the blocks are scaled up to the finest grid, and
+    averaged: a distance of 2 is twice the usual one.
 
     An image of the training, which is known by its content, is compared with the patches of the
     others, in `fit` and in all predictions. Its own would make it look more normal than a new one.
