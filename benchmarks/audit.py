@@ -6,8 +6,8 @@ precision of the doubtful labels, against chance. On the cells as they are: whic
 one, and how far apart these stand in the list, which has the cells of a module one after the other.
 In class folders of what is at hand, five images in a wrong one: their ranks among the labels that
 may be wrong (faces and more photographs with scikit-image). `--speed N`: the seconds of an audit of
-N images with a warm memory. `--report N`: the seconds that the audit adds to a comparison of
-classifiers, as `sktransfer benchmark FOLDER --output` runs it.
+N images with a warm memory. `--report N`: the seconds that the audit adds to the comparison of
+classifiers of which `sktransfer benchmark FOLDER --output` writes a report.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from sktransfer._cli.benchmark import compare
 from sktransfer._cli.tasks import Task, load_elpv
 from sktransfer.model_selection import audit
 
-_REPEATS = 3
 _FIRST = 20  # draws of wrong folders, that are reported; what is listed was chosen by earlier ones
 COPIES = ("exact duplicate", "near duplicate", "duplicate across classes")
 
@@ -196,25 +195,25 @@ def seconds_of_warm_audit(folder: Path, n: int, memory: str) -> dict[str, object
     return found
 
 
-def seconds_of_reports(folder: Path, n: int) -> list[dict[str, object]]:
-    """Return how long comparisons of classifiers take without and with an audit, in turns.
+def seconds_of_a_report(folder: Path, n: int, memory: str) -> list[dict[str, object]]:
+    """Return how long a comparison of classifiers takes, and the audit behind it.
 
-    In seconds of CPU, as other programs may run beside it.
+    The comparison's processes are not in the seconds of CPU.
     """
     paths = write_mosaics(folder / "mosaics", n)
-    labels = np.array([f"class {i % 5}" for i in range(n)])
-    task = Task("mosaics", paths, {"": labels})
-    rows = []
-    for repeat in range(_REPEATS):
-        for with_audit in (False, True):
-            row: dict[str, object] = {"images": n, "audit": "with" if with_audit else "without"}
-            memory = str(folder / f"memory {repeat} {with_audit}")
-            for state in ("first", "warm"):
-                start, cpu = time.perf_counter(), time.process_time()
-                compare(task, memory=memory, with_audit=with_audit)
-                row[f"{state}, s"] = f"{time.perf_counter() - start:.1f}"
-                row[f"{state}, s of CPU"] = f"{time.process_time() - cpu:.1f}"
-            rows.append(row)
+    task = Task("mosaics", paths, {"": np.array([f"class {i % 5}" for i in range(n)])})
+    parts = {
+        "comparison": lambda: compare(task, memory=memory),
+        "audit": lambda: audit(paths, task.targets[""], memory=memory),
+    }
+    rows: list[dict[str, object]] = []
+    for state in ("first", "warm"):
+        rows.append({"images": n, "memory": state})
+        for name, part in parts.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            part()
+            rows[-1][f"{name}, s"] = f"{time.perf_counter() - start:.1f}"
+            rows[-1][f"{name}, s of CPU"] = f"{time.process_time() - cpu:.1f}"
     return rows
 
 
@@ -234,7 +233,7 @@ def main() -> None:
             print(table([seconds_of_warm_audit(Path(folder), options.speed, memory)]))
             return
         if options.report:
-            print(table(seconds_of_reports(Path(folder), options.report)))
+            print(table(seconds_of_a_report(Path(folder), options.report, memory)))
             return
         every, draws = options.every, options.draws
         found = [
