@@ -6,7 +6,8 @@ precision of the doubtful labels, against chance. On the cells as they are: whic
 one, and how far apart these stand in the list, which has the cells of a module one after the other.
 In class folders of what is at hand, five images in a wrong one: their ranks among the labels that
 may be wrong (faces and more photographs with scikit-image). `--speed N`: the seconds of an audit of
-N images with a warm memory.
+N images with a warm memory. `--report N`: the seconds that the audit adds to the comparison of
+classifiers of which `sktransfer benchmark FOLDER --output` writes a report.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import average_precision_score
 
-from sktransfer._cli.tasks import load_elpv
+from sktransfer._cli.benchmark import compare
+from sktransfer._cli.tasks import Task, load_elpv
 from sktransfer.model_selection import audit
 
+_FIRST = 20  # draws of wrong folders, that are reported; what is listed was chosen by earlier ones
 COPIES = ("exact duplicate", "near duplicate", "duplicate across classes")
 
 
@@ -128,11 +131,11 @@ def _written(folder: Path, images: dict[str, np.ndarray]) -> list[str]:
 
 
 def in_wrong_folders(
-    name: str, paths: list[str], y: np.ndarray, memory: str, seeds: int
+    name: str, paths: list[str], y: np.ndarray, memory: str, n_draws: int
 ) -> dict[str, object]:
     """Return where among the doubtful labels five images are that lie in a wrong class folder."""
     ranks = []
-    for seed in range(seeds):
+    for seed in range(_FIRST, _FIRST + n_draws):
         chance, labels = np.random.default_rng(seed), y.copy()
         wrong = chance.choice(len(y), 5, replace=False)
         for row in wrong:
@@ -192,9 +195,33 @@ def seconds_of_warm_audit(folder: Path, n: int, memory: str) -> dict[str, object
     return found
 
 
+def seconds_of_a_report(folder: Path, n: int, memory: str) -> list[dict[str, object]]:
+    """Return how long a comparison of classifiers takes, and the audit behind it.
+
+    The comparison's processes are not in the seconds of CPU.
+    """
+    paths = write_mosaics(folder / "mosaics", n)
+    task = Task("mosaics", paths, {"": np.array([f"class {i % 5}" for i in range(n)])})
+    parts = {
+        "comparison": lambda: compare(task, memory=memory),
+        "audit": lambda: audit(paths, task.targets[""], memory=memory),
+    }
+    rows: list[dict[str, object]] = []
+    for state in ("first", "warm"):
+        rows.append({"images": n, "memory": state})
+        for name, part in parts.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            part()
+            rows[-1][f"{name}, s"] = f"{time.perf_counter() - start:.1f}"
+            rows[-1][f"{name}, s of CPU"] = f"{time.process_time() - cpu:.1f}"
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of doubles and flipped labels")
+    parser.add_argument("--draws", type=int, default=10, help="of images in wrong folders")
+    parser.add_argument("--report", type=int, metavar="N", help="measure its seconds instead")
     parser.add_argument("--speed", type=int, metavar="N", help="measure the seconds instead")
     parser.add_argument("--every", type=int, default=1, help="take every so manieth cell only")
     parser.add_argument("--memory", help="by default, a temporary folder")
@@ -205,9 +232,12 @@ def main() -> None:
         if options.speed:
             print(table([seconds_of_warm_audit(Path(folder), options.speed, memory)]))
             return
-        every, seeds = options.every, options.seeds
+        if options.report:
+            print(table(seconds_of_a_report(Path(folder), options.report, memory)))
+            return
+        every, draws = options.every, options.draws
         found = [
-            in_wrong_folders(name, paths[::every], y[::every], memory, seeds)
+            in_wrong_folders(name, paths[::every], y[::every], memory, draws)
             for name, paths, y in collections(Path(folder))
         ]
         print(table(found) + "\n", flush=True)

@@ -36,7 +36,7 @@ class Quick(NamedTuple):
 QUICK = {
     "all_layers.py": Quick("--part time --runtimes torch --images 8 --repeats 1"),
     "anomaly.py": Quick("--part defects --tiles 8"),
-    "audit.py": Quick("--seeds 1 --every 40"),
+    "audit.py": Quick("--seeds 1 --draws 1 --every 40"),
     "batch_size.py": Quick("--networks mobilenet_v3_large --sizes 1 4"),
     "busy_machine.py": Quick("--rows 60x64x3 --images 4 --repeats 1"),
     "calibration.py": Quick("--part head --task digits --labels 50 --splits 1"),

@@ -11,7 +11,7 @@ from sklearn.base import clone, is_outlier_detector
 from sklearn.utils.estimator_checks import check_estimator
 from test_not_finite import Blinded
 from torch import nn
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 
 from sktransfer import (
     FineTunedClassifier,
@@ -78,7 +78,8 @@ def test_what_scikit_learn_sees(cut, fitted):
     assert clone(fitted).get_params()["random_state"] == 0
     assert fitted.block_names_[0] == "conv_stem"
     again = clone(fitted).fit(sound)
-    np.testing.assert_array_equal(again.bank_, fitted.bank_)
+    for bank, same in zip(again.bank_, fitted.bank_, strict=True):
+        np.testing.assert_array_equal(bank, same)
 
 
 # ------------------------------------------------------------------------------ what is found
@@ -109,15 +110,17 @@ def test_images_of_the_training_are_compared_with_the_others(cut):
     model = detector(coreset=1.0).fit(X)
     features = model.features()
     stored = features.stream()(features.views(model.check_images(X)))
-    patches = features(stored)  # (12, n_patches, n_features)
+    (patches,) = features(stored)  # (12, n_patches, n_features)
     n, n_patches, _ = patches.shape
     flat = patches.reshape(n * n_patches, -1)
     distances = np.linalg.norm(flat[:, None] - flat[None], axis=2)
     owners = np.repeat(np.arange(n), n_patches)
     distances[owners[:, None] == owners] = np.inf
-    expected = -distances.min(1).reshape(n, n_patches).max(1)
+    nearest = distances.min(1).reshape(n, n_patches)
+    expected = -nearest.max(1) / nearest.mean()
     np.testing.assert_allclose(model.score_samples(X), expected, rtol=1e-4)
-    assert model.bank_.shape == flat.shape and model.bank_.dtype == np.float32
+    (bank,) = model.bank_
+    assert bank.shape == flat.shape and bank.dtype == np.float32
     assert np.isclose(model.offset_, np.percentile(model.score_samples(X), 5))
 
 
@@ -131,26 +134,38 @@ def test_contamination_is_the_share_of_the_training_images(cut, contamination):
 # ------------------------------------------------------------------------------ patches
 
 
-def test_maps_of_several_blocks_lie_on_one_grid(cut):
-    model = detector(layer=["body.0", "body.1"]).fit(cut[0][:4])
+def test_each_block_has_patches_on_a_grid_of_its_own(cut):
+    model = detector(layer=["stem", "body.1"]).fit(cut[0][:4])
     features = model.features()
-    assert features.grid == (4, 4)  # a place for 8 × 8 pixels
+    assert features.grids == [(4, 4), (4, 4)]  # a place for 8 × 8 pixels
     fine, coarse = (
         torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2)
         for x in features.stream()(features.views(model.check_images(cut[0][:4])))
     )
-    assert fine.shape == (4, 12, 8, 8) and coarse.shape == (4, 16, 4, 4)
+    assert fine.shape[2:] > coarse.shape[2:] == (4, 4)
     means = [avg_pool2d(x, 3, 1, 1, count_include_pad=False) for x in (fine, coarse)]
-    expected = torch.cat([avg_pool2d(means[0], 2), means[1]], 1).flatten(2).transpose(1, 2)
+    expected = adaptive_avg_pool2d(means[0], 4), means[1]
     found = features([x.permute(0, 2, 3, 1).half().numpy() for x in (fine, coarse)])
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-def test_a_coarse_map_is_scaled_up(cut):
+def test_distances_in_several_blocks_count_alike(cut):
+    """Else the block with the longest rows would hide what the others see."""
     size = Preprocessing(size=(64, 48), resize=(64, 48))
-    model = detector(backbone=Backbone(small(), size), layer="all").fit(cut[0][:4])
+    model = detector(backbone=Backbone(small(), size), layer="all", coreset=30).fit(cut[0][:8])
     features = model.features()
-    assert features.grid == (8, 6) and model.bank_.shape[1] == 8 + 12 + 16
+    assert features.grid == (8, 6) and [bank.shape[1] for bank in model.bank_] == [8, 12, 16]
+    patches = features(features.stream()(features.views(model.check_images(cut[2]))))
+    expected = 0
+    for bank, usual, rows, grid in zip(
+        *(model.bank_, model.usual_distances_, patches, features.grids), strict=True
+    ):
+        far = np.linalg.norm(rows[:, :, None] - bank, axis=3).min(2) / usual
+        heat = torch.from_numpy(far.reshape(-1, 1, *grid))
+        expected += interpolate(heat, features.grid, mode="bilinear")[:, 0].numpy() / 3
+    scores = model.score_samples(cut[2])
+    np.testing.assert_allclose(scores, -expected.reshape(6, -1).max(1), rtol=1e-4)
     assert model.anomaly_map(cut[0][:2]).shape == (2, 64, 48)
 
 
@@ -165,7 +180,8 @@ def test_tokens_lie_on_a_grid_too(cut, network, grid):
         assert "can't take images" in str(error)
         model.set_params(image_size=None).fit(cut[0][:4])
         grid = (14, 14)
-    assert model.features().grid == grid and model.bank_.shape == (20, 3 * 192)
+    assert model.features().grid == grid
+    assert [bank.shape for bank in model.bank_] == [(20, 192)] * 3
 
 
 def test_a_coreset_leaves_nothing_far():
@@ -181,8 +197,8 @@ def test_a_coreset_leaves_nothing_far():
 
 
 def test_the_size_of_the_bank(cut):
-    assert len(detector(coreset=7).fit(cut[0]).bank_) == 7
-    assert len(detector(coreset=0.5).fit(cut[0]).bank_) == 96 * 16 / 2
+    assert [len(bank) for bank in detector(coreset=7).fit(cut[0]).bank_] == [7]
+    assert len(detector(coreset=0.5).fit(cut[0]).bank_[0]) == 96 * 16 / 2
     assert np.isfinite(detector(coreset=1).fit(cut[0]).score_samples(cut[1])).all()
 
 
@@ -210,7 +226,9 @@ def test_copies_say_the_same(cut, fitted, tmp_path):
     _, sound, scratched = cut
     expected = fitted.score_samples(scratched)
     state = pickle.dumps(fitted)
-    assert len(state) < fitted.bank_.nbytes + 50_000  # the network is loaded by name
+    assert (
+        len(state) < sum(bank.nbytes for bank in fitted.bank_) + 50_000
+    )  # the network is loaded by name
     np.testing.assert_array_equal(pickle.loads(state).score_samples(scratched), expected)
     skops.io.dump(fitted, tmp_path / "model.skops")
     loaded = load_model(tmp_path / "model.skops")
@@ -274,7 +292,7 @@ def test_images_of_one_colour_each():
     greys = np.arange(100, 140, 2, dtype=np.uint8)
     X = np.broadcast_to(greys[:, None, None, None], (20, 32, 32, 3)).copy()
     model = detector().fit(X)
-    assert np.isfinite(model.bank_).all() and np.isfinite(model.score_samples(X)).all()
+    assert np.isfinite(model.bank_[0]).all() and np.isfinite(model.score_samples(X)).all()
     assert model.predict(np.full((1, 32, 32, 3), 250, np.uint8)).tolist() == [-1]
 
 

@@ -18,7 +18,11 @@ from sktransfer.inspection import AuditDisplay, find_similar
 from sktransfer.io import check_images
 from sktransfer.model_selection import _audit, audit, suggest_groups
 from sktransfer.model_selection._image_facts import look_at
-from sktransfer.model_selection._label_suspects import label_suspects, out_of_fold
+from sktransfer.model_selection._label_suspects import (
+    _other_classes,
+    label_suspects,
+    out_of_fold,
+)
 
 SMALL = {"image_size": 64}
 
@@ -176,7 +180,7 @@ def test_labels_that_are_wrong_come_first(tiles, memory, monkeypatch):
     assert set(wrong) <= set(suspects.row[:5])
     assert set(suspects.other_label) <= {"china", "flower"}
     assert (np.diff(suspects.score) <= 0).all() and (suspects.score <= 1).all()
-    monkeypatch.setattr(_audit, "_MANY", 30)  # images, and fewer columns for more of them
+    monkeypatch.setattr(_audit, "_SAMPLE", 30)
     monkeypatch.setattr(_audit, "_DIRECTIONS", 12)
     fewer = audit(paths, y, memory=memory, image_size=64)
     assert set(wrong) <= set(fewer.row[fewer.kind == "label"][:6])
@@ -193,7 +197,7 @@ def test_copies_are_no_witnesses_and_small_classes_are_not_judged():
     codes = np.repeat([0, 1, 0, 1], [20, 20, 1, 1])
     groups = np.r_[np.arange(40), 40, 40]
     found = label_suspects(LogisticRegression(), X, codes, groups, random_state=0)
-    assert [(one.row, one.other) for one in found] == [(41, 0)]
+    assert [(one.row, one.other) for one in found if one.best > one.given] == [(41, 0)]
     lonely = np.r_[codes, 2]
     p = out_of_fold(
         LogisticRegression(), np.r_[X, [[9, 9, 9]]], lonely, np.r_[groups, 41], random_state=0
@@ -323,16 +327,31 @@ def test_commands_of_bad_input(tmp_path, tiles, capsys, memory):
     assert main(["similar", str(root), str(tmp_path / "gone.jpg")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main(["similar", str(root), paths[0], "--html", "page.txt"]) == 2
-    for empty in ("--output", "--memory", "--test"):
+    for empty in ("--output", "--memory", "--test", "--groups"):
         assert main(["audit", str(root), empty, ""]) == 2
         assert f"error: {empty} is empty: pass a value." in capsys.readouterr().err
     assert main(["benchmark", ""]) == 2  # would otherwise take the solar cells
     assert "error: FOLDER is empty" in capsys.readouterr().err
     assert main(["audit", str(root), "--test", str(tmp_path / "none")]) == 2
     assert "is no folder" in capsys.readouterr().err
-    test = ["--test", str(root), "--memory", memory, "--image-size", "64"]
-    assert main(["audit", str(root), *test]) == 0
+    common = ["--memory", memory, "--image-size", "64"]
+    assert main(["audit", str(root), "--test", str(root), *common]) == 0
     assert "leak" in capsys.readouterr().out
+
+
+def test_a_command_that_knows_groups(tmp_path, tiles, capsys, memory):
+    for name in ("learnt/p1.jpg", "learnt/p2.jpg", "tested/p3.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(Path(tiles[1][0]).read_bytes())
+    common = [str(tmp_path / "learnt"), "--memory", memory, "--image-size", "64"]
+    assert main(["audit", *common, "--groups", "(p[0-9])", "--json"]) == 0
+    (leak,) = json.loads(capsys.readouterr().out)["findings"]
+    assert leak["kind"] == "leak" and "another group" in leak["reason"]
+    tested = ["--test", str(tmp_path / "tested"), "--json"]
+    assert main(["audit", *common, *tested, "--groups", "(p[0-9])"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == {"leak": 2}
+    assert main(["audit", *common, "--groups", "(q[0-9])"]) == 2
+    assert "finds no group in the paths of 2 of 2 images" in capsys.readouterr().err
 
 
 def test_an_empty_page():
@@ -345,6 +364,35 @@ def test_a_label_that_another_class_leads_by_far_is_suspect():
     codes = np.repeat([0, 1, 0], [20, 20, 2])
     model = LogisticRegression(C=1.0)
     found = label_suspects(model, x[:, None], codes, np.arange(42), random_state=0)
-    assert [(one.row, one.other) for one in found] == [(40, 1)]
+    assert (found[0].row, found[0].other) == (40, 1)
+    assert all(one.best < 3 * one.given for one in found[1:])
     own = model.fit(x[:40, None], codes[:40]).predict_proba(x[20:40, None])[:, 1].mean()
     assert found[0].best < own  # so it is not credible for that class
+
+
+def test_a_few_labels_that_are_not_sure_are_listed_too():
+    """An image in a wrong class may be as like that class as its own."""
+    x = np.r_[np.linspace(-5, -3, 30), np.linspace(3, 5, 30), 3.5, -0.4]
+    codes = np.repeat([0, 1, 0, 1], [30, 30, 1, 1])
+    found = label_suspects(LogisticRegression(), x[:, None], codes, np.arange(62), random_state=0)
+    assert [one.row for one in found[:2]] == [60, 61] and found[1].best > 0.4
+    close = np.r_[np.linspace(-2, 1, 30), np.linspace(-1, 2, 30)][:, None]
+    found = label_suspects(
+        LogisticRegression(), close, np.repeat([0, 1], 30), np.arange(60), random_state=0
+    )
+    shares = [one.best / (one.best + one.given) for one in found]
+    assert len(found) == 15 and shares == sorted(shares, reverse=True)
+    few = slice(0, 60, 3)
+    found = label_suspects(
+        LogisticRegression(), close[few], np.repeat([0, 1], 10), np.arange(20), random_state=0
+    )
+    assert len(found) <= 5
+
+
+def test_of_many_classes_one_that_is_three_times_as_probable_makes_a_label_suspect():
+    """Many classes share the rest, so that none of them leads by one half."""
+    p = np.full((61, 12), 0.05)
+    p[:60, 0], p[:60, 1:] = 0.9, 0.1 / 11
+    p[60, [0, 1]] = 0.1, 0.4
+    best, is_suspect = _other_classes(p, np.zeros(61, int))
+    assert is_suspect.tolist() == [False] * 60 + [True] and best[60] == 1

@@ -472,7 +472,7 @@ def test_anomaly_maps_have_one_scale_and_say_what_is_an_anomaly(tiles):
     scores, are = model.score_samples(X), model.predict(X)
     assert set(are) == {1, -1}
     words = [
-        f"{'anomaly, ' if a < 0 else ''}score {s:.1f}" for a, s in zip(are, scores, strict=True)
+        f"{'anomaly, ' if a < 0 else ''}score {s:.2f}" for a, s in zip(are, scores, strict=True)
     ]
     assert titles(display) == words
     limits = {axes.images[1].get_clim() for axes in display.axes_}

@@ -26,15 +26,15 @@ learnt, others = sound[:200], np.concatenate([sound[-30:], defective])
 is_defective = np.arange(60) >= 30
 
 # %%
-# The network is cut in its middle, where it still knows places. What it has there at each place of
-# the sound cells is kept, a choice of it; a new cell is as strange as its strangest place.
+# The network is cut in its middle, where it still knows places. What some blocks have there at each
+# place of the sound cells is kept, a choice of it; a new cell is as strange as its strangest place.
 
 from sktransfer import PatchAnomalyDetector
 
-detector = PatchAnomalyDetector(image_size=160, coreset=3000, random_state=0)
+detector = PatchAnomalyDetector(image_size=160, random_state=0)
 detector.fit(learnt)
 scores = detector.score_samples(others)  # the higher, the more normal
-print(detector.predict(others[:3]), detector.bank_.shape)
+print(detector.predict(others[:3]), [bank.shape for bank in detector.bank_])
 
 # %%
 # Where is it? All maps have one scale: from half the threshold to one and a half of it.

@@ -364,15 +364,17 @@ def _audit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         ),
         epilog="""
 examples:
-  sktransfer audit photos/                             the first findings, as text
+  sktransfer audit photos/                             first findings, as text
   sktransfer audit photos/ -o audit/ --memory cache/   all, as a page and as CSV
-  sktransfer audit train/ --test test/                 copies across the split, too
+  sktransfer audit train/ --test test/                 copies across the split
+  sktransfer audit photos/ --groups '(patient[0-9]+)'  copies across patients
 """,
         formatter_class=_FORMATTER,
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", help=f"with images, or {_CLASSES}")
     add("--test", metavar="FOLDER", help="the test part of a split, a folder of the same kind")
+    add_groups(parser)
     add_output(parser, "DIR", "write audit.html, with images, and findings.csv there")
     add_network(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")

@@ -15,6 +15,7 @@ import numpy as np
 
 from sktransfer._cli.audit_page import audit_page, similar_page
 from sktransfer._cli.checks import counted
+from sktransfer._cli.groups import groups_of
 from sktransfer._cli.options import common_parameters
 from sktransfer._cli.tables import as_table, show, show_columns
 from sktransfer._cli.tasks import files_of, readable
@@ -30,13 +31,16 @@ _SHOWN = 20  # findings that are printed
 def audit(options: argparse.Namespace) -> None:
     """List what should be looked at before a model is trained on a folder of images."""
     files, y = _files_and_labels(options.folder)
-    test = None
+    groups, test = groups_of(files, options), None
     if options.test:
         files_of_test, y_of_test = _files_and_labels(options.test)
+        if groups is not None:
+            groups = groups + groups_of(files_of_test, options, options.test)
         test = np.repeat([False, True], [len(files), len(files_of_test)])
         files = files + files_of_test
         y = None if y is None or y_of_test is None else y + y_of_test
-    table = _audit(files, y, test=test, random_state=options.seed, **common_parameters(options))
+    parameters = {"random_state": options.seed, **common_parameters(options)}
+    table = _audit(files, y, groups, test=test, **parameters)
     table["reason"] = [in_options(reason, options) for reason in table["reason"]]
     counts = Counter(table["kind"])
     document: dict[str, Any] = {"n_images": len(files), "n_findings": len(table)}

@@ -43,11 +43,15 @@ def check_groups_option(text: str) -> None:
         _pattern(text)
 
 
-def groups_of(files: Iterable[str], options: argparse.Namespace) -> Any:
-    """Return the group of each file, as the option names it; None without the option."""
+def groups_of(files: Iterable[str], options: argparse.Namespace, folder: str = "") -> Any:
+    """Return the group of each file, as the option names it; None without the option.
+
+    The files are in the folder that the options name, unless another is given.
+    """
     if not (text := getattr(options, "groups", None)):
         return None
-    named = [(file, Path(file).relative_to(options.folder).as_posix()) for file in files]
+    folder = folder or options.folder
+    named = [(file, Path(file).relative_to(folder).as_posix()) for file in files]
     if table := _TABLE.fullmatch(text):
         return _by_table(named, table["file"], table["column"])
     return _by_name(named, text)

@@ -14,7 +14,7 @@ from sktransfer._engine.program import Output
 
 _LARGEST_ROW = 1 << 19  # values, 2 MB an image: of several layers, which are easily too many
 _SAME_RESOLUTION = 1.5  # of numbers of places: convolutions without padding lose a few
-_MIDDLE = 8  # pixels to a side of a place, where the middle of a network begins
+_MIDDLE = 4  # pixels to a side of a place, where the middle of a network begins
 
 
 def rows_of(

@@ -16,25 +16,28 @@ from torch.nn.functional import interpolate
 from sktransfer._engine.patches import PatchFeatures, coreset
 from sktransfer._neighbors import nearest
 
-_MOST = 10_000  # patches of a bank whose size is a share
-_CANDIDATES = 100_000  # patches among which those of a bank are chosen
+_MOST = 3_000  # patches of a bank whose size is a share
+_CANDIDATES = 50_000  # patches among which those of a bank are chosen
 
 
 def choose_bank(
     features: PatchFeatures,
-    stored: Sequence[np.ndarray],
+    i: int,
+    stored: np.ndarray,
     owners: np.ndarray,
     size: float | int,
     chance: np.random.RandomState,
     tell: Callable[[float], Any],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose patches of images, and say of which each is.
+    """Choose patches of images that a block has, and say of which image each is.
 
     Parameters
     ----------
     features : PatchFeatures
-    stored : sequence of ndarray
-        What a pass over the images returned.
+    i : int
+        Which of its blocks.
+    stored : ndarray
+        What a pass over the images returned for this block.
     owners : ndarray of int, shape (n,)
         A number for each image, the same for those of equal content.
     size : int or float
@@ -48,10 +51,10 @@ def choose_bank(
     bank : ndarray of shape (n_patches, n_features), float32
     owners : ndarray of int, shape (n_patches,)
     """
-    n_places = math.prod(features.grid)
+    n_places = math.prod(features.grids[i])
     n = len(owners) * n_places
     drawn = np.sort(sample_without_replacement(n, min(n, _CANDIDATES), random_state=chance))
-    rows = features.rows(stored, drawn)
+    rows = features.rows(i, stored, drawn)
     if isinstance(size, Integral):
         n_chosen = min(int(size), len(rows))
     else:
@@ -87,14 +90,45 @@ def distances_to(
     return distances
 
 
-def normality(distances: np.ndarray) -> np.ndarray:
+def usual(distances: np.ndarray) -> float:
+    """Return the mean distance of sound patches, the unit of others; 1 if all of them are 0."""
+    return float(distances.mean()) or 1.0
+
+
+def one_map(
+    distances: Sequence[np.ndarray], grids: Sequence[tuple[int, int]], units: Sequence[float]
+) -> np.ndarray:
+    """Return the mean (n, rows, columns) of the distances in several blocks, on the finest grid.
+
+    Blocks differ in how far apart their patches are; in units of the usual distance, all count
+    alike.
+
+    Parameters
+    ----------
+    distances : sequence of ndarray of shape (n, n_patches)
+        For each block.
+    grids : sequence of tuple of (int, int)
+    units : sequence of float
+    """
+    finest = max(grids, key=math.prod)
+    maps = [
+        _resized((of_block / unit).reshape(-1, *grid), finest)
+        for of_block, grid, unit in zip(distances, grids, units, strict=True)
+    ]
+    return np.mean(maps, axis=0)
+
+
+def normality(maps: np.ndarray) -> np.ndarray:
     """Return a score for each map of distances (n, ...): minus that of the strangest patch."""
-    return -distances.reshape(len(distances), -1).max(1)
+    return -maps.reshape(len(maps), -1).max(1).astype(float)  # a threshold lies between two
 
 
 def over_pixels(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return maps of patches (n, rows, columns) as maps of pixels, interpolated and smoothed."""
-    x = torch.from_numpy(maps.astype(np.float32))[:, None]
-    x = interpolate(x, size, mode="bilinear", align_corners=False)[:, 0]
     cell = [side / n / 2 for side, n in zip(size, maps.shape[1:], strict=True)]
-    return gaussian_filter(x.numpy(), (0, *cell))
+    return gaussian_filter(_resized(maps, size), (0, *cell))
+
+
+def _resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    x = torch.from_numpy(maps.astype(np.float32))[:, None]
+    return interpolate(x, size, mode="bilinear", align_corners=False)[:, 0].numpy()

@@ -1,4 +1,4 @@
-"""Features of the patches of images: maps of some blocks on one grid, and a choice among them."""
+"""Features of the patches of images: maps of some blocks, and a choice among them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.random_projection import GaussianRandomProjection
-from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from sktransfer._engine.augmentation import Augmentation, Views
 from sktransfer._engine.cut_network import as_map
@@ -26,10 +26,10 @@ _PROJECTED = 64  # features in which patches are chosen
 
 
 class PatchFeatures:
-    """What some blocks have at the places of an image, side by side on one grid.
+    """What some blocks have at the places of an image, each on a grid of its own.
 
-    Each map is averaged over neighbourhoods of 3 × 3 places and brought to the size of the largest,
-    but of no more than a place for 8 × 8 pixels.
+    Each map is averaged over neighbourhoods of 3 × 3 places. A map that is finer than a place for
+    8 × 8 pixels is averaged over such places as well.
 
     Parameters
     ----------
@@ -40,20 +40,20 @@ class PatchFeatures:
 
     Attributes
     ----------
+    grids : list of tuple of (int, int)
+        Rows and columns of the patches of each block.
     grid : tuple of (int, int)
-        Rows and columns of patches.
+        The finest of them.
     """
 
     def __init__(self, runner: Runner, preprocessing: Preprocessing, layer: Any) -> None:
         self.preprocessing = preprocessing
         self.frozen = FrozenBlocks(runner, preprocessing, "avg")
         self.positions = map_positions(runner, layer, preprocessing.size)
-        sizes = [
-            self._as_map(self._blank(position), position).shape[2:] for position in self.positions
-        ]
-        most = [max(1, -(-side // _CELL)) for side in preprocessing.size]
-        height, width = (max(sides) for sides in zip(*sizes, strict=True))
-        self.grid = min(height, most[0]), min(width, most[1])
+        rows, columns = (max(1, -(-side // _CELL)) for side in preprocessing.size)
+        sizes = [self._as_map(self._blank(p), p).shape[2:] for p in self.positions]
+        self.grids = [(min(height, rows), min(width, columns)) for height, width in sizes]
+        self.grid = max(self.grids, key=math.prod)
 
     def views(self, images: ImageSequence) -> Views:
         """Return images as they enter the network."""
@@ -69,32 +69,28 @@ class PatchFeatures:
         """Return a pass over images to the activations, which the memory keeps for others, too."""
         return Activations(self.frozen, self.positions, self.positions, **options)
 
-    def __call__(self, stored: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the features of patches (n, n_patches, n_features) of what a pass returns."""
-        with torch.inference_mode():
-            maps = [
-                self._map(torch.from_numpy(x), p)
-                for x, p in zip(stored, self.positions, strict=True)
-            ]
-            return torch.cat(maps, 1).flatten(2).transpose(1, 2).contiguous().cpu().numpy()
+    def __call__(self, stored: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the patches of each block (n, n_patches, n_features) of what a pass returns."""
+        return [self.of_block(i, x) for i, x in enumerate(stored)]
 
-    def rows(self, stored: Sequence[np.ndarray], numbers: np.ndarray) -> np.ndarray:
-        """Return the features of the patches with these numbers, which rise, of all images."""
-        n_patches, parts = math.prod(self.grid), []
-        for start in range(0, len(stored[0]), _CHUNK):
-            patches = np.concatenate(self([x[start : start + _CHUNK] for x in stored]))
+    def of_block(self, i: int, stored: np.ndarray) -> np.ndarray:
+        """Return the patches (n, n_patches, n_features) of one block."""
+        with torch.inference_mode():
+            x = self.frozen.unpack(torch.from_numpy(stored), self.positions[i])
+            x = self._as_map(x, self.positions[i])  # (n, c, h, w)
+            x = avg_pool2d(x, _NEIGHBOURHOOD, 1, _NEIGHBOURHOOD // 2, count_include_pad=False)
+            x = adaptive_avg_pool2d(x, self.grids[i])
+            return x.flatten(2).transpose(1, 2).contiguous().cpu().numpy()
+
+    def rows(self, i: int, stored: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Return the patches of a block with these numbers, which rise, of all images."""
+        n_patches, parts = math.prod(self.grids[i]), []
+        for start in range(0, len(stored), _CHUNK):
+            patches = np.concatenate(self.of_block(i, stored[start : start + _CHUNK]))
             first = start * n_patches
             asked = slice(*np.searchsorted(numbers, [first, first + len(patches)]))
             parts.append(patches[numbers[asked] - first])
         return np.concatenate(parts)
-
-    def _map(self, stored: torch.Tensor, position: int) -> torch.Tensor:
-        x = self._as_map(self.frozen.unpack(stored, position), position)  # (n, c, h, w)
-        margin = _NEIGHBOURHOOD // 2
-        x = avg_pool2d(x, _NEIGHBOURHOOD, 1, margin, count_include_pad=False)
-        if x.shape[2] > self.grid[0] or x.shape[3] > self.grid[1]:
-            return adaptive_avg_pool2d(x, self.grid)
-        return interpolate(x, self.grid, mode="bilinear", align_corners=False)
 
     def _as_map(self, x: torch.Tensor, position: int) -> torch.Tensor:
         runner, size = self.frozen.runner, self.frozen.size

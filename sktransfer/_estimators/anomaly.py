@@ -13,7 +13,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._engine.device import PRECISIONS
 from sktransfer._engine.frozen import Activations
-from sktransfer._engine.patch_bank import choose_bank, distances_to, normality, over_pixels
+from sktransfer._engine.patch_bank import (
+    choose_bank,
+    distances_to,
+    normality,
+    one_map,
+    over_pixels,
+    usual,
+)
 from sktransfer._engine.patches import PatchFeatures
 from sktransfer._estimators.base import (
     ImageEstimator,
@@ -42,9 +49,10 @@ _SHAPE = ("layer", "image_size")  # what a fit sets for all that follows
 class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
     """Find images, and places in them, that look like nothing in a set of sound images.
 
-    It learns from sound images alone. A pretrained network is cut in its middle; what it has there
-    at each place of an image describes a patch. `fit` keeps a choice of the patches of all images,
-    the bank. An image is as strange as its strangest patch: the one that is farthest from the bank.
+    It learns from sound images alone. A pretrained network is cut in its middle; what some of its
+    blocks have there at each place of an image describes patches. `fit` keeps, for each block, a
+    choice of the patches of all images, the bank. The distance of a patch to the bank says how
+    strange its place is, and the strangest place how strange the image is.
 
     Parameters
     ----------
@@ -55,14 +63,14 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         dict, or None for random ones.
     layer : int, str or list of these, default="middle"
         Blocks whose outputs describe a patch, as `layer` of :class:`PretrainedFeatureExtractor`;
-        they must have places in the image: be maps, or tokens of patches. The outputs of several
-        are brought to one grid and concatenated. `"middle"` stands for those of `"stages"` with at
-        least 8 × 8 pixels to a place, but for the last one. What `"stages"` and `"all"` stand for
+        they must have places in the image: be maps, or tokens of patches. Each has a bank of its
+        own; see Notes. `"middle"` stands for those of `"stages"` with at
+        least 4 × 4 pixels to a place, but for the last one. What `"stages"` and `"all"` stand for
         is taken without vectors.
     coreset : float in (0, 1] or int, default=0.1
-        The size of the bank: a share of all patches, but of 10,000 at most; or their number. They
-        are chosen one by one, each the farthest from those before, among 100,000 patches that are
-        drawn at random if there are more.
+        The size of the bank of each block: a share of all patches, but 3,000 at most; or their
+        number. They are chosen one by one, each the farthest from those before, among 50,000
+        patches that are drawn at random if there are more.
     contamination : float in (0, 0.5], default=0.05
         Share of the images of the training that are beyond the threshold. As each of them is
         compared with the others alone, about this share of new images like them is as well.
@@ -94,8 +102,10 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
     Attributes
     ----------
-    bank_ : ndarray of shape (n_patches, n_features), float32
-        The patches that new ones are compared with.
+    bank_ : list of ndarray of shape (n_patches, n_features), float32
+        The patches that new ones are compared with, for each block.
+    usual_distances_ : ndarray of shape (n_blocks,)
+        The mean distance of the patches of the training to the bank, for each block.
     offset_ : float
         The score below which an image is an anomaly.
     block_names_ : list of str
@@ -119,14 +129,20 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
     Notes
     -----
+    An early block sees thin lines, a later one larger things. So the patches of each block are
+    compared by themselves, on the grid of this block, but for none finer than a place for 8 × 8
+    pixels. Blocks differ in how far apart their patches are: so distances are divided by the usual
+    one of sound patches. Then the maps of the blocks are scaled up to the finest grid, and
+    averaged: a distance of 2 is twice the usual one.
+
     An image of the training, which is known by its content, is compared with the patches of the
     others, in `fit` and in all predictions. Its own would make it look more normal than a new one.
 
-    A pickle holds the bank, 4 bytes for each feature of each patch: at most 6 MB with the defaults,
+    A pickle holds the bank, 4 bytes for each feature of each patch: at most 2 MB with the defaults,
     and 16 bytes for each image of the training. The network is loaded again by name, and checked.
 
     In `fit`, the activations of all images lie in memory or, where a block's take more than 512
-    MiB, in a temporary file. An image of 224 × 224 pixels takes 107 KB with the defaults, also in
+    MiB, in a temporary file. An image of 224 × 224 pixels takes 258 KB with the defaults, also in
     the `memory`.
 
     References
@@ -235,12 +251,14 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
             stored = self._stored(features, images, progress)
             self._choose_bank(features, stored, digests, progress)
             progress.stage("scores")
-            distances = []
+            of_chunks = []
             for chunk in _chunks(len(images)):
                 patches = features([x[chunk] for x in stored])
-                distances.append(self._distances(patches, digests[chunk]))
-                progress.update(len(patches))
-        scores = normality(np.concatenate(distances))
+                of_chunks.append(self._distances(patches, digests[chunk]))
+                progress.update(len(patches[0]))
+        distances = [np.concatenate(of_block) for of_block in zip(*of_chunks, strict=True)]
+        self.usual_distances_ = np.array([usual(of_block) for of_block in distances])
+        scores = normality(one_map(distances, features.grids, self.usual_distances_))
         self.offset_ = float(np.percentile(scores, 100 * self.contamination))
         self.block_names_ = features.frozen.runner.block_names
         return self
@@ -285,9 +303,16 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
     ) -> None:
         progress.stage("bank")
         chance = check_random_state(self.random_state)
-        self.bank_, self._owners = choose_bank(
-            features, stored, self._numbers(digests), self.coreset, chance, progress.update
-        )
+        numbers, n_blocks = self._numbers(digests), len(stored)
+
+        def tell(n_images: float) -> None:
+            progress.update(n_images / n_blocks)
+
+        chosen = [
+            choose_bank(features, i, of_block, numbers, self.coreset, chance, tell)
+            for i, of_block in enumerate(stored)
+        ]
+        self.bank_, self._owners = [bank for bank, _ in chosen], [owners for _, owners in chosen]
 
     # ------------------------------------------------------------------------ patches
 
@@ -321,8 +346,11 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         known = {digest.tobytes(): number for number, digest in enumerate(self._digests)}
         return np.array([known.get(digest, -1) for digest in digests])
 
-    def _distances(self, patches: np.ndarray, digests: list[bytes]) -> np.ndarray:
-        return distances_to(self.bank_, self._owners, patches, self._numbers(digests))
+    def _distances(self, patches: list[np.ndarray], digests: list[bytes]) -> list[np.ndarray]:
+        """Return the distances (n, n_patches) to the bank, in each block."""
+        numbers = self._numbers(digests)
+        banks = zip(self.bank_, self._owners, patches, strict=True)
+        return [distances_to(*bank, numbers) for bank in banks]
 
     def _maps(self, X: Any) -> tuple[np.ndarray, PatchFeatures]:
         """Return the distances of the patches of images (n, rows, columns)."""
@@ -330,7 +358,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         self._validate_params()
         images, progress = self._check_images(X, reset=False), Progress()
         features = self.features()
-        maps = np.empty((len(images), *features.grid))
+        maps = np.empty((len(images), *features.grid), np.float32)
         with progress.shown(len(images), self.verbose):
             stream = self._stream(features, progress)
             stream.n_expected = len(images)
@@ -338,7 +366,8 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
                 chunk = images[rows]
                 digests = chunk.digests(n_threads(self.n_jobs))
                 patches = features(stream(features.views(chunk)))
-                maps[rows] = self._distances(patches, digests).reshape(-1, *features.grid)
+                distances = self._distances(patches, digests)
+                maps[rows] = one_map(distances, features.grids, self.usual_distances_)
         return maps, features
 
     # ------------------------------------------------------------------------ what it finds
@@ -355,8 +384,8 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         Returns
         -------
         ndarray of shape (n,)
-            Minus the distance of the strangest patch to the bank. An image of the training is
-            compared with the patches of the others.
+            Minus the distance of the strangest place, of which 1 is the usual one. An image of the
+            training is compared with the patches of the others.
         """
         return normality(self._maps(X)[0])
 
@@ -400,7 +429,8 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         -------
         ndarray of shape (n, height, width), float32
             A value for each pixel that the network saw: of the image after resizing and cropping
-            to `image_size`. Distances of patches to the bank, interpolated and smoothed.
+            to `image_size`. Distances of patches to the bank, of which 1 is the usual one,
+            interpolated and smoothed.
         """
         maps, features = self._snapshot()._maps(X)
         return over_pixels(maps, features.preprocessing.size)

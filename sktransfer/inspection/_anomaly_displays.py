@@ -160,7 +160,8 @@ class AnomalyMapDisplay:
         heat = put_maps(self.axes_, self.images, self.maps, self.surroundings, **colors)
         for i, axes in enumerate(self.axes_):
             put_title(axes, *self._title(i))
-        self.figure_.colorbar(heat, ax=list(grid.ravel()), label="distance to sound patches")
+        label = "distance to sound patches (1: usual)"
+        self.figure_.colorbar(heat, ax=list(grid.ravel()), label=label)
         return self
 
     def _title(self, i: int) -> tuple[list[str], str]:
@@ -168,7 +169,7 @@ class AnomalyMapDisplay:
         if self.scores is None:
             return [], "black"
         is_anomaly = self.offset is not None and self.scores[i] < self.offset
-        words = f"{'anomaly, ' if is_anomaly else ''}score {self.scores[i]:.1f}"
+        words = f"{'anomaly, ' if is_anomaly else ''}score {self.scores[i]:.2f}"
         return [words], _ANOMALY if is_anomaly else "black"
 
 

@@ -13,7 +13,10 @@ from sktransfer._threads import small_solve
 from sktransfer.model_selection._comparison import without_words_on_small_classes
 
 N_FOLDS = 5
-_CLEAR = 0.5  # by how much the probability of another class leads, if it need not be credible
+_CLEAR = 3  # times as probable as the label is another class that need not be credible
+_UNSURE = 10  # times as probable as any other class, a label is sure
+_LOOKED_AT = 15  # labels that a reader looks at anyway
+_SHARE = 4  # images, of which no more than one is listed just to make up that number
 
 
 class Suspect(NamedTuple):
@@ -51,7 +54,10 @@ def label_suspects(
     for an image if its probability is at least the mean probability that this class has for its
     own images; a label is suspect if the most probable of the credible classes is another one. Of
     a class whose images are all easily told, few others are credible: so a label is suspect as
-    well if another class leads by one half.
+    well if another class is three times as probable.
+
+    Where few images are in a wrong class, an image that is like both classes may still be one of
+    them. So the least sure labels are returned as well, up to 15 in all.
 
     Parameters
     ----------
@@ -67,19 +73,35 @@ def label_suspects(
     )
     rows = np.flatnonzero(np.isfinite(probabilities).any(axis=1))
     p, given = probabilities[rows], codes[rows]
-    of_own = p[np.arange(len(rows)), given]
-    sums = np.bincount(given, of_own, p.shape[1])
-    thresholds = sums / np.bincount(given, minlength=p.shape[1]).clip(1)
-    credible = np.where(p >= thresholds, p, 0)
-    best = np.where(credible.any(axis=1), credible.argmax(axis=1), given)
-    leads = (best == given) & (p.max(axis=1) - of_own >= _CLEAR)
-    best = np.where(leads, p.argmax(axis=1), best)
-    doubtful = np.flatnonzero(best != given)
-    found = [
-        Suspect(int(rows[i]), int(best[i]), float(of_own[i]), float(p[i, best[i]]))
-        for i in doubtful
+    each = np.arange(len(rows))
+    of_own = p[each, given]
+    best, is_suspect = _other_classes(p, given)
+    of_best = p[each, best]
+    order = np.argsort(of_own / np.maximum(of_best, np.finfo(float).tiny), kind="stable")
+    is_unsure = ~is_suspect & (_UNSURE * of_best >= of_own)
+    n_more = max(0, min(_LOOKED_AT, len(rows) // _SHARE) - int(is_suspect.sum()))
+    more = order[is_unsure[order]][:n_more]
+    listed = is_suspect | np.isin(each, more)
+    return [
+        Suspect(int(rows[i]), int(best[i]), float(of_own[i]), float(of_best[i]))
+        for i in order[listed[order]]
     ]
-    return sorted(found, key=lambda suspect: suspect.given - suspect.best)
+
+
+def _other_classes(p: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return to which other class each image would belong, and whether its label is suspect."""
+    each = np.arange(len(p))
+    of_own = p[each, given]
+    thresholds = np.bincount(given, of_own, p.shape[1]) / np.bincount(
+        given, minlength=p.shape[1]
+    ).clip(1)
+    credible = np.where(p >= thresholds, p, 0)
+    is_credible = credible.any(axis=1) & (credible.argmax(axis=1) != given)
+    others = p.copy()
+    others[each, given] = -1
+    rival = others.argmax(axis=1)
+    is_suspect = is_credible | (p[each, rival] >= _CLEAR * of_own)
+    return np.where(is_credible, credible.argmax(axis=1), rival), is_suspect
 
 
 def out_of_fold(
