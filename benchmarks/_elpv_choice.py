@@ -317,15 +317,27 @@ class Results:
             name = f"fine-tuned, {n} seeds averaged" if n > 1 else "fine-tuned"
             row = {"split": split, "fitted": name, "recipe": self.chosen(split)}
             yield row | scores(truth, np.mean(found[:n], axis=0))
-        each = [fits for results in (self, *self.others) if (fits := results._fine_tuned(split))]
-        if len(each) > 1:
-            name = f"fine-tuned, {len(each)} networks averaged, {sum(map(len, each))} fits"
-            p = np.mean([np.mean(fits, axis=0) for fits in each], axis=0)
-            yield {"split": split, "fitted": name, "recipe": ""} | scores(truth, p)
+        networks = (self, *self.others)
+        each = [
+            np.mean(fits, axis=0) for network in networks if (fits := network._fine_tuned(split))
+        ]
+        yield from _averaged("fine-tuned", split, truth, each)
         for name in (SVM, START):
-            if (fit := Fit(name, split, 0, False)) in self.found:
+            fit = Fit(name, split, 0, False)
+            if fit in self.found:
                 row = {"split": split, "fitted": name, "recipe": ""}
                 yield row | scores(truth, np.array(self.found[fit]["probability"]))
+            each = [np.array(n.found[fit]["probability"]) for n in networks if fit in n.found]
+            yield from _averaged(name, split, truth, each)
+
+
+def _averaged(
+    name: str, split: int, truth: np.ndarray, each: list[np.ndarray]
+) -> Iterator[dict[str, Any]]:
+    """Score the mean of what several networks say, if there are several."""
+    if len(each) > 1:
+        row = {"split": split, "fitted": f"{name}, {len(each)} networks averaged", "recipe": ""}
+        yield row | scores(truth, np.mean(each, axis=0))
 
 
 def _written(path: str, args: argparse.Namespace) -> Results:
