@@ -116,7 +116,8 @@ def small_solve(n_values: int) -> Iterator[None]:
     """Let a solve on rows of so many values take one core, if they are few.
 
     Several threads gain little there. Where other programs run, they cost many times the work, as
-    those that are ready wait for the one that has to wait for a core.
+    those that are ready wait for the one that has to wait for a core. Fits of a search run in
+    threads of this process: other processes take longer to start than such fits do.
 
     Parameters
     ----------
@@ -131,7 +132,8 @@ def small_solve(n_values: int) -> Iterator[None]:
     # alone: it would restore the limit of the first, maybe after that one is gone.
     is_first = _limiting_blas.acquire(blocking=False)
     try:
-        with (pools if is_first else pools.select(user_api="openmp")).limit(limits=1):
+        limited = (pools if is_first else pools.select(user_api="openmp")).limit(limits=1)
+        with limited, joblib.parallel_config("threading"):
             yield
     finally:
         if is_first:

@@ -27,8 +27,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
-    # What is imported by now lives as long as the process: no collection looks at it again. A whole
-    # one took half a second, and the tests cause hundreds.
+    # What is imported by now lives as long as the process: no collection looks at it again. With
+    # it, a whole one takes half a second.
     gc.collect()
     gc.freeze()
 

@@ -9,8 +9,8 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import joblib
 import numpy as np
+import psutil
 import pytest
 import skops.io
 from PIL import Image
@@ -30,13 +30,6 @@ from sktransfer.model_selection import _comparison
 from sktransfer.model_selection._comparison import rbf_kernel
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _threads():
-    """Processes take seconds to start; those of a benchmark run in the commands of the guide."""
-    with joblib.parallel_config("threading"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def told(tiles):
     """A comparison on the tiles, and what it told after each result: lines, number of costs."""
@@ -48,7 +41,10 @@ def told(tiles):
         so_far.append((_report.lines_of(report, i), len(report.costs)))
 
     options = {"n_splits": 2, "image_size": 64, "on_result": tell}
-    return _benchmark.compare(task, ["efficientnet_lite0"], **options), so_far
+    before = {*psutil.Process().children(recursive=True)}
+    report = _benchmark.compare(task, ["efficientnet_lite0"], **options)
+    assert {*psutil.Process().children(recursive=True)} <= before  # they would start for seconds
+    return report, so_far
 
 
 @pytest.fixture(scope="module")

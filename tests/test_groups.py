@@ -9,7 +9,6 @@ import warnings
 from argparse import Namespace
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -685,9 +684,8 @@ def test_benchmark_by_groups(tiles, tmp_path, capsys):
     options = Namespace(groups=r"(\d)\.", folder=root, skip_unreadable=False)
     task = benchmark.load_folder(root, options)
     assert "10 groups of images" in task.note
-    with joblib.parallel_config("threading"):  # other processes take seconds to start
-        options = {"image_size": 32, "depths": [0], "fit_best": True}
-        report = benchmark.compare(task, n_splits=2, **options)
+    options = {"image_size": 32, "depths": [0], "fit_best": True}
+    report = benchmark.compare(task, n_splits=2, **options)
     for test in report.results[0].tests:
         of_test = {Path(task.images[row]).stem[1] for row in test}
         others = set(range(40)) - set(test.tolist())

@@ -24,6 +24,7 @@ from sktransfer import (
     FineTunedRegressor,
     PretrainedFeatureExtractor,
     load_model,
+    make_classifier,
     model_summary,
     register_model,
 )
@@ -300,6 +301,19 @@ def test_layouts_that_only_flatten_takes():
     with pytest.raises(ValueError, match=message):
         model.fit(pictures(2))
     assert model.set_params(pooling=["flatten"]).fit_transform(pictures(2)).shape == (2, 1024)
+
+
+def test_the_recipe():
+    X, y = pictures(16), np.arange(16) % 2
+    X[y == 1] //= 2
+    model = make_classifier(small(), image_size=32)
+    assert model[0].get_params().items() >= {**BOTH, "normalize": True}.items()
+    assert list(model.named_steps)[1:] == ["standardscaler", "logisticregression"]
+    assert model.fit(X, y).score(X, y) == 1 and model.predict_proba(X).shape == (16, 2)
+    own = make_classifier(small(), classifier=SVC(C=10), image_size=32, pooling="avg")
+    assert own.fit(X, y)[:-1].transform(X).shape == (16, 36) and own[-1].C == 10
+    whole = make_classifier(Untraceable(), image_size=32, layer="output", pooling="avg")
+    assert whole.fit(X, y).predict(X).shape == (16,)
 
 
 # ------------------------------------------------------------------------------ a head on them

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import joblib
 import matplotlib
 
 matplotlib.use("Agg")
@@ -129,8 +128,7 @@ def gained(case):
 
 def compared(case):
     task = Task("tiles", list(case.X), {"": np.asarray(case.y)})
-    with joblib.parallel_config("threading"):  # processes would take seconds to start
-        return [one.scores["accuracy"] for one in compare(task, [], n_splits=1).results]
+    return [one.scores["accuracy"] for one in compare(task, [], n_splits=1).results]
 
 
 def depths(case):
