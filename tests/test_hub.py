@@ -463,6 +463,8 @@ def test_known_names_are_not_taken_for_folders(folder, tmp_path, monkeypatch):
     folder.rename(tmp_path / "resnet18")
     assert type(get_model("resnet18", None).network).__name__ == "ResNet"
     assert type(get_model("hf:resnet18").network).__name__ == "VisionNetwork"
+    known = PretrainedFeatureExtractor("resnet18", weights=None)
+    assert pickle.loads(pickle.dumps(known)).backbone == "resnet18"
     with pytest.raises(ValueError, match="local-dir:nowhere': there is no such folder in "):
         get_model("local-dir:nowhere")
     (tmp_path / "empty").mkdir()

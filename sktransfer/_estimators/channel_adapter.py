@@ -24,7 +24,7 @@ from sktransfer.io._images import count_channels
 from sktransfer.models import Backbone, get_model
 from sktransfer.models._inflation import channel_statistics, inflated
 from sktransfer.models._modules import portable
-from sktransfer.models._origins import portable_name
+from sktransfer.models._registry import portable_name
 from sktransfer.models._state_files import portable_weights
 from sktransfer.transforms import Channels, Preprocessing, range_pairs
 
