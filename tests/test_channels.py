@@ -12,6 +12,8 @@ from networks import small
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision.models import googlenet
 
@@ -24,11 +26,20 @@ from sktransfer import (
     PretrainedFeatureExtractor,
     load_model,
 )
-from sktransfer.inspection import SaliencyDisplay, TopLossesDisplay
+from sktransfer._memory.memory import check_memory
+from sktransfer.inspection import (
+    EmbeddingDisplay,
+    PrototypeDisplay,
+    SaliencyDisplay,
+    TopLossesDisplay,
+    find_similar,
+)
 from sktransfer.io import check_images
+from sktransfer.model_selection import audit, rank_backbones, suggest_groups
+from sktransfer.model_selection._image_facts import look_at
 from sktransfer.models import Backbone
 from sktransfer.models._inflation import inflated
-from sktransfer.transforms import Channels, Preprocessing
+from sktransfer.transforms import RGB, Channels, Preprocessing
 
 SIZE = Preprocessing(size=(32, 32), resize=(36, 36))
 RANGE = (0, 4095)
@@ -461,10 +472,46 @@ def test_an_error_names_both_remedies_where_a_network_takes_rgb(n_channels):
             PretrainedFeatureExtractor(Backbone(small(), SIZE)).transform(given)
 
 
+def test_what_looks_at_a_collection(tmp_path):
+    X = np.repeat(scenes(10), 2, axis=0)
+    X[1::2] += 1  # almost equal
+    X[18:] = 0
+    given = {"backbone": adapter(), "memory": tmp_path}
+    groups = suggest_groups(X, **given)
+    assert groups.tolist() == np.repeat(range(10), 2).tolist()
+    table = audit(X, ["a", "b"] * 10, **given)
+    assert {"duplicate across classes", "blank"} <= set(table["kind"])
+    assert find_similar(X[2:3], X, n_neighbors=2, **given)["row"].tolist() == [2, 3]
+    with pytest.raises(ValueError, match=r"n_channels=5\); or convert to"):
+        suggest_groups(X.astype(np.uint8))
+    # One file, read in two ways, has two kinds of facts.
+    data, memory = [picture(Image.fromarray(RGBA), "PNG")], check_memory(tmp_path)
+    for channels in (Channels(4), RGB):
+        images = check_images(data, channels=channels)
+        np.testing.assert_array_equal(look_at(images, memory).rows, look_at(images).rows)
+
+
+def test_networks_of_other_channels_are_ranked():
+    X, y = scenes(12) // 2, np.repeat(["a", "b"], 6)
+    X[6:, ..., 4] //= 4
+    other = ChannelAdapter(Backbone(small(3), SIZE), n_channels=5, value_range=RANGE).fit(X)
+    options = {"scoring": "knn", "cv": 2, "pairs": False, "random_state": 0}
+    table = rank_backbones(X, y, [other, adapter().to_backbone()], **options)
+    assert len(table) == 2 and (table["knn"] > 0.5).all()
+    with pytest.raises(ValueError, match="n_channels=5"):
+        rank_backbones(X.astype(np.uint8), y, [small()], **options)
+    with pytest.raises(ValueError, match="the range of uint16 pixels is unknown"):
+        rank_backbones(X, y, [other, "efficientnet_lite0"], **options)
+
+
 def test_displays_show_the_first_three_channels():
     model = FineTunedClassifier(adapter(4), unfreeze=0, max_epochs=1, random_state=0)
     X, y = scenes(4, 4), ["a", "b"] * 2
     model.fit(X, y)
-    assert TopLossesDisplay.from_estimator(model, model.check_images(X), y, n_images=1).images
+    assert TopLossesDisplay.from_estimator(model, X, y, n_images=1).images
+    pipeline = make_pipeline(PretrainedFeatureExtractor(adapter(4)), StandardScaler())
+    pipeline.fit(X)
+    assert EmbeddingDisplay.from_estimator(pipeline, X, method="pca").thumbnails
+    assert PrototypeDisplay.from_estimator(pipeline, X[:1], X, n_neighbors=2).images
     shown = SaliencyDisplay.from_estimator(model, X[:1])
     assert shown.images.shape == (1, 32, 32, 3)

@@ -198,13 +198,26 @@ def test_tokens_in_front_are_counted(folders):
         )
 
 
-@pytest.mark.parametrize("kind", ["vit", "clip", "swin", "convnext"])
-def test_depth_is_trained_and_pickled(folders, photos, kind, tmp_path):
-    model = FineTunedClassifier(f"hf:{folders / kind}", unfreeze=1, max_epochs=1, random_state=0)
-    model.fit(photos, ["a", "b"])
-    expected = model.predict_proba(photos)
-    copied = pickle.loads(pickle.dumps(model))
-    np.testing.assert_allclose(copied.predict_proba(photos), expected, atol=1e-6)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "vit without a head"])
+def test_every_depth_is_trained(folders, photos, kind):
+    name = f"hf:{folders / kind}"
+    frozen = PretrainedFeatureExtractor(name, runtime="torch").fit(photos)
+    before = get_model(name).network.state_dict()
+    for unfreeze, n_blocks in ((0, 0), (1, 1), ("all", len(frozen.block_names_))):
+        model = FineTunedClassifier(name, unfreeze=unfreeze, max_epochs=1, random_state=0)
+        model.fit(photos, ["a", "b"])
+        assert (
+            model.unfrozen_block_names_
+            == frozen.block_names_[len(frozen.block_names_) - n_blocks :]
+        )
+        changed = model.to_feature_extractor().transform(photos) - frozen.transform(photos)
+        assert (np.abs(changed).max() > 1e-5) == (unfreeze != 0)
+        copied = pickle.loads(pickle.dumps(model))
+        np.testing.assert_allclose(
+            copied.predict_proba(photos), model.predict_proba(photos), atol=1e-6
+        )
+    after = get_model(name).network.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 def test_a_memory_and_another_image_size(folders, photos, tmp_path):

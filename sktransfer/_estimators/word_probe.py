@@ -47,7 +47,7 @@ def choose_probe(
     problem = rows @ basis, np.eye(len(present))[numbers], logits[:, present].astype(float)
     C = _chosen(numbers, *problem)
     if C:
-        weights[:, present] = basis @ _fitted(*problem, C)
+        weights[:, present] = basis @ _fitted(*problem, C=C)
     return weights, C
 
 
@@ -63,7 +63,7 @@ def _chosen(numbers: np.ndarray, rows: np.ndarray, labels: np.ndarray, logits: n
     for number in np.unique(fold):
         left_out, others = fold == number, fold != number
         for C in _CS:
-            added = parts[0][left_out] @ _fitted(*(part[others] for part in parts), C) if C else 0
+            added = parts[0][left_out] @ _fitted(*(part[others] for part in parts), C=C) if C else 0
             scores = log_softmax(parts[2][left_out] + added, axis=1)
             losses[C] -= float((scores * parts[1][left_out]).sum())
     return min(losses, key=losses.__getitem__)
@@ -78,7 +78,7 @@ def _turns(numbers: np.ndarray) -> np.ndarray:
     return turns
 
 
-def _fitted(rows: np.ndarray, labels: np.ndarray, logits: np.ndarray, C: float) -> np.ndarray:
+def _fitted(rows: np.ndarray, labels: np.ndarray, logits: np.ndarray, *, C: float) -> np.ndarray:
     """Return the weights (width, n_classes) of a logistic regression that starts from logits."""
     shape = rows.shape[1], labels.shape[1]
 

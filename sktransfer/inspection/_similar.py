@@ -11,7 +11,6 @@ from sktransfer._estimators.base import Interval, validate_params
 from sktransfer._estimators.pretrained import embedding_of, extractor_by
 from sktransfer._neighbors import nearest_in_order
 from sktransfer._optional import load_optional
-from sktransfer.io import check_images
 
 
 @validate_params(
@@ -89,8 +88,7 @@ def find_similar(
     extractor = extractor_by(
         "find_similar", backbone=backbone, memory=memory, verbose=verbose, **parameters
     )
-    shape = extractor.image_shape
-    asked, images = (check_images(of, image_shape=shape) for of in (queries, X))
+    asked, images = extractor.check_images(queries), extractor.check_images(X)
     if n_neighbors > len(images):
         raise ValueError(f"n_neighbors={n_neighbors}, but there are {len(images)} images in X.")
     embedding = embedding_of(extractor)
