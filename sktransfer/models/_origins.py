@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from sktransfer.models._hub import check_connection
-from sktransfer.models._state_files import INDEX, shards_of
+from sktransfer.models._state_files import INDEX, is_index, shards_of
 
 _HUB = ("hf-hub:", "hf_hub:", "hf:")  # the first two are timm's
 FOLDER = "local-dir:"  # timm's, too
@@ -147,7 +147,7 @@ class Origin(NamedTuple):
             found = others[0] if len(others) == 1 else None
         if found is None:
             raise OSError(self._no_weights(file))
-        if found.name.endswith(INDEX):
+        if is_index(found):
             for shard in sorted({path.name for path in shards_of(found).values()}):
                 self.need(shard)
         return found
