@@ -41,7 +41,8 @@ def find_similar(
     metric : str, default="cosine"
         Distance between embeddings; see :class:`sklearn.neighbors.NearestNeighbors`.
     backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
-        See :class:`sktransfer.PretrainedFeatureExtractor`.
+        See :class:`sktransfer.PretrainedFeatureExtractor`. For images of other channels than red,
+        green and blue: :class:`sktransfer.ChannelAdapter`.
     memory : str, path, joblib.Memory or None, default=None
         Where to keep the embeddings: only images that are not in it run through the network.
     verbose : int, default=0

@@ -105,7 +105,8 @@ def audit(
         The test part of a split: a mask, or rows, as a splitter yields them. Equal or nearly equal
         images in the test part and in the other one are leaks.
     backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
-        See :class:`sktransfer.PretrainedFeatureExtractor`.
+        See :class:`sktransfer.PretrainedFeatureExtractor`. For images of other channels than red,
+        green and blue: :class:`sktransfer.ChannelAdapter`.
     memory : str, path, joblib.Memory or None, default=None
         Where to keep what is known of each image: a second audit decodes only damaged images, and
         nothing runs through the network. Without it, labelled images run through it twice.

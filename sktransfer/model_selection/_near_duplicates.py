@@ -69,7 +69,8 @@ def suggest_groups(
     X : sequence of images
         See :class:`sktransfer.PretrainedFeatureExtractor`.
     backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
-        See :class:`sktransfer.PretrainedFeatureExtractor`.
+        See :class:`sktransfer.PretrainedFeatureExtractor`. For images of other channels than red,
+        green and blue: :class:`sktransfer.ChannelAdapter`.
     memory : str, path, joblib.Memory or None, default=None
         Where to keep what is known of each image: a second call decodes no image, and nothing runs
         through the network.
