@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import struct
+import tarfile
 import warnings
 import zipfile
 
@@ -181,6 +182,9 @@ def sharded(state, folder, form, index="model{}.index.json"):
 def test_shards_are_loaded_by_their_index(tmp_path, state, expected, form):
     path = sharded(with_prefix(state, "model."), tmp_path, form)
     assert loaded_print(path) == expected
+    loud = path.rename(path.with_name(path.name.upper()))
+    assert loaded_print(loud) == expected
+    loud.rename(path)
     sharded(small(2).state_dict(), tmp_path, form)
     assert loaded_print(path) == get_model(small(2)).fingerprint
     # Kept as links, as the client of the hub does it.
@@ -323,6 +327,25 @@ def test_an_error_says_what_a_file_is(tmp_path, what):
         (tmp_path / name).write_bytes(WHAT[what])
         with pytest.raises(ValueError, match=f"{name}' holds no weights: it is {what}"):
             get_model(small(), tmp_path / name)
+
+
+def test_archives_of_files_are_told_from_weights(tmp_path, state):
+    saved(state, tmp_path / "inner.pth")
+    with tarfile.open(tmp_path / "w.tar", "w") as archive:
+        archive.add(tmp_path / "inner.pth", "inner.pth")
+    with pytest.raises(ValueError, match="it is a tar archive of inner.pth: unpack it first"):
+        get_model(small(), tmp_path / "w.tar")
+    with pytest.raises(ValueError, match="can't be read: embedded null byte"):
+        get_model(small(), "w\0.pth")
+
+
+def test_a_flipped_bit_is_told(tmp_path, state):
+    path = saved(state, tmp_path / "w.pth")
+    content = bytearray(path.read_bytes())
+    content[content.index(state["body.1.weight"].numpy().tobytes()) + 8] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"the checksum of w/data/\d+ is wrong, so the file is"):
+        get_model(small(), path)
 
 
 def test_programs_are_told_from_weights(tmp_path):

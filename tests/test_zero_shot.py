@@ -12,15 +12,20 @@ from PIL import Image
 from scipy.special import expit
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_predict
+from sklearn.utils.estimator_checks import check_estimator
 
-from sktransfer import PretrainedFeatureExtractor, ZeroShotClassifier, load_model
+from sktransfer import PretrainedFeatureExtractor, ZeroShotClassifier, get_model, load_model
+from sktransfer._estimators.word_probe import choose_probe
+from sktransfer._memory.memory import check_memory
 from sktransfer.model_selection import rank_backbones
 
 tr = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 WORDS = "this is a photo of cat dog eel broken cell dark . the".split()
+WORDS += "0 1 2 - one two three".split()  # labels of scikit-learn's checks
 MARKS = ["<pad>", "<unk>", "<start>", "<end>"]
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGES = TINY | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
@@ -153,11 +158,13 @@ def test_rows_are_those_of_everyone(folders, images, tmp_path):
     options = {"memory": tmp_path, "runtime": "torch"}
     PretrainedFeatureExtractor(str(folders / "clip"), layer="output", **options).transform(images)
     model = ZeroShotClassifier(str(folders / "clip"), LABELS, **options)
-    broken = [*images[:-1], images[-1] * 0]
-    entries = sum(1 for _ in tmp_path.rglob("*"))
-    assert len(model.predict(images)) == len(images)
-    assert sum(1 for _ in tmp_path.rglob("*")) == entries
-    assert len(model.predict(broken)) == len(images)
+    n_entries = check_memory(tmp_path).info()["n_entries"]
+    assert n_entries == len(images)
+    model.fit(images, LABELS * 2).predict(images)
+    model.search("a cat", images, k=1)
+    assert check_memory(tmp_path).info()["n_entries"] == n_entries
+    model.predict([images[0] * 0])
+    assert check_memory(tmp_path).info()["n_entries"] == n_entries + 1
 
 
 # ------------------------------------------------------------------------------ labelled images
@@ -179,7 +186,7 @@ def test_labels_help_where_words_do_not(folders):
     words = zero_shot(folders / "clip")
     assert words.score(new, truth) < 0.7
     fitted = clone(words).fit(X, y)
-    assert fitted.blend_["weight"] > 0 and fitted.score(new, truth) == 1
+    assert fitted.blend_["C"] > 0 and fitted.score(new, truth) == 1
     assert cross_val_predict(words, X, y, cv=3).tolist() == y.tolist()
     alone = clone(words).fit(X)
     np.testing.assert_array_equal(alone.predict_proba(new), words.predict_proba(new))
@@ -196,6 +203,35 @@ def test_labels_that_say_nothing_do_not_count(folders, images):
         y[0] = "cat" if y[0] == "dog" else "dog"
     fitted = clone(words).fit(X, y)
     assert (fitted.predict(images) == words.predict(images)).mean() > 0.6
+
+
+def test_classes_without_images_are_left_to_the_words(folders):
+    chance = np.random.default_rng(0)
+    X = np.concatenate([spotted(chance, k, 6) for k in range(2)])
+    words = zero_shot(folders / "clip")
+    alone = clone(words).fit(X, ["cat"] * 12)
+    assert alone.blend_["C"] == 0
+    np.testing.assert_array_equal(alone.predict_proba(X), words.predict_proba(X))
+    fitted = clone(words).fit(X, ["cat"] * 6 + ["dog"] * 6)
+    assert fitted.predict(X).tolist() == ["cat"] * 6 + ["dog"] * 6
+    # What is learnt about the two adds up to nothing, so their mean beside the third stays.
+    before, after = (np.log(model.predict_proba(X)) for model in (words, fitted))
+    margins = [p[:, :2].mean(1) - p[:, 2] for p in (before, after)]
+    np.testing.assert_allclose(*margins, atol=1e-3)
+    once = clone(words).fit(X[::6], ["cat", "dog"])  # nothing to judge by
+    assert once.blend_["C"] == 1
+
+
+def test_a_probe_is_a_logistic_regression_that_starts_from_words():
+    chance = np.random.default_rng(0)
+    rows = chance.normal(size=(40, 6))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    numbers = (rows[:, 0] > 0).astype(int)
+    weights, C = choose_probe(rows, numbers, np.zeros((40, 2)))
+    plain = LogisticRegression(C=2 * C, fit_intercept=False, tol=1e-8).fit(rows, numbers)
+    np.testing.assert_allclose(weights[:, 1] - weights[:, 0], plain.coef_[0], atol=0.01)
+    right = np.eye(2)[numbers] * 20  # words that know it all, and nothing is to be added
+    assert choose_probe(rows, numbers, right)[1] == 0
 
 
 def test_labels_are_prompts(folders):
@@ -219,6 +255,50 @@ def test_a_fitted_one_travels_without_words(folders, images, tmp_path):
     skops = pytest.importorskip("skops.io")
     skops.dump(model, tmp_path / "model.skops")
     assert (load_model(tmp_path / "model.skops").predict_proba(images) == expected).all()
+
+
+def test_labels_of_any_type_travel(folders, images, tmp_path):
+    skops = pytest.importorskip("skops.io")
+    for labels in ([False, True], [3, 7], [1.0, 2.0], [np.int64(2), np.int64(9)]):
+        prompts = {labels[0]: ("a cat", "the cat"), labels[1]: np.array(["dog"])}
+        model = zero_shot(folders / "clip", prompts).fit(images, labels * 3)
+        assert model.classes_.tolist() == labels
+        skops.dump(model, tmp_path / "model.skops")
+        for copy in (load_model(tmp_path / "model.skops"), pickle.loads(pickle.dumps(model))):
+            assert list(copy.prompts) == labels and clone(copy).classes_.tolist() == labels
+            np.testing.assert_array_equal(copy.predict_proba(images), model.predict_proba(images))
+
+
+def test_what_is_fitted_belongs_to_its_network(folders, images, tmp_path, monkeypatch):
+    place = shutil.copytree(folders / "clip", tmp_path / "here" / "clip")
+    monkeypatch.chdir(tmp_path / "here")
+    model = zero_shot("clip", weights="clip/model.safetensors").fit(images, LABELS * 2)
+    expected = model.predict_proba(images)
+    copy = pickle.loads(pickle.dumps(model))
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(copy.predict_proba(images), expected)
+    moved = {"backbone": str(folders / "clip"), "weights": "default"}
+    np.testing.assert_array_equal(copy.set_params(**moved).predict_proba(images), expected)
+    with pytest.raises(ValueError, match="image_size was None when this estimator was fitted"):
+        clone(copy).fit(images).set_params(image_size=48).predict(images)
+    state = safetensors.torch.load_file(place / "model.safetensors")
+    state["visual_projection.weight"] *= 2
+    safetensors.torch.save_file(state, place / "model.safetensors")
+    with pytest.raises(ValueError, match="are not those on which this estimator was fitted"):
+        copy.set_params(backbone=str(place)).predict(images)
+
+
+# ------------------------------------------------------------------------------ scikit-learn
+
+
+@pytest.mark.filterwarnings("ignore:.*outside.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:The brightest pixel:UserWarning")
+def test_check_estimator_whole(folders):
+    options = {"image_shape": (1, -1), "image_size": 8, "batch_size": 256}
+    results = check_estimator(zero_shot(folders / "clip", None, **options), on_fail=None)
+    assert len(results) > 50
+    failed = {r["check_name"]: r["exception"] for r in results if r["status"] != "passed"}
+    assert failed == {}
 
 
 # ------------------------------------------------------------------------------ search
@@ -261,17 +341,27 @@ def test_ranked_beside_a_linear_probe(folders):
 BAD = [
     ({"prompts": {}}, "prompts is empty"),
     ({"prompts": []}, "prompts is empty"),
-    ({"prompts": ["cat"]}, "single class, 'cat'"),
+    ({"prompts": ["cat"]}, "one class alone, 'cat'"),
     ({"prompts": ["cat", "dog", "cat"]}, "names 'cat' twice"),
     ({"prompts": {"cat": "cat", "dog": " "}}, r"prompts\['dog'\] holds ' '"),
     ({"prompts": {"cat": [], "dog": "dog"}}, r"prompts\['cat'\] is empty"),
     ({"prompts": {"cat": "cat", "dog": 3}}, r"prompts\['dog'\] holds 3"),
     ({"prompts": {"cat": "dark", "dog": ["dark"]}}, "'cat' and 'dog' have the same prompts"),
+    ({"prompts": {"cat": "Dark  cell", "dog": ["dark cell "]}}, "have the same prompts"),
     ({"prompts": {"cat": "cat", 1: "dog"}}, "mix types"),
+    ({"prompts": {"cat": {"a", "b"}, "dog": "dog"}}, r"prompts\['cat'\] holds {'"),
+    ({"prompts": {"cat": iter(["a"]), "dog": "dog"}}, "list_iterator.*pass a text that says"),
+    ({"prompts": {np.nan: "cat", 1.0: "dog"}}, "has the label nan: pass strings, numbers"),
+    ({"prompts": {("a", "b"): "cat", ("c", "d"): "dog"}}, r"has the label \('a', 'b'\)"),
+    ({"prompts": {None: "cat", "b": "dog"}}, "has the label None"),
+    ({"prompts": ["cat", "\ud800"]}, "a text that says something"),
     ({"templates": "a photo"}, "does not stand once"),
     ({"templates": ["{} {}"]}, "does not stand once"),
     ({"templates": []}, "templates is empty"),
-    ({"prompts": ["cat", "dog " * 70]}, "has 78 tokens, and .* takes 64"),
+    (
+        {"prompts": ["cat", "dog " * 70]},
+        "'This is .* letters, has 78 tokens.* takes 64; nothing is cut off",
+    ),
     ({"backbone": "efficientnet_lite0"}, "needs a network that was trained on images and texts"),
     ({"weights": "none.bin"}, "no file none.bin"),
 ]
@@ -325,5 +415,41 @@ def test_places_that_lack_something(folders, images, tmp_path):
     content = json.loads(file.read_text())
     content["model"]["vocab"]["cat"] = 700
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="gives the token 700, and its network knows 17"):
+    with pytest.raises(ValueError, match="gives the token 700, and its network knows 24"):
         zero_shot(place).predict(images)
+
+
+def test_tokenizers_that_do_not_fit(folders, images, tmp_path):
+    place = shutil.copytree(folders / "clip", tmp_path / "more")
+    file = place / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"model_input_names": ["input_ids", "token_type_ids"]}))
+    expected = zero_shot(folders / "clip", ["a cat", "dog"]).predict_proba(images)
+    found = zero_shot(place, ["cat", "dog"]).predict_proba(images)
+    assert found.shape == expected.shape  # what the network does not take is not given to it
+    file.write_text(json.dumps({k: v for k, v in settings.items() if k != "pad_token"}))
+    with pytest.raises(ValueError, match=r"tokenizer of .* can't read .*Take it and the network"):
+        zero_shot(place, ["a cat", "dog"]).predict(images)
+    with pytest.warns(UserWarning, match="The prompts of 'owl' and 'yak' are the same to the"):
+        zero_shot(folders / "clip", ["owl", "cat", "yak"]).predict(images)
+
+
+def test_names_of_places_that_are_none(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.bin").touch()
+    for name, message in (
+        ("/nowhere/clip", "'/nowhere/clip': there is no such folder"),
+        ("./clip", f"there is no such folder in '{tmp_path}', from which it is looked for"),
+        ("empty", f"there is no config.json in '{tmp_path}/empty'"),
+        (str(tmp_path / "file.bin"), "it is a file. Pass the folder in which it lies"),
+        ("google/siglip2-base", "no folder of .*Did you mean 'hf:google/siglip2-base'"),
+        ("https://hub.example/google/siglip/", "Did you mean 'hf:google/siglip'"),
+        ("x" * 5000, "Unknown backbone"),
+        ("local-dir:\0", "there is no such folder"),
+        ("resnet18", "needs a network that was trained on images and texts"),
+    ):
+        for call in (get_model, lambda name: zero_shot(name).predict(images)):
+            if name != "resnet18" or call is not get_model:
+                with pytest.raises(ValueError, match=message):
+                    call(name)

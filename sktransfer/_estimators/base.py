@@ -33,8 +33,13 @@ from sktransfer._training.interrupt import Interrupted
 from sktransfer._training.summary import blocks_html
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.models._modules import portable
-from sktransfer.models._origins import portable_name
-from sktransfer.models._registry import Backbone, channels_of, loaded_model, seeded_model
+from sktransfer.models._registry import (
+    Backbone,
+    channels_of,
+    loaded_model,
+    portable_name,
+    seeded_model,
+)
 from sktransfer.models._state_files import portable_weights
 from sktransfer.transforms import Channels, Preprocessing
 

@@ -24,7 +24,7 @@ from sktransfer.io._images import count_channels
 from sktransfer.models import Backbone, get_model
 from sktransfer.models._inflation import channel_statistics, inflated
 from sktransfer.models._modules import portable
-from sktransfer.models._origins import portable_name
+from sktransfer.models._registry import portable_name
 from sktransfer.models._state_files import portable_weights
 from sktransfer.transforms import Channels, Preprocessing, range_pairs
 
@@ -85,6 +85,9 @@ class ChannelAdapter(BaseEstimator):
 
     The inflated network was trained on none of these channels but three, so measure what it gains
     against three of them: with few images often little.
+
+    Which convolution is the first is what timm says of its networks; of others, a blank image is run
+    through them, and all that get it are inflated. A convolution in groups can't be.
 
     `precision="int8"` is for photographs and is refused. ``augment="auto"`` changes brightness and
     shapes alike in all channels, and leaves out what only colours have.

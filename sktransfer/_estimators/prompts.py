@@ -11,13 +11,25 @@ from sklearn.exceptions import NotFittedError
 
 def texts_of(texts: Any, what: str) -> list[str]:
     """Return one text or several as a list; an error for what is none."""
-    listed = [texts] if isinstance(texts, str) else list(texts) if np.iterable(texts) else [texts]
+    listed = np.asarray(texts, dtype=object).tolist()
+    listed = listed if isinstance(listed, list) else [listed]
     for text in listed:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{what} holds {text!r}: pass texts that say something.")
+        if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
+            raise ValueError(
+                f"{what} holds {text!r}: pass a text that says something, or a list of such texts."
+            )
     if not listed:
         raise ValueError(f"{what} is empty: pass a text or more.")
     return [str(text) for text in listed]
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether a text can be written: halves of characters, of damaged files, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def prompts_of(prompts: Any) -> dict[Any, list[str]]:
@@ -33,12 +45,18 @@ def prompts_of(prompts: Any) -> dict[Any, list[str]]:
         if twice:
             raise ValueError(f"prompts names {twice[0]!r} twice: name each class once.")
         return {name: [name] for name in names}
-    kinds = {type(label) for label in prompts}
-    if len(kinds) > 1:
-        raise ValueError(f"The labels of prompts mix types: {list(prompts)[:5]!r}. Pass one type.")
     if not prompts:
         raise ValueError("prompts is empty: pass a prompt for each of two classes or more.")
-    return {label: texts_of(of, f"prompts[{label!r}]") for label, of in prompts.items()}
+    labels = [label.item() if isinstance(label, np.generic) else label for label in prompts]
+    for label in labels:
+        if not isinstance(label, (str, bool, int, float)) or label != label:
+            raise ValueError(
+                f"prompts has the label {label!r}: pass strings, numbers or booleans as labels."
+            )
+    if len({type(label) for label in labels}) > 1:
+        raise ValueError(f"The labels of prompts mix types: {labels[:5]!r}. Pass one type.")
+    named = zip(labels, prompts.values(), strict=True)
+    return {label: texts_of(of, f"prompts[{label!r}]") for label, of in named}
 
 
 def sentences_of(prompts: dict[Any, list[str]], templates: Any) -> dict[Any, list[str]]:
@@ -52,7 +70,10 @@ def sentences_of(prompts: dict[Any, list[str]], templates: Any) -> dict[Any, lis
             )
     described: dict[frozenset[str], Any] = {}
     for label, texts in prompts.items():
-        other = described.setdefault(frozenset(texts), label)
+        # Spaces around a text and capitals are nothing that a network could tell classes apart by.
+        other = described.setdefault(
+            frozenset(" ".join(t.split()).casefold() for t in texts), label
+        )
         if other is not label:
             raise ValueError(
                 f"The classes {other!r} and {label!r} have the same prompts, {texts}: say in what "

@@ -8,7 +8,14 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_consistent_length
 
-from sktransfer.inspection._plotting import grid_axes, n_rows_and_cols, pyplot, shown, text_of
+from sktransfer.inspection._plotting import (
+    grid_axes,
+    images_of,
+    n_rows_and_cols,
+    pyplot,
+    shown,
+    text_of,
+)
 from sktransfer.io import check_images
 
 __all__ = ["DetectionDisplay"]
@@ -93,6 +100,7 @@ class DetectionDisplay:
         images = X[:n_images]
         truth = None if y is None else y[:n_images]
         predicted = estimator.predict(images)
+        images = images_of(estimator, images)
         return cls.from_predictions(images, predicted, truth, n_images=n_images, **kwargs)
 
     @classmethod

@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_consistent_length
 
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
-from sktransfer.inspection._plotting import pyplot, shown, single_axes, text_of
+from sktransfer.inspection._plotting import images_of, pyplot, shown, single_axes, text_of
 from sktransfer.io import check_images
 
 __all__ = ["EmbeddingDisplay"]
@@ -105,7 +105,7 @@ class EmbeddingDisplay:
         pyplot(f"{cls.__name__}.from_estimator")
         return cls.from_embeddings(
             embed(estimator, X),
-            X,
+            images_of(estimator, X),
             y,
             method=method,
             n_thumbnails=n_thumbnails,

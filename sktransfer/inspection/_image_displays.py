@@ -12,6 +12,7 @@ from sktransfer._neighbors import nearest_in_order
 from sktransfer.inspection._embedding_display import embed
 from sktransfer.inspection._plotting import (
     grid_axes,
+    images_of,
     n_rows_and_cols,
     put_image,
     pyplot,
@@ -116,8 +117,9 @@ class TopLossesDisplay:
                 "Use a LogisticRegression, or wrap it in a CalibratedClassifierCV."
             )
         proba = estimator.predict_proba(X)
+        images = images_of(estimator, X)
         return cls.from_predictions(
-            X, y, proba, classes=estimator.classes_, n_images=n_images, ax=ax, **kwargs
+            images, y, proba, classes=estimator.classes_, n_images=n_images, ax=ax, **kwargs
         )
 
     @classmethod
@@ -301,8 +303,8 @@ class PrototypeDisplay:
         return cls.from_embeddings(
             embed(estimator, X),
             embed(estimator, X_train),
-            X,
-            X_train,
+            images_of(estimator, X),
+            images_of(estimator, X_train),
             y_train,
             predictions=predictions,
             n_neighbors=n_neighbors,

@@ -77,6 +77,12 @@ def put_title(axes: Any, lines: Sequence[str], color: str = "black") -> None:
     axes.set_title(text, fontsize=8, color=color)
 
 
+def images_of(estimator: Any, X: Any) -> Any:
+    """Return `X` as images of the channels that an estimator takes; as it is if nobody can tell."""
+    first = estimator.steps[0][1] if hasattr(estimator, "steps") else estimator
+    return first.check_images(X) if hasattr(first, "check_images") else X
+
+
 def as_rgb(image: torch.Tensor) -> torch.Tensor:
     """Return images ([n,] 3, h, w) of which other channels are shown: the first three, or one."""
     return image[..., :3, :, :] if image.shape[-3] >= 3 else image[..., [0, 0, 0], :, :]

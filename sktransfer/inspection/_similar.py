@@ -11,7 +11,6 @@ from sktransfer._estimators.base import Interval, validate_params
 from sktransfer._estimators.pretrained import embedding_of, extractor_by
 from sktransfer._neighbors import nearest_in_order
 from sktransfer._optional import load_optional
-from sktransfer.io import check_images
 
 
 @validate_params(
@@ -42,7 +41,8 @@ def find_similar(
     metric : str, default="cosine"
         Distance between embeddings; see :class:`sklearn.neighbors.NearestNeighbors`.
     backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
-        See :class:`sktransfer.PretrainedFeatureExtractor`.
+        See :class:`sktransfer.PretrainedFeatureExtractor`. For images of other channels than red,
+        green and blue: :class:`sktransfer.ChannelAdapter`.
     memory : str, path, joblib.Memory or None, default=None
         Where to keep the embeddings: only images that are not in it run through the network.
     verbose : int, default=0
@@ -89,8 +89,7 @@ def find_similar(
     extractor = extractor_by(
         "find_similar", backbone=backbone, memory=memory, verbose=verbose, **parameters
     )
-    shape = extractor.image_shape
-    asked, images = (check_images(of, image_shape=shape) for of in (queries, X))
+    asked, images = extractor.check_images(queries), extractor.check_images(X)
     if n_neighbors > len(images):
         raise ValueError(f"n_neighbors={n_neighbors}, but there are {len(images)} images in X.")
     embedding = embedding_of(extractor)

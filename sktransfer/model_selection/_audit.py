@@ -28,7 +28,7 @@ from sktransfer._memory.memory import check_memory
 from sktransfer._neighbors import nearest
 from sktransfer._optional import load_optional
 from sktransfer._splits import check_groups
-from sktransfer.io import ImageSequence, check_images
+from sktransfer.io import ImageSequence
 from sktransfer.model_selection._image_checks import ImageFinding, odd_images, outliers
 from sktransfer.model_selection._image_facts import ImageFacts, look_at
 from sktransfer.model_selection._label_suspects import N_FOLDS, label_suspects
@@ -105,7 +105,8 @@ def audit(
         The test part of a split: a mask, or rows, as a splitter yields them. Equal or nearly equal
         images in the test part and in the other one are leaks.
     backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
-        See :class:`sktransfer.PretrainedFeatureExtractor`.
+        See :class:`sktransfer.PretrainedFeatureExtractor`. For images of other channels than red,
+        green and blue: :class:`sktransfer.ChannelAdapter`.
     memory : str, path, joblib.Memory or None, default=None
         Where to keep what is known of each image: a second audit decodes only damaged images, and
         nothing runs through the network. Without it, labelled images run through it twice.
@@ -205,7 +206,7 @@ def audit(
     extractor = extractor_by(
         "audit", backbone=backbone, memory=memory, verbose=verbose, **parameters
     )
-    images = check_images(X, image_shape=extractor.image_shape)
+    images = extractor.check_images(X)
     labels = None if y is None else _check_labels(y, images)
     groups = check_groups(groups, len(images))
     in_test = None if test is None else _test_mask(test, len(images))

@@ -44,11 +44,14 @@ class ImageFacts:
         The numbers and the small copy of each image, as the memory keeps them.
     damage : dict of int to str
         Rows of images that can't be decoded, or not whole, and why. Nothing else is known of them.
+    key : str
+        Under which the memory keeps them.
     """
 
     digests: list[bytes]
     rows: np.ndarray
     damage: dict[int, str] = field(default_factory=dict)
+    key: str = _KEY
 
     def note(self, row: int, digest: bytes | None, reason: str) -> None:
         """Note the digest of an image, or why it is not sound."""
@@ -85,7 +88,7 @@ def look_at(
     """Look at each image once, or read from the memory what was seen before."""
     n = len(images)
     rows = np.zeros((n, _N_BYTES), np.uint8)
-    facts = ImageFacts([b""] * n, rows)
+    facts = ImageFacts([b""] * n, rows, key=_key_of(images))
     threads = ThreadPoolExecutor(n_threads(n_jobs))
     try:
         with tqdm(total=n, desc="looking", unit="image", disable=not verbose) as bar:
@@ -119,7 +122,7 @@ def _look_at_some(
             facts.rows[row] = packed
     kept = [row for row in missing if row not in facts.damage]
     if memory is not None and kept:
-        memory.write(_KEY, [facts.digests[row] for row in kept], facts.rows[kept], _TEXT)
+        memory.write(facts.key, [facts.digests[row] for row in kept], facts.rows[kept], _TEXT)
 
 
 def _or_why_not(images: ImageSequence, row: int, get: Callable[[int], Any]) -> tuple[Any, str]:
@@ -135,7 +138,7 @@ def _not_in_memory(facts: ImageFacts, rows: Sequence[int], memory: ImageMemory |
     if memory is None or not rows:
         return list(rows)
     found = np.zeros((len(rows), _N_BYTES), np.uint8)
-    hits = memory.read(_KEY, [facts.digests[row] for row in rows], found)
+    hits = memory.read(facts.key, [facts.digests[row] for row in rows], found)
     facts.rows[np.array(rows)[hits]] = found[hits]
     return [row for row, hit in zip(rows, hits, strict=True) if not hit]
 
@@ -144,12 +147,22 @@ def _look(images: ImageSequence, row: int) -> tuple[np.ndarray, str]:
     return images.examine(row, _packed)
 
 
+def _key_of(images: ImageSequence) -> str:
+    """Return what keeps facts apart if one file may be read in several ways."""
+    return _KEY if images.channels.are_rgb else f"{_KEY}, {images.channels}"
+
+
 def _packed(pixels: torch.Tensor) -> np.ndarray:
-    """Return the facts of an image, uint8 (3, height, width), and its small copy, as bytes."""
+    """Return the facts of an image, uint8 (c, height, width), and its small copy, as bytes.
+
+    Of other channels than red, green and blue, the brightness is their mean.
+    """
     height, width = pixels.shape[1:]
     scale = min(1.0, _MEASURED / max(height, width))
     size = [max(1, round(scale * side)) for side in (height, width)]
-    grey = F.rgb_to_grayscale(F.resize(pixels, size, antialias=True))  # (1, *size)
+    resized = F.resize(pixels, size, antialias=True)
+    is_rgb = len(resized) == 3
+    grey = F.rgb_to_grayscale(resized) if is_rgb else resized.float().mean(0, keepdim=True).byte()
     levels = np.bincount(grey.numpy().ravel(), minlength=256).cumsum() / grey.numel()
     light = [np.searchsorted(levels, share) for share in _SHARES]
     numbers = np.array([height, width, *light, _sharpness(grey.float())], np.float32)

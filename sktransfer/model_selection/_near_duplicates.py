@@ -12,7 +12,6 @@ from scipy.sparse.csgraph import connected_components
 from sktransfer._estimators.pretrained import extractor_by
 from sktransfer._memory.memory import check_memory
 from sktransfer._neighbors import nearest
-from sktransfer.io import check_images
 from sktransfer.model_selection._alignment import ORIENTATIONS, coarse, differences, turned
 from sktransfer.model_selection._comparison import embed
 from sktransfer.model_selection._image_facts import ImageFacts, look_at
@@ -70,7 +69,8 @@ def suggest_groups(
     X : sequence of images
         See :class:`sktransfer.PretrainedFeatureExtractor`.
     backbone : str, torch.nn.Module, Backbone or fitted estimator, default="efficientnet_lite0"
-        See :class:`sktransfer.PretrainedFeatureExtractor`.
+        See :class:`sktransfer.PretrainedFeatureExtractor`. For images of other channels than red,
+        green and blue: :class:`sktransfer.ChannelAdapter`.
     memory : str, path, joblib.Memory or None, default=None
         Where to keep what is known of each image: a second call decodes no image, and nothing runs
         through the network.
@@ -136,7 +136,7 @@ def suggest_groups(
     extractor = extractor_by(
         "suggest_groups", backbone=backbone, memory=memory, verbose=verbose, **parameters
     )
-    images = check_images(X, image_shape=extractor.image_shape)
+    images = extractor.check_images(X)
     embeddings = embed(extractor, images)[0]  # first: it says what can't be read
     facts = look_at(images, check_memory(memory), extractor.n_jobs, verbose)
     return components(len(images), find_duplicates(facts, embeddings).pairs)

@@ -40,6 +40,7 @@ from sktransfer.model_selection._transfer_gain import TransferGain, transfer_gai
 from sktransfer.models._builders import RECOMMENDED
 from sktransfer.models._registry import Backbone, get_model, imagenet_accuracy
 from sktransfer.models._text_towers import reads_words
+from sktransfer.transforms import Channels
 
 __all__ = ["TransferGain", "rank_backbones", "transfer_gain"]
 
@@ -96,12 +97,14 @@ def rank_backbones(
         See :class:`sktransfer.PretrainedFeatureExtractor`.
     y : array-like of shape (n,)
         Labels of any type.
-    backbones : list of str, (str, weights), torch.nn.Module or Backbone, default=None
+    backbones : list of str, (str, weights), torch.nn.Module, Backbone or estimator, default=None
         None for all of :data:`sktransfer.models.RECOMMENDED` that can be loaded here: without a
         connection, the embedded ones and what was downloaded before; a warning says which are left
         out. Else names of :func:`sktransfer.list_models`; pairs of a name and its weights, as of
         :func:`sktransfer.get_model`: ``("resnet50", "IMAGENET1K_V1")``, or
-        ``("resnet50", None)`` for random ones, the ranking's zero; or networks.
+        ``("resnet50", None)`` for random ones, the ranking's zero; or networks, fitted
+        estimators that trained one, and :class:`sktransfer.ChannelAdapter`, all for images of the
+        same channels.
     scoring : list of str, default=("knn", "logistic", "logme", "h_score")
         `"knn"`: the vote of the 5 nearest neighbours by the cosine, cross-validated.
         `"logistic"`: logistic regression on standardised embeddings, cross-validated, its C the
@@ -201,7 +204,8 @@ def rank_backbones(
     pandas = load_optional("pandas", "rank_backbones", "pandas")
     scores = (scoring,) if isinstance(scoring, str) else tuple(scoring)
     sort_by = _check_scores(scores, sort_by)
-    images = check_images(X, image_shape=image_shape)
+    channels = next(filter(None, map(_channels_of, backbones or ())), None)
+    images = check_images(X, image_shape=image_shape, channels=channels)
     y = check_labels(y, images, "rank_backbones")
     groups = check_groups(groups, len(images))
     seed = check_random_state(random_state).randint(2**31 - 1)
@@ -218,11 +222,16 @@ def rank_backbones(
         "verbose": verbose,
     }
     candidates = _recommended(options) if backbones is None else _candidates(backbones, options)
+    # As each network takes them: what does not fit is an error before any image is embedded.
+    given = [
+        images if image_shape is not None else one.extractor.check_images(images)
+        for one in candidates
+    ]
     ranked: list[_Ranked] = []
     with tqdm(total=len(candidates), desc="backbones", disable=not verbose) as progress:
-        for candidate in candidates:
+        for candidate, own in zip(candidates, given, strict=True):
             progress.set_postfix_str(candidate.name)
-            ranked = _best_first([*ranked, _rank(candidate, images, folds, scores)], sort_by)
+            ranked = _best_first([*ranked, _rank(candidate, own, folds, scores)], sort_by)
             # The embeddings of many networks would fill the memory.
             ranked[_PAIRED:] = [one._replace(X=None) for one in ranked[_PAIRED:]]
             progress.update()
@@ -237,6 +246,12 @@ def rank_backbones(
     # Else it loses None.
     table["weights"] = pandas.Series([one.row["weights"] for one in ranked], dtype=object)
     return table
+
+
+def _channels_of(item: Any) -> Channels | None:
+    """Return what pixels a network takes that says it by itself."""
+    backbone = item.to_backbone() if hasattr(item, "to_backbone") else item
+    return backbone.preprocessing.channels if isinstance(backbone, Backbone) else None
 
 
 @dataclass
@@ -354,7 +369,7 @@ def _candidates(backbones: Sequence[Any], options: dict[str, Any]) -> list[_Cand
 def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
     """Load a network once, so that a wrong one is an error before any image is embedded."""
     backbone: Any
-    if isinstance(item, (nn.Module, Backbone)):
+    if isinstance(item, (nn.Module, Backbone)) or hasattr(item, "to_backbone"):
         backbone, weights = item, "default"
     elif isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str):
         backbone, weights = item
@@ -363,7 +378,7 @@ def _candidate(item: Any, number: int, options: dict[str, Any]) -> _Candidate:
     else:
         raise TypeError(
             f"backbones[{number}] is {item!r}: pass a name, a pair (name, weights), a "
-            "torch.nn.Module or a Backbone."
+            "torch.nn.Module, a Backbone, or an estimator with a method to_backbone."
         )
     extractor = PretrainedFeatureExtractor(backbone, weights=weights, **options)
     extractor._validate_params()

@@ -14,6 +14,10 @@ from sktransfer.models._modules import copy_of
 from sktransfer.models._registry import Backbone
 
 _RGB = 3
+_REMEDY = (
+    "pass another backbone, or a Backbone whose network takes them and whose preprocessing has a "
+    "mean and a std for each."
+)
 # Names of attributes that say how many channels a module takes, in timm's, transformers' and
 # torch's; some compare them with an image.
 _COUNTS = ("num_channels", "in_chans", "in_channels")
@@ -29,7 +33,8 @@ def inflated(backbone: Backbone, n_channels: int) -> Backbone:
     Raises
     ------
     ValueError
-        If the network has no convolution that takes three channels.
+        If the network has no convolution that takes three channels, or if something else takes
+        the image as well.
     """
     own = len(backbone.preprocessing.mean)
     if n_channels == own:
@@ -42,8 +47,9 @@ def inflated(backbone: Backbone, n_channels: int) -> Backbone:
     network: Any = copy_of(backbone.network)
     if _changes_its_input(network):
         network.transform_input = False
-    for name in _first_convolutions(network, backbone.name):
+    for name in _first_convolutions(network, backbone):
         _inflate(network, name, n_channels)
+    _check_that_it_runs(network, n_channels, backbone)
     mean, std = channel_statistics(backbone, n_channels)
     preprocessing = replace(backbone.preprocessing, mean=mean, std=std)
     name = f"{backbone.name}_{n_channels}_channels"
@@ -67,20 +73,68 @@ def _changes_its_input(network: Any) -> bool:
     return bool(getattr(network, "transform_input", False))
 
 
-def _first_convolutions(network: nn.Module, title: str) -> list[str]:
-    """Return the names of the convolutions that get the image, as timm says it or as they come."""
+def _first_convolutions(network: nn.Module, backbone: Backbone) -> list[str]:
+    """Return the names of the convolutions that get the image, as timm says it or as they run."""
     told: Any = (getattr(network, "pretrained_cfg", None) or {}).get("first_conv") or ()
     told = [told] if isinstance(told, str) else list(told)
     modules = dict(network.named_modules())
     first = [name for name in told if _takes_rgb(modules.get(name))]
-    first = first or [name for name, module in modules.items() if _takes_rgb(module)][:1]
+    first = first or _those_that_get_the_image(network, backbone.preprocessing.size)
     if not first:
         raise ValueError(
-            f"Backbone {title!r} has no convolution (torch.nn.Conv2d) that takes 3 channels, so it "
-            "can't be made to take others: pass another backbone, or a Backbone whose network "
-            "takes them and whose preprocessing has a mean and a std for each."
+            f"Backbone {backbone.name!r} has no convolution (torch.nn.Conv2d of one group) that "
+            f"takes 3 channels, so it can't be made to take others: {_REMEDY}"
         )
     return first
+
+
+def _those_that_get_the_image(network: nn.Module, size: tuple[int, int]) -> list[str]:
+    """Return the convolutions that get the image itself; else the first one that runs."""
+    candidates = {module: name for name, module in network.named_modules() if _takes_rgb(module)}
+    image, ran, direct = _blank(network, _RGB, size), [], []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        ran.append(candidates[module])
+        if inputs and inputs[0].data_ptr() == image.data_ptr():
+            direct.append(candidates[module])
+
+    hooks = [module.register_forward_pre_hook(note) for module in candidates]
+    try:
+        _run(network, image)
+    except Exception:  # whoever runs it says what is wrong
+        ran = ran or list(candidates.values())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(direct or ran[:1]))
+
+
+def _blank(network: nn.Module, n_channels: int, size: tuple[int, int]) -> torch.Tensor:
+    weight = next(network.parameters())
+    return torch.zeros(2, n_channels, *size, dtype=weight.dtype, device=weight.device)
+
+
+def _run(network: nn.Module, image: torch.Tensor) -> None:
+    """Run a network as it predicts; nothing of it changes."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(image)
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
+def _check_that_it_runs(network: nn.Module, n_channels: int, backbone: Backbone) -> None:
+    try:
+        _run(network, _blank(network, n_channels, backbone.preprocessing.size))
+    except Exception as error:
+        raise ValueError(
+            f"Backbone {backbone.name!r} can't be made to take {n_channels} channels: not its "
+            f"first convolution alone wants 3 ({type(error).__name__}: {error}). It can be used if "
+            f"you change it yourself: {_REMEDY}"
+        ) from error
 
 
 def _takes_rgb(module: nn.Module | None) -> bool:

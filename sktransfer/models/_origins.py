@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from sktransfer.models._hub import check_connection
-from sktransfer.models._state_files import INDEX, shards_of
+from sktransfer.models._state_files import INDEX, is_index, shards_of
 
 _HUB = ("hf-hub:", "hf_hub:", "hf:")  # the first two are timm's
-_FOLDER = "local-dir:"  # timm's, too
+FOLDER = "local-dir:"  # timm's, too
+_OF_PATHS = (".", "/", "~", "\\")  # begin no name
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}")
 _UNSAFE = ("pytorch_model.bin", f"pytorch_model.bin{INDEX}")
@@ -118,12 +119,13 @@ class Origin(NamedTuple):
         kept = [name for name in _kept_repositories() if name != self.place]
         others = f"what was downloaded before ({', '.join(kept[:3])}), " if kept else ""
         revision = f" at {self.revision!r}" if self.revision else ""
+        option = f" --revision {self.revision}" if self.revision else ""
         return (
             f"backbone={self.name!r} could not be loaded: its {file}{revision} was looked for in "
             f"{folder}, is not there, and could not be downloaded ({why}). Download it on a "
-            f"connected machine by `hf download {self.place}`, and copy that folder or pass the "
-            f"files as 'local-dir:PATH'. Without a connection also work: {others}"
-            "backbone='efficientnet_lite0'."
+            f"connected machine by `hf download {self.place}{option}`, and copy that folder or "
+            f"pass the files as 'local-dir:PATH'. Without a connection also work: {others}"
+            "backbone='efficientnet_lite0', which sees images and reads no words."
         )
 
     def weights(self, file: str | None) -> Path:
@@ -145,7 +147,7 @@ class Origin(NamedTuple):
             found = others[0] if len(others) == 1 else None
         if found is None:
             raise OSError(self._no_weights(file))
-        if found.name.endswith(INDEX):
+        if is_index(found):
             for shard in sorted({path.name for path in shards_of(found).values()}):
                 self.need(shard)
         return found
@@ -171,32 +173,42 @@ def find_origin(name: str) -> Origin | None:
     ----------
     name : str
         ``hf-hub:owner/name`` or ``hf:owner/name``, with ``@revision`` behind it if there is one;
-        ``hf:`` or ``local-dir:`` and a folder; or a folder that has a `config.json`.
+        ``hf:`` or ``local-dir:`` and a folder; or a folder. Known names of networks are not
+        asked for here.
 
     Raises
     ------
     ValueError
-        If there is no such folder.
+        If there is no such folder, or no `config.json` in it.
     """
-    prefix = next((each for each in (*_HUB, _FOLDER) if name.startswith(each)), "")
+    prefix = next((each for each in (*_HUB, FOLDER) if name.startswith(each)), "")
     place = name.removeprefix(prefix)
-    folder = Path(place).expanduser()
-    is_folder = bool(place) and folder.is_dir()
-    if prefix != "hf-hub:" and is_folder and (prefix or (folder / _CONFIG).is_file()):
-        if not (folder / _CONFIG).is_file():
+    folder = os.path.expanduser(place)
+    if prefix != "hf-hub:" and os.path.isdir(folder):
+        folder = os.path.realpath(folder)
+        if not os.path.isfile(os.path.join(folder, _CONFIG)):
             raise ValueError(
-                f"backbone={name!r}: there is no {_CONFIG} in {str(folder.resolve())!r}, to say "
-                "what network its weights are of. Pass the name of the architecture as backbone, "
-                "and the file of weights as weights."
+                f"backbone={name!r}: there is no {_CONFIG} in {folder!r}, to say what network its "
+                "weights are of. Pass the name of the architecture as backbone, and the file of "
+                "weights as weights."
             )
-        return Origin(name, str(folder.resolve()), None, True)
+        return Origin(name, folder, None, True)
+    if prefix == FOLDER or (place.startswith(_OF_PATHS) and prefix != "hf-hub:"):
+        raise ValueError(f"backbone={name!r}: {_why_no_folder(folder)}")
     if not prefix:
         return None
-    if prefix == _FOLDER or place.startswith((".", "/", "~")):
-        where = "" if folder.is_absolute() else f" in {os.getcwd()!r}, from which it is looked for"
-        raise ValueError(f"backbone={name!r}: there is no such folder{where}.")
     repository, _, revision = place.partition("@")
     return Origin(name, repository, revision or None, False)
+
+
+def _why_no_folder(folder: str) -> str:
+    if os.path.isfile(folder):
+        return (
+            "it is a file. Pass the folder in which it lies with its config.json, or the name of "
+            "the architecture, and the file as weights."
+        )
+    where = "" if os.path.isabs(folder) else f" in {os.getcwd()!r}, from which it is looked for"
+    return f"there is no such folder{where}."
 
 
 def _why_offline() -> str:
@@ -213,17 +225,6 @@ def _why_offline() -> str:
         _refusals[constants.ENDPOINT] = time.monotonic(), why
         return why
     return ""
-
-
-def portable_name(backbone: Any) -> Any:
-    """Return a name as a process in another folder finds it: folders by their full path."""
-    if not isinstance(backbone, str):
-        return backbone
-    try:
-        origin = find_origin(backbone)
-    except ValueError:
-        return backbone  # whoever loads it says what is wrong
-    return f"{_FOLDER}{origin.place}" if origin and origin.is_folder else backbone
 
 
 def _kept_repositories() -> list[str]:

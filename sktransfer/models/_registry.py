@@ -11,6 +11,8 @@ import fnmatch
 import functools
 import gc
 import math
+import os
+import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -37,7 +39,7 @@ from sktransfer.models._builders import (
 )
 from sktransfer.models._fitting import load_state
 from sktransfer.models._modules import copy_of, portable, set_eval, without_wrapper
-from sktransfer.models._origins import Origin, find_origin
+from sktransfer.models._origins import FOLDER, Origin, find_origin
 from sktransfer.models._state_files import (
     file_beside,
     file_stamp,
@@ -50,6 +52,8 @@ from sktransfer.transforms import RGB, Channels, Preprocessing
 
 __all__ = ["Backbone", "get_model", "list_models", "register_model"]
 
+# A name of the hub, or the address of its page there.
+_REPOSITORY = re.compile(r"(?:(?i:https?)://[^/]+/)?((?!timm/)[\w.-]+/[\w.-]+)/?")
 _KEPT = 4  # backbones that stay loaded when nobody uses them; more would pile up in comparisons
 _LARGE = 50e6  # bytes of weights whose memory is to be free at once
 _SEED = 0  # of the random weights that weights=None asks for where nobody has a random_state
@@ -258,12 +262,12 @@ def seeded_model(
     """Return what `get_model` does; the random weights that None asks for depend on `seed`."""
     backbone = _unwrapped(backbone)
     key = _key(backbone, weights, seed)
-    if trust_remote_code and not (isinstance(backbone, str) and _origin_of(backbone)):
+    if trust_remote_code and not (isinstance(backbone, str) and origin_of(backbone)):
         raise ValueError(
             f"trust_remote_code=True is for a folder or a repository of the hub, not {backbone!r}."
         )
     if isinstance(backbone, str):
-        file = _file_of(weights, backbone) or weights
+        file = file_of(weights, backbone) or weights
         return _keep(
             (*key, trust_remote_code), lambda: _build(backbone, file, seed, trust_remote_code)
         )
@@ -285,7 +289,7 @@ def channels_of(backbone: Any, load: Callable[[], Backbone]) -> Channels:
     nothing else is said.
     """
     is_name = isinstance(backbone, str) and backbone not in _builders
-    if is_name and _origin_of(backbone) is None:
+    if is_name and origin_of(backbone) is None:
         return RGB
     return RGB if isinstance(backbone, nn.Module) else load().preprocessing.channels
 
@@ -294,8 +298,8 @@ def get_architecture(backbone: Any, weights: Any) -> Backbone:
     """Return what `get_model` does, but with random weights where it would have to download."""
     if not isinstance(backbone, str) or backbone in _builders:
         return get_model(backbone, weights)
-    origin = _origin_of(backbone)
-    is_local = _file_of(weights, backbone) or (origin is not None and origin.is_folder)
+    origin = origin_of(backbone)
+    is_local = file_of(weights, backbone) or (origin is not None and origin.is_folder)
     if is_local or loaded_model(backbone, weights) is not None:
         return get_model(backbone, weights)
     return get_model(backbone, None)
@@ -319,7 +323,7 @@ def _unwrapped(backbone: Any) -> Any:
 def _key(backbone: Any, weights: Any, seed: int) -> Any:
     """Return all that shapes a loaded backbone."""
     if isinstance(backbone, str):
-        origin = _origin_of(backbone)
+        origin = origin_of(backbone)
         chosen = seed if weights is None else _stamp(weights, backbone)
         return backbone, chosen, origin and origin.stamp()
     if isinstance(backbone, nn.Module):
@@ -339,18 +343,19 @@ def _key(backbone: Any, weights: Any, seed: int) -> Any:
 def _stamp(weights: Any, backbone: Any) -> Any:
     """Return what tells weights apart: of a file, its place, age and size."""
     is_name = isinstance(backbone, str)
-    path = _file_of(weights, backbone) if is_name else file_beside(weights, backbone.name)
+    path = file_of(weights, backbone) if is_name else file_beside(weights, backbone.name)
     if path is not None:
         return file_stamp(path)
     return weights if is_name else None  # its own
 
 
-def _origin_of(name: str) -> Origin | None:
+def origin_of(name: str) -> Origin | None:
     """Return where the files of a network lie if its name says so, and it is no known name."""
-    return None if _is_known(name) else find_origin(name)
+    return None if is_known(name) else find_origin(name)
 
 
-def _is_known(name: str) -> bool:
+def is_known(name: str) -> bool:
+    """Tell whether a name stands for a network wherever it is used: no folder is meant by it."""
     is_timm = name.startswith("timm/") and timm.is_model(name.removeprefix("timm/"))
     return name in _builders or is_timm or name in _torchvision_names()
 
@@ -360,9 +365,9 @@ def _torchvision_names() -> frozenset[str]:
     return frozenset(torchvision.models.list_models(module=torchvision.models))
 
 
-def _file_of(weights: Any, name: str) -> Path | None:
+def file_of(weights: Any, name: str) -> Path | None:
     """Return the file that `weights` names; None if it is no path, or a file beside a network."""
-    if isinstance(weights, str) and not Path(weights).expanduser().exists() and _origin_of(name):
+    if isinstance(weights, str) and not Path(weights).expanduser().exists() and origin_of(name):
         return None
     return weights_path(weights)
 
@@ -435,20 +440,32 @@ def _build(name: str, weights: Any, seed: int, trust_remote_code: bool) -> Backb
     elif (origin := find_origin(name)) is not None:
         built = Backbone(*build_origin(origin, weights, seed, trust_remote_code))
     else:
-        raise ValueError(_unknown_name(name))
+        raise unknown_name(name)
     built.name = name
     return built
 
 
-def _unknown_name(name: str) -> str:
+def portable_name(backbone: Any) -> Any:
+    """Return a name as a process in another folder finds it: folders by their full path."""
+    if not isinstance(backbone, str):
+        return backbone
+    try:
+        origin = origin_of(backbone)
+    except ValueError:
+        return backbone  # whoever loads it says what is wrong
+    return f"{FOLDER}{origin.place}" if origin and origin.is_folder else backbone
+
+
+def unknown_name(name: str) -> ValueError:
+    """Return the error for a name that stands for no network."""
     known = [*list_models(), *(f"timm/{model}" for model in timm.list_models())]
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     near = list(dict.fromkeys([*near, *([f"timm/{name}"] if f"timm/{name}" in known else [])]))
-    if name.count("/") == 1 and not name.startswith("timm/"):
-        near = [f"hf:{name}"]
+    if of_hub := _REPOSITORY.fullmatch(name):
+        near = [f"hf:{of_hub[1]}"]
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return (
-        f"Unknown backbone {name!r}. {hint}"
+    return ValueError(
+        f"Unknown backbone {name!r}, and no folder of {os.getcwd()!r}. {hint}"
         "sktransfer.models.list_models() gives all names; 'hf:owner/name' of the hub, 'local-dir:"
         "PATH' and a torch.nn.Module are taken as well."
     )

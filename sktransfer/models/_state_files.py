@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -70,8 +72,8 @@ def weights_path(weights: Any) -> Path | None:
             f"weights={str(weights)!r}: there is no such file{where}. If it was moved, name its "
             "new place by set_params(weights='path/to/the/file')."
         ) from error
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"weights={str(weights)!r} can't be read: {reason}.") from error
     return _absolute(path)
 
@@ -122,7 +124,7 @@ def sha256_of(path: Path) -> str:
 def file_stamp(path: Path) -> tuple[Any, ...]:
     """Return what tells a file of weights apart: place, age and size, those of its shards too."""
     files = [path]
-    if path.name.endswith(INDEX):
+    if is_index(path):
         files += sorted({*shards_of(path).values()})
     stats = [(file, file.stat()) for file in files if file is path or file.exists()]
     return tuple((file, status.st_mtime_ns, status.st_size) for file, status in stats)
@@ -150,7 +152,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     ValueError
         It says what the file is instead, or what it holds.
     """
-    if (shards := shards_of(path) if path.name.endswith(INDEX) else None) is None:
+    if (shards := shards_of(path) if is_index(path) else None) is None:
         return _tensors(_read_file(path, path), path)
     state: dict[str, torch.Tensor] = {}
     for file in sorted(set(shards.values())):
@@ -197,6 +199,8 @@ def _read_file(path: Path, named: Path) -> Any:
     if (other := _what_else(start, path)) is not None:
         raise ValueError(f"{where} holds no weights: it is {other}.")
     try:
+        if start.startswith(b"PK"):
+            _warn_of_checksums(path, where)
         if _is_safetensors(start):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -230,12 +234,26 @@ def _what_else(start: bytes, path: Path) -> str | None:
             return what
     if start.startswith(b"PK"):
         return _what_archive(path)
-    if start.startswith(b"\x80") or _is_safetensors(start) or b"ustar" in start[257:265]:
+    if b"ustar" in start[257:265]:
+        return _what_tar(path)
+    if start.startswith(b"\x80") or _is_safetensors(start):
         return None
     if text.startswith((b"{", b"[")):
         return f"JSON; an index of shards has a name that ends in {INDEX}"
     kind = "a text" if start.isascii() and b"\0" not in start else "of an unknown format"
     return f"{kind}, beginning with {start[:16]!r}"
+
+
+def _what_tar(path: Path) -> str | None:
+    """Say what a tar archive is, unless torch saved it, as it did in its first versions."""
+    try:
+        with tarfile.open(path) as archive:
+            names = [member.name for member in itertools.islice(archive, 5)]
+    except (tarfile.TarError, OSError, ValueError) as error:
+        return f"a damaged tar archive ({error})"
+    if {"storages", "tensors", "pickle"} & set(names):
+        return None
+    return f"a tar archive of {', '.join(names[:3]) or 'nothing'}: unpack it first"
 
 
 def _what_archive(path: Path) -> str | None:
@@ -255,6 +273,19 @@ def _what_archive(path: Path) -> str | None:
     if sum(member.file_size for member in members) > path.stat().st_size:
         return "a ZIP archive that unpacks to more than its own size, as torch never saves it"
     return None
+
+
+def _warn_of_checksums(path: Path, where: str) -> None:
+    """Warn of values that are not those that were saved: torch does not look at checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        warnings.warn(
+            f"{where}: the checksum of {damaged} is wrong, so the file is damaged, or was saved "
+            "without checksums. Download it again, or compare it with what its author says.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _named_code(path: Path, error: Exception) -> str:
@@ -328,6 +359,11 @@ def _described(state: Any) -> str:
         return f"a {type(state).__name__}"
     keys = ", ".join(map(repr, list(state)[:5])) or "nothing"
     return f"a {type(state).__name__} of {keys}"
+
+
+def is_index(path: Path) -> bool:
+    """Return whether the name of a file says that it lists shards."""
+    return path.name.lower().endswith(INDEX)
 
 
 def is_one_of_shards(path: Path) -> bool:

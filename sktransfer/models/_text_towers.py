@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,16 @@ import torch
 from sktransfer._optional import load_optional
 from sktransfer._threads import renewed_in_forks
 from sktransfer._torch_state import call_seeded, float32_by_default, network_lock
-from sktransfer.models._origins import Origin, find_origin
-from sktransfer.models._state_files import read_state_dict
+from sktransfer.models._origins import Origin
+from sktransfer.models._registry import file_of, is_known, origin_of, unknown_name
+from sktransfer.models._state_files import file_stamp, read_state_dict
 from sktransfer.models._transformers import load_part, silence
 
 _PARTS = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}
+_INPUTS = ("input_ids", "attention_mask")  # of the networks; tokenizers of others have more
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
 _BATCH = 32  # texts at once
+_SHOWN = 60  # letters of a text in an error
 _SEED = 0  # of random weights
 _MOST = 2**15  # texts whose rows are kept
 # Tokenizers keep how they are to cut and pad, from one call to the next.
@@ -71,13 +73,7 @@ class TextTower:
     def _embed(self, texts: list[str]) -> np.ndarray:
         # SigLIP was trained on texts that are padded to their most; CLIP does not see the padding.
         padding = {"padding": "max_length", "max_length": self.max_length}
-        with _tokenizing:
-            tokens = self.tokenizer(
-                texts,
-                return_tensors="pt",
-                truncation=False,
-                **(padding if self.is_sigmoid else {"padding": True}),
-            )
+        tokens = self._tokenize(texts, **(padding if self.is_sigmoid else {"padding": True}))
         self._check_tokens(texts, tokens["input_ids"])
         # On the CPU: words are few, and run once.
         with network_lock.shared(), float32_by_default(), torch.inference_mode():
@@ -85,16 +81,28 @@ class TextTower:
             rows = result.pooler_output if self.is_sigmoid else result.text_embeds
             return torch.nn.functional.normalize(rows.float(), dim=1).numpy()
 
+    def _tokenize(self, texts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        """Return what the network gets of texts; an error if the tokenizer can't say it."""
+        try:
+            with _tokenizing:
+                tokens = self.tokenizer(
+                    texts, return_tensors="pt", truncation=False, verbose=False, **options
+                )
+            return {name: tokens[name] for name in _INPUTS if name in tokens}
+        except Exception as error:  # of tokenizers almost anything
+            raise ValueError(
+                f"The tokenizer of {self.name!r} can't read {_shortened(texts[0])} "
+                f"({type(error).__name__}: {error}). Take it and the network from one place."
+            ) from error
+
     def _check_tokens(self, texts: list[str], ids: torch.Tensor) -> None:
         if ids.shape[1] > self.max_length:
-            with _tokenizing:
-                counts = [
-                    len(self.tokenizer(text, truncation=False)["input_ids"]) for text in texts
-                ]
+            counts = [self._tokenize([text])["input_ids"].shape[1] for text in texts]
             longest = int(np.argmax(counts))
             raise ValueError(
-                f"The prompt {texts[longest]!r} has {counts[longest]} tokens, and {self.name!r} "
-                f"takes {self.max_length}: say it in fewer words."
+                f"The prompt {_shortened(texts[longest])} has {counts[longest]} tokens, and "
+                f"{self.name!r} takes {self.max_length}; nothing is cut off unasked: say it in "
+                "fewer words."
             )
         n_known = self.network.get_input_embeddings().num_embeddings
         if int(ids.max()) >= n_known:
@@ -104,9 +112,16 @@ class TextTower:
             )
 
 
+def _shortened(text: str) -> str:
+    """Return a text as errors quote it."""
+    if len(text) <= _SHOWN:
+        return repr(text)
+    return f"{text[: _SHOWN // 2]!r}...{text[-_SHOWN // 2 :]!r}, {len(text):,} letters,"
+
+
 def reads_words(backbone: Any) -> bool:
     """Tell whether a network, named as for `get_model`, has a half that reads words."""
-    origin = find_origin(backbone) if isinstance(backbone, str) else None
+    origin = origin_of(backbone) if isinstance(backbone, str) else None
     return origin is not None and origin.config().get("model_type") in _PARTS
 
 
@@ -122,8 +137,10 @@ def load_text_tower(backbone: Any, weights: Any) -> TextTower:
     OSError
         For files that are not there.
     """
-    origin = find_origin(backbone) if isinstance(backbone, str) else None
+    origin = origin_of(backbone) if isinstance(backbone, str) else None
     if origin is None:
+        if isinstance(backbone, str) and not is_known(backbone):
+            raise unknown_name(backbone)
         what = repr(backbone) if isinstance(backbone, str) else f"a {type(backbone).__name__}"
         raise ValueError(
             f"ZeroShotClassifier needs a network that was trained on images and texts, got "
@@ -131,10 +148,11 @@ def load_text_tower(backbone: Any, weights: Any) -> TextTower:
             "or a name such as 'hf:google/siglip2-base-patch16-224'."
         )
     load_optional("transformers", f"backbone={origin.name!r}", "'sktransfer[hub]'")
-    key = origin, origin.stamp(), str(weights)
+    path = file_of(weights, backbone)
+    key = origin, origin.stamp(), file_stamp(path) if path else str(weights)
     with _loading:
         if key not in _loaded:
-            tower = _load(origin, weights)
+            tower = _load(origin, path or weights)
             _loaded.clear()
             _loaded[key] = tower
         return _loaded[key]
@@ -158,7 +176,7 @@ def _load(origin: Origin, weights: Any) -> TextTower:
     source = weights
     if isinstance(weights, str):
         source = origin.weights(None if weights == "default" else weights)
-    state = {} if source is None else read_state_dict(Path(source))
+    state = {} if source is None else read_state_dict(source)
     with silence():
         network = call_seeded(_SEED, lambda: load_part(origin, words, cls, state, "text"))
     initial = getattr(settings, "logit_scale_init_value", 0.0)
