@@ -148,8 +148,9 @@ def labelled(
         if skips:  # they are listed at the end
             warnings.filterwarnings("ignore", r"\d+ unreadable image", UserWarning)
         data = load_image_folder(folder, errors=errors, verbose=sys.stderr.isatty())
-    files, y = data.data, data.target
-    skipped = {k: in_options(v, options) for k, v in data.unreadable.items()} if skips else {}
+    files, y, skipped = data.data, data.target, {}
+    if options is not None and skips:
+        skipped = {file: in_options(why, options) for file, why in data.unreadable.items()}
     if len(classes := np.unique(y)) < 2:
         raise ValueError(
             f"{folder!r} has one class only, {str(classes[0])!r}: two are needed, each in a "
