@@ -45,7 +45,7 @@ tests() { # the README's second command
         "$PYTHON" -m pytest -n 2 --dist worksteal
 }
 
-own_folder() { # crops of photographs, and drawings, half of which are cut out
+own_folder() { # crops of photographs, drawings, half of which are cut out, and what is in the way
     cd "$WORK" && "$PYTHON" - "$WORK/photos" <<'PYTHON'
 import sys
 from pathlib import Path
@@ -74,26 +74,36 @@ for name, corners in (("triangle", 3), ("square", 4)):
         angle = int(chance.integers(0, 360))
         ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill=color)
         save(image, name, number, "png")
-print(sum(1 for _ in root.rglob("*.*")), "images in", root)
+whole = (root / "china" / "00.jpg").read_bytes()
+(root / "china" / "damaged.jpg").write_bytes(whole[: len(whole) // 3])
+(root / "beside.jpg").write_bytes(whole)
+(root / "empty").mkdir()
+for name in (".DS_Store", "flower/Thumbs.db", "flower/notes.txt"):
+    (root / name).touch()
+print(sum(1 for _ in root.rglob("*.*")), "files in", root)
 PYTHON
 }
 
 cli() { # every command; each is tried, and those that fail are counted
-    cd "$WORK" && local failed=0
+    (cd "$CLONE" && install ".[demo,onnx]") # of `export`
+    cd "$WORK" && local failed=0 skip=--skip-unreadable
     each() {
         local start=$SECONDS code=0
         sktransfer "$@" >"$WORK/cli.out" 2>"$WORK/cli.err" || code=$?
         printf '  %4d s, exit %d: sktransfer %s\n' $((SECONDS - start)) $code "$*"
         ((code == 0)) || { failed=$((failed + 1)) && tail -n 3 "$WORK/cli.err"; }
     }
-    each fit photos -o model.skops --memory cache
-    each predict model.skops photos
-    each predict model.skops photos/china --json
-    each embed photos -o rows.csv --memory cache
-    each rank photos --backbone efficientnet_lite0 --memory cache
+    each audit photos --output audit --memory cache
+    each fit photos -o model.skops --memory cache $skip
+    each predict model.skops photos $skip
+    each predict model.skops photos/china --json $skip
+    each export model.skops -o model.onnx
+    each embed photos -o rows.csv --memory cache $skip
+    each similar photos photos/china/00.jpg --html similar.html --memory cache $skip
+    each rank photos --backbone efficientnet_lite0 --memory cache $skip
     each classify photos/china/00.jpg -k 3
-    each benchmark photos --splits 2 --memory cache --output report --save-best best.skops
-    each predict best.skops photos --csv
+    each benchmark photos --splits 2 --memory cache --output report --save-best best.skops $skip
+    each predict best.skops photos --csv $skip
     each cache info cache
     each cache clear cache
     return $failed
@@ -105,7 +115,7 @@ from sklearn.model_selection import cross_val_score
 
 from sktransfer import load_image_folder, make_classifier
 
-data = load_image_folder("photos/")
+data = load_image_folder("photos/", errors="skip")
 scores = cross_val_score(make_classifier(memory="cache"), data.data, data.target)
 print(f"accuracy {scores.mean():.3f}")
 PYTHON
@@ -115,7 +125,7 @@ notebook() { # a real one or, where its runner can't be installed, a session of 
     cd "$WORK" && { install nbclient ipykernel || install ipython; } && "$PYTHON" - <<'PYTHON'
 cells = [
     "from sktransfer import PretrainedFeatureExtractor, load_image_folder, make_classifier",
-    "data = load_image_folder('photos/')",
+    "data = load_image_folder('photos/', errors='skip')",
     "model = make_classifier(verbose=1).fit(data.data, data.target)\nmodel",
     "model.predict(data.data[:3])",
 ]

@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import joblib
@@ -116,25 +117,49 @@ def small_solve(n_values: int) -> Iterator[None]:
     """Let a solve on rows of so many values take one core, if they are few.
 
     Several threads gain little there. Where other programs run, they cost many times the work, as
-    those that are ready wait for the one that has to wait for a core. Fits of a search run in
-    threads of this process: other processes take longer to start than such fits do.
+    those that are ready wait for the one that has to wait for a core. Fits of a search on few
+    values run in threads of this process: other processes take longer to start than such fits do.
+    A solve on more values takes only as many cores as other programs leave when it begins.
 
     Parameters
     ----------
     n_values : int
         Rows times features.
     """
-    if n_values > _SMALL:
+    n_cores = 1 if n_values <= _SMALL else _free_cores()
+    if n_cores is None:
         yield
         return
-    pools = ThreadpoolController()  # of the libraries that are loaded by now
     # OpenMP has a limit for each thread, BLAS one for the process. Who comes second leaves that
     # alone: it would restore the limit of the first, maybe after that one is gone.
     is_first = _limiting_blas.acquire(blocking=False)
     try:
-        limited = (pools if is_first else pools.select(user_api="openmp")).limit(limits=1)
-        with limited, joblib.parallel_config("threading"):
+        pools = ThreadpoolController()  # of the libraries that are loaded by now
+        limits: dict[str, int] = {}
+        for pool in pools.lib_controllers:
+            if is_first or pool.user_api == "openmp":  # nobody gets more threads than it had
+                most = limits.get(pool.user_api, n_cores)
+                limits[pool.user_api] = min(most, pool.num_threads)
+        is_small = n_values <= _SMALL
+        searches = joblib.parallel_config("threading") if is_small else nullcontext()
+        with pools.limit(limits=limits), searches:
             yield
     finally:
         if is_first:
             _limiting_blas.release()
+
+
+def _free_cores() -> int | None:
+    """Return how many cores other programs leave, one at least; None if all, or not known."""
+    try:
+        others = min(_n_running() for _ in range(3)) - 1  # a moment's work of others is no load
+    except (OSError, ValueError, IndexError):  # not Linux
+        return None
+    return max(1, (os.cpu_count() or 1) - others) if others > 0 else None
+
+
+def _n_running() -> int:
+    """Return how many threads of the machine run or wait for a core, this one included."""
+    time.sleep(0.002)
+    with open("/proc/loadavg") as file:
+        return int(file.read().split()[3].partition("/")[0])

@@ -4,7 +4,10 @@ import contextlib
 import importlib
 import os
 import pickle
+import subprocess
+import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +28,7 @@ from sktransfer import (
 )
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.text_model import load_text_model
-from sktransfer._threads import WithoutWarnings, small_solve
+from sktransfer._threads import WithoutWarnings, _free_cores, small_solve
 from sktransfer._torch_state import network_lock
 from sktransfer._training import heads
 from sktransfer.model_selection import _ranking, rank_backbones
@@ -292,8 +295,26 @@ def test_small_solves_take_one_core_and_leave_the_threads_as_they_were():
                 assert threads_of("blas") == {1}
             assert threads_of("blas") == {1}
         assert (threads_of("blas"), threads_of("openmp")) == before == ({2}, {2})
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="only Linux counts what runs")
+def test_large_solves_leave_the_cores_to_other_programs():
+    busy = [sys.executable, "-S", "-c", "while True: pass"]
+    others = [subprocess.Popen(busy) for _ in range(os.cpu_count())]
+    try:
+        deadline = time.monotonic() + 30
+        while _free_cores() != 1 and time.monotonic() < deadline:
+            pass  # until they have started
+        with threadpool_limits(2):
+            with small_solve(10**9):
+                assert threads_of("blas") == threads_of("openmp") == {1}
+            assert threads_of("blas") == threads_of("openmp") == {2}
         with small_solve(10**9):
-            assert threads_of("blas") == {2}
+            assert threads_of("blas") == {1}  # not more than there were, as the tests run with one
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def test_a_small_solve_that_ends_later_than_another_leaves_no_limit():

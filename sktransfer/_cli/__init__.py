@@ -168,8 +168,8 @@ def _fit(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         ),
         epilog="""
 examples:
-  sktransfer fit photos/ -o model.skops                a new head, the rest frozen
-  sktransfer fit photos/ -o model.skops --depth auto   a search finds how many blocks
+  sktransfer fit photos/ -o model.skops                a new head alone
+  sktransfer fit photos/ -o model.skops --depth auto   and its best depth
   sktransfer fit photos/ -o model.skops --depth 2 --memory cache/ --test-size 0
   sktransfer fit photos/ -o model.skops --groups '(patient[0-9]+)'
   sktransfer fit photos/ -o model.skops --groups table.csv:patient
@@ -315,9 +315,9 @@ examples:
   sktransfer benchmark photos/               your own: photos/cat/1.jpg, ...
   sktransfer benchmark photos/ --backbone efficientnet_lite0 --backbone resnet50
   sktransfer benchmark photos/ --output report/ --memory cache/
-  sktransfer benchmark photos/ --save-best model.skops   fit the best on all images
-  sktransfer benchmark photos/ --depth       how many blocks should be fine-tuned?
-  sktransfer benchmark photos/ --groups '(patient[0-9]+)'   no patient on both sides
+  sktransfer benchmark photos/ --save-best model.skops   for `predict`
+  sktransfer benchmark photos/ --depth       how many blocks to fine-tune?
+  sktransfer benchmark photos/ --groups '(patient[0-9]+)'   whole patients
 """,
         formatter_class=_FORMATTER,
     )

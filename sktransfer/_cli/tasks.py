@@ -115,8 +115,8 @@ def load_folder(folder: str, options: argparse.Namespace | None = None) -> Task:
     files, y, skipped = labelled(folder, options)
     if rare := name_rare_classes(y, 8):
         raise ValueError(
-            f"{folder!r}: only {rare}. A comparison needs at least two classes of 8 images each: "
-            "add images, or remove the folders of small classes."
+            f"{folder!r}: {rare}. A comparison needs 8 images of each class, and two classes: add "
+            "images, or remove the folders of small classes."
         )
     groups, note = check_groups(groups_of(files, options) if options else None, len(files)), ""
     if groups is not None:
@@ -148,8 +148,7 @@ def labelled(
         if skips:  # they are listed at the end
             warnings.filterwarnings("ignore", r"\d+ unreadable image", UserWarning)
         data = load_image_folder(folder, errors=errors, verbose=sys.stderr.isatty())
-    files, y = data.data, data.target
-    skipped = {}
+    files, y, skipped = data.data, data.target, {}
     if options is not None and skips:
         skipped = {file: in_options(why, options) for file, why in data.unreadable.items()}
     if len(classes := np.unique(y)) < 2:

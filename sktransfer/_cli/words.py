@@ -24,6 +24,7 @@ _WITHOUT_NAME = {"command", "action", "folder", "files", "model"}  # arguments t
 # What there is in Python alone.
 _ONLY_IN_PYTHON = (
     rf"; if the parts are the classes, pass categories=\[{_IN}\]|: list_images lists such"
+    r"|(?<=a prefix of names), a list of names"
 )
 
 
