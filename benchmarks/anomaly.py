@@ -215,7 +215,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "layer='blocks.2'": {"layer": "blocks.2"},
     "layer='blocks.4'": {"layer": "blocks.4"},
     "layer=['blocks.2', 'blocks.4']": {"layer": ["blocks.2", "blocks.4"]},
-    "coreset=1000": {"coreset": 1000},
+    "coreset=3000": {"coreset": 3000},
     "coreset=10000": {"coreset": 10000},
     "image_size=320": {"image_size": 320},
 }

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from sktransfer._engine.patches import PatchFeatures, coreset
 from sktransfer._neighbors import nearest
 
-_MOST = 3_000  # patches of a bank whose size is a share
+_MOST = 1_000  # patches of a bank whose size is a share
 _CANDIDATES = 50_000  # patches among which those of a bank are chosen
 
 
@@ -96,7 +96,7 @@ def usual(distances: np.ndarray) -> float:
 
 
 def one_map(
-    distances: Sequence[np.ndarray], grids: Sequence[tuple[int, int]], units: Sequence[float]
+    distances: Sequence[np.ndarray], grids: Sequence[tuple[int, int]], units: np.ndarray
 ) -> np.ndarray:
     """Return the mean (n, rows, columns) of the distances in several blocks, on the finest grid.
 
@@ -108,7 +108,7 @@ def one_map(
     distances : sequence of ndarray of shape (n, n_patches)
         For each block.
     grids : sequence of tuple of (int, int)
-    units : sequence of float
+    units : ndarray of shape (n_blocks,)
     """
     finest = max(grids, key=math.prod)
     maps = [

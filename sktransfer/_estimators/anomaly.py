@@ -68,7 +68,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
         least 4 × 4 pixels to a place, but for the last one. What `"stages"` and `"all"` stand for
         is taken without vectors.
     coreset : float in (0, 1] or int, default=0.1
-        The size of the bank of each block: a share of all patches, but 3,000 at most; or their
+        The size of the bank of each block: a share of all patches, but 1,000 at most; or their
         number. They are chosen one by one, each the farthest from those before, among 50,000
         patches that are drawn at random if there are more.
     contamination : float in (0, 0.5], default=0.05
@@ -138,7 +138,7 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
     An image of the training, which is known by its content, is compared with the patches of the
     others, in `fit` and in all predictions. Its own would make it look more normal than a new one.
 
-    A pickle holds the bank, 4 bytes for each feature of each patch: at most 2 MB with the defaults,
+    A pickle holds the bank, 4 bytes for each feature of each patch: at most 1 MB with the defaults,
     and 16 bytes for each image of the training. The network is loaded again by name, and checked.
 
     In `fit`, the activations of all images lie in memory or, where a block's take more than 512

@@ -28,6 +28,7 @@ from sktransfer._memory.memory import check_memory
 from sktransfer._neighbors import nearest
 from sktransfer._optional import load_optional
 from sktransfer._splits import check_groups
+from sktransfer._threads import small_solve
 from sktransfer.io import ImageSequence
 from sktransfer.model_selection._image_checks import ImageFinding, odd_images, outliers
 from sktransfer.model_selection._image_facts import ImageFacts, look_at
@@ -407,7 +408,8 @@ def _main_directions(features: np.ndarray) -> np.ndarray:
     rows = StandardScaler().set_output(transform="default").fit_transform(features)
     sample = rows[np.unique(np.linspace(0, len(rows) - 1, _SAMPLE).astype(int))]
     pca = PCA(min(_DIRECTIONS, len(sample)), svd_solver="randomized", random_state=0)
-    return pca.set_output(transform="default").fit(sample).transform(rows)
+    with small_solve(sample.size):
+        return pca.set_output(transform="default").fit(sample).transform(rows)
 
 
 # ------------------------------------------------------------------------------ the table
