@@ -525,8 +525,8 @@ def test_without_a_connection_an_error_says_what_was_looked_for(cache, folders, 
     cache(folders / "vit", "someone/more")
     message = (
         r"its config.json was looked for in .*hub.models--other--net, is not there.*"
-        r"HF_HUB_OFFLINE is set.*hf download other/net.*'local-dir:PATH'.*someone/more.*lite0', which sees "
-        r"images and reads no words"
+        r"HF_HUB_OFFLINE is set.*hf download other/net.*'local-dir:PATH'.*"
+        r"someone/more.*lite0', which sees images and reads no words"
     )
     for name in ("hf:other/net", "hf-hub:other/net"):
         with pytest.raises(OSError, match=message):

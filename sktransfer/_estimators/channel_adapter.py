@@ -86,8 +86,8 @@ class ChannelAdapter(BaseEstimator):
     The inflated network was trained on none of these channels but three, so measure what it gains
     against three of them: with few images often little.
 
-    Which convolution is the first is what timm says of its networks; of others, a blank image is
-    run through them, and all that get it are inflated. A convolution in groups can't be.
+    Which convolution is the first is what timm says of its networks; through others, a blank image
+    is run, and all that get it are inflated. A convolution in groups can't be.
 
     `precision="int8"` is for photographs and is refused. ``augment="auto"`` changes brightness and
     shapes alike in all channels, and leaves out what only colours have.

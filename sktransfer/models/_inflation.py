@@ -10,6 +10,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import nn
 
+from sktransfer._torch_state import network_lock
 from sktransfer.models._modules import copy_of
 from sktransfer.models._registry import Backbone
 
@@ -119,7 +120,7 @@ def _run(network: nn.Module, image: torch.Tensor) -> None:
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
-        with torch.no_grad():
+        with network_lock.shared(), torch.no_grad():
             network(image)
     finally:
         for module, is_training in modes:
