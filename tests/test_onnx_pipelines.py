@@ -16,11 +16,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC, LinearSVC
+from test_detection import make as make_detector
+from test_detection import make_scenes, small_detector
+from torchvision.models.detection.ssd import SSD
 
 from sktransfer import (
     ChannelAdapter,
     FineTunedClassifier,
-    FineTunedDetector,
     PatchAnomalyDetector,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
@@ -153,6 +155,39 @@ def test_scores_of_a_classifier_without_probabilities(tiles, tmp_path):
     np.testing.assert_allclose(found["scores"], model.decision_function(paths[::8]), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "detector, unfreeze", [("fcos", 1), ("faster_rcnn", "all"), (SSD, 0)], ids=str
+)
+def test_detectors_on_files(detector, unfreeze, tmp_path):
+    X, y = make_scenes()
+    network = detector if isinstance(detector, str) else small_detector(detector)
+    model = make_detector(
+        network, unfreeze=unfreeze, max_epochs=2, score_threshold=0.01, max_detections=15
+    )
+    model.fit(X, y)
+    session = session_of(to_onnx(model, tmp_path / "model.onnx"))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["labels"]) == model.classes_.tolist() == ["bright", "dark"]
+    sizes = [(64, 64), (150, 100), (30, 90)]
+    paths = [tmp_path / f"{i}.png" for i in range(len(sizes))]
+    for path, size, image in zip(paths, sizes, X, strict=False):
+        Image.fromarray(image).resize(size).save(path)
+    n_found = 0
+    for path, expected in zip(paths, model.predict(paths), strict=True):
+        names = ["boxes", "labels", "scores"]
+        found = dict(zip(names, session.run(names, {"images": pixels(path)}), strict=True))
+        assert found["boxes"].shape == expected["boxes"].shape
+        np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-4)
+        # Of boxes with equal scores, either may be the first.
+        labels = model.classes_[found["labels"]][:, np.newaxis] == expected["labels"]
+        apart = np.abs(found["boxes"][:, np.newaxis] - expected["boxes"]).max(2) + 1e3 * ~labels
+        assert np.append(apart.min(1), apart.min(0)).max() < 0.01  # pixels
+        n_found += len(apart)
+    assert n_found > 10
+    with pytest.raises(Exception, match="Got invalid dimensions"):
+        session.run(None, {"images": X[:2].transpose(0, 3, 1, 2)})
+
+
 def test_mlflow_keeps_a_model_as_a_skops_file(tmp_path):
     mlflow = pytest.importorskip("mlflow.sklearn")
     X = np.random.default_rng(0).integers(256, size=(4, 40, 40, 3), dtype=np.uint8)
@@ -195,7 +230,6 @@ def test_a_step_that_cannot_be_exported_is_named(tiles, tmp_path):
     "model, message",
     [
         (make_pipeline(StandardScaler(), SVC()), "Step 'standardscaler', .* takes no images"),
-        (FineTunedDetector(), "'FineTunedDetector', .* boxes"),
         (PatchAnomalyDetector(), "'PatchAnomalyDetector', .* bank of patches"),
         ("model.skops", "a str, can't be exported"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,19 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sktransfer._estimators.contrastive import ContrastivePretrainer
+from sktransfer._estimators.detection import FineTunedDetector
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, logits_of
 from sktransfer._estimators.supervised import FineTuned
 from sktransfer._optional import load_optional
-from sktransfer._training.onnx_file import OPSET, OPSET_ML, RowsNetwork, write_onnx
+from sktransfer._training.onnx_detector import detector_models
+from sktransfer._training.onnx_file import (
+    OPSET,
+    OPSET_ML,
+    RowsNetwork,
+    rows_model,
+    write_onnx,
+)
 from sktransfer._training.whole import OUTPUTS, check_target, whole_with_preprocessing
 from sktransfer.transforms import Preprocessing
 
@@ -29,9 +38,10 @@ _EXTRA = "'sktransfer[onnx]'"
 class _Network(NamedTuple):
     """What leads from images of the network's size to its output, and how that is called."""
 
-    module: nn.Module
     preprocessing: Preprocessing
     output: str
+    name: str  # of the backbone
+    models: Callable[[], list[Any]]  # as ONNX; it takes a while
     labels: list[Any] | None = None
 
 
@@ -102,9 +112,8 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
         tails = _tails(steps[1:], network.output)
         classes = getattr(steps[-1][1], "classes_", None)
         labels = None if classes is None else classes.tolist()
-    metadata = {"labels": labels, "backbone": first.load_network()[0].name}
-    what = network.module, network.preprocessing, network.output
-    return write_onnx(path, *what, tails, metadata)
+    metadata = {"labels": labels, "backbone": network.name}
+    return write_onnx(path, network.preprocessing, [*network.models(), *tails], metadata)
 
 
 def _steps(model: Any) -> list[tuple[str, Any]]:
@@ -129,32 +138,54 @@ def _network(name: str, first: Any, is_last: bool) -> _Network:
         first._validate_params()
         embedding = embedding_of(first)
         rows = RowsNetwork(embedding, first.normalize, nn.Identity())
-        return _Network(rows, embedding.preprocessing, "rows")
+        return _of_module(rows, embedding.preprocessing, "rows", embedding.runner.name)
     if isinstance(first, PretrainedClassifier) and is_last:
         embedding = logits_of(first)
         rows = RowsNetwork(embedding, False, nn.Softmax(1))
-        labels = first.classes_.tolist()
-        return _Network(rows, embedding.preprocessing, "probabilities", labels)
+        what = embedding.preprocessing, "probabilities", embedding.runner.name
+        return _of_module(rows, *what, first.classes_)
     if isinstance(first, FineTuned) and is_last:
         check_is_fitted(first, "plan_")
         trainer = first.trainer()
         whole = whole_with_preprocessing(trainer, first._last_layer())
-        classes = getattr(first, "classes_", None)
-        labels = None if classes is None else classes.tolist()
-        output = OUTPUTS[trainer.settings.kind]
-        return _Network(whole, trainer.frozen.preprocessing, output, labels)
+        frozen, output = trainer.frozen, OUTPUTS[trainer.settings.kind]
+        what = frozen.preprocessing, output, frozen.runner.name
+        return _of_module(whole, *what, getattr(first, "classes_", None))
+    if isinstance(first, FineTunedDetector) and is_last:
+        return _of_detector(first)
     raise TypeError(
         f"Step {name!r}, a {type(first).__name__}, can't be exported: "
         f"{_why_not(first)}. A model starts with a PretrainedFeatureExtractor or a "
-        "ContrastivePretrainer, or is a PretrainedClassifier, a FineTunedClassifier or a "
-        "FineTunedRegressor."
+        "ContrastivePretrainer, or is a PretrainedClassifier, a FineTunedClassifier, a "
+        "FineTunedRegressor or a FineTunedDetector."
     )
+
+
+def _of_module(
+    module: nn.Module, preprocessing: Preprocessing, output: str, name: str, labels: Any = None
+) -> _Network:
+    def models() -> list[Any]:
+        return [rows_model(module, preprocessing, output)]
+
+    listed = None if labels is None else labels.tolist()
+    return _Network(preprocessing, output, name, models, listed)
+
+
+def _of_detector(first: FineTunedDetector) -> _Network:
+    check_is_fitted(first, "_trainer")
+    first._validate_params()
+    part = first.trainer().part
+    limits = first.score_threshold, first.nms_threshold, first.max_detections
+    name = first.detector if isinstance(first.detector, str) else type(first.detector).__name__
+
+    def models() -> list[Any]:
+        return detector_models(part, *limits, OPSET)
+
+    return _Network(part.preprocessing, "boxes", name, models, first.classes_.tolist())
 
 
 def _why_not(first: Any) -> str:
     kind = type(first).__name__
-    if kind == "FineTunedDetector":
-        return "boxes, whose number depends on the image, are not written yet"
     if kind == "PatchAnomalyDetector":
         return "it looks for neighbours in a bank of patches, which is no part of a network"
     return "it takes no images"
