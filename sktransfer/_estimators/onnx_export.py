@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sklearn.base import is_classifier
-from sklearn.pipeline import Pipeline
+from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from sktransfer._estimators.base import ImageEstimator
 from sktransfer._estimators.contrastive import ContrastivePretrainer
 from sktransfer._estimators.detection import FineTunedDetector
+from sktransfer._estimators.onnx_steps import parameters_of, step_models
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, logits_of
 from sktransfer._estimators.supervised import FineTuned
-from sktransfer._optional import load_optional
 from sktransfer._training.onnx_detector import detector_models
 from sktransfer._training.onnx_file import (
     OPSET,
-    OPSET_ML,
     RowsNetwork,
     rows_model,
     write_onnx,
@@ -31,8 +30,6 @@ from sktransfer._training.whole import OUTPUTS, check_target, whole_with_preproc
 from sktransfer.transforms import Preprocessing
 
 __all__ = ["to_onnx"]
-
-_EXTRA = "'sktransfer[onnx]'"
 
 
 class _Network(NamedTuple):
@@ -102,33 +99,48 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     'model.onnx'
     """
     check_target(path)
-    model = getattr(model, "best_estimator_", model)
     steps = _steps(model)
     name, first = steps[0]
     network = _network(name, first, is_last=len(steps) == 1)
     tails: list[Any] = []
     labels = network.labels
     if len(steps) > 1:
-        tails = _tails(steps[1:], network.output)
-        classes = getattr(steps[-1][1], "classes_", None)
-        labels = None if classes is None else classes.tolist()
+        tails = step_models(steps[1:], network.output)
+        labels = _labels(getattr(steps[-1][1], "classes_", None))
     metadata = {"labels": labels, "backbone": network.name}
     return write_onnx(path, network.preprocessing, [*network.models(), *tails], metadata)
 
 
 def _steps(model: Any) -> list[tuple[str, Any]]:
     """Return the names and the estimators that a model consists of."""
+    model = _without_shell(model)
     if not isinstance(model, Pipeline):
         return [(type(model).__name__, model)]
     named: list[tuple[str, Any]] = []
-    for name, step in model.steps:
-        if step is None or step == "passthrough":
+    for name, given in model.steps:
+        if given is None or given == "passthrough":
             continue
-        inner = _steps(step) if isinstance(step, Pipeline) else [(name, step)]
-        named += inner
+        step = _without_shell(given)
+        named += _steps(step) if isinstance(step, Pipeline) else [(name, step)]
     if not named:
         raise ValueError("The pipeline has no steps: there is nothing to export.")
     return named
+
+
+def _without_shell(model: Any) -> Any:
+    """Return what a search has found, and what is frozen."""
+    while (inner := getattr(model, "best_estimator_", None)) is not None or isinstance(
+        model, FrozenEstimator
+    ):
+        model = model.estimator if inner is None else inner
+    return model
+
+
+def _labels(classes: Any) -> list[Any] | None:
+    """Return labels as lists; of several targets, a list for each."""
+    if classes is None:
+        return None
+    return [_labels(each) for each in classes] if isinstance(classes, list) else classes.tolist()
 
 
 def _network(name: str, first: Any, is_last: bool) -> _Network:
@@ -167,8 +179,7 @@ def _of_module(
     def models() -> list[Any]:
         return [rows_model(module, preprocessing, output)]
 
-    listed = None if labels is None else labels.tolist()
-    return _Network(preprocessing, output, name, models, listed)
+    return _Network(preprocessing, output, name, models, _labels(labels))
 
 
 def _of_detector(first: FineTunedDetector) -> _Network:
@@ -188,79 +199,13 @@ def _why_not(first: Any) -> str:
     kind = type(first).__name__
     if kind == "PatchAnomalyDetector":
         return "it looks for neighbours in a bank of patches, which is no part of a network"
-    return "it takes no images"
-
-
-# ------------------------------------------------------------------------------ scikit-learn's
-
-
-def _tails(steps: list[tuple[str, Any]], given: str) -> list[Any]:
-    """Return each step behind the network as an ONNX model, which takes what the last one gives.
-
-    One by one: an error is that of a step, and skl2onnx does not know all pipelines whose steps it
-    knows.
-    """
-    for name, step in steps:
-        check_is_fitted(step, msg=f"Step {name!r}, a %(name)s, is not fitted: call fit first.")
-    for module in ("skl2onnx", "onnx"):
-        load_optional(module, "to_onnx of a pipeline", _EXTRA)
-    models = []
-    for number, (name, step) in enumerate(steps, 1):
-        if number < len(steps) and is_classifier(step):
-            raise ValueError(
-                f"Step {name!r}, a {type(step).__name__}, can't be exported: it is a classifier in "
-                "front of other steps, and skl2onnx writes its predictions, not what it transforms."
-            )
-        try:
-            model = _converted(step, given)
-        except Exception as error:
-            raise ValueError(
-                f"Step {name!r}, a {type(step).__name__}, can't be exported: skl2onnx says: "
-                f"{_first_line(error)}"
-            ) from error
-        if number < len(steps):
-            inner = f"{name}_{number}"
-            model, given = _renamed(model, model.graph.output[-1].name, inner), inner
-        models.append(model)
-    return models
-
-
-def _converted(step: Any, given: str) -> Any:
-    """Return a step as an ONNX model that takes float32 rows."""
-    import skl2onnx
-    from skl2onnx.common.data_types import FloatTensorType
-
-    rows = [(given, FloatTensorType([None, step.n_features_in_]))]
-    versions = {"": OPSET, "ai.onnx.ml": OPSET_ML}
-
-    def convert(options: Any) -> Any:
-        return skl2onnx.convert_sklearn(
-            step, initial_types=rows, target_opset=versions, options=options
+    if hasattr(first, "refit"):
+        return "it has no best_estimator_: it is not fitted, or refit=False"
+    if isinstance(first, FeatureUnion):
+        return "it joins rows of several steps; one extractor takes several layers and poolings"
+    if any(isinstance(value, ImageEstimator) for value in parameters_of(first)):
+        return (
+            "the network is inside of it. Fit it behind the network instead: "
+            f"make_pipeline(PretrainedFeatureExtractor(), {kind}(...))"
         )
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of attributes that scikit-learn will rename one day
-        if not hasattr(step, "classes_"):
-            return convert(None)
-        try:
-            model = convert({id(step): {"zipmap": False}})  # else it returns dicts
-        except Exception as error:
-            if "zipmap" not in str(error):
-                raise
-            model = convert(None)  # it has no such option, and returns none
-    return model if hasattr(step, "predict_proba") else _renamed(model, "probabilities", "scores")
-
-
-def _renamed(model: Any, name: str, new: str) -> Any:
-    """Return a model of which one output has another name."""
-    for node in model.graph.node:
-        node.output[:] = [new if output == name else output for output in node.output]
-        node.input[:] = [new if given == name else given for given in node.input]
-    for output in model.graph.output:
-        output.name = new if output.name == name else output.name
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return "it takes no images"
