@@ -54,8 +54,8 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
         A fitted pipeline of a :class:`PretrainedFeatureExtractor` (or
         :class:`ContrastivePretrainer`) and steps of scikit-learn that skl2onnx knows: scalers,
         `PCA`, `SVC`, `LogisticRegression`, `KNeighborsClassifier` and many more. Or one of this
-        library alone: an extractor, a :class:`PretrainedClassifier`, a fine-tuned classifier or
-        regressor. Of a fitted search its best estimator is taken.
+        library alone: an extractor, a :class:`PretrainedClassifier`, a fine-tuned classifier,
+        regressor or detector. Of a fitted search its best estimator is taken.
     path : path
         Of the file, `.onnx`.
 
@@ -66,7 +66,8 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     Raises
     ------
     ValueError, TypeError
-        If a step can't be exported; the message names it and says why.
+        If a step can't be exported; the message names it and says why. Each step of scikit-learn
+        is compared with what skl2onnx writes of it, on some rows: other numbers are an error.
 
     See Also
     --------
@@ -82,9 +83,14 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     `value_range`, 0 and 255 stand for its ends.
 
     The outputs are `label` and `probabilities` of a classifier of scikit-learn, or `scores` if it
-    has no probabilities, a column for each class; `variable` of other last steps; `probabilities`
-    or `values` of a network of this library; `rows` of an extractor alone. The metadata have the
-    labels of the columns as a JSON list under `labels`.
+    has no probabilities, what `decision_function` says: of two classes one column, else one for
+    each. Of truth values, `label` is 0 or 1. There is `variable` of other last steps;
+    `probabilities` or `values` of a network of this library; `rows` of an extractor alone. The
+    metadata have the labels of the columns as a JSON list under `labels`.
+
+    Of a detector there are `boxes` (k, 4), x1, y1, x2, y2 in pixels of the image, `labels` (k,),
+    places in the metadata's list, and `scores` (k,), falling: what `predict` says with the
+    thresholds of the time of the export. A call takes one image.
 
     All computes in float32, whatever `precision` says.
 
