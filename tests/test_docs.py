@@ -54,7 +54,7 @@ def run_snippets(page, tiles, tmp_path, monkeypatch):
         exec(compile(snippet, page, "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/guide.md", "docs/export.md"])
 def test_snippets(page, tiles, tmp_path, monkeypatch):
     run_snippets(page, tiles, tmp_path, monkeypatch)
 

@@ -17,6 +17,7 @@ from sktransfer import (
     PretrainedFeatureExtractor,
     get_model,
     model_summary,
+    to_onnx,
 )
 from sktransfer.models._blocks import TracedNetwork
 from sktransfer.transforms import Preprocessing
@@ -135,6 +136,17 @@ def edited(folder, file="config.json", **changes):
     content = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**content, **changes}))
     return folder
+
+
+@pytest.mark.parametrize("name", ["siglip", "convnext"])
+def test_export_to_onnx(name, folders, images, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    extractor = PretrainedFeatureExtractor(f"hf:{folders / name}")
+    path = to_onnx(extractor, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for image, row in zip(images, extractor.transform(images), strict=True):
+        (found,) = session.run(["rows"], {"images": image.transpose(2, 0, 1)[np.newaxis]})
+        np.testing.assert_allclose(found[0], row, atol=1e-4)
 
 
 def print_of(name, *args):

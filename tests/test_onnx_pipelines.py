@@ -8,19 +8,29 @@ import skops.io
 import torch
 from networks import small
 from PIL import Image
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
+from sklearn.dummy import DummyClassifier
+from sklearn.ensemble import StackingClassifier
+from sklearn.frozen import FrozenEstimator
+from sklearn.gaussian_process import GaussianProcessClassifier
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.model_selection import GridSearchCV
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC, LinearSVC
+from test_detection import make as make_detector
+from test_detection import make_scenes, small_detector
+from torchvision.models.detection.ssd import SSD
 
 from sktransfer import (
     ChannelAdapter,
     FineTunedClassifier,
-    FineTunedDetector,
     PatchAnomalyDetector,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
@@ -28,6 +38,8 @@ from sktransfer import (
     to_onnx,
 )
 from sktransfer._cli import main
+from sktransfer._estimators.onnx_export import _steps as steps_of
+from sktransfer._estimators.onnx_steps import step_models
 from sktransfer._training.onnx_preprocessing import preprocessing_model
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -142,7 +154,13 @@ def test_networks_of_the_library_alone(tiles, tmp_path):
     tuned = FineTunedClassifier(Backbone(small(), SIZE), unfreeze=1, max_epochs=1, random_state=0)
     path = to_onnx(tuned.fit(paths, labels), tmp_path / "tuned.onnx")
     found = outputs(path, map(pixels, files))["probabilities"]
-    np.testing.assert_allclose(found, tuned.predict_proba(files), atol=1e-4)
+    expected = tuned.predict_proba(files)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    openvino = pytest.importorskip("openvino")
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(openvino.Core().read_model(path), "CPU", settings)
+    found = [compiled({"images": pixels(file)})["probabilities"] for file in files]
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-4)
 
 
 def test_scores_of_a_classifier_without_probabilities(tiles, tmp_path):
@@ -155,20 +173,118 @@ def test_scores_of_a_classifier_without_probabilities(tiles, tmp_path):
     np.testing.assert_allclose(found["scores"], model.decision_function(paths[::8]), atol=1e-4)
 
 
-def test_mlflow_keeps_a_model_as_a_skops_file(tmp_path):
-    mlflow = pytest.importorskip("mlflow.sklearn")
+@pytest.mark.parametrize(
+    "detector, unfreeze", [("fcos", 1), ("faster_rcnn", "all"), (SSD, 0)], ids=str
+)
+def test_detectors_on_files(detector, unfreeze, tmp_path):
+    X, y = make_scenes()
+    network = detector if isinstance(detector, str) else small_detector(detector)
+    model = make_detector(
+        network, unfreeze=unfreeze, max_epochs=2, score_threshold=0.01, max_detections=15
+    )
+    model.fit(X, y)
+    session = session_of(to_onnx(model, tmp_path / "model.onnx"))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["labels"]) == model.classes_.tolist() == ["bright", "dark"]
+    sizes = [(64, 64), (150, 100), (30, 90)]
+    paths = [tmp_path / f"{i}.png" for i in range(len(sizes))]
+    for path, size, image in zip(paths, sizes, X, strict=False):
+        Image.fromarray(image).resize(size).save(path)
+    n_found = 0
+    for path, expected in zip(paths, model.predict(paths), strict=True):
+        names = ["boxes", "labels", "scores"]
+        found = dict(zip(names, session.run(names, {"images": pixels(path)}), strict=True))
+        assert found["boxes"].shape == expected["boxes"].shape
+        np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-4)
+        # Of boxes with equal scores, either may be the first.
+        labels = model.classes_[found["labels"]][:, np.newaxis] == expected["labels"]
+        apart = np.abs(found["boxes"][:, np.newaxis] - expected["boxes"]).max(2) + 1e3 * ~labels
+        assert np.append(apart.min(1), apart.min(0)).max() < 0.01  # pixels
+        n_found += len(apart)
+    assert n_found > 10
+    with pytest.raises(Exception, match="Got invalid dimensions"):
+        session.run(None, {"images": X[:2].transpose(0, 3, 1, 2)})
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_mlflow_keeps_a_model_as_a_skops_file(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
     X = np.random.default_rng(0).integers(256, size=(4, 40, 40, 3), dtype=np.uint8)
     first = PretrainedFeatureExtractor(image_size=32)
     model = make_pipeline(first, LogisticRegression()).fit(X, [0, 1, 0, 1])
-    mlflow.save_model(
-        model,
-        tmp_path / "model",
-        serialization_format="skops",
-        skops_trusted_types=["sktransfer._estimators.pretrained.PretrainedFeatureExtractor"],
-        pip_requirements=["sktransfer"],
-    )
-    loaded = mlflow.load_model(str(tmp_path / "model"))
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with mlflow.start_run():
+        info = mlflow.sklearn.log_model(
+            model,
+            name="model",
+            serialization_format="skops",
+            skops_trusted_types=["sktransfer._estimators.pretrained.PretrainedFeatureExtractor"],
+            pip_requirements=["sktransfer"],
+        )
+    assert info.flavors["sklearn"]["pickled_model"] == "model.skops"
+    loaded = mlflow.sklearn.load_model(info.model_uri)
     np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), atol=1e-6)
+
+
+STEPS = [
+    (SVC(), 2, "scores"),
+    (LinearSVC(), 2, "scores"),
+    (SGDClassifier(random_state=0), 2, "scores"),
+    (SVC(), 3, "scores"),
+    (GridSearchCV(RidgeClassifier(), {"alpha": [1, 10]}, cv=2), 2, "scores"),
+    (CalibratedClassifierCV(LinearSVC(), cv=2), 3, "probabilities"),
+    (StackingClassifier([("a", LogisticRegression())], cv=2), 3, "probabilities"),
+    (ColumnTransformer([("a", StandardScaler(), [0, 2])]), 2, "variable"),
+    (FeatureUnion([("a", PCA(2)), ("b", StandardScaler())]), 2, "variable"),
+    (FrozenEstimator(LogisticRegression()), 3, "probabilities"),
+]
+
+
+@pytest.mark.parametrize("step, n_classes, output", STEPS, ids=lambda value: str(value)[:30])
+def test_steps_say_what_scikit_learn_says(step, n_classes, output):
+    pytest.importorskip("skl2onnx")
+    y = np.arange(24) % n_classes
+    X = np.random.default_rng(0).normal(y[:, np.newaxis], 1, (24, 5)).astype(np.float32)
+    if isinstance(step, FrozenEstimator):
+        step.estimator.fit(X, y)
+    steps = steps_of(make_pipeline(clone(step).fit(X, y)))
+    (model,) = step_models(steps, "rows")
+    session = session_of(model.SerializeToString())
+    names = [each.name for each in session.get_outputs()]
+    found = dict(zip(names, session.run(None, {"rows": X}), strict=True))
+    methods = {"scores": "decision_function", "probabilities": "predict_proba"}
+    expected = getattr(steps[0][1], methods.get(output, "transform"))(X)
+    np.testing.assert_allclose(found[output], expected.reshape(24, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "step, reason",
+    [
+        (OneVsRestClassifier(LinearSVC()), "computes other numbers than the step itself"),
+        (CalibratedClassifierCV(LinearSVC(), method="isotonic", cv=2), "Pass method='sigmoid'"),
+        (GaussianProcessClassifier(), r"operators of \['com.microsoft'\]"),
+        (DummyClassifier(), "skl2onnx says: Unable to find a shape calculator"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_steps_that_skl2onnx_writes_wrongly_or_not_at_all(step, reason):
+    pytest.importorskip("skl2onnx")
+    X = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
+    with pytest.raises(ValueError, match=f"Step 'last', a .*can't be exported: .*{reason}"):
+        step_models([("last", step.fit(X, np.arange(24) % 2))], "rows")
+
+
+def test_labels_of_several_targets(tmp_path):
+    pytest.importorskip("skl2onnx")
+    X = np.random.default_rng(0).integers(256, size=(8, 40, 40, 3), dtype=np.uint8)
+    y = np.stack([np.arange(8) % 2, np.arange(8) % 3], 1)
+    model = make_pipeline(extractor(), KNeighborsClassifier(3)).fit(X, y)
+    path = to_onnx(model, tmp_path / "model.onnx")
+    found = outputs(path, [X.transpose(0, 3, 1, 2)])
+    np.testing.assert_array_equal(found["label"], model.predict(X))
+    metadata = session_of(path).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["labels"]) == [[0, 1], [0, 1, 2]]
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -197,7 +313,9 @@ def test_a_step_that_cannot_be_exported_is_named(tiles, tmp_path):
     "model, message",
     [
         (make_pipeline(StandardScaler(), SVC()), "Step 'standardscaler', .* takes no images"),
-        (FineTunedDetector(), "'FineTunedDetector', .* boxes"),
+        (FeatureUnion([("a", extractor())]), "'FeatureUnion', .* one extractor takes several"),
+        (CalibratedClassifierCV(make_pipeline(extractor(), SVC())), "network is inside of it"),
+        (GridSearchCV(make_pipeline(extractor(), SVC()), {}), "no best_estimator_"),
         (PatchAnomalyDetector(), "'PatchAnomalyDetector', .* bank of patches"),
         ("model.skops", "a str, can't be exported"),
     ],

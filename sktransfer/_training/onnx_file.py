@@ -65,36 +65,26 @@ class RowsNetwork(nn.Module):
 
 def write_onnx(
     path: str | os.PathLike,
-    network: nn.Module,
     preprocessing: Preprocessing,
-    output: str,
-    tails: Sequence[Any],
+    models: Sequence[Any],
     metadata: Mapping[str, Any],
 ) -> Path:
-    """Write preprocessing, a network and an ONNX model of what follows to one file.
+    """Write preprocessing, a network and what follows it to one file.
 
     Parameters
     ----------
     path : path
-    network : nn.Module
-        From images of the network's size, 0 to 255, to `output`.
     preprocessing : Preprocessing
-    output : str
-    tails : sequence of onnx.ModelProto
-        What follows; each takes one of the outputs of that before it, and the first one `output`.
+    models : sequence of onnx.ModelProto
+        The first one takes `fitted`, images of the network's size, 0 to 255. Each of the others
+        takes outputs of those before it, which have the names of its inputs.
     metadata : mapping
         What else the file says of itself.
     """
     target = check_target(path)
     import onnx
 
-    blank = torch.zeros(2, *preprocessing.shape, device="cpu")
-    middle = onnx_program(network, blank, "fitted", output, OPSET).model_proto
-    front = preprocessing_model(preprocessing, OPSET, middle.ir_version)
-    model = _joined(front, middle, "fitted", ("fit_size", ""))
-    for number, tail in enumerate(tails):
-        name = tail.graph.input[0].name
-        model = _joined(model, _in_versions_of(middle, tail), name, ("", f"step_{number}"))
+    model = joined_models(preprocessing, models)
     texts = {"producer": f"sktransfer {version('sktransfer')}", **metadata}
     texts["input"] = f"{words_of_channels(preprocessing)}, of any size; the graph does the rest"
     onnx.helper.set_model_props(model, {k: _text(value) for k, value in texts.items()})
@@ -106,6 +96,25 @@ def write_onnx(
         location=f"{target.name}.data" if is_large else None,
     )
     return target
+
+
+def rows_model(network: nn.Module, preprocessing: Preprocessing, output: str) -> Any:
+    """Return a network, from `fitted` to `output`, as an ONNX model."""
+    blank = torch.zeros(2, *preprocessing.shape, device="cpu")
+    return onnx_program(network, blank, "fitted", output, OPSET).model_proto
+
+
+def joined_models(preprocessing: Preprocessing, models: Sequence[Any]) -> Any:
+    """Return one ONNX model of preprocessing and of others, see `write_onnx`."""
+    network, *tails = models
+    places = {"offset", "scale", "ends"} & {i.name for tail in tails for i in tail.graph.input}
+    front = preprocessing_model(preprocessing, OPSET, network.ir_version, bool(places))
+    model = _joined(front, network, ("fit_size", ""))
+    for number, tail in enumerate(tails):
+        model = _joined(model, _in_versions_of(network, tail), ("", f"step_{number}"))
+    if places:  # boxes are those of one image
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    return model
 
 
 def _in_versions_of(model: Any, tail: Any) -> Any:
@@ -125,10 +134,12 @@ def _in_versions_of(model: Any, tail: Any) -> Any:
     return tail
 
 
-def _joined(first: Any, second: Any, name: str, prefixes: tuple[str, str]) -> Any:
-    """Return one model in which `second` gets what `first` calls `name`."""
+def _joined(first: Any, second: Any, prefixes: tuple[str, str]) -> Any:
+    """Return one model in which `second` gets those outputs of `first` that it calls alike."""
     from onnx import compose
 
+    given = {output.name for output in first.graph.output}
+    shared = [(i.name, i.name) for i in second.graph.input if i.name in given]
     # Only names of what lies inside, which both may have.
     first, second = (
         compose.add_prefix(model, f"{prefix}/", rename_inputs=False, rename_outputs=False)
@@ -136,7 +147,7 @@ def _joined(first: Any, second: Any, name: str, prefixes: tuple[str, str]) -> An
         else model
         for model, prefix in zip((first, second), prefixes, strict=True)
     )
-    return compose.merge_models(first, second, [(name, name)])
+    return compose.merge_models(first, second, shared)
 
 
 def _text(value: Any) -> str:

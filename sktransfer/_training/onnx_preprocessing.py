@@ -10,7 +10,7 @@ from typing import Any
 
 from sktransfer.transforms import Preprocessing
 
-# What a pixel weighs at a distance, in pixels: the filters of Pillow, and their radius.
+# What a pixel weighs at a distance, in pixels: the filters of Pillow.
 _CUBIC = """{x}_lt1 = Less ({x}_d, one)
  {x}_n1 = Mul ({x}_d, onehalf)
  {x}_n2 = Sub ({x}_n1, twohalf)
@@ -31,9 +31,10 @@ _CUBIC_NUMBERS = {
     **{"four": 4.0, "five": 5.0, "eight": 8.0},
 }
 _LINEAR = "{x}_w = Sub (one, {x}_d)\n {x}_f = Max ({x}_w, zero)"
-_FILTERS = {"bilinear": (1.0, _LINEAR), "bicubic": (2.0, _CUBIC)}
+_FILTERS = {"bilinear": _LINEAR, "bicubic": _CUBIC}
 
-# Of one axis {x}, with L pixels that are scaled to {x}_S, of which {size} are kept. The weights are
+# Of one axis {x}, with L pixels that are scaled to {x}_S, of which {size} are kept. Distances are
+# quotients of whole numbers, so programs that compute in float32 have the same weights. These are
 # made for the first and last places as well, where they are largest: by the largest of all, they
 # are brought to whole numbers.
 _AXIS = """
@@ -53,32 +54,22 @@ _AXIS = """
  {x}_notlow = GreaterOrEqual ({x}_all, zero)
  {x}_nothigh = Less ({x}_all, {x}_S)
  {x}_in = And ({x}_notlow, {x}_nothigh)
- {x}_scale = Div ({x}_L, {x}_S)
- {x}_down = Max ({x}_scale, one)
- {x}_allhalf = Add ({x}_all, half)
- {x}_center = Mul ({x}_allhalf, {x}_scale)
- {x}_support = Mul ({x}_down, radius)
- {x}_from0 = Sub ({x}_center, {x}_support)
- {x}_from1 = Add ({x}_from0, half)
- {x}_from2 = Floor ({x}_from1)
- {x}_to0 = Add ({x}_center, {x}_support)
- {x}_to1 = Add ({x}_to0, half)
- {x}_to2 = Floor ({x}_to1)
- {x}_from = Unsqueeze ({x}_from2, axis1)
- {x}_to = Unsqueeze ({x}_to2, axis1)
- {x}_column = Unsqueeze ({x}_center, axis1)
+ {x}_all2 = Mul ({x}_all, two)
+ {x}_all3 = Add ({x}_all2, one)
+ {x}_all4 = Mul ({x}_all3, {x}_L)
+ {x}_column = Unsqueeze ({x}_all4, axis1)
  {x}_pixels = Range (zero, {x}_L, one)
- {x}_away = Sub ({x}_pixels, {x}_column)
- {x}_away1 = Add ({x}_away, half)
- {x}_away2 = Div ({x}_away1, {x}_down)
+ {x}_pixels2 = Mul ({x}_pixels, two)
+ {x}_pixels3 = Add ({x}_pixels2, one)
+ {x}_pixels4 = Mul ({x}_pixels3, {x}_S)
+ {x}_away = Sub ({x}_pixels4, {x}_column)
+ {x}_longer = Max ({x}_L, {x}_S)
+ {x}_longer2 = Mul ({x}_longer, two)
+ {x}_away2 = Div ({x}_away, {x}_longer2)
  {x}_d = Abs ({x}_away2)
  {filter}
- {x}_isfrom = GreaterOrEqual ({x}_pixels, {x}_from)
- {x}_isto = Less ({x}_pixels, {x}_to)
- {x}_near0 = And ({x}_isfrom, {x}_isto)
  {x}_incol = Unsqueeze ({x}_in, axis1)
- {x}_reads = And ({x}_near0, {x}_incol)
- {x}_raw = Where ({x}_reads, {x}_f, zero)
+ {x}_raw = Where ({x}_incol, {x}_f, zero)
  {x}_sum0 = ReduceSum <keepdims = 1> ({x}_raw, axis1)
  {x}_sum = Where ({x}_incol, {x}_sum0, one)
  {x}_weights = Div ({x}_raw, {x}_sum)
@@ -145,19 +136,37 @@ _FILL = """
  both = And (y_rows, x_inkept)
  fitted = Where (both, scaled, fill)
 """
+_PLACES = ", double[4] scale, double[4] offset, double[4] ends"
+_PLACE = """
+ scale_x0 = Div (x_S, x_L)
+ scale_y0 = Div (y_S, y_L)
+ scale_x = Unsqueeze (scale_x0, at0)
+ scale_y = Unsqueeze (scale_y0, at0)
+ scale = Concat <axis = 0> (scale_x, scale_y, scale_x, scale_y)
+ left = Unsqueeze (x_floor, at0)
+ top = Unsqueeze (y_floor, at0)
+ offset = Concat <axis = 0> (left, top, left, top)
+ end_x = Unsqueeze (x_L, at0)
+ end_y = Unsqueeze (y_L, at0)
+ ends = Concat <axis = 0> (end_x, end_y, end_x, end_y)
+"""
 
 
-def preprocessing_model(preprocessing: Preprocessing, opset: int, ir_version: int) -> Any:
+def preprocessing_model(
+    preprocessing: Preprocessing, opset: int, ir_version: int, tells_place: bool = False
+) -> Any:
     """Return the graph from uint8 `images` (n, c, any height, any width) to float32 `fitted`.
 
-    These are the pixels (n, c, *size), from 0 to 255, that `fit_size` makes.
+    These are the pixels (n, c, *size), from 0 to 255, that `fit_size` makes. With `tells_place`,
+    which is for the mode "border", there are also `scale` and `offset`, those of `letterbox`, and
+    `ends`, the width and height of the image, twice.
     """
     from onnx import parser
 
     c, height, width = preprocessing.shape
-    radius, kernel = _FILTERS[preprocessing.interpolation]
+    kernel = _FILTERS[preprocessing.interpolation]
     numbers = {"zero": 0.0, "half": 0.5, "one": 1.0, "two": 2.0, "limit": 2.0**15}
-    numbers |= {"radius": radius, **(_CUBIC_NUMBERS if radius == 2.0 else {})}
+    numbers |= _CUBIC_NUMBERS if preprocessing.interpolation == "bicubic" else {}
     numbers |= dict(zip(("resize_y", "resize_x"), map(float, preprocessing.resize), strict=True))
     lines = [f" {name} = Constant <value = double {{{x}}}> ()" for name, x in numbers.items()]
     for name, value in (("zero32", 0.0), ("half32", 0.5), ("white32", 255.0)):
@@ -186,7 +195,7 @@ def preprocessing_model(preprocessing: Preprocessing, opset: int, ir_version: in
         [
             f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>',
             f"fit_size (uint8[n,{c},height,width] images)",
-            f"=> (float[n,{c},{height},{width}] fitted)",
+            f"=> (float[n,{c},{height},{width}] fitted{_PLACES if tells_place else ''})",
             "{",
             *lines,
             _SCALED[preprocessing.mode],
@@ -197,6 +206,7 @@ def preprocessing_model(preprocessing: Preprocessing, opset: int, ir_version: in
             " scaled_0 = MatMul (y_matrix, across)",
             _ROUND.format(x="y", y="scaled"),
             _FILL,
+            _PLACE if tells_place else "",
             "}",
         ]
     )

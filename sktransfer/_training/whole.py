@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from sktransfer._training.trainer import Trainer
 from sktransfer.models._modules import copy_of
 from sktransfer.transforms import Preprocessing
 
+_T = TypeVar("_T")
 _LARGE = 2**31 - 2**27  # bytes of weights; protobuf, in which the file is written, ends at 2 GiB
 OUTPUTS = {"class": "probabilities", "label": "probabilities", "value": "values"}
 
@@ -173,32 +175,42 @@ def onnx_program(
     network: nn.Module, blank: torch.Tensor, given: str, output: str, opset: int | None = None
 ) -> Any:
     """Write a network as torch's ONNX program, for any number of images like `blank`."""
-    logger = logging.getLogger("torch.onnx")  # it counts operators that nobody asked for
-    level = logger.level
+    return call_exporter(
+        lambda: torch.onnx.export(
+            network,
+            (blank,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[given],
+            output_names=[output],
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            verbose=False,
+        )
+    )
 
-    def export() -> Any:
+
+def call_exporter(export: Callable[[], _T]) -> _T:
+    """Call one of torch's exporters, without what it prints; ValueError if it fails."""
+    # They count operators that nobody asked for, and tell of what they do not fold.
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+
+    def exported() -> _T:
         with float32_by_default(), torch.inference_mode(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the exporter itself will change one day
-            return torch.onnx.export(
-                network,
-                (blank,),
-                dynamo=True,
-                opset_version=opset,
-                input_names=[given],
-                output_names=[output],
-                dynamic_shapes=({0: torch.export.Dim("n")},),
-                verbose=False,
-            )
+            return export()
 
-    logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        return network_lock.alone(export)
+        return network_lock.alone(exported)
     except Exception as error:
         raise ValueError(
             f"{type(error).__name__}: torch can't write this network as ONNX: {error}"
         ) from error
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _text(value: Any) -> str:
