@@ -298,11 +298,6 @@ def test_the_announcement_counts_what_may_be_an_image_of_a_class(tmp_path):
     assert announcement(options).startswith("comparing classifiers on frozen features: 3 images, ")
 
 
-def test_few_images_start_no_processes():
-    assert {search.n_jobs for search in classifiers(240).values()} == {None}
-    assert {search.n_jobs for search in classifiers(2624).values()} == {-1}
-
-
 def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_path, capsys):
     arguments = ["benchmark", str(many_classes), "--splits", "1", "--image-size", "64"]
     arguments += ["--backbone", "efficientnet_lite0", "--backbone", "efficientnet_lite1"]

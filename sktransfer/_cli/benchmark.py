@@ -64,13 +64,8 @@ def classifiers(n_images: int) -> dict[str, BaseEstimator]:
         "linear SVM": (LinearSVC(), {"C": [0.1, 1, 10]}),
         "RBF SVM": (SVC(), {"C": [3, 10, 30], "kernel": kernels}),
     }
-    options = {"cv": Folds(3), "n_jobs": _n_jobs(n_images)}
+    options = {"cv": Folds(3), "n_jobs": -1}
     return {k: GridSearchCV(model, grid, **options) for k, (model, grid) in grids.items()}
-
-
-def _n_jobs(n_images: int) -> int | None:
-    """Return the processes of a search: they take seconds to start, on a busy machine a minute."""
-    return -1 if n_images > 1000 else None
 
 
 # ------------------------------------------------------------------------------ the comparison
@@ -254,8 +249,7 @@ def _baselines(task: Task, table: str, *, with_pixels: bool) -> list[_Candidate]
     if with_pixels:
         pixels = cache(lambda: thumbnails(check_images(task.images)))
         name = f"RBF SVM on {PIXELS} × {PIXELS} pixels"
-        svm = pixel_svm(PIXELS**2, n_jobs=_n_jobs(len(task.images)))
-        baselines.append(_Candidate(table, "none", name, svm, pixels))
+        baselines.append(_Candidate(table, "none", name, pixel_svm(PIXELS**2, n_jobs=-1), pixels))
     return baselines
 
 
