@@ -174,7 +174,7 @@ def _says_the_same(step: Any, model: Any, rows: np.ndarray) -> bool:
         return True
 
 
-def _outputs(model: Any, rows: np.ndarray) -> list[Any]:
+def _outputs(model: Any, rows: np.ndarray) -> Any:
     """Return what a model says: by ONNX Runtime, where it is there, or by ONNX's own program."""
     given = {model.graph.input[0].name: rows}
     if find_spec("onnxruntime"):
