@@ -278,13 +278,13 @@ def test_steps_that_skl2onnx_writes_wrongly_or_not_at_all(step, reason):
 def test_labels_of_several_targets(tmp_path):
     pytest.importorskip("skl2onnx")
     X = np.random.default_rng(0).integers(256, size=(8, 40, 40, 3), dtype=np.uint8)
-    y = np.stack([np.arange(8) % 2, np.arange(8) % 3], 1)
+    y = np.stack([np.arange(8) % 2, 3 + np.arange(8) // 4], 1)
     model = make_pipeline(extractor(), KNeighborsClassifier(3)).fit(X, y)
     path = to_onnx(model, tmp_path / "model.onnx")
     found = outputs(path, [X.transpose(0, 3, 1, 2)])
     np.testing.assert_array_equal(found["label"], model.predict(X))
     metadata = session_of(path).get_modelmeta().custom_metadata_map
-    assert json.loads(metadata["labels"]) == [[0, 1], [0, 1, 2]]
+    assert json.loads(metadata["labels"]) == [[0, 1], [3, 4]]
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -67,7 +67,8 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     ------
     ValueError, TypeError
         If a step can't be exported; the message names it and says why. Each step of scikit-learn
-        is compared with what skl2onnx writes of it, on some rows: other numbers are an error.
+        is compared with what skl2onnx writes of it, on some rows, by ONNX Runtime where that is
+        installed: other numbers are an error.
 
     See Also
     --------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -58,10 +59,13 @@ def _checked(step: Any, given: str, rows: np.ndarray, is_last: bool) -> Any:
             "skl2onnx writes other probabilities than those of method='isotonic'. Pass "
             "method='sigmoid'."
         )
+    import onnx
+
     with warnings.catch_warnings():
         # Of attributes that scikit-learn will rename one day, and of rows that are noise.
         warnings.simplefilter("ignore")
         for model in _converted(step, given):
+            onnx.checker.check_model(model, full_check=True)
             if others := {one.domain for one in model.graph.node} - {"", "ai.onnx.ml"}:
                 raise ValueError(f"skl2onnx needs operators of {sorted(others)}, not ONNX's own.")
             if _says_the_same(step, model, rows):
@@ -87,14 +91,19 @@ def _converted(step: Any, given: str) -> list[Any]:
 
     def convert(options: Any) -> Any:
         try:
-            return skl2onnx.convert_sklearn(
+            model = skl2onnx.convert_sklearn(
                 step, initial_types=rows, target_opset=versions, options=options
             )
         except Exception as error:
             raise ValueError(f"skl2onnx says: {_first_line(error)}") from error
+        for each in model.opset_import:  # it states the lowest that knows what it used
+            each.version = versions.get(each.domain, each.version)
+        return model
 
     if not hasattr(step, "classes_"):
-        return [convert(None)]
+        model = convert(None)
+        names = [output.name for output in model.graph.output]
+        return [model if len(names) > 1 or "variable" in names else _with_variable(model)]
     try:
         model = convert({id(step): {"zipmap": False}})  # else it returns dicts
     except ValueError as error:
@@ -108,6 +117,15 @@ def _converted(step: Any, given: str) -> list[Any]:
     return [_renamed(model, "probabilities", "scores")]
 
 
+def _with_variable(model: Any) -> Any:
+    """Return a model whose output is called `variable`, as that of most steps is."""
+    from onnx import compose
+
+    # Something inside may be called so.
+    model = compose.add_prefix(model, "inner/", rename_inputs=False, rename_outputs=False)
+    return _renamed(model, model.graph.output[0].name, "variable")
+
+
 def _with_one_score(model: Any, column: int) -> Any:
     """Return a model whose `scores` are one column of its `probabilities`, which are none.
 
@@ -119,24 +137,22 @@ def _with_one_score(model: Any, column: int) -> Any:
 
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
-    graph = _renamed(copied, "probabilities", "all_scores").graph
+    graph = _renamed(copied, copied.graph.output[-1].name, "all_scores").graph
     graph.node.append(helper.make_node("Constant", [], ["column"], value_ints=[column]))
     graph.node.append(helper.make_node("Gather", ["all_scores", "column"], ["scores"], axis=1))
     scores = helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, [None, 1])
-    outputs = [scores if one.name in ("all_scores", "scores") else one for one in graph.output]
-    del graph.output[:]
-    graph.output.extend(outputs)
+    del graph.output[-1]
+    graph.output.append(scores)
     return copied
 
 
 def _renamed(model: Any, name: str, new: str) -> Any:
     """Return a model of which one output has another name."""
-    old = name if name in {output.name for output in model.graph.output} else "scores"
     for node in model.graph.node:
-        node.output[:] = [new if output == old else output for output in node.output]
-        node.input[:] = [new if given == old else given for given in node.input]
+        node.output[:] = [new if output == name else output for output in node.output]
+        node.input[:] = [new if given == name else given for given in node.input]
     for output in model.graph.output:
-        output.name = new if output.name == old else output.name
+        output.name = new if output.name == name else output.name
     return model
 
 
@@ -150,14 +166,26 @@ def _first_line(error: Exception) -> str:
 
 def _says_the_same(step: Any, model: Any, rows: np.ndarray) -> bool:
     """Tell whether a model says of rows what its step says; True where that can't be told."""
-    from onnx.reference import ReferenceEvaluator
-
     try:
-        found = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: rows})
+        found = _outputs(model, rows)
         pairs = zip([output.name for output in model.graph.output], found, strict=True)
         return all(_are_alike(value, _said(step, name, rows)) for name, value in pairs)
     except Exception:  # not all estimators take noise, and ONNX's own program not all of a graph
         return True
+
+
+def _outputs(model: Any, rows: np.ndarray) -> Any:
+    """Return what a model says: by ONNX Runtime, where it is there, or by ONNX's own program."""
+    given = {model.graph.input[0].name: rows}
+    if find_spec("onnxruntime"):
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        ).run(None, given)
+    from onnx.reference import ReferenceEvaluator
+
+    return ReferenceEvaluator(model).run(None, given)
 
 
 def _said(step: Any, name: str, rows: np.ndarray) -> Any:

@@ -133,7 +133,7 @@ def detector_models(part: DetectorPart, score: float, nms: float, most: int, ops
     whole = _WholeDetector(part, nms, most)
     random = torch.Generator().manual_seed(0)
     noise = 255 * torch.rand(1, *part.preprocessing.shape, generator=random, device="cpu")
-    file = io.BytesIO()
+    file: Any = io.BytesIO()
 
     def export() -> None:
         with cpu_by_default():
