@@ -140,7 +140,7 @@ def detector_models(part: DetectorPart, score: float, nms: float, most: int, ops
             torch.onnx.export(
                 whole,
                 (noise, torch.tensor(_ALL)),
-                file,  # type: ignore[arg-type]
+                file,
                 dynamo=False,  # the other exporter can't follow what depends on numbers of boxes
                 opset_version=opset,
                 input_names=["fitted", "score"],
