@@ -172,7 +172,9 @@ class Logs(torch.nn.Module):
     def forward(self, x):
         log.debug("runs")
         return x
-print(fingerprint(Logs()))
+first = fingerprint(Logs())
+log.__class__ = type("Replaced", (logging.Logger,), {})  # as some packages do
+print(first, fingerprint(Logs()) == first)
 """
 
 
@@ -181,7 +183,7 @@ def test_fingerprints_are_the_same_in_every_process(capsys):
     seed, *prints = capsys.readouterr().out.splitlines()
     other_seed, *others = run_code(SCRIPT).stdout.splitlines()
     assert seed != other_seed or "PYTHONHASHSEED" in os.environ
-    assert prints == others and len(prints) == 3
+    assert prints == others and len(prints) == 3 and prints[-1].endswith(" True")
 
 
 class Inverted(Preprocessing):

@@ -93,6 +93,10 @@ class Describer:
         if isinstance(value, torch.jit.ScriptModule):
             yield from self._script_parts(value)
             return
+        if isinstance(value, logging.Logger):
+            # All loggers share the rest, which shapes no result; some packages replace their class.
+            yield from ("Logger", value.name)
+            return
         yield type(value).__qualname__
         if isinstance(value, torch.Tensor):
             yield from _tensor_parts(value)
@@ -110,8 +114,6 @@ class Describer:
         elif isinstance(value, types.ModuleType):
             yield value.__name__
             yield self._sources.digest(value.__name__) or ""
-        elif isinstance(value, logging.Logger):
-            yield value.name  # the rest of it is that of all loggers, and shapes no result
         elif isinstance(value, types.CodeType):
             yield value.co_code
             yield from map(self, (value.co_consts, value.co_names, value.co_varnames))
