@@ -15,6 +15,7 @@ import pytest
 from test_memory import digest, forked, join
 
 from sktransfer._memory import store as _store
+from sktransfer._memory import store_format
 from sktransfer._memory.memory import BACKEND, check_memory
 
 pytestmark = [
@@ -184,6 +185,25 @@ def test_clear_and_info_beside_readers_and_writers(tmp_path, monkeypatch):
     memory = check_memory(tmp_path)
     write(memory)
     assert n_hits(memory) == 2 * len(NUMBERS)
+
+
+def _sweep(folder, until):
+    while time.monotonic() < until:
+        for path in folder.glob("data.mdb.*"):
+            path.unlink(missing_ok=True)
+        time.sleep(1e-4)
+
+
+def test_a_new_file_that_another_process_deletes_is_made_again(tmp_path):
+    until, n_opened = time.monotonic() + 0.5, 0
+    child = forked(_sweep, tmp_path, until)
+    while time.monotonic() < until:
+        descriptor, _ = store_format.open_file(str(tmp_path / "data.mdb"), 1 << 16)
+        os.close(descriptor)
+        (tmp_path / "data.mdb").unlink()
+        n_opened += 1
+    join(child)
+    assert n_opened > 10
 
 
 def test_descriptors_of_many_folders(tmp_path):

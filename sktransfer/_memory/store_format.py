@@ -280,6 +280,8 @@ def _create_file(path: str, map_size: int) -> None:
     except FileExistsError:
         pass
     except lmdb.Error as error:
+        if str(error).endswith(os.strerror(errno.ENOENT)):  # another process clears the folder
+            raise FileNotFoundError(errno.ENOENT, str(error)) from error
         raise OSError(str(error)) from error
     finally:
         with contextlib.suppress(OSError):
