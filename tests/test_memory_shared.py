@@ -191,7 +191,7 @@ def _sweep(folder, until):
     while time.monotonic() < until:
         for path in folder.glob("data.mdb.*"):
             path.unlink(missing_ok=True)
-        time.sleep(1e-4)
+        time.sleep(0.002)
 
 
 def test_a_new_file_that_another_process_deletes_is_made_again(tmp_path):
