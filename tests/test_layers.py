@@ -474,6 +474,22 @@ def test_frozen_layers_run_once(keeps_cut, tmp_path, run_log, monkeypatch):
     assert again.predict_proba(X).shape == (16, 2)
 
 
+def test_what_the_memory_has_stays_when_others_run_the_same_images(tiles, tmp_path, request):
+    paths, options = tiles[1][:4], {"image_size": 32, "runtime": "torch"}
+    embedding = PretrainedFeatureExtractor(**options, memory=tmp_path)
+    stages = clone(embedding).set_params(layer="stages").fit(paths)
+    rows, of_stages = embedding.transform(paths), stages.transform(paths)
+    request.getfixturevalue("two_threads")  # which add up in another order
+    assert (clone(stages).set_params(memory=None).transform(paths) != of_stages).any()
+    everything = clone(stages).set_params(layer="all").fit(paths)
+    names = everything.get_feature_names_out().tolist()
+    columns = [names.index(name) for name in stages.get_feature_names_out()]
+    for images in ([*paths, paths[0]], paths):  # computed, then read
+        np.testing.assert_array_equal(everything.transform(images)[:4, columns], of_stages)
+    np.testing.assert_array_equal(stages.transform(paths), of_stages)
+    np.testing.assert_array_equal(embedding.transform(paths), rows)
+
+
 def test_depths_share_the_rows_of_all_layers(tmp_path, run_log):
     X, y = pictures(24), labels(24)
     model = head_on_layers(memory=tmp_path, max_epochs=1)

@@ -159,6 +159,7 @@ class Stream(ABC):
         """Fill `outs`, for each wanted result an array with a row for each image."""
         self._images, self._outs, self._is_ready = images, outs, False
         self._names = Names([], [], set(), "") if self.memory is None else self.names()
+        self._were_read = np.zeros((len(outs), len(images)), bool)
         self._owner = object()  # of claims: what is ours to compute, and not yet in the memory
         self._misses: dict[bytes, _Miss] = {}  # those of them on their way through the network
         self._tell_size()
@@ -272,11 +273,14 @@ class Stream(ABC):
         hits = np.ones(len(rows), bool)
         # Rows that show the same image come together, so they need not be in order.
         consecutive = rows == list(range(rows[0], rows[0] + len(rows)))
-        for key, out in zip(self._names.wanted, self._outs, strict=True):
+        parts = zip(self._names.wanted, self._outs, self._were_read, strict=True)
+        for key, out, were_read in parts:
             places = out[rows[0] : rows[-1] + 1] if consecutive else out[rows]
-            hits &= self.memory.read(key, list(digests.values()), places)
+            found = self.memory.read(key, list(digests.values()), places)
             if not consecutive:
                 out[rows] = places
+            were_read[rows] = found
+            hits &= found
         self._progress.update(int(hits.sum()))
         return {row for row, hit in zip(rows, hits, strict=True) if not hit}
 
@@ -350,11 +354,12 @@ class Stream(ABC):
         """Fill the rows of a group; return all results of it, for the memory."""
         arrays = [np.asarray(value) for value in values]
         self.n_computed += len(group)
-        rows = [row for miss in group for row in miss.rows]
-        numbers = [number for number, miss in enumerate(group) for _ in miss.rows]
-        is_plain = len(numbers) == len(group)
-        for out, array in zip(self._outs, arrays, strict=False):  # by-products have no out
-            out[rows] = array if is_plain else array[numbers]
+        rows = np.array([row for miss in group for row in miss.rows])
+        numbers = np.array([number for number, miss in enumerate(group) for _ in miss.rows])
+        # By-products have no out. What the memory has stays: another program rounds otherwise.
+        for out, array, were_read in zip(self._outs, arrays, self._were_read, strict=False):
+            lacking = ~were_read[rows]
+            out[rows[lacking]] = array[numbers[lacking]]
         for miss in group:
             miss.done = True
         self._progress.update(len(rows))

@@ -124,7 +124,9 @@ class ImageMemory:
     ) -> None:
         """Keep ``rows[i]``, of any dtype but object, as the result of ``digests[i]``.
 
-        `text` says what `func_id` stands for, for `shares`.
+        On the packed store, sound rows that are there stay: so a row never changes, although
+        another program or number of threads would round otherwise. `text` says what `func_id`
+        stands for, for `shares`.
         """
         if isinstance(rows, np.ndarray):
             rows = [rows[i, ...] for i in range(len(rows))]  # scalars would lose their byte order

@@ -209,13 +209,32 @@ def put(
 ) -> None:
     """Write keys and values into `table`, and note that they were used just now.
 
-    `name` is the key and the text of what their function is called; an empty one changes nothing.
+    Sound rows that are there stay, so that a row never changes. `name` is the key and the text of
+    what their function is called; an empty one changes nothing.
     """
-    items = list(items)
+    used_keys = []
+    new = []
+    for key, value in items:
+        used_keys.append(key)
+        if not _is_kept(key, value, txn.get(key, db=table)):
+            new.append((key, value))
     if name[1]:
         txn.put(*name, db=used)
-    txn.cursor(table).putmulti(items)
-    touch(txn, used, [key for key, _ in items])
+    txn.cursor(table).putmulti(new)
+    touch(txn, used, used_keys)
+
+
+def _is_kept(key: bytes, value: bytes, kept: Any) -> bool:
+    """Tell whether a sound row of this kind is there: two programs round otherwise."""
+    if kept is None or len(kept) != len(value):
+        return False
+    body = unwrap(key, kept)
+    return body is not None and _kind_of(body) == _kind_of(value[_CHECKSUM.size :])
+
+
+def _kind_of(body: bytes) -> bytes:
+    """Return what `describe` has put before a row."""
+    return body.partition(b"))")[0]
 
 
 def touch(txn: Any, used: Any, keys: Iterable[bytes]) -> None:
