@@ -14,7 +14,7 @@ import os
 import queue
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ ALL = {"layer": "all", "pooling": ("avg", "max")}
 RECIPES = ("12", "all", "all+layers")
 SHARED = {"augment": "dihedral", "predict_views": 8, "weight_decay": 0.05}
 SVM, START = "SVM, all layers", "head alone, all layers"
+FINE_TUNED = "fine-tuned"
 
 
 # ------------------------------------------------------------------------------ cells
@@ -255,7 +256,8 @@ class Results:
         self.found: dict[Fit, dict[str, Any]] = {}
         if self.file is not None and self.file.exists():
             for line in map(json.loads, self.file.read_text().splitlines()):
-                if line.pop("settings") == self.settings:
+                settings = line.pop("settings")
+                if {**settings, "device": args.device} == self.settings:  # wherever it was fitted
                     self.found[Fit(*(line[name] for name in Fit._fields))] = line
 
     def add(self, result: dict[str, Any]) -> None:
@@ -284,7 +286,7 @@ class Results:
         chosen = [(split, recipe) for split in splits if (recipe := self.chosen(split))]
         fits = [Fit(recipe, split, 0, False) for split, recipe in chosen]
         fits += [Fit(recipe, split, 0, True) for split in splits for recipe in recipes]
-        fits += [Fit(SVM, split, 0, False) for split in splits]
+        fits += [Fit(SVM, split, 0, is_inner) for split in splits for is_inner in (True, False)]
         fits += [Fit(recipe, split, seed, False) for split, recipe in chosen for seed in self.seeds]
         fits += [Fit(START, split, 0, False) for split in splits]
         return [fit for fit in dict.fromkeys(fits) if fit not in self.found]
@@ -305,23 +307,48 @@ class Results:
             row |= {metric: f"{row[metric]:.4f}" for metric in ("accuracy", "roc_auc")}
         return table(rows + means)
 
-    def _fine_tuned(self, split: int) -> list[np.ndarray]:
-        """Return what each seed of the chosen recipe says of the test part."""
-        fits = [Fit(self.chosen(split) or "", split, seed, False) for seed in self.seeds]
+    def said(self, what: str, split: int, is_inner: bool) -> list[np.ndarray]:
+        """Return what the SVM, or each seed of the chosen recipe, says of the scored part."""
+        recipe, seeds = (SVM, [0]) if what == SVM else (self.chosen(split) or "", self.seeds)
+        fits = [Fit(recipe, split, seed, is_inner) for seed in seeds]
         return [np.array(self.found[fit]["probability"]) for fit in fits if fit in self.found]
+
+    def _mix(self, split: int, y: np.ndarray, strata: np.ndarray) -> Iterator[dict[str, Any]]:
+        """Score the mean of that mix which has the best ROC AUC on the inner holdout.
+
+        A mix is what one network says when fine-tuned, or all of them, alone or with their SVMs on
+        frozen layers.
+        """
+        networks = (self, *self.others)
+        sets: dict[str, Sequence[Results]] = {str(n.settings["backbone"]): [n] for n in networks}
+        sets["all"] = networks
+        found = {}
+        for name, some in sets.items():
+            for kinds in ((FINE_TUNED,), (FINE_TUNED, SVM)):
+                parts = [
+                    [n.said(kind, split, is_inner) for n in some for kind in kinds]
+                    for is_inner in (True, False)
+                ]
+                if all(map(all, parts)):
+                    found[" + ".join((name, *kinds[1:]))] = [_mean_of_means(p) for p in parts]
+        if len(found) == 2 * len(sets):
+            held_out = y[rows_of(Fit("", split, 0, True), strata)[1]]
+            best = max(found, key=lambda name: scores(held_out, found[name][0])["roc_auc"])
+            truth = y[rows_of(Fit("", split, 0, False), strata)[1]]
+            row = {"split": split, "fitted": "the mix that is best inside", "recipe": best}
+            yield row | scores(truth, found[best][1])
 
     def _lines(self, split: int, y: np.ndarray, strata: np.ndarray) -> Iterator[dict[str, Any]]:
         truth = y[rows_of(Fit("", split, 0, False), strata)[1]]
-        found = self._fine_tuned(split)
+        found = self.said(FINE_TUNED, split, False)
         for n in sorted({1, len(found)} if found else ()):
             name = f"fine-tuned, {n} seeds averaged" if n > 1 else "fine-tuned"
             row = {"split": split, "fitted": name, "recipe": self.chosen(split)}
             yield row | scores(truth, np.mean(found[:n], axis=0))
         networks = (self, *self.others)
-        each = [
-            np.mean(fits, axis=0) for network in networks if (fits := network._fine_tuned(split))
-        ]
-        yield from _averaged("fine-tuned", split, truth, each)
+        each = [fits for network in networks if (fits := network.said(FINE_TUNED, split, False))]
+        yield from _averaged(FINE_TUNED, split, truth, [np.mean(fits, axis=0) for fits in each])
+        yield from self._mix(split, y, strata)
         for name in (SVM, START):
             fit = Fit(name, split, 0, False)
             if fit in self.found:
@@ -329,6 +356,10 @@ class Results:
                 yield row | scores(truth, np.array(self.found[fit]["probability"]))
             each = [np.array(n.found[fit]["probability"]) for n in networks if fit in n.found]
             yield from _averaged(name, split, truth, each)
+
+
+def _mean_of_means(parts: list[list[np.ndarray]]) -> np.ndarray:
+    return np.mean([np.mean(fits, axis=0) for fits in parts], axis=0)
 
 
 def _averaged(

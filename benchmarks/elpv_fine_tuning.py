@@ -144,7 +144,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     recipes = "as 2, all+layers or 2+layers@1e-4: blocks, what the head sees, learning rate"
     group.add_argument("--recipes", nargs="+", help=f"{recipes}; by default {' '.join(RECIPES)}")
     group.add_argument("--seeds", type=int, default=2, help="fits of the chosen recipe, averaged")
-    average = "files of --output by other networks: what is chosen there is averaged with this"
+    average = "files of --output by other networks: averaged with this, and mixed by the holdout"
     group.add_argument("--average", nargs="+", default=(), metavar="FILE", help=average)
     group.add_argument("--jobs", type=int, default=1, help="fits at once, in processes")
     group.add_argument("--threads", type=int, default=2, help="of each process")
