@@ -38,7 +38,7 @@ from sktransfer import (
     to_onnx,
 )
 from sktransfer._cli import main
-from sktransfer._estimators.onnx_export import _steps as steps_of
+from sktransfer._estimators.exported import steps_of
 from sktransfer._estimators.onnx_steps import step_models
 from sktransfer._training.onnx_preprocessing import preprocessing_model
 from sktransfer.models import Backbone
