@@ -137,7 +137,7 @@ def test_a_search_of_rows_with_other_channels_through_the_command_line(tmp_path,
     metadata = {entry.key: entry.value for entry in onnx.load(target).metadata_props}
     assert metadata["input"].startswith("4 channels, uint8: 0 and 255 at the ends of [(0.0, 4095")
     assert main(["export", str(tmp_path / "model.skops"), "-o", "model.txt"]) == 2
-    assert "must end in .onnx" in capsys.readouterr().err
+    assert "must end in .onnx or .xml" in capsys.readouterr().err
 
 
 def test_networks_of_the_library_alone(tiles, tmp_path):
