@@ -139,16 +139,44 @@ class _Votes(nn.Module):
 
 
 class _Platt(nn.Module):
-    """Probabilities of two classes from a support vector machine's score."""
+    """Probabilities of two classes from a support vector machine's score, as libsvm has them.
+
+    It looks for those that suit a probability `r`, and is content with what is near it.
+    """
+
+    _ENOUGH = 0.005 / 2
+    _N_ROUNDS = 2  # it never needs more of two classes
 
     def __init__(self, a: float, b: float) -> None:
         super().__init__()
         self._a, self._b = a, b
 
     def forward(self, score: torch.Tensor) -> torch.Tensor:
-        p = (self._a * score - self._b).sigmoid()  # the sign of libsvm's score is the other one
-        p = p.clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)
-        return torch.cat([p, 1 - p], 1)
+        first = (self._a * score - self._b).sigmoid()  # the sign of libsvm's score is the other one
+        first = first.clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY)
+        r = torch.cat([first, 1 - first], 1)
+        other = r.flip(1)
+        p = torch.full_like(r, 0.5)
+        for _ in range(self._N_ROUNDS):
+            slopes = other * (other * p - r * p.flip(1))  # of a square error, (n, 2)
+            mean = (p * slopes).sum(1, keepdim=True)
+            is_near = ((slopes - mean).abs().amax(1, keepdim=True) < self._ENOUGH).float()
+            p = is_near * p + (1 - is_near) * self._next(p, other, slopes, mean)
+        return p
+
+    def _next(
+        self, p: torch.Tensor, other: torch.Tensor, slopes: torch.Tensor, mean: torch.Tensor
+    ) -> torch.Tensor:
+        """Return probabilities of which one after the other is improved."""
+        p0, p1 = p.split(1, 1)
+        slope0, slope1 = slopes.split(1, 1)
+        o0, o1 = other.split(1, 1)
+        step = (mean - slope0) / (o0 * o0)
+        mean = (mean + step * (step * o0 * o0 + 2 * slope0)) / (1 + step) ** 2
+        slope1 = (slope1 - step * o0 * o1) / (1 + step)
+        p0, p1 = (p0 + step) / (1 + step), p1 / (1 + step)
+        step = (mean - slope1) / (o1 * o1)
+        return torch.cat([p0 / (1 + step), (p1 + step) / (1 + step)], 1)
 
 
 class _Neighbors(nn.Module):
@@ -318,11 +346,12 @@ def _checked(step: Any, is_last: bool) -> nn.Module:
     if make is None or (hasattr(step, "classes_") and not is_last):
         raise ValueError("OpenVINO has no operators for it, and it is none of those written here")
     random = np.random.RandomState(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of attributes that scikit-learn will drop one day
+        module = make(step)
     noise = random.standard_normal((_N_ROWS, step.n_features_in_)).astype(np.float32)
     with warnings.catch_warnings(), torch.no_grad():
-        # Of attributes that scikit-learn will drop one day, and of rows that are noise.
-        warnings.simplefilter("ignore")
-        module = make(step)
+        warnings.simplefilter("ignore")  # of rows that are noise
         said = np.asarray(getattr(step, method_of(step))(noise)).reshape(_N_ROWS, -1)
         found = module(torch.from_numpy(noise)).numpy()
     largest = max(np.abs(said).max(), 1e-12)

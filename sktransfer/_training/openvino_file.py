@@ -107,8 +107,14 @@ def whole_model(preprocessing: Preprocessing, models: Sequence[Any], output: str
             use.replace_source_output(source)
         source = model.get_results()[0].input_value(0)
     result = opset13.result(source)
-    result.output(0).set_names({output})
-    return Model([result], [images], "sktransfer")
+    model = Model([result], [images], "sktransfer")
+    for node in model.get_ops():  # names of what lies inside may become one more of the output
+        for each in node.outputs():
+            each.get_tensor().set_names(set())
+    images.output(0).get_tensor().set_names({"images"})
+    source.get_tensor().set_names({output})
+    result.output(0).get_tensor().set_names({output})
+    return model
 
 
 def write_model(

@@ -29,7 +29,6 @@ def scaling(preprocessing: Preprocessing) -> tuple[Any, Node]:
 
     n_channels, height, width = preprocessing.shape
     images = op.parameter(PartialShape([-1, n_channels, -1, -1]), Type.u8, name="images")
-    images.output(0).set_names({"images"})
     shape = op.shape_of(images, "i64")
     n, _, tall, wide = (op.gather(shape, _whole([i]), _whole(0)) for i in range(4))
     scaled_tall, scaled_wide = _scaled_size(preprocessing, tall, wide)
