@@ -18,6 +18,7 @@ from sktransfer._engine.augmentation import fixed_views
 from sktransfer._engine.device import INT8
 from sktransfer._engine.openvino_program import core, reason_of
 from sktransfer._engine.runner import get_runner
+from sktransfer._engine.runtime import why_not_after_fork
 from sktransfer._estimators.detection import FineTunedDetector
 from sktransfer._estimators.exported import ExportedNetwork, labels_of, network_of, steps_of
 from sktransfer._estimators.openvino_steps import method_of, steps_module
@@ -165,6 +166,10 @@ def _check_precision(precision: Any) -> None:
 def _check_target(path: str | os.PathLike, precision: str) -> Path:
     """Return where the graph is to be written, if it can be."""
     extra = "'sktransfer[int8]'" if precision == INT8 else "'sktransfer[openvino]'"
+    if (reason := why_not_after_fork()) is not None:
+        raise RuntimeError(
+            f"export_openvino runs what it writes, which can't be done here: {reason}."
+        )
     load_optional("openvino", "export_openvino", extra)
     target = path_in_folder(path)
     if target.suffix != ".xml":
