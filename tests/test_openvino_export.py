@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import skops.io
 import torch
-from networks import small
+from networks import Untraceable, small
 from PIL import Image
 from sklearn.base import clone
 from sklearn.decomposition import PCA, TruncatedSVD
@@ -375,6 +375,9 @@ def test_targets_precisions_and_models_that_cannot_be(tiles, tmp_path, monkeypat
     ):
         with pytest.raises(TypeError, match=message):
             export_openvino(model, tmp_path / "model.xml")
+    with pytest.raises(ValueError, match="can't be traced, so what it does may depend"):
+        untraceable = PretrainedFeatureExtractor(Untraceable(), layer="output")
+        export_openvino(untraceable, tmp_path / "model.xml")
     (tmp_path / "model.bin").mkdir()
     with pytest.raises(ValueError, match="there is a folder of this name, or with .bin"):
         export_openvino(extractor(), tmp_path / "model.xml")
@@ -399,12 +402,31 @@ class Shifted(Preprocessing):
         return 255 - super().fit_size(image)
 
 
+def otherwise(x):
+    """Return something else where it is traced than where it is run."""
+    return 2 * x if torch.jit.is_tracing() else x
+
+
+torch.fx.wrap("otherwise")
+
+
+class Otherwise(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, 2)
+
+    def forward(self, x):
+        return self.conv(otherwise(x))
+
+
 def test_a_file_that_says_something_else_is_not_kept(tmp_path):
     shifted = Shifted(size=(32, 32), resize=(32, 32))
     model = PretrainedFeatureExtractor(Backbone(small(), shifted))
     (tmp_path / "model.xml").write_text("older")
-    with pytest.raises(ValueError, match="The file says something else than the model"):
+    with pytest.raises(ValueError, match="The Shifted of this network brings images to its size"):
         export_openvino(model, tmp_path / "model.xml")
+    with pytest.raises(ValueError, match="The file says something else than the model"):
+        export_openvino(PretrainedFeatureExtractor(Otherwise()), tmp_path / "model.xml")
     assert os.listdir(tmp_path) == ["model.xml"]
     assert (tmp_path / "model.xml").read_text() == "older"
 

@@ -31,9 +31,8 @@ from sktransfer.transforms import Preprocessing
 
 
 class Frozen(NamedTuple):
-    """A frozen network up to its rows, and all that follows it."""
+    """What of a frozen network makes its rows, and all that follows them."""
 
-    runner: Runner
     rows: list[Output]
     augmentation: Augmentation | None  # of whose views rows are the mean
     behind: nn.Module  # takes the rows, side by side
@@ -44,10 +43,15 @@ class ExportedNetwork(NamedTuple):
 
     preprocessing: Preprocessing
     output: str  # as it is called in the file
-    name: str  # of the backbone
+    runner: Runner
     module: nn.Module
     frozen: Frozen | None  # the same in two parts; None if some blocks were trained
     labels: list[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the backbone."""
+        return self.runner.name
 
 
 def steps_of(model: Any) -> list[tuple[str, Any]]:
@@ -117,8 +121,8 @@ def _of_rows(
 ) -> ExportedNetwork:
     runner, preprocessing = embedding.runner, embedding.preprocessing
     network = RowsNetwork(embedding, behind)
-    frozen = Frozen(runner, embedding.wanted, augmentation_of(embedding), behind)
-    return ExportedNetwork(preprocessing, output, runner.name, network, frozen, labels_of(labels))
+    frozen = Frozen(embedding.wanted, augmentation_of(embedding), behind)
+    return ExportedNetwork(preprocessing, output, runner, network, frozen, labels_of(labels))
 
 
 def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
@@ -128,11 +132,11 @@ def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
     frozen = None
     if not len(part.blocks):
         behind = nn.Sequential(copy_of(part.head).cpu(), last).eval().requires_grad_(False)
-        frozen = Frozen(blocks.runner, blocks.rows, None, behind)
+        frozen = Frozen(blocks.rows, None, behind)
     return ExportedNetwork(
         blocks.preprocessing,
         OUTPUTS[trainer.settings.kind],
-        blocks.runner.name,
+        blocks.runner,
         whole_with_preprocessing(trainer, last),
         frozen,
         labels_of(getattr(model, "classes_", None)),

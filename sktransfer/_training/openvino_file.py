@@ -106,14 +106,26 @@ def whole_model(preprocessing: Preprocessing, models: Sequence[Any], output: str
         for use in model.get_parameters()[0].output(0).get_target_inputs():
             use.replace_source_output(source)
         source = model.get_results()[0].input_value(0)
-    result = opset13.result(source)
-    model = Model([result], [images], "sktransfer")
+    return _named(Model([opset13.result(source)], [images], "sktransfer"), output)
+
+
+def scaling_model(preprocessing: Preprocessing) -> Any:
+    """Return the first part of each model alone; see `scaling`."""
+    from openvino import Model, opset13
+
+    images, fitted = scaling(preprocessing)
+    return _named(Model([opset13.result(fitted)], [images], "scaling"), "fitted")
+
+
+def _named(model: Any, output: str) -> Any:
+    """Return a model whose input is called `images`, whose output has this name, and only these."""
     for node in model.get_ops():  # names of what lies inside may become one more of the output
         for each in node.outputs():
             each.get_tensor().set_names(set())
-    images.output(0).get_tensor().set_names({"images"})
-    source.get_tensor().set_names({output})
-    result.output(0).get_tensor().set_names({output})
+    model.inputs[0].get_tensor().set_names({"images"})
+    (result,) = model.get_results()
+    for end in (result.input_value(0), result.output(0)):
+        end.get_tensor().set_names({output})
     return model
 
 
