@@ -47,13 +47,11 @@ _OUTPUTS = {
 }
 # By how much, as a share of the largest value, a file may differ from its model, of images that are
 # not scaled. What is written wrongly is far off.
-_TOLERANCES = {"int8": 0.1, "bfloat16": 1e-2, "float32": 1e-2}
+_TOLERANCES = {"int8": 0.3, "bfloat16": 1e-2, "float32": 1e-2}
 _SHARE_OF_PIXELS = 0.01  # that may be off by more than 1
-_exporting = threading.Lock()  # files are in two parts; and all threads have one list of warnings
 _N_IMAGES = 5  # by which they are compared
-_SHARE_OF_IMAGES = (
-    0.6  # that must agree: of what is noise, another one may be the nearest neighbour
-)
+_SHARE_OF_IMAGES = 0.6  # that must agree: of noise, some lies between two classes
+_exporting = threading.Lock()  # files are in two parts; and all threads have one list of warnings
 
 
 def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "float32") -> Path:
@@ -95,9 +93,9 @@ def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "fl
     -----
     The input `images` is uint8 (n, channels, height, width), RGB unless the network takes others,
     of any size; all images of a call have one size. Scaling, cropping and normalisation are part of
-    the graph. One pixel in a hundred or so is off by 1 of 255, where rounding decides, and more are
-    in images whose sides differ more than sixteenfold. EXIF rotation and transparency are of files,
-    so whoever decodes them sees to that.
+    the graph. Up to one pixel in a hundred is off by 1 of 255, where rounding decides, and up to
+    one in eight of images that are scaled up; more of those whose sides differ more than
+    sixteenfold. EXIF rotation and transparency are of files, so whoever decodes them sees to that.
 
     The one output is `probabilities` or, of what has none, `scores`, what `decision_function` says:
     of two classes one column, else one for each; `rows` of what transforms; `values` of a
@@ -274,11 +272,10 @@ def _check(graph: Path, images: torch.Tensor, expected: np.ndarray, tolerance: f
         alone = [compiled({"images": image.numpy()})[0] for image in images.split(1)]
     except Exception as error:  # OpenVINO's own, of what it can't compile
         raise ValueError(f"OpenVINO can't run what is written: {reason_of(error)}") from error
+    most = tolerance * max(np.abs(expected).max(), 1e-12)
     for found in (together, np.concatenate(alone)):
-        pairs = zip(found, expected, strict=True)
-        scale = np.abs(expected).max()
-        good = [bool(np.abs(a - b).max() <= tolerance * max(scale, 1e-12)) for a, b in pairs]
-        if found.shape != expected.shape or np.mean(good) < _SHARE_OF_IMAGES:
+        has_shape = found.shape == expected.shape
+        if not has_shape or (np.abs(found - expected).max(1) <= most).mean() < _SHARE_OF_IMAGES:
             raise ValueError(
                 "The file says something else than the model, so it is not kept. to_onnx may take "
                 "this model."

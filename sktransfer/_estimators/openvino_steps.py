@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import combinations
 from typing import Any
 
@@ -30,6 +29,8 @@ from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, Normalizer, Standa
 from sklearn.svm import SVC, LinearSVC, NuSVC
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
+
+from sktransfer._estimators.onnx_steps import step_models
 
 _N_ROWS = 16  # by which a module is compared with its step
 _TOLERANCE = 1e-3  # of the largest value
@@ -329,7 +330,7 @@ def steps_module(steps: list[tuple[str, Any]]) -> nn.Module:
         except Exception as error:
             raise ValueError(
                 f"Step {name!r}, a {type(step).__name__}, can't be exported for OpenVINO: "
-                f"{str(error).rstrip('.')}.{_other_way(step)}"
+                f"{str(error).rstrip('.')}.{_other_way(name, step)}"
             ) from error
     return nn.Sequential(*modules).eval()
 
@@ -360,11 +361,12 @@ def _checked(step: Any, is_last: bool) -> nn.Module:
     return module
 
 
-def _other_way(step: Any) -> str:
+def _other_way(name: str, step: Any) -> str:
     """Say that `to_onnx` takes a step, if it does."""
-    if find_spec("skl2onnx") is None:
-        return " to_onnx knows more steps."
-    from skl2onnx import supported_converters
-
-    known = type(step).__name__ in supported_converters(from_sklearn=True)
-    return " to_onnx takes it." if known else ""
+    try:
+        step_models([(name, step)], "rows")
+    except ImportError:
+        return " to_onnx takes more steps."
+    except Exception:  # whatever skl2onnx says of a step that it can't write either
+        return ""
+    return " to_onnx takes it."
