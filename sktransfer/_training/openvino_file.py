@@ -148,11 +148,26 @@ def write_model(
     preprocessing : Preprocessing
     facts : mapping
     check : callable
-        Gets the path of the file before it has its name. Raises an error if it is wrong.
+        Gets the path of the file before it has its name. Raises a WrongFile if it is wrong.
     """
+    texts = {**facts_of(preprocessing), **facts}
+    try:
+        _write(model, path, texts, check)
+    except WrongFile:
+        # Of some networks, OpenVINO computes one image rightly, and wrongly what is made for any
+        # number of them.
+        model.reshape([1, len(preprocessing.mean), -1, -1])
+        _write(model, path, {**texts, "input": f"{texts['input']}; one image a call"}, check)
+
+
+class WrongFile(ValueError):
+    """A file says something else than its model."""
+
+
+def _write(model: Any, path: Path, texts: Mapping[str, Any], check: Callable[[Path], None]) -> None:
     import openvino
 
-    for name, value in {**facts_of(preprocessing), **facts}.items():
+    for name, value in texts.items():
         model.set_rt_info(text_of(value), name)
     with tempfile.TemporaryDirectory(prefix=".sktransfer-", dir=path.parent) as folder:
         graph = Path(folder, "model.xml")
