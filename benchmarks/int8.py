@@ -4,6 +4,7 @@
     python benchmarks/int8.py accuracy    # ELPV and digits, in float32 and in 8 bits
     python benchmarks/int8.py files       # from JPEG files, against float32, peers and limits
     python benchmarks/int8.py start       # seconds to the first row in a new process
+    python benchmarks/int8.py exported    # files of OpenVINO, against `transform`
 
 `speed`: what a network does with images of its size in memory, by our extractor; the precisions
 take turns, in processes of their own; medians. The cosine is the mean of those of embeddings to
@@ -13,7 +14,10 @@ conversion is.
 `accuracy`: ELPV, p > 0.5, the five 75/25 splits of `elpv.py`, and scikit-learn's digits, five-fold;
 an SVM (C=10) and a logistic regression (C=0.01) on standardised features, trained and tested in
 one precision. `files`: the sides of `throughput.py`; the bare forward pass in 8 bits is NNCF's
-network without any layer but the last, one image at a time in a stream on each core.
+network without any layer but the last, one image at a time in a stream on each core. `exported`:
+photographs of 500 × 375 pixels that are decoded already; files of `export_openvino` scale them too,
+one at a time in a stream on each core, as `transform` does. "off" is the largest difference of rows
+to those of `transform` in that precision, as a share of the largest value.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ from _common import (
     write_photographs,
 )
 from runtimes import build_forward
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -52,7 +56,7 @@ from sklearn.svm import SVC
 from throughput import Case, Job, build_decoding, build_embetter, build_img2vec, build_loader
 from torch import nn
 
-from sktransfer import PretrainedFeatureExtractor, get_model
+from sktransfer import PretrainedFeatureExtractor, export_openvino, get_model
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._engine.quantising import calibration_images
 from sktransfer._engine.runner import get_runner
@@ -74,7 +78,7 @@ PEERS = {
 }
 _START = """
 import time, sys, numpy as np
-from sktransfer import PretrainedFeatureExtractor, get_model
+from sktransfer import PretrainedFeatureExtractor, export_openvino, get_model
 name, weights, precision, memory = sys.argv[1:]
 options = {"weights": weights if weights == "default" else None, "precision": precision}
 get_model(name, options["weights"])
@@ -295,6 +299,85 @@ def _row(
     return row
 
 
+# ------------------------------------------------------------------------------ exported
+
+
+def photographs(n: int) -> list[np.ndarray]:
+    """Return arrays (375, 500, 3): parts of scikit-learn's photographs."""
+    photos = load_sample_images().images
+    shifts = ((i, i % 2 * 7 + 3 * (i % 40)) for i in range(n))
+    return [
+        np.ascontiguousarray(photos[i % 2][i % 50 : i % 50 + 375, left : left + 500])
+        for i, left in shifts
+    ]
+
+
+def build_transform(backbone: str, precision: str, n: int) -> Built:
+    images = photographs(n)
+    model = extractor(backbone, precision, runtime="openvino")
+    return Built(lambda: model.transform(images), {"rows": model.transform(images)})
+
+
+def build_exported(backbone: str, precision: str, n: int) -> Built:
+    """Build a side whose turn is that of a program without this library."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.xml")
+        export_openvino(extractor(backbone, "float32"), path, precision=precision)
+        core = openvino.Core()
+        n_cores = torch.get_num_threads()
+        settings = {"NUM_STREAMS": n_cores, "INFERENCE_NUM_THREADS": n_cores}
+        settings["INFERENCE_PRECISION_HINT"] = "bf16" if precision == "bfloat16" else "f32"
+        settings["ENABLE_CPU_PINNING"] = False
+        compiled = core.compile_model(core.read_model(path), "CPU", settings)
+    images = [image.transpose(2, 0, 1)[None].copy() for image in photographs(n)]
+    rows = [np.empty(0)] * n
+    queue = openvino.AsyncInferQueue(compiled, n_cores)
+
+    def keep(request: Any, i: int) -> None:
+        rows[i] = request.get_output_tensor(0).data.copy()
+
+    queue.set_callback(keep)
+
+    def run() -> None:
+        for i, image in enumerate(images):
+            queue.start_async({"images": image}, i)
+        queue.wait_all()
+
+    run()
+    return Built(run, {"rows": np.concatenate(rows)})
+
+
+def exported(args: argparse.Namespace) -> None:
+    found = []
+    for backbone in args.networks or ("efficientnet_lite0", "resnet50"):
+        named: dict[str, tuple[Any, ...]] = {}
+        for p in PRECISIONS:
+            for what, build in (("transform", build_transform), ("file", build_exported)):
+                named[f"{what} {p}"] = prepared, backbone, p, args.kept, build, backbone, p
+                named[f"{what} {p}"] += (args.images,)
+        with sides(named) as built:
+            seconds, processor = measure(built, args.repeats)
+            rows = {name: side.notes.get("rows") for name, side in built.items()}
+            errors = {name: side.error for name, side in built.items()}
+        for p in PRECISIONS:
+            row = {"network": backbone, "weights": weights_of(backbone) or "random"}
+            row["precision"] = p
+            for what in ("transform", "file"):
+                name = f"{what} {p}"
+                row[f"{what}, images/s"] = (
+                    errors[name] or f"{args.images / median(seconds[name]):.1f}"
+                )
+                row[f"{what}, ms of a core"] = f"{1000 * processor[name] / args.images:.1f}"
+            mine, theirs = rows[f"file {p}"], rows[f"transform {p}"]
+            if mine is not None and theirs is not None:
+                row["off"] = f"{np.abs(mine - theirs).max() / np.abs(theirs).max():.4f}"
+                row["cosine"] = f"{cosine(mine, theirs):.5f}"
+            found.append(row)
+        print(table(found[-3:]), flush=True)
+
+
 # ------------------------------------------------------------------------------ start
 
 
@@ -318,7 +401,7 @@ def start(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("piece", choices=["speed", "accuracy", "files", "start"])
+    parser.add_argument("piece", choices=["speed", "accuracy", "files", "start", "exported"])
     parser.add_argument("networks", nargs="*")
     parser.add_argument("--images", type=int, default=64, help="of a turn")
     parser.add_argument("--repeats", type=int, default=5)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sktransfer._estimators.masked_language import MaskedLanguagePretrainer
     from sktransfer._estimators.model_file import load_model
     from sktransfer._estimators.onnx_export import to_onnx
+    from sktransfer._estimators.openvino_export import export_openvino
     from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
     from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
     from sktransfer._estimators.recipe import make_classifier
@@ -38,6 +39,7 @@ __all__ = [
     "PretrainedFeatureExtractor",
     "ZeroShotClassifier",
     "config_context",
+    "export_openvino",
     "get_config",
     "get_model",
     "list_models",
@@ -63,6 +65,7 @@ _HOMES = {
     "PretrainedFeatureExtractor": "_estimators.pretrained",
     "ZeroShotClassifier": "_estimators.zero_shot",
     "config_context": "_config",
+    "export_openvino": "_estimators.openvino_export",
     "get_config": "_config",
     "get_model": "models",
     "list_models": "models",

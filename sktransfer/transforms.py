@@ -311,6 +311,10 @@ def _scale(image: torch.Tensor, scaled: tuple[int, int], interpolation: str) -> 
         return F.resize(image, list(scaled), interpolation=mode, antialias=True)
     last = image.numpy().transpose((1, 2, 0) if image.ndim == 3 else (0, 2, 3, 1))
     last = last.reshape(-1, height, width, last.shape[-1])
+    if (
+        width == 1
+    ):  # torch can't tell then which axis comes last in memory, and may take a wrong one
+        last = np.ascontiguousarray(last)
     batch = torch.from_numpy(last.transpose(0, 3, 1, 2))
     batch = interpolate(batch, scaled, mode=interpolation, align_corners=False, antialias=True)
     return torch.from_numpy(batch.numpy().reshape(*image.shape[:-2], *scaled))

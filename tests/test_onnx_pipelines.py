@@ -38,7 +38,7 @@ from sktransfer import (
     to_onnx,
 )
 from sktransfer._cli import main
-from sktransfer._estimators.onnx_export import _steps as steps_of
+from sktransfer._estimators.exported import steps_of
 from sktransfer._estimators.onnx_steps import step_models
 from sktransfer._training.onnx_preprocessing import preprocessing_model
 from sktransfer.models import Backbone
@@ -137,7 +137,7 @@ def test_a_search_of_rows_with_other_channels_through_the_command_line(tmp_path,
     metadata = {entry.key: entry.value for entry in onnx.load(target).metadata_props}
     assert metadata["input"].startswith("4 channels, uint8: 0 and 255 at the ends of [(0.0, 4095")
     assert main(["export", str(tmp_path / "model.skops"), "-o", "model.txt"]) == 2
-    assert "must end in .onnx" in capsys.readouterr().err
+    assert "must end in .onnx or .xml" in capsys.readouterr().err
 
 
 def test_networks_of_the_library_alone(tiles, tmp_path):

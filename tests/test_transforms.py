@@ -1,10 +1,12 @@
 import os
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from processes import run_code
 from torchvision.models import get_model_weights
 from torchvision.transforms.v2 import functional as F
@@ -173,3 +175,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = run_code(code)
     grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
     assert grown < 200e6  # the images are 12 MB; scaled whole, the smaller one took 6.3 GB
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(2, 1), (7, 1), (1, 7)])
+def test_images_of_one_column_get_their_own_pixels(interpolation, size):
+    own = Preprocessing((8, 8), (8, 8), "squash", interpolation)
+    last = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
+    resampling = Image.Resampling[interpolation.upper()]
+    expected = np.asarray(Image.fromarray(last).resize((8, 8), resampling), int).transpose(2, 0, 1)
+    image = torch.from_numpy(last).permute(2, 0, 1).contiguous()
+    for found in (own.fit_size(image), own.fit_size(torch.stack([image, image]))[1]):
+        assert np.abs(found.numpy() - expected).max() <= 1

@@ -221,14 +221,20 @@ def _predict(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
 def _export(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add_parser(
         "export",
-        help="write a model that `fit` or `benchmark` wrote as an ONNX file",
+        help="write a model that `fit` or `benchmark` wrote as a file of ONNX or OpenVINO",
         description=(
-            "Write a model, as `predict` takes it, to an ONNX file for other programs: from uint8 "
-            "images of any size to predictions. Needs the 'onnx' extra."
+            "Write a model, as `predict` takes it, to a file for other programs: from uint8 images "
+            "of any size to predictions. FILE.onnx needs the 'onnx' extra, FILE.xml, beside which "
+            "FILE.bin is written, the 'openvino' extra, or 'int8' for 8 bits."
         ),
     )
     parser.add_argument("model", metavar="FILE.skops")
-    add_output(parser, "FILE.onnx", "the file to write", required=True)
+    add_output(parser, "FILE", "the file to write: .onnx or, for OpenVINO, .xml", required=True)
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "bfloat16", "int8"],
+        help="of an .xml file: what the network computes in (default float32)",
+    )
     add_json(parser)
 
 

@@ -16,7 +16,7 @@ _EPOCHS = 10  # of a fine-tuned network
 _LONGEST = 1000  # characters; a longer one is no path, but an image given as text
 _SUFFIXES = {
     "fit": (".skops",),
-    "export": (".onnx",),
+    "export": (".onnx", ".xml"),
     "embed": (".parquet", ".csv"),
     "rank": (".csv",),
 }
@@ -140,6 +140,11 @@ def _check_outputs(options: argparse.Namespace) -> None:
         check_output(output, _SUFFIXES[options.command])
     elif output and os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"{output!r} is a file; name a folder for the report.")
+    if options.command == "export" and options.precision and Path(options.output).suffix != ".xml":
+        raise ValueError(
+            f"--precision {options.precision} is for OpenVINO: name a FILE.xml. FILE.onnx computes "
+            "in float32."
+        )
     if page := getattr(options, "html", None):
         check_output(page, (".html",))
     if best := getattr(options, "save_best", None):

@@ -29,6 +29,7 @@ from sktransfer._escaping import escape
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.model_file import load_model
 from sktransfer._estimators.onnx_export import to_onnx
+from sktransfer._estimators.openvino_export import export_openvino
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
 from sktransfer._splits import Split, check_groups, hold_outs, name_rare_classes
 
@@ -99,14 +100,22 @@ def _blaming(path: str) -> Iterator[None]:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a model from a file as an ONNX file."""
+    """Write a model from a file as one of ONNX or OpenVINO."""
     model = load_model(options.model)
+    is_openvino = options.output.endswith(".xml")
     with _blaming(options.model):
         try:
-            path = os.fspath(to_onnx(model, options.output))
+            if is_openvino:
+                precision = options.precision or "float32"
+                written = export_openvino(model, options.output, precision=precision)
+            else:
+                written = to_onnx(model, options.output)
         except TypeError as error:  # a step that can't be exported
             raise ValueError(str(error)) from error
+    path = os.fspath(written)
     n_bytes = os.path.getsize(path)
+    if is_openvino:
+        n_bytes += os.path.getsize(written.with_suffix(".bin"))
     text = f"written: {escape(path)} ({n_bytes / 1e6:,.1f} MB)"
     show(options, {"written": {"path": path, "n_bytes": n_bytes}}, text)
 

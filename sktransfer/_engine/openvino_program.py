@@ -315,6 +315,15 @@ def converted(module: nn.Module, example: torch.Tensor) -> Any:
     return _convert(traced, example)
 
 
+def behind(source: Any, module: nn.Module) -> Any:
+    """Return what a module makes of a result in a graph of OpenVINO, whose shape is known."""
+    shape = list(source.get_partial_shape().to_shape())
+    model = converted(module, torch.zeros(shape, device="cpu"))
+    for use in model.get_parameters()[0].output(0).get_target_inputs():
+        use.replace_source_output(source)
+    return model.get_results()[0].input_value(0)
+
+
 def read_model(graph: bytes, weights: bytes) -> Any:
     """Return a model of OpenVINO that was serialised."""
     return core().read_model(graph, weights)

@@ -17,7 +17,7 @@ from torch import nn
 
 from sktransfer._engine.cut_network import layout_of, pool
 from sktransfer._engine.device import INT8
-from sktransfer._engine.openvino_program import OpenVinoProgram, converted, read_model, reason_of
+from sktransfer._engine.openvino_program import OpenVinoProgram, behind, read_model, reason_of
 from sktransfer._engine.program import ACTIVATION, Output, Outputs
 from sktransfer._engine.program_file import ProgramFile
 from sktransfer._engine.quantising import Made, calibration_images, check_loss, quantise, refusal
@@ -55,6 +55,20 @@ class _Pool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return pool(x, *self._how)
+
+
+class _Row(nn.Module):
+    """What becomes of a result of a program that is not yet the row that is asked for."""
+
+    def __init__(self, network: QuantisedNetwork, output: Output, head: nn.Module | None) -> None:
+        super().__init__()
+        self.head = head
+        self.__dict__["network"], self.__dict__["output"] = network, output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+        x = x if self.head is None else self.head(x)
+        return self.__dict__["network"].pooled(x, self.__dict__["output"])
 
 
 class QuantisedNetwork:
@@ -136,10 +150,31 @@ class QuantisedNetwork:
             return opset13.transpose(source, last).output(0) if len(shape) == 4 else source
         layout = layout_of(shape[1:], self.preprocessing.size)
         how = _Pool(layout, output.form, self.runner.n_prefix(output.position))
-        pooling = converted(how, torch.zeros(shape, device="cpu"))
-        for use in pooling.get_parameters()[0].output(0).get_target_inputs():
-            use.replace_source_output(source)
-        return pooling.get_results()[0].input_value(0)
+        return behind(source, how)
+
+    def rows_model(self, rows: Sequence[Output]) -> Any:
+        """Return OpenVINO's model from images to pooled rows, side by side, for other programs.
+
+        Its input is static, one uint8 image with channels last.
+        """
+        from openvino import Model, opset13
+
+        needed = [self._needed(output)[1] for output in rows]
+        distinct = list(dict.fromkeys(needed))
+        model = self.model(distinct)
+        sources = dict(zip(distinct, (r.input_value(0) for r in model.get_results()), strict=True))
+        parts = []
+        for output, found in zip(rows, needed, strict=True):
+            row = _Row(self, output, self._head() if output.position is None else None)
+            source = sources[found]
+            parts.append(source if found == output else behind(source, row))
+        joined = opset13.concat(parts, 1) if len(parts) > 1 else parts[0]
+        return Model([opset13.result(joined)], model.get_parameters(), "int8")
+
+    def pooled(self, x: torch.Tensor, output: Output) -> torch.Tensor:
+        """Return the row of an activation, or of what the whole network has."""
+        layout = layout_of(x.shape[1:], self.preprocessing.size)
+        return pool(x.float(), layout, output.form, self.runner.n_prefix(output.position))
 
     # ------------------------------------------------------------------------ programs
 
@@ -192,8 +227,7 @@ class QuantisedNetwork:
                 x = head(x)
         elif output.position != self.runner.embedding and output.form != "flatten":
             return x
-        layout = layout_of(x.shape[1:], self.preprocessing.size)
-        return pool(x.float(), layout, output.form, self.runner.n_prefix(output.position))
+        return self.pooled(x, output)
 
 
 def _uses(source: Any, kind: str) -> list[Any]:

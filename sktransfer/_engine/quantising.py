@@ -117,7 +117,7 @@ class Made(NamedTuple):
     digest: str
 
 
-class _ImagesLast(nn.Module):
+class ImagesLast(nn.Module):
     """A module whose images have their channels last; what it returns is as it has it."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -135,7 +135,7 @@ def _make(runner: Runner, preprocessing: Preprocessing) -> Made:
     positions = list(range(1, runner.embedding + 1))
     images = calibration_images(preprocessing)
     outputs = [Output(position, ACTIVATION) for position in positions]
-    module = _ImagesLast(Outputs(runner, outputs, preprocessing, None))
+    module = ImagesLast(Outputs(runner, outputs, preprocessing, None))
     with tempfile.TemporaryDirectory(prefix="sktransfer-int8-") as name:
         folder = Path(name)
         try:

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from sklearn.frozen import FrozenEstimator
-from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils.validation import check_is_fitted
-from torch import nn
 
-from sktransfer._estimators.base import ImageEstimator
-from sktransfer._estimators.contrastive import ContrastivePretrainer
 from sktransfer._estimators.detection import FineTunedDetector
-from sktransfer._estimators.onnx_steps import parameters_of, step_models
-from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
-from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, logits_of
-from sktransfer._estimators.supervised import FineTuned
+from sktransfer._estimators.exported import labels_of, network_of, steps_of
+from sktransfer._estimators.onnx_steps import step_models
 from sktransfer._training.onnx_detector import detector_models
-from sktransfer._training.onnx_file import (
-    OPSET,
-    RowsNetwork,
-    rows_model,
-    write_onnx,
-)
-from sktransfer._training.whole import OUTPUTS, check_target, whole_with_preprocessing
-from sktransfer.transforms import Preprocessing
+from sktransfer._training.onnx_file import OPSET, rows_model, write_onnx
+from sktransfer._training.whole import check_target
 
 __all__ = ["to_onnx"]
-
-
-class _Network(NamedTuple):
-    """What leads from images of the network's size to its output, and how that is called."""
-
-    preprocessing: Preprocessing
-    output: str
-    name: str  # of the backbone
-    models: Callable[[], list[Any]]  # as ONNX; it takes a while
-    labels: list[Any] | None = None
 
 
 def to_onnx(model: Any, path: str | os.PathLike) -> Path:
@@ -106,113 +82,27 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     'model.onnx'
     """
     check_target(path)
-    steps = _steps(model)
+    steps = steps_of(model)
     name, first = steps[0]
-    network = _network(name, first, is_last=len(steps) == 1)
+    if isinstance(first, FineTunedDetector) and len(steps) == 1:
+        return _write_detector(first, path)
+    network = network_of(name, first, is_last=len(steps) == 1)
     tails: list[Any] = []
     labels = network.labels
     if len(steps) > 1:
         tails = step_models(steps[1:], network.output)
-        labels = _labels(getattr(steps[-1][1], "classes_", None))
+        labels = labels_of(getattr(steps[-1][1], "classes_", None))
+    model = rows_model(network.module, network.preprocessing, network.output)
     metadata = {"labels": labels, "backbone": network.name}
-    return write_onnx(path, network.preprocessing, [*network.models(), *tails], metadata)
+    return write_onnx(path, network.preprocessing, [model, *tails], metadata)
 
 
-def _steps(model: Any) -> list[tuple[str, Any]]:
-    """Return the names and the estimators that a model consists of."""
-    model = _without_shell(model)
-    if not isinstance(model, Pipeline):
-        return [(type(model).__name__, model)]
-    named: list[tuple[str, Any]] = []
-    for name, given in model.steps:
-        if given is None or given == "passthrough":
-            continue
-        step = _without_shell(given)
-        named += _steps(step) if isinstance(step, Pipeline) else [(name, step)]
-    if not named:
-        raise ValueError("The pipeline has no steps: there is nothing to export.")
-    return named
-
-
-def _without_shell(model: Any) -> Any:
-    """Return what a search has found, and what is frozen."""
-    while (inner := getattr(model, "best_estimator_", None)) is not None or isinstance(
-        model, FrozenEstimator
-    ):
-        model = model.estimator if inner is None else inner
-    return model
-
-
-def _labels(classes: Any) -> list[Any] | None:
-    """Return labels as lists; of several targets, a list for each."""
-    if classes is None:
-        return None
-    return [_labels(each) for each in classes] if isinstance(classes, list) else classes.tolist()
-
-
-def _network(name: str, first: Any, is_last: bool) -> _Network:
-    if isinstance(first, ContrastivePretrainer):
-        first = first.to_feature_extractor()
-    if isinstance(first, PretrainedFeatureExtractor):
-        first._validate_params()
-        embedding = embedding_of(first)
-        rows = RowsNetwork(embedding, first.normalize, nn.Identity())
-        return _of_module(rows, embedding.preprocessing, "rows", embedding.runner.name)
-    if isinstance(first, PretrainedClassifier) and is_last:
-        embedding = logits_of(first)
-        rows = RowsNetwork(embedding, False, nn.Softmax(1))
-        what = embedding.preprocessing, "probabilities", embedding.runner.name
-        return _of_module(rows, *what, first.classes_)
-    if isinstance(first, FineTuned) and is_last:
-        check_is_fitted(first, "plan_")
-        trainer = first.trainer()
-        whole = whole_with_preprocessing(trainer, first._last_layer())
-        frozen, output = trainer.frozen, OUTPUTS[trainer.settings.kind]
-        what = frozen.preprocessing, output, frozen.runner.name
-        return _of_module(whole, *what, getattr(first, "classes_", None))
-    if isinstance(first, FineTunedDetector) and is_last:
-        return _of_detector(first)
-    raise TypeError(
-        f"Step {name!r}, a {type(first).__name__}, can't be exported: "
-        f"{_why_not(first)}. A model starts with a PretrainedFeatureExtractor or a "
-        "ContrastivePretrainer, or is a PretrainedClassifier, a FineTunedClassifier, a "
-        "FineTunedRegressor or a FineTunedDetector."
-    )
-
-
-def _of_module(
-    module: nn.Module, preprocessing: Preprocessing, output: str, name: str, labels: Any = None
-) -> _Network:
-    def models() -> list[Any]:
-        return [rows_model(module, preprocessing, output)]
-
-    return _Network(preprocessing, output, name, models, _labels(labels))
-
-
-def _of_detector(first: FineTunedDetector) -> _Network:
-    check_is_fitted(first, "_trainer")
-    first._validate_params()
-    part = first.trainer().part
-    limits = first.score_threshold, first.nms_threshold, first.max_detections
-    name = first.detector if isinstance(first.detector, str) else type(first.detector).__name__
-
-    def models() -> list[Any]:
-        return detector_models(part, *limits, OPSET)
-
-    return _Network(part.preprocessing, "boxes", name, models, first.classes_.tolist())
-
-
-def _why_not(first: Any) -> str:
-    kind = type(first).__name__
-    if kind == "PatchAnomalyDetector":
-        return "it looks for neighbours in a bank of patches, which is no part of a network"
-    if hasattr(first, "refit"):
-        return "it has no best_estimator_: it is not fitted, or refit=False"
-    if isinstance(first, FeatureUnion):
-        return "it joins rows of several steps; one extractor takes several layers and poolings"
-    if any(isinstance(value, ImageEstimator) for value in parameters_of(first)):
-        return (
-            "the network is inside of it. Fit it behind the network instead: "
-            f"make_pipeline(PretrainedFeatureExtractor(), {kind}(...))"
-        )
-    return "it takes no images"
+def _write_detector(detector: FineTunedDetector, path: str | os.PathLike) -> Path:
+    check_is_fitted(detector, "_trainer")
+    detector._validate_params()
+    part = detector.trainer().part
+    limits = detector.score_threshold, detector.nms_threshold, detector.max_detections
+    given = detector.detector
+    name = given if isinstance(given, str) else type(given).__name__
+    metadata = {"labels": detector.classes_.tolist(), "backbone": name}
+    return write_onnx(path, part.preprocessing, detector_models(part, *limits, OPSET), metadata)

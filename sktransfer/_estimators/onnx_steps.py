@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.base import is_classifier
 from sklearn.utils.validation import check_is_fitted
 
+from sktransfer._estimators.exported import parameters_of
 from sktransfer._optional import load_optional
 from sktransfer._training.onnx_file import OPSET, OPSET_ML
 
@@ -71,11 +72,6 @@ def _checked(step: Any, given: str, rows: np.ndarray, is_last: bool) -> Any:
             if _says_the_same(step, model, rows):
                 return model
     raise ValueError("what skl2onnx writes computes other numbers than the step itself.")
-
-
-def parameters_of(model: Any) -> list[Any]:
-    """Return the values of all parameters, those of estimators inside included."""
-    return list(model.get_params().values()) if hasattr(model, "get_params") else []
 
 
 # ------------------------------------------------------------------------------ conversion

@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from sktransfer._engine.augmentation import fixed_views
-from sktransfer._engine.embedding import MeanEmbedding, Rows
-from sktransfer._engine.program import Outputs
 from sktransfer._training.onnx_preprocessing import preprocessing_model
-from sktransfer._training.whole import check_target, onnx_program, words_of_channels
-from sktransfer.models._modules import copy_of
+from sktransfer._training.whole import check_target, facts_of, onnx_program, text_of
 from sktransfer.transforms import Preprocessing
 
 _LARGE = 2**31 - 2**27  # bytes; protobuf, in which the file is written, ends at 2 GiB
 OPSET = 18  # of ONNX: the first in which torch writes
 OPSET_ML = 3  # of the operators of scikit-learn's models
-
-
-class RowsNetwork(nn.Module):
-    """From images of the network's size, 0 to 255, to the rows of an extractor.
-
-    Parameters
-    ----------
-    embedding : Rows
-    normalizes : bool
-        As the extractor's `normalize`.
-    last : nn.Module
-        What becomes of the rows.
-    """
-
-    def __init__(self, embedding: Rows, normalizes: bool, last: nn.Module) -> None:
-        super().__init__()
-        outputs = Outputs(embedding.runner, embedding.wanted, embedding.preprocessing, None)
-        outputs.slices = [(at, copy_of(part).cpu()) for at, part in outputs.slices]
-        self.outputs, self.last = outputs, last
-        self.parts = nn.ModuleList([part for _, part in outputs.slices])
-        self.normalizes, self.widths = normalizes, [c.stop - c.start for c in embedding.columns]
-        augmentation = embedding.augmentation if isinstance(embedding, MeanEmbedding) else None
-        self.__dict__["augmentation"] = augmentation
-        self.eval().requires_grad_(False)
-
-    def forward(self, fitted: torch.Tensor) -> torch.Tensor:
-        augmentation = self.__dict__["augmentation"]
-        views = [fitted] if augmentation is None else fixed_views(augmentation, fitted)
-        rows = torch.stack([torch.cat(self.outputs(view), 1) for view in views]).mean(0)
-        return self.last(self._normalized(rows) if self.normalizes else rows)
-
-    def _normalized(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return what `power_normalize` does."""
-        roots = [part.sign() * part.abs().sqrt() for part in rows.split(self.widths, 1)]
-        tiny = float(np.finfo(np.float32).tiny)
-        scaled = [part / part.norm(dim=1, keepdim=True).clamp(min=tiny) for part in roots]
-        return torch.cat(scaled, 1) / len(self.widths) ** 0.5
 
 
 def write_onnx(
@@ -85,9 +41,8 @@ def write_onnx(
     import onnx
 
     model = joined_models(preprocessing, models)
-    texts = {"producer": f"sktransfer {version('sktransfer')}", **metadata}
-    texts["input"] = f"{words_of_channels(preprocessing)}, of any size; the graph does the rest"
-    onnx.helper.set_model_props(model, {k: _text(value) for k, value in texts.items()})
+    texts = {**facts_of(preprocessing), **metadata}
+    onnx.helper.set_model_props(model, {k: text_of(value) for k, value in texts.items()})
     is_large = model.ByteSize() > _LARGE
     onnx.save(
         model,
@@ -148,7 +103,3 @@ def _joined(first: Any, second: Any, prefixes: tuple[str, str]) -> Any:
         for model, prefix in zip((first, second), prefixes, strict=True)
     )
     return compose.merge_models(first, second, shared)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from sktransfer._engine.augmentation import Augmentation, fixed_views
+from sktransfer._engine.embedding import MeanEmbedding, Rows
 from sktransfer._engine.frozen import FrozenBlocks
-from sktransfer._engine.program import Output
+from sktransfer._engine.program import Output, Outputs
 from sktransfer._engine.runner import Runner
 from sktransfer._optional import load_optional
 from sktransfer._torch_state import float32_by_default, network_lock
@@ -95,6 +97,57 @@ def whole_of_runner(runner: Runner, image_size: tuple[int, int]) -> WholeNetwork
     return WholeNetwork(blocks, 0, None, head)
 
 
+class RowsNetwork(nn.Module):
+    """From images of the network's size, 0 to 255, to the rows of an extractor.
+
+    Parameters
+    ----------
+    embedding : Rows
+    behind : nn.Module
+        What becomes of the rows.
+    """
+
+    def __init__(self, embedding: Rows, behind: nn.Module) -> None:
+        super().__init__()
+        outputs = Outputs(embedding.runner, embedding.wanted, embedding.preprocessing, None)
+        outputs.slices = [(at, copy_of(part).cpu()) for at, part in outputs.slices]
+        self.outputs, self.behind = outputs, behind
+        self.parts = nn.ModuleList([part for _, part in outputs.slices])
+        self.__dict__["augmentation"] = augmentation_of(embedding)
+        self.eval().requires_grad_(False)
+
+    def forward(self, fitted: torch.Tensor) -> torch.Tensor:
+        augmentation = self.__dict__["augmentation"]
+        views = [fitted] if augmentation is None else fixed_views(augmentation, fitted)
+        rows = torch.stack([torch.cat(self.outputs(view), 1) for view in views]).mean(0)
+        return self.behind(rows)
+
+
+class PowerNormalized(nn.Module):
+    """What `power_normalize` does.
+
+    Parameters
+    ----------
+    embedding : Rows
+        Whose columns these are.
+    """
+
+    def __init__(self, embedding: Rows) -> None:
+        super().__init__()
+        self.widths = [part.stop - part.start for part in embedding.columns]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        roots = [part.sign() * part.abs().sqrt() for part in rows.split(self.widths, 1)]
+        tiny = float(np.finfo(np.float32).tiny)
+        scaled = [part / part.norm(dim=1, keepdim=True).clamp(min=tiny) for part in roots]
+        return torch.cat(scaled, 1) / len(self.widths) ** 0.5
+
+
+def augmentation_of(embedding: Rows) -> Augmentation | None:
+    """Return the views over which rows are the mean, if there are several."""
+    return embedding.augmentation if isinstance(embedding, MeanEmbedding) else None
+
+
 # ------------------------------------------------------------------------------ as a file
 
 
@@ -149,7 +202,7 @@ def export_onnx(
     blank = torch.zeros(2, *preprocessing.shape, dtype=torch.uint8, device="cpu")
     program = onnx_program(network, blank, "images", OUTPUTS[trainer.settings.kind])
     for name, value in _metadata(trainer, labels).items():
-        program.model.metadata_props[name] = _text(value)
+        program.model.metadata_props[name] = text_of(value)
     n_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
     program.save(target, external_data=n_bytes > _LARGE)
     return target
@@ -159,6 +212,11 @@ def check_target(path: str | os.PathLike) -> Path:
     """Return where a file is to be written, if it can be and all is there that writes it."""
     for module in ("onnx", "onnxscript"):
         load_optional(module, "to_onnx", "'sktransfer[onnx]'")
+    return path_in_folder(path)
+
+
+def path_in_folder(path: str | os.PathLike) -> Path:
+    """Return a path; an error if there is no such folder."""
     target = Path(path)
     if not target.parent.is_dir():
         raise ValueError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}.")
@@ -213,7 +271,8 @@ def call_exporter(export: Callable[[], _T]) -> _T:
             logger.setLevel(level)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """Return a value of a file's metadata as text: JSON, unless it is text already."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -233,6 +292,14 @@ def _metadata(trainer: Trainer, labels: list[Any] | None) -> dict[str, Any]:
             "center_crop": list(preprocessing.size),
         },
         "labels": labels,
+    }
+
+
+def facts_of(preprocessing: Preprocessing) -> dict[str, str]:
+    """Return what each file says that takes images of any size."""
+    return {
+        "producer": f"sktransfer {version('sktransfer')}",
+        "input": f"{words_of_channels(preprocessing)}, of any size; the graph does the rest",
     }
 
 

@@ -1,0 +1,166 @@
+"""What of a model is written to a file, whatever its format: a network and what follows it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import FeatureUnion, Pipeline
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from sktransfer._engine.augmentation import Augmentation
+from sktransfer._engine.embedding import Rows
+from sktransfer._engine.program import Output
+from sktransfer._engine.runner import Runner
+from sktransfer._estimators.base import ImageEstimator
+from sktransfer._estimators.contrastive import ContrastivePretrainer
+from sktransfer._estimators.detection import FineTunedDetector
+from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
+from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, logits_of
+from sktransfer._estimators.supervised import FineTuned
+from sktransfer._training.whole import (
+    OUTPUTS,
+    PowerNormalized,
+    RowsNetwork,
+    augmentation_of,
+    whole_with_preprocessing,
+)
+from sktransfer.models._modules import copy_of
+from sktransfer.transforms import Preprocessing
+
+
+class Frozen(NamedTuple):
+    """What of a frozen network makes its rows, and all that follows them."""
+
+    rows: list[Output]
+    augmentation: Augmentation | None  # of whose views rows are the mean
+    behind: nn.Module  # takes the rows, side by side
+
+
+class ExportedNetwork(NamedTuple):
+    """What leads from images of the network's size, 0 to 255, to its output."""
+
+    preprocessing: Preprocessing
+    output: str  # as it is called in the file
+    runner: Runner
+    module: nn.Module
+    frozen: Frozen | None  # the same in two parts; None if some blocks were trained
+    labels: list[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the backbone."""
+        return self.runner.name
+
+
+def steps_of(model: Any) -> list[tuple[str, Any]]:
+    """Return the names and the estimators that a model consists of."""
+    model = _without_shell(model)
+    if not isinstance(model, Pipeline):
+        return [(type(model).__name__, model)]
+    named: list[tuple[str, Any]] = []
+    for name, given in model.steps:
+        if given is None or given == "passthrough":
+            continue
+        step = _without_shell(given)
+        named += steps_of(step) if isinstance(step, Pipeline) else [(name, step)]
+    if not named:
+        raise ValueError("The pipeline has no steps: there is nothing to export.")
+    return named
+
+
+def _without_shell(model: Any) -> Any:
+    """Return what a search has found, and what is frozen."""
+    while (inner := getattr(model, "best_estimator_", None)) is not None or isinstance(
+        model, FrozenEstimator
+    ):
+        model = model.estimator if inner is None else inner
+    return model
+
+
+def labels_of(classes: Any) -> list[Any] | None:
+    """Return labels as lists; of several targets, a list for each."""
+    if classes is None:
+        return None
+    return [labels_of(each) for each in classes] if isinstance(classes, list) else classes.tolist()
+
+
+def network_of(name: str, first: Any, is_last: bool) -> ExportedNetwork:
+    """Return the network of a model's first step; an error if it has none that can be written.
+
+    Parameters
+    ----------
+    name : str
+        Of the step.
+    first : estimator
+    is_last : bool
+        Whether it is the only step.
+    """
+    if isinstance(first, ContrastivePretrainer):
+        first = first.to_feature_extractor()
+    if isinstance(first, PretrainedFeatureExtractor):
+        first._validate_params()
+        embedding = embedding_of(first)
+        behind = PowerNormalized(embedding) if first.normalize else nn.Identity()
+        return _of_rows(embedding, "rows", behind)
+    if isinstance(first, PretrainedClassifier) and is_last:
+        return _of_rows(logits_of(first), "probabilities", nn.Softmax(1), first.classes_)
+    if isinstance(first, FineTuned) and is_last:
+        return _of_fine_tuned(first)
+    raise TypeError(
+        f"Step {name!r}, a {type(first).__name__}, can't be exported: "
+        f"{_why_not(first)}. A model starts with a PretrainedFeatureExtractor or a "
+        "ContrastivePretrainer, or is a PretrainedClassifier, a FineTunedClassifier, a "
+        "FineTunedRegressor or a FineTunedDetector."
+    )
+
+
+def _of_rows(
+    embedding: Rows, output: str, behind: nn.Module, labels: Any = None
+) -> ExportedNetwork:
+    runner, preprocessing = embedding.runner, embedding.preprocessing
+    network = RowsNetwork(embedding, behind)
+    frozen = Frozen(embedding.wanted, augmentation_of(embedding), behind)
+    return ExportedNetwork(preprocessing, output, runner, network, frozen, labels_of(labels))
+
+
+def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
+    check_is_fitted(model, "plan_")
+    trainer, last = model.trainer(), model._last_layer()
+    blocks, part = trainer.frozen, trainer.net.module_
+    frozen = None
+    if not len(part.blocks):
+        behind = nn.Sequential(copy_of(part.head).cpu(), last).eval().requires_grad_(False)
+        frozen = Frozen(blocks.rows, None, behind)
+    return ExportedNetwork(
+        blocks.preprocessing,
+        OUTPUTS[trainer.settings.kind],
+        blocks.runner,
+        whole_with_preprocessing(trainer, last),
+        frozen,
+        labels_of(getattr(model, "classes_", None)),
+    )
+
+
+def parameters_of(model: Any) -> list[Any]:
+    """Return the values of all parameters, those of estimators inside included."""
+    return list(model.get_params().values()) if hasattr(model, "get_params") else []
+
+
+def _why_not(first: Any) -> str:
+    kind = type(first).__name__
+    if kind == "PatchAnomalyDetector":
+        return "it looks for neighbours in a bank of patches, which is no part of a network"
+    if isinstance(first, FineTunedDetector):
+        return "to_onnx writes detectors, and nothing else does"
+    if hasattr(first, "refit"):
+        return "it has no best_estimator_: it is not fitted, or refit=False"
+    if isinstance(first, FeatureUnion):
+        return "it joins rows of several steps; one extractor takes several layers and poolings"
+    if any(isinstance(value, ImageEstimator) for value in parameters_of(first)):
+        return (
+            "the network is inside of it. Fit it behind the network instead: "
+            f"make_pipeline(PretrainedFeatureExtractor(), {kind}(...))"
+        )
+    return "it takes no images"

@@ -1,0 +1,285 @@
+"""Whole models as files of OpenVINO, in 8 bits as well."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from sktransfer._engine.augmentation import fixed_views
+from sktransfer._engine.device import INT8
+from sktransfer._engine.openvino_program import core, reason_of
+from sktransfer._engine.runner import get_runner
+from sktransfer._engine.runtime import why_not_after_fork
+from sktransfer._estimators.detection import FineTunedDetector
+from sktransfer._estimators.exported import ExportedNetwork, labels_of, network_of, steps_of
+from sktransfer._estimators.openvino_steps import method_of, steps_module
+from sktransfer._memory.memory import check_memory
+from sktransfer._optional import load_optional
+from sktransfer._torch_state import float32_by_default, network_lock
+from sktransfer._training.openvino_file import (
+    WrongFile,
+    network_parts,
+    quantised_parts,
+    scaling_model,
+    whole_model,
+    write_model,
+)
+from sktransfer._training.whole import path_in_folder
+from sktransfer.transforms import Preprocessing
+
+__all__ = ["export_openvino"]
+
+_RowsOf = Callable[[torch.Tensor], torch.Tensor]
+
+_HINTS = {"int8": "f32", "bfloat16": "bf16", "float32": "f32"}
+_OUTPUTS = {
+    "predict_proba": "probabilities",
+    "decision_function": "scores",
+    "transform": "rows",
+}
+# By how much, as a share of the largest value, a file may differ from its model, of images that are
+# not scaled. What is written wrongly is far off.
+_TOLERANCES = {"int8": 0.3, "bfloat16": 1e-2, "float32": 1e-2}
+_SHARE_OF_PIXELS = 0.01  # that may be off by more than 1
+_N_IMAGES = 5  # by which they are compared
+_SHARE_OF_IMAGES = 0.6  # that must agree: of noise, some lies between two classes
+_exporting = threading.Lock()  # files are in two parts; and all threads have one list of warnings
+
+
+def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "float32") -> Path:
+    """Write a whole model to a file of OpenVINO, from images of any size to predictions.
+
+    Needs ``pip install 'sktransfer[openvino]'`` here, or ``'sktransfer[int8]'`` for 8 bits, and
+    nothing but OpenVINO where the file is used.
+
+    Parameters
+    ----------
+    model : estimator
+        A fitted pipeline of a :class:`PretrainedFeatureExtractor` (or
+        :class:`ContrastivePretrainer`) and steps of scikit-learn: see Notes. Or one of this library
+        alone: an extractor, a :class:`PretrainedClassifier`, a fine-tuned classifier or regressor.
+        Of a fitted search its best estimator is taken.
+    path : path
+        Of the file, `.xml`. The weights are written beside it, `.bin`.
+    precision : {"float32", "bfloat16", "int8"}, default="float32"
+        Of the network; what follows its rows computes in float32 in any case. `"int8"`: NNCF brings
+        it to 8 bits, as an extractor with this `precision`. It takes a minute or so, unless the
+        `memory` of the estimator keeps it. `"bfloat16"` is computed on CPUs that have it. It is
+        up to who compiles the file; the file says how.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a step can't be exported; the message names it and says why. The file is run once before
+        it has its name, on a few images: other results than those of the model are an error.
+
+    See Also
+    --------
+    to_onnx : For ONNX Runtime; it takes more steps, and detectors.
+
+    Notes
+    -----
+    The input `images` is uint8 (n, channels, height, width), RGB unless the network takes others,
+    of any size; all images of a call have one size, and of a few networks, such as ConvNeXt in 8
+    bits, n is 1, which the file says under `input`. Scaling, cropping and normalisation are part of
+    the graph. Up to one pixel in a hundred is off by 1 of 255, where rounding decides, and up to
+    one in eight of images that are scaled up; more of those whose sides differ more than
+    sixteenfold. EXIF rotation and transparency are of files, so whoever decodes them sees to that.
+
+    The one output is `probabilities` or, of what has none, `scores`, what `decision_function` says:
+    of two classes one column, else one for each; `rows` of what transforms; `values` of a
+    regressor. The file's `rt_info` has the labels of the columns as a JSON list under `labels`, and
+    under `INFERENCE_PRECISION_HINT` what to compile with. Without it, CPUs that have bfloat16
+    compute in it, even what is not in 8 bits.
+
+    Steps that are written: `StandardScaler`, `MinMaxScaler`, `MaxAbsScaler`, `Normalizer`, `PCA`,
+    `TruncatedSVD`, `LogisticRegression`, `LinearDiscriminantAnalysis`, `LinearSVC`,
+    `RidgeClassifier`, `Perceptron`, `SGDClassifier`, `SVC` (probabilities of two classes only) and
+    `KNeighborsClassifier`. The last two compare each image with all support vectors or training
+    rows, which takes `4 * n_images * n_rows * n_features` bytes.
+
+    Of a fine-tuned network, 8 bits are for `unfreeze=0`, a head on the frozen network.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from torch import nn
+    >>> from sktransfer import PretrainedFeatureExtractor, export_openvino
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> extractor = PretrainedFeatureExtractor(network, image_size=32)
+    >>> export_openvino(extractor, tempfile.mkdtemp() + "/model.xml").name
+    'model.xml'
+    """
+    _check_precision(precision)
+    target = _check_target(path, precision)
+    with _exporting:
+        _export(model, target, precision)
+    return target
+
+
+def _export(model: Any, target: Path, precision: str) -> None:
+    steps = steps_of(model)
+    name, first = steps[0]
+    if isinstance(first, FineTunedDetector):
+        raise TypeError("A FineTunedDetector can't be exported for OpenVINO: to_onnx takes it.")
+    network = network_of(name, first, is_last=len(steps) == 1)
+    tail: nn.Module = nn.Identity()
+    output, labels = network.output, network.labels
+    if len(steps) > 1:
+        tail, last = steps_module(steps[1:]), steps[-1][1]
+        output, labels = _OUTPUTS[method_of(last)], labels_of(getattr(last, "classes_", None))
+    if not network.runner.can_be_cut:
+        raise ValueError(
+            f"Backbone {network.name!r} can't be traced, so what it does may depend on the pixels, "
+            "which OpenVINO's files can't hold."
+        )
+    _check_scaling(network.preprocessing)
+    make = _in_8_bits if precision == INT8 else _exact
+    parts, rows_of = make(network, tail, first)
+    facts = {
+        "labels": labels,
+        "backbone": network.name,
+        "precision": precision,
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+    }
+
+    def check(graph: Path) -> None:
+        images = _smooth_noise(network.preprocessing.shape[0], network.preprocessing.resize)
+        fitted = network.preprocessing.fit_size(images)
+        expected = _said(rows_of(fitted), steps[1:])
+        _check(graph, images, expected, _TOLERANCES[precision])
+
+    whole = whole_model(network.preprocessing, parts, output)
+    write_model(whole, target, network.preprocessing, facts, check)
+
+
+def _check_precision(precision: Any) -> None:
+    if not isinstance(precision, str) or precision not in _HINTS:
+        raise ValueError(f"precision must be 'float32', 'bfloat16' or 'int8', got {precision!r}.")
+
+
+def _check_target(path: str | os.PathLike, precision: str) -> Path:
+    """Return where the graph is to be written, if it can be."""
+    extra = "'sktransfer[int8]'" if precision == INT8 else "'sktransfer[openvino]'"
+    if (reason := why_not_after_fork()) is not None:
+        raise RuntimeError(
+            f"export_openvino runs what it writes, which can't be done here: {reason}."
+        )
+    load_optional("openvino", "export_openvino", extra)
+    target = path_in_folder(path)
+    if target.suffix != ".xml":
+        raise ValueError(
+            f"path={str(path)!r} must end in .xml: OpenVINO's files are a graph, .xml, and weights "
+            "beside it, .bin."
+        )
+    if target.is_dir() or target.with_suffix(".bin").is_dir():
+        raise ValueError(f"path={str(path)!r}: there is a folder of this name, or with .bin.")
+    return target
+
+
+# ------------------------------------------------------------------------------ the network
+
+
+def _exact(network: ExportedNetwork, tail: nn.Module, first: Any) -> tuple[list[Any], _RowsOf]:
+    """Return models of a network and what follows it, and what has the network's rows."""
+
+    def rows_of(fitted: torch.Tensor) -> torch.Tensor:
+        with network_lock.shared(), float32_by_default():
+            return network.module(fitted)
+
+    return network_parts(nn.Sequential(network.module, tail), network.preprocessing), rows_of
+
+
+def _in_8_bits(network: ExportedNetwork, tail: nn.Module, first: Any) -> tuple[list[Any], _RowsOf]:
+    """Return the same of the network in 8 bits; see `_exact`."""
+    frozen = network.frozen
+    if frozen is None:
+        raise ValueError(
+            f"precision='int8' is for frozen networks, and some blocks of this "
+            f"{type(first).__name__} were trained: pass precision='float32' or 'bfloat16', or fit "
+            "it with unfreeze=0."
+        )
+    given, preprocessing = network.runner.backbone, network.preprocessing
+    runner = get_runner(given, "cpu", INT8, "openvino", image_size=preprocessing.size)
+    memory = check_memory(first.memory)
+    folder = None if memory is None else memory.companions
+    quantised = runner.in_8_bits(preprocessing, folder, bool(first.verbose))
+    run = quantised.run_of(frozen.rows, 1, folder)
+
+    def rows_of(fitted: torch.Tensor) -> torch.Tensor:
+        views = [fitted]
+        if frozen.augmentation is not None:
+            views = fixed_views(frozen.augmentation, fitted)
+        rows = [[torch.cat(run(image), 1) for image in view.split(1)] for view in views]
+        return frozen.behind(torch.stack([torch.cat(each) for each in rows]).mean(0))
+
+    behind = nn.Sequential(frozen.behind, tail)
+    return quantised_parts(quantised, frozen.rows, frozen.augmentation, behind), rows_of
+
+
+# ------------------------------------------------------------------------------ comparison
+
+
+def _smooth_noise(n_channels: int, sides: tuple[int, int]) -> torch.Tensor:
+    """Return uint8 images (n, c, height, width)."""
+    random = np.random.RandomState(0)
+    noise = random.randint(256, size=(_N_IMAGES, n_channels, 9, 9)).astype(np.float32)
+    return interpolate(torch.from_numpy(noise), sides, mode="bilinear").to(torch.uint8)
+
+
+def _check_scaling(preprocessing: Preprocessing) -> None:
+    """Raise an error if a preprocessing does something else than what its settings say."""
+    height, width = preprocessing.resize
+    images = _smooth_noise(preprocessing.shape[0], (height * 5 // 4 + 3, width * 4 // 3 + 5))
+    program = core().compile_model(scaling_model(preprocessing), "CPU")
+    found = program({"images": images.numpy()})[0].transpose(0, 3, 1, 2)
+    off = np.abs(found.astype(int) - preprocessing.fit_size(images).numpy())
+    if (off > 1).mean() > _SHARE_OF_PIXELS:
+        raise ValueError(
+            f"The {type(preprocessing).__name__} of this network brings images to its size by "
+            "other ways than Preprocessing, which can't be written."
+        )
+
+
+def _said(rows: torch.Tensor, steps: list[tuple[str, Any]]) -> np.ndarray:
+    """Return what the steps behind a network say of its rows."""
+    said = rows.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scikit-learn, which the user has heard
+        for number, (_, step) in enumerate(steps, 1):
+            method = "transform" if number < len(steps) else method_of(step)
+            said = np.asarray(getattr(step, method)(said), np.float32)
+    return said.reshape(len(rows), -1)
+
+
+def _check(graph: Path, images: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
+    """Raise an error if a file says something else than its model, or other things of a batch."""
+    try:
+        settings = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = core().compile_model(core().read_model(graph), "CPU", settings)
+        found = [np.concatenate([compiled({"images": x.numpy()})[0] for x in images.split(1)])]
+        if compiled.inputs[0].get_partial_shape()[0].is_dynamic:  # it takes several at once
+            found.append(compiled({"images": images.numpy()})[0])
+    except Exception as error:  # OpenVINO's own, of what it can't compile
+        raise WrongFile(f"OpenVINO can't run what is written: {reason_of(error)}") from error
+    most = tolerance * max(np.abs(expected).max(), 1e-12)
+    for each in found:
+        has_shape = each.shape == expected.shape
+        if not has_shape or (np.abs(each - expected).max(1) <= most).mean() < _SHARE_OF_IMAGES:
+            raise WrongFile(
+                "The file says something else than the model, so it is not kept. to_onnx may take "
+                "this model."
+            )
