@@ -127,7 +127,7 @@ def _of_rows(
 
 def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
     check_is_fitted(model, "plan_")
-    trainer, last = model.trainer(), model._last_layer()
+    trainer, last = model.trainer(), model.last_layer()
     blocks, part = trainer.frozen, trainer.net.module_
     frozen = None
     if not len(part.blocks):

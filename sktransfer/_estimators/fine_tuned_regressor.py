@@ -276,7 +276,7 @@ class FineTunedRegressor(MultiOutputMixin, RegressorMixin, FineTuned):
         values = outputs.mean(1) * self._scale + self._mean  # (n, n_outputs)
         return values if self._is_table else values[:, 0]
 
-    def _last_layer(self) -> nn.Module:
+    def last_layer(self) -> nn.Module:
         return Affine(self._scale, self._mean)
 
     def _encode(self, y: Any, is_known: bool) -> np.ndarray:

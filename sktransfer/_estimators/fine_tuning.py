@@ -448,7 +448,7 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     def _kind(self) -> str:  # type: ignore[override]
         return "label" if self.multilabel_ else "class"
 
-    def _last_layer(self) -> nn.Module:
+    def last_layer(self) -> nn.Module:
         return nn.Sigmoid() if self.multilabel_ else nn.Softmax(1)
 
     def _no_rows(self) -> np.ndarray:

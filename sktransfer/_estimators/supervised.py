@@ -197,10 +197,10 @@ class FineTuned(TrainedEstimator):
         check_is_fitted(self, "plan_")
         classes = getattr(self, "classes_", None)
         labels = None if classes is None else classes.tolist()
-        return export_onnx(self.trainer(), path, self._last_layer(), labels)
+        return export_onnx(self.trainer(), path, self.last_layer(), labels)
 
-    def _last_layer(self) -> nn.Module:
-        """Return what turns the head's outputs into predictions."""
+    def last_layer(self) -> nn.Module:
+        """Return what turns the head's outputs into predictions; for other parts of the library."""
         raise NotImplementedError
 
     def _outputs(self, X: Any) -> np.ndarray:
