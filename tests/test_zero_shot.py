@@ -343,6 +343,8 @@ BAD = [
     ({"prompts": []}, "prompts is empty"),
     ({"prompts": ["cat"]}, "one class alone, 'cat'"),
     ({"prompts": ["cat", "dog", "cat"]}, "names 'cat' twice"),
+    ({"prompts": {"cat": ["dark", "dark"], "dog": "big"}}, r"\['cat'\] holds 'dark' twice: .*mean"),
+    ({"prompts": {0: "dark", 1: ["a big one", "A  big one "]}}, r"prompts\[1\] holds 'A  big one "),
     ({"prompts": {"cat": "cat", "dog": " "}}, r"prompts\['dog'\] holds ' '"),
     ({"prompts": {"cat": [], "dog": "dog"}}, r"prompts\['cat'\] is empty"),
     ({"prompts": {"cat": "cat", "dog": 3}}, r"prompts\['dog'\] holds 3"),
@@ -358,6 +360,7 @@ BAD = [
     ({"templates": "a photo"}, "does not stand once"),
     ({"templates": ["{} {}"]}, "does not stand once"),
     ({"templates": []}, "templates is empty"),
+    ({"templates": ["a {}", "the {}", "a {}"]}, "templates holds 'a {}' twice"),
     (
         {"prompts": ["cat", "dog " * 70]},
         "'This is .* letters, has 78 tokens.* takes 64; nothing is cut off",
