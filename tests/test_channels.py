@@ -410,6 +410,38 @@ def test_files_that_do_not_fit(data, message):
         images.load(1)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_fourth_channel_of_a_tiff_file_is_not_dropped(dtype, tmp_path):
+    pixels = np.dstack([GREY, GREY // 2, GREY // 3, GREY[::-1]])
+    values = pixels.astype(dtype) * (257 if dtype == np.uint16 else 1)
+    rgb = {"photometric": "rgb", **CONTIG}
+    path = tmp_path / "near_infrared.tif"
+    path.write_bytes(tiff(values, extrasamples=["unspecified"], **rgb))
+    message = r"in 4 channels, of which Pillow reads 3; .*n_channels=4\); or convert to RGB: pass "
+    loaded = Image.open(path)
+    loaded.load()
+    for item in (path, path.read_bytes(), Image.open(path), loaded):
+        with pytest.raises(ValueError, match=f"row 0.*{message}PIL.Image.open"):
+            check_images([item]).load(0)
+    converted = check_images([Image.open(path).convert("RGB")]).load(0).permute(1, 2, 0)
+    np.testing.assert_array_equal(converted, pixels[..., :3])
+    if dtype == np.uint8:
+        read = check_images([path], channels=Channels(4)).load(0).permute(1, 2, 0)
+        np.testing.assert_array_equal(read, pixels)
+        with pytest.raises(ValueError, match=message):  # where the network takes three of any kind
+            check_images([loaded], channels=Channels(3, ((0, 255),))).load(0)
+
+
+@pytest.mark.parametrize("kind", ["assocalpha", "unassalpha"])
+def test_alpha_of_a_tiff_file_stays_alpha(kind):
+    clear = np.dstack([GREY, GREY, GREY, 0 * GREY])  # nothing of it is seen
+    data = tiff(clear, photometric="rgb", extrasamples=[kind], **CONTIG)
+    assert (check_images([data]).load(0) == 255).all()
+    with pytest.raises(ValueError, match="in 5 channels, of which Pillow reads 4"):
+        more = tiff(np.dstack([clear, GREY]), photometric="rgb", extrasamples=[kind, 0], **CONTIG)
+        check_images([more]).load(0)
+
+
 def test_tiff_files_need_tifffile(monkeypatch):
     data = tiff(PIXELS, **CONTIG)
     monkeypatch.setitem(sys.modules, "tifffile", None)

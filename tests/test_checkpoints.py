@@ -143,6 +143,17 @@ def test_averaged_weights_are_preferred_and_the_others_named(tmp_path, state, ex
             assert loaded_print(saved(content, tmp_path / "w.pth")) == expected
 
 
+@pytest.mark.parametrize("key", ["module", "state_dict", "shadow", None])
+def test_an_average_by_the_name_of_ema_is_loaded(tmp_path, state, expected, key):
+    average = state if key is None else {key: state, "updates": 3, "decay": torch.tensor(0.9)}
+    for best, other in (("ema", "model"), ("ema", "state_dict"), ("ema_model", "model")):
+        content = {other: small(2).state_dict(), best: average, "epoch": 1}
+        with pytest.warns(UserWarning, match=f"'{best}' is loaded; '{other}' left out"):
+            assert loaded_print(saved(content, tmp_path / "w.pth")) == expected
+    counted = {"model": state, "ema": {"updates": torch.tensor(3)}}  # no weights of its own
+    assert loaded_print(saved(counted, tmp_path / "w.pth")) == expected
+
+
 # ------------------------------------------------------------------------------ formats
 
 

@@ -1,9 +1,12 @@
 """Networks from folders and from the hub: timm's, and vision models of transformers."""
 
+import http.server
 import json
 import os
 import pickle
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -547,9 +550,32 @@ def test_without_a_connection_an_error_says_what_was_looked_for(cache, folders, 
             get_model(name)
     with pytest.raises(OSError, match="json at 'v9' was looked for.*someone/more --revision v9"):
         get_model("hf:someone/more@v9")
-    with pytest.raises(OSError, match="no safetensors"):
-        next(tmp_path.glob("hub/*/*/*/model.safetensors")).unlink()
+    commit = next(tmp_path.glob("hub/*/snapshots/*"))
+    (commit / "model.safetensors").unlink()
+    looked = "{} was looked for in .*models--someone--more, is not there.*OFFLINE is set.*lite0"
+    with pytest.raises(OSError, match=looked.format("model.safetensors")):
         get_model("hf:someone/more")
+    with pytest.raises(OSError, match=looked.format("other.bin")):
+        get_model("hf:someone/more", "other.bin")
+    (commit / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match=looked.format("preprocessor_config.json")):
+        get_model("hf:someone/more")
+    # Its client notes which files the hub does not have: then no connection would help.
+    absent = commit.parent.parent / ".no_exist" / commit.name
+    absent.mkdir(parents=True)
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        (absent / file).touch()
+    with pytest.raises(OSError, match="has no preprocessor_config.json in 'someone/more'"):
+        get_model("hf:someone/more")
+
+
+def test_pickles_of_the_cache_are_named_without_a_connection(cache, folder):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    cache(folder, "someone/pickled")
+    with pytest.raises(OSError, match="Pass weights='pytorch_model.bin', which is read without"):
+        get_model("hf:someone/pickled")
 
 
 def test_a_hub_that_refuses_connections(monkeypatch, tmp_path):
@@ -559,6 +585,45 @@ def test_a_hub_that_refuses_connections(monkeypatch, tmp_path):
         monkeypatch.setenv(f"{scheme}_proxy", "")
     with pytest.raises(OSError, match="could not be downloaded .no connection.*efficientnet_lite0"):
         get_model("hf:other/net")
+
+
+class _Busy(http.server.BaseHTTPRequestHandler):
+    """What a hub answers that can't answer."""
+
+    def do_HEAD(self):  # noqa: N802  (the name is that of the method of HTTP)
+        self.server.asked.append(self.path)
+        self.send_response(503)
+        self.end_headers()
+
+    do_GET = do_HEAD  # noqa: N815
+
+    def log_message(self, *args):
+        pass
+
+
+def test_what_a_hub_answers_is_said(monkeypatch, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Busy)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    pattern = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pattern)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the tries of its client
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "")
+    message = f"its config.json was looked for in .*a--b.* \\({url} did not give it: .*503.*lite0"
+    try:
+        with pytest.raises(OSError, match=message):
+            get_model("hf:a/b")
+        tries = len(server.asked)
+        with pytest.raises(OSError, match=message):  # and is not asked for half a minute once more
+            get_model("hf:a/b")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(server.asked) == tries > 0
 
 
 # ------------------------------------------------------------------------------ preprocessing

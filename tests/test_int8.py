@@ -29,12 +29,12 @@ from sktransfer import (
     get_model,
 )
 from sktransfer._cli import main
-from sktransfer._engine import nncf_child, quantising, runner
+from sktransfer._engine import nncf_child, quantising, runner, runtime
 from sktransfer._engine.nncf_child import quantise
 from sktransfer._engine.program_file import ProgramFile
 from sktransfer._engine.quantising import run_apart
 from sktransfer._engine.runner import get_runner
-from sktransfer._engine.runtime import check_can_quantise, has_int8
+from sktransfer._engine.runtime import check_can_quantise
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._memory.memory import check_memory
 from sktransfer.io import check_images
@@ -378,9 +378,16 @@ def test_a_full_disk():
     assert model.transform(pictures()).shape == (3, 16)
 
 
-def test_a_cpu_without_instructions_is_told(recwarn):
-    get_runner(get_model(small(3)), "cpu", "int8")
-    assert any("(VNNI)" in str(w.message) for w in recwarn) != has_int8()
+def test_a_cpu_without_instructions_is_told(monkeypatch):
+    monkeypatch.setattr(runtime, "has_int8", lambda: False)
+    message = r"no instructions for 8 bits \(VNNI\): precision='int8' makes little faster"
+    with pytest.warns(UserWarning, match=message):
+        slow = extractor(get_model(small(3))).transform(pictures())  # and works
+    monkeypatch.setattr(runtime, "has_int8", lambda: True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message)
+        get_runner(anew(small(3)), "cpu", "int8")
+    assert np.isfinite(slow).all()
 
 
 def _ask_in_fork(connection, model):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub.utils import validate_repo_id
 from networks import Untraceable, small
 from scipy.special import softmax
 from scipy.stats import t as student
@@ -23,6 +24,7 @@ from sktransfer.metrics import h_score, knn_score, leep_score, log_me_score
 from sktransfer.model_selection import _ranking, rank_backbones, transfer_gain
 from sktransfer.model_selection._transfer_gain import TransferGain, corrected_interval
 from sktransfer.models import RECOMMENDED
+from sktransfer.models._origins import find_origin
 from sktransfer.models._registry import Backbone, imagenet_accuracy
 from sktransfer.transforms import Preprocessing
 
@@ -273,11 +275,16 @@ def test_without_names_what_can_be_loaded_is_ranked(monkeypatch, tmp_path):
 
 def test_recommended_networks_are_in_the_list_and_in_the_guide():
     names = [name for of_purpose in RECOMMENDED.values() for name in of_purpose]
-    assert len({*names}) == len(names) and {*names} <= {*list_models()}
+    of_hub = [name for name in names if name.startswith("hf:")]
+    assert len({*names}) == len(names) and {*names} - {*of_hub} <= {*list_models()}
+    for name in of_hub:
+        origin = find_origin(name)
+        validate_repo_id(origin.place)
+        assert origin.place.count("/") == 1 and not origin.is_folder
     guide = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
     table = guide.partition("### Which networks to try")[2].partition("\n#")[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
-    assert [row[2].strip(" `") for row in rows[2:] if row[1].strip() != "medical"] == names
+    assert [row[2].strip(" `") for row in rows[2:]] == names
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,22 @@ def test_ranked_beside_a_linear_probe(folders):
     assert rank_backbones(X, y, networks, **options | {"scoring": "zero_shot"}).shape[0] == 2
 
 
+def test_ranked_by_words_and_a_few_labels(folders):
+    chance = np.random.default_rng(0)
+    X = np.concatenate([spotted(chance, k, 6) for k in range(2)])
+    y = np.repeat(LABELS[:2], 6)
+    networks = [str(folders / "clip"), "efficientnet_lite0"]
+    folds = [(np.arange(12) % 2 == k, np.arange(12) % 2 != k) for k in range(2)]
+    options = {"scoring": ["zero_shot", "few_shot"], "image_size": 32, "random_state": 0}
+    options["cv"] = [tuple(map(np.flatnonzero, fold)) for fold in folds]
+    table = rank_backbones(X, y, networks, **options).set_index("backbone")
+    model = zero_shot(folders / "clip", LABELS[:2])
+    expected = [model.fit(X[train], y[train]).score(X[test], y[test]) for train, test in folds]
+    assert expected[0] > table["zero_shot"].iloc[0]  # labels help a network of random weights
+    assert table["few_shot"].dropna().tolist() == [np.mean(expected)]
+    assert table["few_shot_std"].dropna().tolist() == [np.std(expected)]
+
+
 # ------------------------------------------------------------------------------ bad input
 
 
@@ -343,6 +359,8 @@ BAD = [
     ({"prompts": []}, "prompts is empty"),
     ({"prompts": ["cat"]}, "one class alone, 'cat'"),
     ({"prompts": ["cat", "dog", "cat"]}, "names 'cat' twice"),
+    ({"prompts": {"cat": ["dark", "dark"], "dog": "big"}}, r"\['cat'\] holds 'dark' twice: .*mean"),
+    ({"prompts": {0: "dark", 1: ["a big one", "A  big one "]}}, r"prompts\[1\] holds 'A  big one "),
     ({"prompts": {"cat": "cat", "dog": " "}}, r"prompts\['dog'\] holds ' '"),
     ({"prompts": {"cat": [], "dog": "dog"}}, r"prompts\['cat'\] is empty"),
     ({"prompts": {"cat": "cat", "dog": 3}}, r"prompts\['dog'\] holds 3"),
@@ -358,6 +376,7 @@ BAD = [
     ({"templates": "a photo"}, "does not stand once"),
     ({"templates": ["{} {}"]}, "does not stand once"),
     ({"templates": []}, "templates is empty"),
+    ({"templates": ["a {}", "the {}", "a {}"]}, "templates holds 'a {}' twice"),
     (
         {"prompts": ["cat", "dog " * 70]},
         "'This is .* letters, has 78 tokens.* takes 64; nothing is cut off",

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import NotFittedError
 
+_ONCE = "it would count twice in their mean, so write it once"
+
 
 def texts_of(texts: Any, what: str) -> list[str]:
     """Return one text or several as a list; an error for what is none."""
@@ -41,9 +43,7 @@ def prompts_of(prompts: Any) -> dict[Any, list[str]]:
         )
     if not isinstance(prompts, Mapping):
         names = texts_of(prompts, "prompts")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"prompts names {twice[0]!r} twice: name each class once.")
+        _refuse_doubled(names, "prompts names", "name each class once")
         return {name: [name] for name in names}
     if not prompts:
         raise ValueError("prompts is empty: pass a prompt for each of two classes or more.")
@@ -56,7 +56,24 @@ def prompts_of(prompts: Any) -> dict[Any, list[str]]:
     if len({type(label) for label in labels}) > 1:
         raise ValueError(f"The labels of prompts mix types: {labels[:5]!r}. Pass one type.")
     named = zip(labels, prompts.values(), strict=True)
-    return {label: texts_of(of, f"prompts[{label!r}]") for label, of in named}
+    listed = {label: texts_of(of, f"prompts[{label!r}]") for label, of in named}
+    for label, texts in listed.items():
+        _refuse_doubled(texts, f"prompts[{label!r}] holds", _ONCE)
+    return listed
+
+
+def _refuse_doubled(texts: list[str], what: str, remedy: str) -> None:
+    """Raise an error if two texts are the same words."""
+    seen: set[str] = set()
+    for text in texts:
+        if (words := _words(text)) in seen:
+            raise ValueError(f"{what} {text!r} twice: {remedy}.")
+        seen.add(words)
+
+
+def _words(text: str) -> str:
+    """Return a text without what no network could tell classes apart by: spaces and capitals."""
+    return " ".join(text.split()).casefold()
 
 
 def sentences_of(prompts: dict[Any, list[str]], templates: Any) -> dict[Any, list[str]]:
@@ -68,12 +85,10 @@ def sentences_of(prompts: dict[Any, list[str]], templates: Any) -> dict[Any, lis
                 f"templates holds {frame!r}, in which {{}} does not stand once: put it where the "
                 "prompt goes."
             )
+    _refuse_doubled(frames, "templates holds", _ONCE)
     described: dict[frozenset[str], Any] = {}
     for label, texts in prompts.items():
-        # Spaces around a text and capitals are nothing that a network could tell classes apart by.
-        other = described.setdefault(
-            frozenset(" ".join(t.split()).casefold() for t in texts), label
-        )
+        other = described.setdefault(frozenset(map(_words, texts)), label)
         if other is not label:
             raise ValueError(
                 f"The classes {other!r} and {label!r} have the same prompts, {texts}: say in what "

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 # Of TIFF files.
-_WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _CHANNELS = 256, 258, 259, 262, 277
+_WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, CHANNELS = 256, 258, 259, 262, 277
 _LARGEST, _PLANES, _PREDICTOR, _SAMPLES = 281, 284, 317, 339
 _NUMBERS = {1: "unsigned integers", 2: "signed integers", 3: "floats", 6: "complex numbers"}
 _UNCOMPRESSED, _PACKBITS = 1, 32773
@@ -31,7 +31,7 @@ def grey_pixels(image: Image.Image) -> tuple[np.ndarray, str]:
     16-bit grey becomes uint8; int32 and float32 are returned as they are, to count as arrays.
     """
     grey = np.asarray(image)
-    tags = _tags(image)
+    tags = tags_of_tiff(image)
     white_is_zero = tags.get(_PHOTOMETRIC) == 0
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         return _wide_grey(grey, tags, white_is_zero), ""
@@ -95,7 +95,7 @@ def bits_of_file(image: Image.Image) -> int:
 
 def refuse_misread(image: Image.Image) -> None:
     """Raise an error for TIFF files of which Pillow returns wrong pixels without a word."""
-    tags = _tags(image)
+    tags = tags_of_tiff(image)
     compression = tags.get(_COMPRESSION, _UNCOMPRESSED)
     is_compressed = compression != _UNCOMPRESSED
     bits, sample = _first(tags, _BITS) or 1, _first(tags, _SAMPLES) or 1
@@ -129,7 +129,7 @@ def unread_tiff(data: bytes) -> str:
 
 def kind_of_tiff(tags: Mapping[int, Any]) -> str:
     """Return the words for what a TIFF file holds, as "a TIFF of 64-bit floats"."""
-    channels = tags.get(_CHANNELS, 1)
+    channels = tags.get(CHANNELS, 1)
     words = [
         f"a TIFF of {_first(tags, _BITS) or 1}-bit",
         _NUMBERS.get(_first(tags, _SAMPLES) or 1, "samples of unknown kind"),
@@ -139,7 +139,8 @@ def kind_of_tiff(tags: Mapping[int, Any]) -> str:
     return " ".join(word for word in words if word)
 
 
-def _tags(image: Image.Image) -> Mapping[int, Any]:
+def tags_of_tiff(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of an image of a TIFF file; of others, none."""
     return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 

@@ -25,7 +25,13 @@ from sktransfer.io._bit_depth import (
     unread_tiff,
 )
 from sktransfer.io._messages import libtiff_messages, pillow_warnings
-from sktransfer.io._transparency import Colour, grey_on_background, key_in_8_bits, on_background
+from sktransfer.io._transparency import (
+    Colour,
+    grey_on_background,
+    key_in_8_bits,
+    on_background,
+    refuse_dropped_channels,
+)
 
 _STRIP = 2**20  # pixels that are converted at once
 _JUNK = 1024  # bytes in front of a JPEG that are looked at
@@ -129,6 +135,7 @@ def _bytes_not_loaded(image: ImageFile.ImageFile) -> bytes:
 
 
 def _decoded(image: Image.Image, background: Colour, bits: int = 8) -> Decoded:
+    refuse_dropped_channels(image)
     if image.mode[0] in "IF":
         pixels, doubt = grey_pixels(image)
         pixels = grey_on_background(pixels, image, background)

@@ -32,7 +32,7 @@ from sktransfer.io._codecs import (
 from sktransfer.io._files import read_regular, room_for
 from sktransfer.io._messages import speaking_of
 from sktransfer.io._samples import samples, samples_of_pillow
-from sktransfer.io._transparency import Colour, may_be_transparent
+from sktransfer.io._transparency import Colour, may_be_transparent, without_others
 from sktransfer.transforms import RGB, Channels
 
 _LONGEST_NAME = 500  # characters in an error
@@ -329,20 +329,6 @@ def _channels_last(tensor: torch.Tensor, where: str, channels: Channels) -> np.n
     elif channels.number == 3:
         remedy = without_others(shape[0], "image[{}]")
     raise ValueError(f"{where}: got a tensor of shape {shape}; {remedy}.")
-
-
-def without_others(n_channels: int, rest: str) -> str:
-    """Return what to do with 2, 4 or more channels; `rest` is the code that takes some of them."""
-    kind, part = ("grey", ":1") if n_channels == 2 else ("RGB", ":3")
-    transparency = ""
-    if n_channels in (2, 4):
-        transparency = ", or show transparency on a colour with PIL.Image.alpha_composite"
-    return (
-        f"an image has 1 or 3 channels, and none of {n_channels} is dropped unasked: for a network "
-        f"of {n_channels}, pass backbone=sktransfer.ChannelAdapter(backbone, n_channels="
-        f"{n_channels}); or convert to {kind}: pass {rest.format(part)} if these are "
-        f"{kind}{transparency}"
-    )
 
 
 def _from_array(array: np.ndarray, where: str, channels: Channels = RGB) -> np.ndarray:

@@ -30,10 +30,10 @@ from sktransfer.io._decoding import (
     shape_of,
     to_uint8,
     white,
-    without_others,
 )
 from sktransfer.io._files import reading_turn
 from sktransfer.io._folders import list_images, load_image_folder
+from sktransfer.io._transparency import without_others
 from sktransfer.transforms import RGB, Channels
 
 __all__ = [

@@ -23,6 +23,7 @@ from sktransfer.io._codecs import (
     upright,
 )
 from sktransfer.io._messages import pillow_warnings
+from sktransfer.io._transparency import refuse_dropped_channels
 
 # Modes of Pillow whose bands are what the file has; a palette and others are not.
 _PLAIN = ("1", "L", "LA", "RGB", "RGBA", "I", "I;16", "I;16B", "I;16L", "F")
@@ -60,6 +61,7 @@ def _pillow_samples(image: Image.Image) -> np.ndarray:
             f"its mode is {image.mode!r}, whose bands are no channels of their own; convert it, as "
             "with image.convert('L') or 'RGB'"
         )
+    refuse_dropped_channels(image)
     return upright(np.array(image), image)
 
 

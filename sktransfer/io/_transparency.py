@@ -1,4 +1,4 @@
-"""Transparent images: which may be it, what their files say, and the colour on which they lie."""
+"""Transparent images: which may be it, and the colour on which they lie; other fourth channels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from sktransfer.io._bit_depth import CHANNELS, UnusableImage, kind_of_tiff, tags_of_tiff
 
 Colour = tuple[int, int, int]
 
@@ -66,3 +68,30 @@ def grey_on_background(grey: np.ndarray, image: Image.Image, background: Colour)
     if not is_clear.any():
         return grey
     return np.where(is_clear[..., None], np.array(background, np.uint8), grey[..., None])
+
+
+def without_others(n_channels: int, rest: str) -> str:
+    """Return what to do with 2, 4 or more channels; `rest` is the code that takes some of them."""
+    kind, part = ("grey", ":1") if n_channels == 2 else ("RGB", ":3")
+    transparency = ""
+    if n_channels in (2, 4):
+        transparency = ", or show transparency on a colour with PIL.Image.alpha_composite"
+    return (
+        f"an image has 1 or 3 channels, and none of {n_channels} is dropped unasked: for a network "
+        f"of {n_channels}, pass backbone=sktransfer.ChannelAdapter(backbone, n_channels="
+        f"{n_channels}); or convert to {kind}: pass {rest.format(part)} if these are "
+        f"{kind}{transparency}"
+    )
+
+
+def refuse_dropped_channels(image: Image.Image) -> None:
+    """Raise an error for a TIFF file of whose channels Pillow leaves some out, without a word.
+
+    It reads alpha that the file calls so, and no other fourth channel, such as near infrared.
+    """
+    tags = tags_of_tiff(image)
+    n_channels, n_read = tags.get(CHANNELS, 1), len(image.getbands())
+    if n_channels > n_read:
+        mode = "L" if image.mode == "L" else "RGB"
+        remedy = without_others(n_channels, f"PIL.Image.open(path).convert({mode!r})")
+        raise UnusableImage(f"it is {kind_of_tiff(tags)}, of which Pillow reads {n_read}; {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ from sktransfer.transforms import Channels
 
 __all__ = ["TransferGain", "rank_backbones", "transfer_gain"]
 
-SCORES = ("knn", "logistic", "logme", "h_score", "leep", "zero_shot")
-_WITHOUT_PAIRS = ("leep", "zero_shot")  # two heads, or two languages, make no third
+SCORES = ("knn", "logistic", "logme", "h_score", "leep", "zero_shot", "few_shot")
+_OF_WORDS = {"zero_shot", "few_shot"}
+_WITHOUT_PAIRS = {"leep", *_OF_WORDS}  # two heads, or two languages, make no third
 _NEIGHBORS = 5
 _PAIRED = 3  # of how many networks, the best, pairs are formed
 _CS = [0.001, 0.01, 0.1, 1]  # coarse: they differ by a tenfold, and most tasks lie inside
@@ -114,16 +116,20 @@ def rank_backbones(
         network has no classes of its own.
         `"zero_shot"`: the `metric` of :class:`sktransfer.ZeroShotClassifier` with the labels as
         prompts, which learns from no image; NaN where the network reads no words.
+        `"few_shot"`: that of the same model, cross-validated: its `fit` learns from the training
+        part what to add to the words. It is comparable with `"logistic"`, which knows no words.
+        How much is added is chosen without regard to `groups`.
     sort_by : str, default=None
         The one of them that the rows are sorted by, best first; None for the first. As `refit`
         of :class:`sklearn.model_selection.GridSearchCV`, it says what is best where there are
         several opinions.
     metric : str or callable, default="accuracy"
-        What `"knn"`, `"logistic"` and `"zero_shot"` are scored by: a scorer, or the name of one.
+        What `"knn"`, `"logistic"`, `"zero_shot"` and `"few_shot"` are scored by: a scorer, or the
+        name of one.
     pairs : bool, default=True
         Whether the best pair is ranked as well: of the first three networks, those two whose
-        embeddings side by side, each of mean length 1, score best. `"leep"` and `"zero_shot"`
-        know none.
+        embeddings side by side, each of mean length 1, score best. `"leep"`, `"zero_shot"` and
+        `"few_shot"` know none.
     cv : int, splitter or iterable, default=5
         Folds; of a number of them, stratified and shuffled ones. All networks see the same.
     groups : array-like of shape (n,), default=None
@@ -149,8 +155,8 @@ def rank_backbones(
         column                     holds
         =========================  ==========================================================
         `backbone`, `weights`      as given; of the pair, `"a + b"` and both weights in a tuple
-        a column a score           higher is better; `knn_std` and `logistic_std`: standard
-                                   deviation over the folds
+        a column a score           higher is better; `knn_std`, `logistic_std` and `few_shot_std`:
+                                   standard deviation over the folds
         `seconds_per_1000_images`  of embedding; NaN if all came from the memory
         `n_parameters`             of the network, its own head included
         `n_features`               width of an embedding
@@ -281,7 +287,7 @@ class _Folds:
     metric: Any
     seed: int
 
-    def score(self, model: Any, X: np.ndarray) -> np.ndarray:
+    def score(self, model: Any, X: Any) -> np.ndarray:
         with without_words_on_small_classes():
             results = [
                 fit_and_score(model, X, self.y, split, self.metric, self.groups)
@@ -417,8 +423,8 @@ def _rank(
     row: dict[str, Any] = {"backbone": candidate.name, "weights": candidate.weights}
     for score in scores:
         row |= _score(score, X, logits, folds)
-    if "zero_shot" in scores and reads_words(extractor.backbone):
-        row["zero_shot"] = _zero_shot_score(extractor, images, folds)
+    if _OF_WORDS & {*scores} and reads_words(extractor.backbone):
+        row |= _scores_of_words(extractor, images, folds, scores)
     row |= {
         "seconds_per_1000_images": 1000 * seconds / n_computed if n_computed else np.nan,
         "n_parameters": sum(p.numel() for p in backbone.network.parameters()),
@@ -443,14 +449,32 @@ def _side_by_side(a: _Ranked, b: _Ranked, folds: _Folds, scores: Sequence[str]) 
     return _Ranked(row | {"imagenet_accuracy": np.nan})
 
 
-def _zero_shot_score(
-    extractor: PretrainedFeatureExtractor, images: ImageSequence, folds: _Folds
-) -> float:
-    """Score a network by its words for the labels, on all images: it learns from none."""
+def _scores_of_words(
+    extractor: PretrainedFeatureExtractor,
+    images: ImageSequence,
+    folds: _Folds,
+    scores: Sequence[str],
+) -> dict[str, float]:
+    """Score a network by its words for the labels: alone, on all images, or as labels add to them.
+
+    Every image runs once, as the memory, perhaps one for the time being, has it for all folds.
+    """
     shared = ZeroShotClassifier().get_params().keys() & extractor.get_params().keys()
     model = ZeroShotClassifier(**{name: getattr(extractor, name) for name in shared})
     model.set_params(prompts={label: str(label) for label in np.unique(folds.y).tolist()})
-    return float(check_scoring(model, scoring=folds.metric)(model, images, folds.y))
+    row = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.set_params(memory=extractor.memory or folder)
+        if "zero_shot" in scores:
+            scorer = check_scoring(model, scoring=folds.metric)
+            row["zero_shot"] = float(scorer(model, images, folds.y))
+        if "few_shot" in scores:
+            row |= _mean_and_std("few_shot", folds.score(model, images))
+    return row
+
+
+def _mean_and_std(name: str, values: np.ndarray) -> dict[str, float]:
+    return {name: float(values.mean()), f"{name}_std": float(values.std())}
 
 
 def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:
@@ -462,8 +486,8 @@ def _score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[
 def _solved_score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -> dict[str, float]:
     if name in ("logme", "h_score"):
         return {name: (log_me_score if name == "logme" else h_score)(X, folds.y)}
-    if name == "zero_shot":
-        return {name: np.nan}  # of what reads no words
+    if name in _OF_WORDS:  # of what reads none
+        return _mean_and_std(name, np.array([np.nan])) if name == "few_shot" else {name: np.nan}
     if name == "leep":
         known = logits.shape[1] > 0
         return {name: leep_score(softmax(logits, axis=1), folds.y) if known else np.nan}
@@ -473,5 +497,4 @@ def _solved_score(name: str, X: np.ndarray, logits: np.ndarray, folds: _Folds) -
         pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         grid = {"logisticregression__C": _CS}
         model = GridSearchCV(pipeline, grid, cv=inner, scoring=folds.metric, error_score="raise")
-    values = folds.score(model, X)
-    return {name: float(values.mean()), f"{name}_std": float(values.std())}
+    return _mean_and_std(name, folds.score(model, X))

@@ -31,6 +31,7 @@ RECOMMENDED: dict[str, tuple[str, ...]] = {
     "texture": ("timm/vit_small_patch14_reg4_dinov2.lvd142m",),
     "satellite": ("timm/vit_large_patch16_dinov3.sat493m",),
     "text in images": ("timm/vit_base_patch16_siglip_384.v2_webli",),
+    "medical": ("hf:microsoft/rad-dino",),
 }
 _LARGEST_OPTION = 2**16  # of a number by which a network of timm is made
 _NEEDS_NONE = "backbone='efficientnet_lite0' needs no download."

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
 from sktransfer.models._hub import check_connection
 from sktransfer.models._state_files import INDEX, is_index, shards_of
@@ -72,46 +77,68 @@ class Origin(NamedTuple):
 
     def need(self, file: str) -> Path:
         """Return the path of a file, downloaded if it must be; OSError if there is none."""
-        path = self.find(file)
+        path = self.first_of((file,))
         if path is not None:
             return path
         raise OSError(f"backbone={self.name!r} has no file {file} in {self.place!r}.")
 
+    def first_of(self, files: Sequence[str]) -> Path | None:
+        """Return the path of the first of some files that is there; None if all are known to lack.
+
+        Raises
+        ------
+        OSError
+            If none is there and the hub could not be asked for one of them.
+        """
+        unknown = ""
+        for file in files:
+            path, why = self._look_for(file)
+            if path is not None:
+                return path
+            unknown = unknown or (why and self._missing(file, why))
+        if unknown:
+            raise OSError(unknown)
+        return None
+
     def find(self, file: str) -> Path | None:
         """Return the path of a file, downloaded if it must be; None if there is no such file."""
+        return self._look_for(file)[0]
+
+    def _look_for(self, file: str) -> tuple[Path | None, str]:
+        """Return the path of a file if there is one, and why nobody knows whether there is."""
         if self.is_folder:
             path = Path(self.place, file)
-            return path if path.is_file() else None
+            return (path if path.is_file() else None), ""
         why_offline = _why_offline()
         try:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    self.place, file, revision=self.revision, local_files_only=bool(why_offline)
-                )
+            found = huggingface_hub.hf_hub_download(
+                self.place, file, revision=self.revision, local_files_only=bool(why_offline)
             )
+            return Path(found), ""
         except HFValidationError as error:
             raise ValueError(
                 f"backbone={self.name!r} names no repository of the hub, which is called "
                 f"owner/name, nor a folder that is there: {error}"
             ) from error
-        except EntryNotFoundError as error:
-            if not why_offline or (file != _CONFIG and self._is_kept()):
-                return None
-            raise OSError(self._missing(file, why_offline)) from error
+        except LocalEntryNotFoundError as error:  # and nothing is known of the one on the hub
+            if self._is_known_to_lack(file):
+                return None, ""
+            return None, why_offline or _remember_refusal(error.__cause__ or error)
+        except EntryNotFoundError:
+            return None, ""
         except Exception as error:  # its client has a dozen ways to say no
-            first = str(error).strip().splitlines()[0]
             raise OSError(
                 f"backbone={self.name!r}: {file} could not be downloaded from {self.place!r} at "
-                f"{constants.ENDPOINT} ({type(error).__name__}: {first}). Check the name. If it is "
+                f"{constants.ENDPOINT} ({_in_a_line(error)}). Check the name. If it is "
                 "private or gated, ask for access and log in by `hf auth login`, or set HF_TOKEN."
             ) from error
 
-    def _is_kept(self) -> bool:
-        """Return whether the client of the hub has files of this repository on disk."""
+    def _is_known_to_lack(self, file: str) -> bool:
+        """Return whether the client of the hub has noted that the hub has no such file."""
         found = huggingface_hub.try_to_load_from_cache(
-            self.place, _CONFIG, revision=self.revision, cache_dir=constants.HF_HUB_CACHE
+            self.place, file, revision=self.revision, cache_dir=constants.HF_HUB_CACHE
         )
-        return isinstance(found, str)
+        return found is not None and not isinstance(found, str)  # an object that stands for it
 
     def _missing(self, file: str, why: str) -> str:
         """Say what was looked for without a connection, where, and what can be used instead."""
@@ -141,22 +168,25 @@ class Origin(NamedTuple):
                 f"weights={file!r}: there is no such file, and files of {self.name!r} lie in its "
                 "folder."
             )
-        found = next(filter(None, map(self.find, [file] if file else _WEIGHTS)), None)
+        names = [file] if file else _WEIGHTS
+        found = next(filter(None, map(self.find, names)), None)
         if found is None and file is None and self.is_folder:
             others = sorted(Path(self.place).glob("*.safetensors"))
             found = others[0] if len(others) == 1 else None
         if found is None:
-            raise OSError(self._no_weights(file))
+            pickles = [name for name in _UNSAFE if self.find(name)]
+            if not pickles:
+                self.first_of(names)  # the hub may have them, but could not be asked
+            raise OSError(self._no_weights(file, pickles))
         if is_index(found):
             for shard in sorted({path.name for path in shards_of(found).values()}):
                 self.need(shard)
         return found
 
-    def _no_weights(self, file: str | None) -> str:
+    def _no_weights(self, file: str | None, pickles: list[str]) -> str:
         what = f"no file {file}" if file else f"no safetensors ({' or '.join(_WEIGHTS)})"
-        there = [name for name in _UNSAFE if self.find(name)]
-        remedy = f"weights={there[0]!r}, which is read without running code" if there else ""
-        if self.is_folder and not there:
+        remedy = f"weights={pickles[0]!r}, which is read without running code" if pickles else ""
+        if self.is_folder and not pickles:
             files = sorted(entry.name for entry in os.scandir(self.place) if entry.is_file())
             what += f", but {', '.join(files[:5]) or 'nothing'},"
         return f"backbone={self.name!r}: there is {what} in {self.place!r}. " + (
@@ -225,6 +255,18 @@ def _why_offline() -> str:
         _refusals[constants.ENDPOINT] = time.monotonic(), why
         return why
     return ""
+
+
+def _remember_refusal(error: BaseException) -> str:
+    """Say what a hub that was reached answered; it is not asked again soon, for other files."""
+    why = f"{constants.ENDPOINT} did not give it: {_in_a_line(error)}; try again later"
+    _refusals[constants.ENDPOINT] = time.monotonic(), why
+    return why
+
+
+def _in_a_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _kept_repositories() -> list[str]:

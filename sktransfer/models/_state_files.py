@@ -24,9 +24,9 @@ from sktransfer.io._files import open_regular
 # Under which the tensors of a checkpoint lie; of two of them, the first is taken. Averages over
 # the steps of a training, and teachers, come first: they are what was meant to be used.
 _CONTAINERS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "teacher"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema_model", "ema", "teacher"),
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
-    *("weights", "params", "backbone", "encoder", "student"),
+    *("weights", "params", "shadow", "backbone", "encoder", "student"),
 )
 _DEEPEST = 4  # containers in containers
 _MOST_SHARDS = 1024
@@ -349,7 +349,8 @@ def _holds_tensors(value: Any, depth: int = _DEEPEST) -> bool:
     """Return whether a value is a state dict, or a container of one."""
     if not isinstance(value, Mapping) or "param_groups" in value:  # those of an optimizer
         return False
-    return any(isinstance(inner, torch.Tensor) for inner in value.values()) or (
+    # Single numbers are counters and decays, such as those of an average, and no weights.
+    return any(isinstance(inner, torch.Tensor) and inner.ndim for inner in value.values()) or (
         depth > 0 and any(_holds_tensors(value.get(key), depth - 1) for key in _CONTAINERS)
     )
 

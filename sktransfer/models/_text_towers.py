@@ -189,8 +189,7 @@ def _load(origin: Origin, weights: Any) -> TextTower:
 def _load_tokenizer(origin: Origin) -> Any:
     from transformers import AutoTokenizer
 
-    found = [file for file in _TOKENIZERS if origin.find(file) is not None]
-    if not found:
+    if origin.first_of(_TOKENIZERS) is None:
         raise OSError(
             f"backbone={origin.name!r} has no tokenizer ({', '.join(_TOKENIZERS[:2])}) in "
             f"{origin.place!r}, so no words can be read. Copy its files from the model that it was "

@@ -321,7 +321,7 @@ def _read_preprocessing(origin: Origin, trust_remote_code: bool) -> Preprocessin
     """Return the preprocessing that the image processor of a model does."""
     from transformers import AutoImageProcessor
 
-    file = next(filter(None, map(origin.find, _PROCESSORS)), None)
+    file = origin.first_of(_PROCESSORS)
     if file is None:
         raise OSError(
             f"backbone={origin.name!r} has no {_PROCESSORS[0]} in {origin.place!r}, so nobody can "
