@@ -413,7 +413,7 @@ def test_files_that_do_not_fit(data, message):
 def test_tiff_files_need_tifffile(monkeypatch):
     data = tiff(PIXELS, **CONTIG)
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(ImportError, match=r"needs tifffile: pip install 'sktransfer\[tiff\]'"):
+    with pytest.raises(ImportError, match=r"needs tifffile: pip install '\.\[tiff\]'"):
         check_images([data], channels=FIVE).load(0)
 
 

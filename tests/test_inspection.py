@@ -571,5 +571,5 @@ def test_displays_draw_into_given_axes(tiles, fitted, linear):
 def test_without_grad_cam(monkeypatch, tiles, fitted):
     _, paths, _ = tiles
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
-    with pytest.raises(ImportError, match=r"needs pytorch_grad_cam: pip install 'sktransfer\[insp"):
+    with pytest.raises(ImportError, match=r"needs pytorch_grad_cam: pip install '\.\[insp"):
         SaliencyDisplay.from_estimator(fitted, paths[:1])

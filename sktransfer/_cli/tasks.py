@@ -71,7 +71,7 @@ def read_elpv() -> tuple[list[str], np.ndarray, np.ndarray]:
         import elpv_dataset
     except ImportError as error:
         raise ImportError(
-            "The ELPV solar cells come with an extra: pip install 'sktransfer[demo]'. "
+            "The ELPV solar cells come with an extra: pip install '.[demo]'. "
             "Or name a folder of your own with one subfolder of images a class."
         ) from error
     data = Path(elpv_dataset.__file__).parent / "data"

@@ -158,7 +158,7 @@ def export_onnx(
 def check_target(path: str | os.PathLike) -> Path:
     """Return where a file is to be written, if it can be and all is there that writes it."""
     for module in ("onnx", "onnxscript"):
-        load_optional(module, "to_onnx", "'sktransfer[onnx]'")
+        load_optional(module, "to_onnx", "'.[onnx]'")
     target = Path(path)
     if not target.parent.is_dir():
         raise ValueError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}.")

@@ -130,9 +130,7 @@ class SaliencyDisplay:
         ImportError
             If grad-cam is not installed.
         """
-        load_optional(
-            "pytorch_grad_cam", f"{cls.__name__}.from_estimator", "'sktransfer[inspection]'"
-        )
+        load_optional("pytorch_grad_cam", f"{cls.__name__}.from_estimator", "'.[inspection]'")
         source = _source(estimator)
         images = estimator.check_images(X)
         columns = _columns(estimator, targets, len(images))

@@ -71,7 +71,7 @@ def find_similar(
     Notes
     -----
     All distances are computed. Of more than 100,000 images, an index of faiss reads a part of the
-    rows instead, if it is installed (``pip install 'sktransfer[neighbors]'``), and may miss a few.
+    rows instead, if it is installed (``pip install '.[neighbors]'``), and may miss a few.
 
     Examples
     --------
