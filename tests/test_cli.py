@@ -313,6 +313,9 @@ def test_messages_name_the_options_of_the_command():
         "load_image_folder('a/b') has it": "`sktransfer fit a/b` has it",
         'as in load_image_folder("it\'s") if': "as in `sktransfer fit 'it'\"'\"'s'` if",
         "a file a_unfreeze=1, layer=2": "a file a_unfreeze=1, layer=2",
+        "memory must be one": "--memory must be one",
+        "a memory must be one": "a memory must be one",
+        "memory=['a', 'b c'] holds": "--memory 'a,b c' holds",
     }.items():
         assert in_options(message, fit) == expected
     assert in_options("replace it, or drop the row.", fit) == "replace it, or remove it."
@@ -320,6 +323,28 @@ def test_messages_name_the_options_of_the_command():
     wanted = "replace it, or pass --skip-unreadable."
     assert in_options("replace it, or drop the row.", fit) == wanted
     assert in_options("unfreeze=9, folder='y', k=5", benchmark) == "--depths 9, folder='y', -k 5"
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("--pooling foo", r"--pooling must be one of \{'.*'\}\. Got 'foo' instead\."),
+        ("--pooling avg,foo", "--pooling avg,foo holds 'foo', which is none of "),
+        (
+            "--backbone nosuch",
+            ".*The names are those of torchvision and.*PATH' are taken",
+        ),
+        ("--weights None", "--weights None is neither .*names or a path to a state dict\\.$"),
+        ("--background x", "--background must be .* or a code such as '#ffffff', got 'x'\\."),
+        ("--n-jobs 0", "--n-jobs must not be 0"),
+    ],
+)
+def test_messages_name_nothing_of_python(given, said, tiles, tmp_path, capsys):
+    command = ["embed", str(tiles[0]), "-o", str(tmp_path / "x.csv"), *given.split()]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"error: {said}", error), error
+    assert not re.search(r"instance of|None for|\w\(\)|Module|integers|parameter of", error)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if value is not None and value < smallest:
             raise ValueError(f"{option(name)} must be at least {smallest}, got {value}.")
+    if getattr(options, "n_jobs", None) == 0:
+        raise ValueError("--n-jobs must not be 0: pass a number of threads, or leave it out.")
     share = getattr(options, "test_size", None)
     if share is not None and not 0 <= share < 1:
         raise ValueError(

@@ -109,7 +109,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     add(
         "--background",
         metavar="COLOUR",
-        help="on which transparent images lie, as black or #808080; the same for fit and predict "
+        help="on which transparent images lie, as black or '#808080'; the same for fit and predict "
         "(default white)",
     )
 
