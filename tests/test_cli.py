@@ -619,6 +619,7 @@ def test_help_fits_80_columns(monkeypatch):
     commands = next(a for a in parser._actions if a.dest == "command").choices
     for shown in [parser, *commands.values()]:
         assert max(map(len, shown.format_help().splitlines())) <= 80, shown.prog
+    assert "--skip-unreadable" not in commands["audit"].format_help()  # which reports such
 
 
 def test_long_errors_are_wrapped_on_a_terminal_alone(tmp_path, capsys, monkeypatch):
