@@ -576,6 +576,50 @@ def test_bad_input_ends_with_one_line_and_code_2(tiles, place, capsys, arguments
     assert out == "" or (arguments.startswith("benchmark") and out.count("\n") == 2)
 
 
+EARLY = """
+import sys
+from sktransfer._cli import main
+for command in sys.argv[1:]:
+    main(command.split())
+assert "torch" not in sys.modules
+"""
+
+
+def test_bad_folders_are_refused_before_torch_is_imported(place, capfd):
+    groups = "--groups (/)"
+    commands = [
+        f"fit {place}/rare -o {place}/m.skops",
+        f"fit {place}/few -o {place}/m.skops",
+        f"fit {place}/tiny -o {place}/m.skops {groups}",
+        f"benchmark {place}/rare",
+        f"rank {place}/single",
+        f"benchmark {place}/empty",
+    ]
+    subprocess.run([sys.executable, "-c", EARLY, *commands], check=True)
+    early = capfd.readouterr().err.splitlines()
+    with pytest.MonkeyPatch.context() as patch:  # in the same words as later
+        patch.setattr("sktransfer._cli.classes.check_classes", lambda options: None)
+        assert [main(command.split()) for command in commands] == [2] * 6
+    late = capfd.readouterr().err.splitlines()
+    assert early == late and sum("error: " in line for line in early) == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
+def test_classes_are_counted_by_what_can_be_read(place, tmp_path, capsys):
+    root = tmp_path / "photos"
+    shutil.copytree(place / "rare", root)
+    shutil.copytree(place / "rare" / "class0", root / "class2")
+    (bad,) = (root / "class1").iterdir()
+    command = ["fit", str(root), "-o", str(tmp_path / "m.skops"), *SMALL]
+    assert main(command) == 2 and "'class1' has 1 image, but" in capsys.readouterr().err
+    bad.write_bytes(b"no image")  # then there is no such class
+    assert main(command) == 0
+    shutil.copytree(root / "class0", root / ".hidden")
+    shutil.copy(next((root / "class0").iterdir()), bad)
+    bad.write_bytes(bad.read_bytes()[:300])  # the header of a file
+    assert main([*command, "--skip-unreadable"]) == 0
+
+
 def test_an_argument_is_quoted_without_escape_sequences(capsys):
     with pytest.raises(SystemExit):
         main(["classify", "photo.jpg", "--\x1b[2J"])

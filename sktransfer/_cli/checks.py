@@ -135,6 +135,10 @@ def _check_inputs(options: argparse.Namespace) -> None:
         raise ValueError(f"{folder!r} {reason}: pass the folder {what}.")
     if (test := getattr(options, "test", None)) and not os.path.isdir(test):
         raise ValueError(f"--test {test!r} is no folder: pass that of the test images.")
+    if options.command in ("fit", "rank", "benchmark"):
+        from sktransfer._cli.classes import check_classes  # takes a second, which `--help` has not
+
+        check_classes(options)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
