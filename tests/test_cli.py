@@ -265,7 +265,7 @@ def test_json_is_one_document_with_names_as_they_are(model, odd, tmp_path, capsy
     assert found[0]["backbone"] == "efficientnet_lite0" and found[0]["imagenet_accuracy"] is None
 
 
-def test_json_of_fit_and_what_it_held_out(tiles, place, tmp_path, capsys):
+def test_json_of_fit_and_what_it_held_out(tiles, tmp_path, capsys):
     path = tmp_path / "m.skops"
     arguments = ["--json", "--test-size", 0.5, "--image-size", 32]
     found = json.loads(run(capsys, "fit", tiles[0], "-o", path, *arguments))
@@ -274,9 +274,9 @@ def test_json_of_fit_and_what_it_held_out(tiles, place, tmp_path, capsys):
     assert len(held_out["mistakes"]) == wrong == round(20 * (1 - held_out["accuracy"]))
     assert all(row["label"] != row["predicted"] for row in held_out["mistakes"])
     assert found["written"] == {"path": str(path), "n_bytes": path.stat().st_size}
-    assert main(["benchmark", str(place / "few"), "--depths", "0", "--json"]) == 2
+    assert main(["benchmark", str(tiles[0]), "--depths", "99", "--json"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("comparing 1 depth of fine-tuning: 10 images, ")
+    assert out == "" and err.startswith("comparing 1 depth of fine-tuning: 40 images, ")
 
 
 def test_tables_fit_80_columns():
