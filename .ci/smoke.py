@@ -3,7 +3,8 @@
     python .ci/smoke.py
 
 Every module is imported; images are embedded, in a pipeline and a search, through a memory; a
-network is fine-tuned, pickled, written to a model file, read again, and used by the command line.
+network is fine-tuned, pickled, written to a model file, read again, and used by the command line; a
+table and a plot are written.
 """
 
 import importlib
@@ -30,6 +31,7 @@ from sktransfer import (
     load_image_folder,
     load_model,
 )
+from sktransfer.inspection import HistoryDisplay
 
 SIZE = {"image_size": 64}
 
@@ -73,6 +75,14 @@ def use_command_line(data, folder: Path) -> None:
     command += [str(folder / "model.skops"), *data.data]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert len(ran.stdout.splitlines()) == len(data.data) + 1
+    table = folder / "embeddings.csv"
+    command = [sys.executable, "-m", "sktransfer", "embed", str(folder / "images"), "-o", table]
+    subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    assert len(table.read_text().splitlines()) == len(data.data) + 1
+
+
+def plot(folder: Path) -> None:
+    HistoryDisplay([1.0, 0.5]).plot().figure_.savefig(folder / "history.svg")
 
 
 def main() -> None:
@@ -84,7 +94,9 @@ def main() -> None:
         search(data, folder / "memory")
         fine_tune(data, folder)
         use_command_line(data, folder)
-    names = ("numpy", "scipy", "scikit-learn", "torch", "torchvision", "timm", "skorch", "skops")
+        plot(folder)
+    names = ("numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "torch", "torchvision")
+    names += ("timm", "skorch", "skops")
     print("works with", ", ".join(f"{name} {version(name)}" for name in names))
 
 

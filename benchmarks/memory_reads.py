@@ -101,7 +101,7 @@ def open_diskcache(path: str) -> Any:
     try:
         import diskcache
     except ImportError:
-        raise SystemExit('Run pip install "sktransfer[benchmarks]" for diskcache.') from None
+        raise SystemExit('Run pip install ".[benchmarks]" for diskcache.') from None
     return diskcache.Cache(path, size_limit=1 << 40)
 
 

@@ -21,7 +21,7 @@ def nearest(
 
     All distances are computed, by scikit-learn. For more than 100,000 rows and the metric
     "cosine" or "euclidean", an index of faiss reads a part of the rows instead, if it is installed
-    (``pip install 'sktransfer[neighbors]'``); it may miss a few neighbours, and finds the same
+    (``pip install '.[neighbors]'``); it may miss a few neighbours, and finds the same
     each time.
 
     Parameters

@@ -445,7 +445,7 @@ def test_alpha_of_a_tiff_file_stays_alpha(kind):
 def test_tiff_files_need_tifffile(monkeypatch):
     data = tiff(PIXELS, **CONTIG)
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(ImportError, match=r"needs tifffile: pip install 'sktransfer\[tiff\]'"):
+    with pytest.raises(ImportError, match=r"needs tifffile: pip install '\.\[tiff\]'"):
         check_images([data], channels=FIVE).load(0)
 
 

@@ -238,7 +238,7 @@ def test_cache(tiles, tmp_path, capsys):
     found = json.loads(run(capsys, "cache", "info", memory, "--json"))
     parts = [share["bytes"] for share in found["shares"]] + [*found["rest"].values()]
     assert sum(parts) == found["n_bytes"] and min(parts) >= 0 and len(parts) == 3
-    percents = re.findall(r"(?m): 0\.\d MB, (\d+) %$", info)
+    percents = re.findall(r"(?m): [\d.]+ MB, (\d+) %$", info)
     assert sum(map(int, percents)) == pytest.approx(100, abs=1)  # each is rounded
     assert "now: 10 results" in run(capsys, "cache", "reduce", memory, "--items", 10)
     assert "now: 10 results" in run(capsys, "cache", "reduce", memory, "--days", 1)
@@ -265,7 +265,7 @@ def test_json_is_one_document_with_names_as_they_are(model, odd, tmp_path, capsy
     assert found[0]["backbone"] == "efficientnet_lite0" and found[0]["imagenet_accuracy"] is None
 
 
-def test_json_of_fit_and_what_it_held_out(tiles, place, tmp_path, capsys):
+def test_json_of_fit_and_what_it_held_out(tiles, tmp_path, capsys):
     path = tmp_path / "m.skops"
     arguments = ["--json", "--test-size", 0.5, "--image-size", 32]
     found = json.loads(run(capsys, "fit", tiles[0], "-o", path, *arguments))
@@ -274,9 +274,9 @@ def test_json_of_fit_and_what_it_held_out(tiles, place, tmp_path, capsys):
     assert len(held_out["mistakes"]) == wrong == round(20 * (1 - held_out["accuracy"]))
     assert all(row["label"] != row["predicted"] for row in held_out["mistakes"])
     assert found["written"] == {"path": str(path), "n_bytes": path.stat().st_size}
-    assert main(["benchmark", str(place / "few"), "--depths", "0", "--json"]) == 2
+    assert main(["benchmark", str(tiles[0]), "--depths", "99", "--json"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("comparing 1 depth of fine-tuning: 10 images, ")
+    assert out == "" and err.startswith("comparing 1 depth of fine-tuning: 40 images, ")
 
 
 def test_tables_fit_80_columns():
@@ -313,6 +313,9 @@ def test_messages_name_the_options_of_the_command():
         "load_image_folder('a/b') has it": "`sktransfer fit a/b` has it",
         'as in load_image_folder("it\'s") if': "as in `sktransfer fit 'it'\"'\"'s'` if",
         "a file a_unfreeze=1, layer=2": "a file a_unfreeze=1, layer=2",
+        "memory must be one": "--memory must be one",
+        "a memory must be one": "a memory must be one",
+        "memory=['a', 'b c'] holds": "--memory 'a,b c' holds",
     }.items():
         assert in_options(message, fit) == expected
     assert in_options("replace it, or drop the row.", fit) == "replace it, or remove it."
@@ -320,6 +323,28 @@ def test_messages_name_the_options_of_the_command():
     wanted = "replace it, or pass --skip-unreadable."
     assert in_options("replace it, or drop the row.", fit) == wanted
     assert in_options("unfreeze=9, folder='y', k=5", benchmark) == "--depths 9, folder='y', -k 5"
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("--pooling foo", r"--pooling must be one of \{'.*'\}\. Got 'foo' instead\."),
+        ("--pooling avg,foo", "--pooling avg,foo holds 'foo', which is none of "),
+        (
+            "--backbone nosuch",
+            ".*The names are those of torchvision and.*PATH' are taken",
+        ),
+        ("--weights None", "--weights None is neither .*names or a path to a state dict\\.$"),
+        ("--background x", "--background must be .* or a code such as '#ffffff', got 'x'\\."),
+        ("--n-jobs 0", "--n-jobs must not be 0"),
+    ],
+)
+def test_messages_name_nothing_of_python(given, said, tiles, tmp_path, capsys):
+    command = ["embed", str(tiles[0]), "-o", str(tmp_path / "x.csv"), *given.split()]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"error: {said}", error), error
+    assert not re.search(r"instance of|None for|\w\(\)|Module|integers|parameter of", error)
 
 
 @pytest.mark.parametrize(
@@ -551,6 +576,50 @@ def test_bad_input_ends_with_one_line_and_code_2(tiles, place, capsys, arguments
     assert out == "" or (arguments.startswith("benchmark") and out.count("\n") == 2)
 
 
+EARLY = """
+import sys
+from sktransfer._cli import main
+for command in sys.argv[1:]:
+    main(command.split())
+assert "torch" not in sys.modules
+"""
+
+
+def test_bad_folders_are_refused_before_torch_is_imported(place, capfd):
+    groups = "--groups (/)"
+    commands = [
+        f"fit {place}/rare -o {place}/m.skops",
+        f"fit {place}/few -o {place}/m.skops",
+        f"fit {place}/tiny -o {place}/m.skops {groups}",
+        f"benchmark {place}/rare",
+        f"rank {place}/single",
+        f"benchmark {place}/empty",
+    ]
+    subprocess.run([sys.executable, "-c", EARLY, *commands], check=True)
+    early = capfd.readouterr().err.splitlines()
+    with pytest.MonkeyPatch.context() as patch:  # in the same words as later
+        patch.setattr("sktransfer._cli.classes.check_classes", lambda options: None)
+        assert [main(command.split()) for command in commands] == [2] * 6
+    late = capfd.readouterr().err.splitlines()
+    assert early == late and sum("error: " in line for line in early) == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*left out:UserWarning")
+def test_classes_are_counted_by_what_can_be_read(place, tmp_path, capsys):
+    root = tmp_path / "photos"
+    shutil.copytree(place / "rare", root)
+    shutil.copytree(place / "rare" / "class0", root / "class2")
+    (bad,) = (root / "class1").iterdir()
+    command = ["fit", str(root), "-o", str(tmp_path / "m.skops"), *SMALL]
+    assert main(command) == 2 and "'class1' has 1 image, but" in capsys.readouterr().err
+    bad.write_bytes(b"no image")  # then there is no such class
+    assert main(command) == 0
+    shutil.copytree(root / "class0", root / ".hidden")
+    shutil.copy(next((root / "class0").iterdir()), bad)
+    bad.write_bytes(bad.read_bytes()[:300])  # the header of a file
+    assert main([*command, "--skip-unreadable"]) == 0
+
+
 def test_an_argument_is_quoted_without_escape_sequences(capsys):
     with pytest.raises(SystemExit):
         main(["classify", "photo.jpg", "--\x1b[2J"])
@@ -594,6 +663,7 @@ def test_help_fits_80_columns(monkeypatch):
     commands = next(a for a in parser._actions if a.dest == "command").choices
     for shown in [parser, *commands.values()]:
         assert max(map(len, shown.format_help().splitlines())) <= 80, shown.prog
+    assert "--skip-unreadable" not in commands["audit"].format_help()  # which reports such
 
 
 def test_long_errors_are_wrapped_on_a_terminal_alone(tmp_path, capsys, monkeypatch):

@@ -83,7 +83,7 @@ def canonical(package):
 
 
 # What parts of the library take that a plain installation has not.
-NEEDS = {"sktransfer.inspection": "matplotlib", "SaliencyDisplay": "grad-cam"}
+NEEDS = {"SaliencyDisplay": "grad-cam"}
 
 
 @pytest.fixture(scope="module")

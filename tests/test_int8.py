@@ -351,7 +351,7 @@ def test_where_it_cannot_be_had(monkeypatch):
     for package in ("nncf", "openvino"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            with pytest.raises(ImportError, match=rf"{package}.*pip install 'sktransfer\[int8\]'"):
+            with pytest.raises(ImportError, match=rf"{package}.*pip install '\.\[int8\]'"):
                 extractor(small()).transform(pictures())
 
 

@@ -432,7 +432,7 @@ def test_no_such_model(tmp_path):
 def test_transformers_is_not_installed(tiny, monkeypatch):
     load_text_model.cache_clear()
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers: pip install 'sktransfer\[text\]'"):
+    with pytest.raises(ImportError, match=r"needs transformers: pip install '\.\[text\]'"):
         pretrainer(tiny).transform(SENTENCES)
 
 

@@ -1,6 +1,5 @@
 import gc
 import math
-import sys
 import weakref
 from pathlib import Path
 
@@ -358,15 +357,6 @@ def test_a_bad_image_is_named_and_the_others_stay_in_the_memory(tiles, tmp_path,
     assert n_before >= 32
     rank_backbones(paths, labels, ["small"], **options)
     assert len(run_log()) == 40
-
-
-@pytest.mark.parametrize(
-    "function", [lambda X, y: rank_backbones(X, y, ["colours"]), transfer_gain]
-)
-def test_without_pandas(function, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)  # as if it were not installed
-    with pytest.raises(ImportError, match="needs pandas: pip install pandas"):
-        function(*pictures())
 
 
 # ------------------------------------------------------------------------------ what transfer gains

@@ -105,9 +105,7 @@ def test_errors(tiles, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nowhere/model.onnx': there is no folder"):
         model.to_onnx(tmp_path / "nowhere" / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(
-        ImportError, match=r"to_onnx needs onnxscript: pip install 'sktransfer\[onn"
-    ):
+    with pytest.raises(ImportError, match=r"to_onnx needs onnxscript: pip install '\.\[onn"):
         model.to_onnx(tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,4 @@
 import pickle
-import sys
 from pathlib import Path
 
 import dask.array as da
@@ -234,12 +233,6 @@ def test_bad_images_are_named(tiles, tmp_path, scaled):
     Path(tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"row 1 \(.*broken.jpg"):
         PretrainedClassifier(scaled).predict([paths[0], tmp_path / "broken.jpg"])
-
-
-def test_without_pandas_the_error_says_what_to_install(scaled, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="top_k needs pandas: pip install pandas"):
-        PretrainedClassifier(scaled).top_k(np.zeros((1, 8, 8), np.uint8))
 
 
 def test_dask_collections(tiles, scaled):

@@ -542,7 +542,7 @@ def test_without_openvino(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
     backbone = get_model(Wide())
     assert get_runner(backbone, "cpu", "float32").runtime == "torch"
-    with pytest.warns(UserWarning, match=r"not installed: pip install 'sktransfer\[openvino\]'"):
+    with pytest.warns(UserWarning, match=r"not installed: pip install '\.\[openvino\]'"):
         assert get_runner(backbone, "cpu", "float32", "openvino").runtime == "torch"
 
 

@@ -385,7 +385,7 @@ examples:
     add_network(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the folds (default 0)")
     add_json(parser)
-    add_running(parser)
+    add_running(parser, skips=False)
 
 
 def _similar(add_parser: Callable[..., argparse.ArgumentParser]) -> None:

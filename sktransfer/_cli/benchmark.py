@@ -21,7 +21,16 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC, LinearSVC
 
 from sktransfer._bars import tqdm
-from sktransfer._cli.results import METRICS, Best, Cost, Report, Result, best_of
+from sktransfer._cli.results import (
+    ALL_LAYERS,
+    LOGISTIC,
+    METRICS,
+    Best,
+    Cost,
+    Report,
+    Result,
+    best_of,
+)
 from sktransfer._cli.tasks import Task, load_elpv, load_folder, read_elpv
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.pretrained import GOOD_FEATURES, PretrainedFeatureExtractor
@@ -60,7 +69,7 @@ def classifiers(n_images: int) -> dict[str, BaseEstimator]:
     kernels = [partial(rbf_kernel, gamma=gamma) for gamma in (2, 4, 8)]
     grids: dict[str, tuple[Any, dict[str, Sequence[Any]]]] = {
         "k-NN": (KNeighborsClassifier(), {"n_neighbors": neighbors}),
-        "logistic regression": (LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}),
+        LOGISTIC: (LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}),
         "linear SVM": (LinearSVC(), {"C": [0.1, 1, 10]}),
         "RBF SVM": (SVC(), {"C": [3, 10, 30], "kernel": kernels}),
     }
@@ -175,7 +184,7 @@ def _candidates(
         models = classifiers(len(task.images) // (1 if task.groups is None else 2))
         for layers, extractor in network.extractors.items():
             # On wide rows the others take long.
-            asked = {"logistic regression": make_classifier()[1:]} if layers else models
+            asked = {LOGISTIC: make_classifier()[1:]} if layers else models
             asked = asked | {"RBF SVM": models["RBF SVM"]}
             asked = {"RBF SVM": models["RBF SVM"]} if depths else asked
             table = network.name if depths else f"{network.name}{layers}"
@@ -287,9 +296,7 @@ class _Network:
         self.name, self.images, self.verbose = str(extractor.backbone), images, extractor.verbose
         self.extractors = {"": clone(extractor).set_params(normalize=True, verbose=0)}
         if has_blocks:
-            self.extractors[", all layers"] = clone(extractor).set_params(
-                **GOOD_FEATURES, verbose=0
-            )
+            self.extractors[ALL_LAYERS] = clone(extractor).set_params(**GOOD_FEATURES, verbose=0)
         self.cost: Cost | None = None
         self._rows: dict[str, np.ndarray] = {}
 

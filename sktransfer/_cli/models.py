@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import skops.io
 
+from sktransfer._cli.classes import refuse_to_hold_out
 from sktransfer._cli.groups import groups_of
 from sktransfer._cli.options import common_parameters, depth_of
 from sktransfer._cli.tables import (
@@ -70,7 +70,7 @@ def _split(y: np.ndarray, groups: np.ndarray | None, options: argparse.Namespace
     share = options.test_size
     if not share:
         return np.arange(len(y)), np.arange(0)
-    _check_test_size(y, groups, options)
+    refuse_to_hold_out(options.folder, y, groups, share)
     # Of several groups that are left, the fit takes some to tune.
     n_left = 1 if name_rare_classes(y, 3, groups) else 2
     return hold_outs(1, share, y, "class", groups, options.seed, n_left=n_left)[0]
@@ -140,24 +140,6 @@ def _load(path: str) -> Any:
     if not can_predict:
         raise ValueError(f"{path!r} holds a {type(model).__name__}, which can't predict.")
     return model
-
-
-def _check_test_size(y: np.ndarray, groups: np.ndarray | None, options: argparse.Namespace) -> None:
-    """Refuse, in words of the command line, what can't be split into two parts of all classes."""
-    share, n_classes = options.test_size, len(np.unique(y))
-    if rare := name_rare_classes(y, 2, groups):
-        units, more = ("", "Add images") if groups is None else (" groups", "Pass smaller --groups")
-        raise ValueError(
-            f"{options.folder!r}: {rare}, but --test-size {share:g} needs 2{units} of each class, "
-            f"to train on and to score on. {more}, or pass --test-size 0 to hold out none."
-        )
-    n_test = math.ceil(share * len(y))
-    if groups is None and n_classes > min(n_test, len(y) - n_test):
-        raise ValueError(
-            f"{options.folder!r}: --test-size {share:g} trains on {len(y) - n_test} images and "
-            f"holds out {n_test}, but both parts need an image of each of the {n_classes} classes. "
-            "Pass --test-size 0.5, or 0 to hold out none, or add images."
-        )
 
 
 def _what_was_fitted(model: FineTunedClassifier, n: int) -> dict[str, Any]:

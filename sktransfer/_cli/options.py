@@ -58,6 +58,8 @@ def add_network(parser: argparse.ArgumentParser, several: str | None = None) -> 
 def add_running(
     parser: argparse.ArgumentParser,
     precisions: Sequence[str] = ("float32", "bfloat16", "float16", "int8"),
+    *,
+    skips: bool = True,
 ) -> None:
     """Add where and how it runs."""
     add = parser.add_argument
@@ -70,7 +72,7 @@ def add_running(
     add("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     add("--precision", default="float32", choices=precisions, help="(default float32)")
     add("--n-jobs", type=int, metavar="N", help="threads that decode images (default: all cores)")
-    add_reading(parser)
+    add_reading(parser, skips=skips)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -86,15 +88,16 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--balanced", action="store_true", help="weigh classes inversely to their numbers")
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add how image files are read, and which are refused."""
+def add_reading(parser: argparse.ArgumentParser, *, skips: bool = True) -> None:
+    """Add how image files are read; where it `skips`, also whether unreadable ones are."""
     add = parser.add_argument
-    add(
-        "--skip-unreadable",
-        action="store_true",
-        help="go on without images that can't be read, and list them at the end (default: an "
-        "error); in CSV, each has a row, with the reason in a column `skipped`",
-    )
+    if skips:
+        add(
+            "--skip-unreadable",
+            action="store_true",
+            help="go on without images that can't be read, and list them at the end (default: an "
+            "error); in CSV, each has a row, with the reason in a column `skipped`",
+        )
     add(
         "--damaged",
         choices=["warn", "error"],
@@ -109,7 +112,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     add(
         "--background",
         metavar="COLOUR",
-        help="on which transparent images lie, as black or #808080; the same for fit and predict "
+        help="on which transparent images lie, as black or '#808080'; the same for fit and predict "
         "(default white)",
     )
 

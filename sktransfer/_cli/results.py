@@ -13,6 +13,9 @@ from sktransfer.model_selection._transfer_gain import corrected_interval
 
 _LEVEL = 0.95  # of intervals
 
+LOGISTIC = "logistic regression"
+ALL_LAYERS = ", all layers"  # ends the names of classifiers on them
+
 METRICS = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
 
 
@@ -86,8 +89,14 @@ class Best:
 
 
 def best_of(results: Sequence[Result]) -> Result:
-    """Return the most accurate; the first of several."""
-    return max(results, key=lambda result: result.scores["accuracy"].mean())
+    """Return the most accurate; of several, rather `make_classifier`'s, then one on all layers."""
+
+    def order(result: Result) -> tuple[float, bool, bool]:
+        name = result.classifier
+        accuracy = round(result.scores["accuracy"].mean(), 9)  # sums differ by their order
+        return accuracy, name == f"{LOGISTIC}{ALL_LAYERS}", name.endswith(ALL_LAYERS)
+
+    return max(results, key=order)
 
 
 def full_name(result: Result) -> str:
@@ -111,5 +120,7 @@ def _gain(best: Result, other: Result) -> str:
     if len(differences) > 1:
         # Two splits give an interval that is wider than accuracies can differ.
         low, high = np.clip(corrected_interval(differences, 1 / 3, _LEVEL), -100, 100)
-        said += f" ({_LEVEL:.0%} interval {low:.1f} to {high:.1f})"
+        ends = f"{low:.1f}", f"{high:.1f}"
+        # Of splits that differ by the same, it says nothing.
+        said += f" ({_LEVEL:.0%} interval {' to '.join(ends)})" if len({*ends}) > 1 else ""
     return said

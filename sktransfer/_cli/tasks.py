@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from sktransfer._cli.classes import refuse_one_class, refuse_to_compare
 from sktransfer._cli.groups import groups_of
 from sktransfer._cli.words import in_options
 from sktransfer._escaping import escape
-from sktransfer._splits import check_groups, name_rare_classes
+from sktransfer._splits import check_groups
 from sktransfer.io import find_unreadable, list_images, load_image_folder
 
 
@@ -71,7 +72,7 @@ def read_elpv() -> tuple[list[str], np.ndarray, np.ndarray]:
         import elpv_dataset
     except ImportError as error:
         raise ImportError(
-            "The ELPV solar cells come with an extra: pip install 'sktransfer[demo]'. "
+            "The ELPV solar cells come with an extra: pip install '.[demo]'. "
             "Or name a folder of your own with one subfolder of images a class."
         ) from error
     data = Path(elpv_dataset.__file__).parent / "data"
@@ -113,18 +114,10 @@ def load_elpv() -> Task:
 def load_folder(folder: str, options: argparse.Namespace | None = None) -> Task:
     """Make a task of a folder with one subfolder of images a class, names escaped to be shown."""
     files, y, skipped = labelled(folder, options)
-    if rare := name_rare_classes(y, 8):
-        raise ValueError(
-            f"{folder!r}: {rare}. A comparison needs 8 images of each class, and two classes: add "
-            "images, or remove the folders of small classes."
-        )
+    refuse_to_compare(folder, y)
     groups, note = check_groups(groups_of(files, options) if options else None, len(files)), ""
     if groups is not None:
-        if rare := name_rare_classes(y, 3, groups):
-            raise ValueError(
-                f"{folder!r}: {rare}. A comparison by groups needs 3 of each class, one to score "
-                "on and two to tune with: add images, pass smaller --groups, or none."
-            )
+        refuse_to_compare(folder, y, groups)
         note = f"{groups.max() + 1:,} groups of images, each on one side of every split."
     shown = {name: escape(name) for name in np.unique(y).tolist()}
     labels = np.array([shown[name] for name in y.tolist()])
@@ -151,11 +144,7 @@ def labelled(
     files, y, skipped = data.data, data.target, {}
     if options is not None and skips:
         skipped = {file: in_options(why, options) for file, why in data.unreadable.items()}
-    if len(classes := np.unique(y)) < 2:
-        raise ValueError(
-            f"{folder!r} has one class only, {str(classes[0])!r}: two are needed, each in a "
-            "subfolder of its own."
-        )
+    refuse_one_class(folder, y)
     return files, y, skipped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shlex
 
@@ -24,8 +25,21 @@ _WITHOUT_NAME = {"command", "action", "folder", "files", "model"}  # arguments t
 # What there is in Python alone.
 _ONLY_IN_PYTHON = (
     rf"; if the parts are the classes, pass categories=\[{_IN}\]|: list_images lists such"
-    r"|(?<=a prefix of names), a list of names"
+    r"|(?<=a prefix of names), a list of names|, or None for random ones"
+    r"|, an instance of 'list' or an instance of 'tuple'"
 )
+# What is called otherwise there.
+_OTHERWISE = {
+    ", a path to a state dict, or None for random weights": " or a path to a state dict",
+    "sktransfer.models.list_models() gives all names; ": "The names are those of torchvision and, "
+    "as 'timm/NAME', of timm; ",
+    "of the hub, 'local-dir:PATH' and a torch.nn.Module are": "of the hub and 'local-dir:PATH' are",
+    ", a code such as '#ffffff', or three integers in 0..255": " or a code such as '#ffffff'",
+    "Load the model by transformers and pass sktransfer.models.Backbone(network, preprocessing).": (
+        "In Python, a sktransfer.models.Backbone can say it."
+    ),
+    "a str among {": "one of {",
+}
 
 
 def in_options(message: str, options: argparse.Namespace) -> str:
@@ -41,7 +55,8 @@ def in_options(message: str, options: argparse.Namespace) -> str:
     flags = _flags(options)
     names, alone = "|".join(flags), "|".join(flags.keys() & _ALONE)
     pattern = (
-        rf"(?P<python>{_ONLY_IN_PYTHON})"
+        rf"(?P<python>{_ONLY_IN_PYTHON})|(?P<otherwise>{'|'.join(map(re.escape, _OTHERWISE))})"
+        rf"|(?:\AThe '(?P<checked>{names})' parameter of \w+|\A(?P<subject>{names}))(?= must be )"
         r"|sktransfer\.set_config\((?P<setting>\w+)=(?P<to>[^)]*)\)"
         r"(?: or PIL\.Image\.MAX_IMAGE_PIXELS)?"
         rf"|load_image_folder\((?P<folder>{_QUOTED})\)"
@@ -56,6 +71,10 @@ def in_options(message: str, options: argparse.Namespace) -> str:
     def replaced(found: re.Match[str]) -> str:
         if found["python"]:
             return ""
+        if found["otherwise"]:
+            return _OTHERWISE[found["otherwise"]]
+        if name := found["checked"] or found["subject"]:
+            return flags[name]
         if found["setting"]:
             value = "" if found["to"] == "..." else found["to"].strip("'\"")
             return f"{option(found['setting'])} {value}".strip()
@@ -77,6 +96,8 @@ def in_options(message: str, options: argparse.Namespace) -> str:
 
 def _as_option(flag: str, value: str) -> str:
     """Return an option with its value, as a shell wants it."""
+    if re.fullmatch(rf"\[({_QUOTED})(, ({_QUOTED}))*\]", value):  # several, with commas
+        value = repr(",".join(ast.literal_eval(value)))
     return f"{flag} {_for_shell(value) if value[0] in _QUOTES else value}"
 
 

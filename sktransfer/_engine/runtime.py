@@ -24,7 +24,7 @@ _SMALL = 100_000  # parameters; a smaller network takes less time than reading i
 # smaller it is, as compiling a small one takes as long. Measured by `benchmarks/cold_start.py`.
 _IMAGES_TO_PAY_OFF, _GFLOP_TO_PAY_OFF = 25, 30
 _SHARE_IF_KEPT = 0.4  # of them, for a program that is only read from a file
-_EXTRA = "pip install 'sktransfer[openvino]'"
+_EXTRA = "pip install '.[openvino]'"
 _lost_threads = False  # this process was forked from one in which OpenVINO runs
 
 
@@ -160,8 +160,7 @@ def check_can_quantise(runtime: str, device: torch.device) -> None:
     for package in ("openvino", "nncf"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
-                f"precision='int8' needs {package}, which is not installed: "
-                "pip install 'sktransfer[int8]'"
+                f"precision='int8' needs {package}, which is not installed: pip install '.[int8]'"
             )
     if reason := why_not_imported():
         raise ImportError(f"precision='int8' can't be computed here: {reason}")

@@ -182,7 +182,7 @@ def load_text_model(model: str, tokenizer: str | None) -> TextModel:
     ValueError
         If the tokenizer does not fit.
     """
-    load_optional("transformers", "MaskedLanguagePretrainer", "'sktransfer[text]'")
+    load_optional("transformers", "MaskedLanguagePretrainer", "'.[text]'")
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     try:

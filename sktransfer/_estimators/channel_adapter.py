@@ -79,7 +79,7 @@ class ChannelAdapter(BaseEstimator):
     statistics, which are part of the memory's key. Copies of an estimator that has a fitted
     adapter, as cross-validation makes them, keep it as it is.
 
-    Files: TIFF is read by tifffile (``pip install 'sktransfer[tiff]'``), whose channels are the
+    Files: TIFF is read by tifffile (``pip install '.[tiff]'``), whose channels are the
     samples of a page, or pages of one size. PNG and others count as what they hold: one channel of
     grey, or three, or four with alpha, which here is not blended with a background.
 

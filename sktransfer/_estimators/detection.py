@@ -345,7 +345,7 @@ class FineTunedDetector(TrainedDetector):
     def score(self, X: Any, y: Any) -> float:
         """Return COCO's mean average precision.
 
-        Needs ``pip install 'sktransfer[detection]'``; see :func:`sktransfer.metrics.coco_scores`.
+        Needs ``pip install '.[detection]'``; see :func:`sktransfer.metrics.coco_scores`.
 
         Parameters
         ----------

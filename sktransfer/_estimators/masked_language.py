@@ -62,7 +62,7 @@ class MaskedLanguagePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
     Random words are hidden, and the pretrained model learns to guess them, so that it gets used to
     the words of a field. `transform` gives pooled embeddings, of the trained model or, without
-    `fit`, of the pretrained one as it is. Needs ``pip install 'sktransfer[text]'``.
+    `fit`, of the pretrained one as it is. Needs ``pip install '.[text]'``.
 
     Parameters
     ----------

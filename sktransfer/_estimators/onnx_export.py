@@ -21,7 +21,7 @@ __all__ = ["to_onnx"]
 def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     """Write a whole model to an ONNX file, from images of any size to predictions.
 
-    Needs ``pip install 'sktransfer[onnx]'`` here, and nothing of this library, nor of
+    Needs ``pip install '.[onnx]'`` here, and nothing of this library, nor of
     scikit-learn, where the file is used.
 
     Parameters

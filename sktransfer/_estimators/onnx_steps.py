@@ -28,7 +28,7 @@ def step_models(steps: list[tuple[str, Any]], given: str) -> list[Any]:
     for name, step in steps:
         check_is_fitted(step, msg=f"Step {name!r}, a %(name)s, is not fitted: call fit first.")
     for module in ("skl2onnx", "onnx"):
-        load_optional(module, "to_onnx of a pipeline", "'sktransfer[onnx]'")
+        load_optional(module, "to_onnx of a pipeline", "'.[onnx]'")
     width = steps[0][1].n_features_in_
     rows = np.random.RandomState(0).standard_normal((_N_ROWS, width)).astype(np.float32)
     models = []

@@ -58,7 +58,7 @@ _exporting = threading.Lock()  # files are in two parts; and all threads have on
 def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "float32") -> Path:
     """Write a whole model to a file of OpenVINO, from images of any size to predictions.
 
-    Needs ``pip install 'sktransfer[openvino]'`` here, or ``'sktransfer[int8]'`` for 8 bits, and
+    Needs ``pip install '.[openvino]'`` here, or ``'.[int8]'`` for 8 bits, and
     nothing but OpenVINO where the file is used.
 
     Parameters
@@ -173,7 +173,7 @@ def _check_precision(precision: Any) -> None:
 
 def _check_target(path: str | os.PathLike, precision: str) -> Path:
     """Return where the graph is to be written, if it can be."""
-    extra = "'sktransfer[int8]'" if precision == INT8 else "'sktransfer[openvino]'"
+    extra = "'.[int8]'" if precision == INT8 else "'.[openvino]'"
     if (reason := why_not_after_fork()) is not None:
         raise RuntimeError(
             f"export_openvino runs what it writes, which can't be done here: {reason}."

@@ -13,7 +13,6 @@ from sktransfer._engine.embedding import Rows
 from sktransfer._estimators.base import ImageEstimator, _fit_context, atomic, takes_dask
 from sktransfer._estimators.labels import plain_labels
 from sktransfer._estimators.pretrained import embedding_of
-from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence
 from sktransfer.models import get_model
 
@@ -242,10 +241,9 @@ class PretrainedClassifier(ImageEstimator):
         ------
         ValueError
             If the network has fewer classes than `k`.
-        ImportError
-            If pandas is not installed.
         """
-        pandas = load_optional("pandas", "PretrainedClassifier.top_k", "pandas")
+        import pandas
+
         images = self._images(X)
         classes = self.classes_
         if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= len(classes):

@@ -169,7 +169,7 @@ class FineTuned(TrainedEstimator):
     def to_onnx(self, path: str | os.PathLike) -> Path:
         """Write the whole network, frozen and trained blocks and the head, to an ONNX file.
 
-        Needs ``pip install 'sktransfer[onnx]'`` here, and nothing of this library where the file
+        Needs ``pip install '.[onnx]'`` here, and nothing of this library where the file
         is used.
 
         Parameters

@@ -27,7 +27,6 @@ from sktransfer._estimators.pretrained_classifier import decision_of
 from sktransfer._estimators.prompts import check_known, prompts_of, sentences_of, texts_of
 from sktransfer._estimators.word_probe import choose_probe
 from sktransfer._neighbors import nearest
-from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence
 from sktransfer.models._text_towers import TextTower, load_text_tower
 
@@ -306,13 +305,9 @@ class ZeroShotClassifier(ClassifierMixin, ImageEstimator):
         pandas.DataFrame of len(texts) * k rows
             Columns `text`, `rank` (from 1), `row` (of `X`), `path` (None of images that are no
             files) and `similarity`, the cosine.
-
-        Raises
-        ------
-        ImportError
-            Without pandas.
         """
-        pandas = load_optional("pandas", "ZeroShotClassifier.search", "pandas")
+        import pandas
+
         self._validate_params()
         asked = texts_of(texts, "texts")
         images = self._check_images(X, reset=False)

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sktransfer._engine.frozen import FrozenBlocks
 from sktransfer._engine.runner import Runner, get_runner
-from sktransfer._optional import load_optional
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.cut import Unfrozen, find_cut
 from sktransfer.models._registry import Backbone, get_architecture
@@ -76,13 +75,9 @@ class ModelSummary:
         pandas.DataFrame
             A row for each block, by its name, with columns `output` (a tuple: the shape for one
             image), `parameters`, `gflop`, `kb` and `state`.
-
-        Raises
-        ------
-        ImportError
-            If pandas is not installed.
         """
-        pandas = load_optional("pandas", "ModelSummary.to_frame", "pandas")
+        import pandas
+
         columns = {
             "output": [row.shape for row in self.rows],
             "parameters": pandas.array([row.n_parameters for row in self.rows], "Int64"),

@@ -211,7 +211,7 @@ def export_onnx(
 def check_target(path: str | os.PathLike) -> Path:
     """Return where a file is to be written, if it can be and all is there that writes it."""
     for module in ("onnx", "onnxscript"):
-        load_optional(module, "to_onnx", "'sktransfer[onnx]'")
+        load_optional(module, "to_onnx", "'.[onnx]'")
     return path_in_folder(path)
 
 

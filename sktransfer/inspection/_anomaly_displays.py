@@ -17,7 +17,6 @@ from sktransfer.inspection._plotting import (
     n_rows_and_cols,
     put_maps,
     put_title,
-    pyplot,
     single_axes,
     surroundings,
 )
@@ -101,10 +100,7 @@ class AnomalyMapDisplay:
         ------
         TypeError
             If the estimator has no maps.
-        ImportError
-            If matplotlib is not installed.
         """
-        pyplot(f"{cls.__name__}.from_estimator")
         if not hasattr(estimator, "anomaly_map"):
             raise TypeError(
                 f"{type(estimator).__name__} has no anomaly_map: pass a fitted "
@@ -148,7 +144,7 @@ class AnomalyMapDisplay:
         self
         """
         shape = n_rows_and_cols(len(self.images), n_cols)
-        self.ax_, grid = grid_axes(ax, *shape, f"{type(self).__name__}.plot", n_lines=1)
+        self.ax_, grid = grid_axes(ax, *shape, n_lines=1)
         self.figure_ = self.ax_.figure
         self.axes_ = grid.ravel()[: len(self.images)]
         if self.offset is None:
@@ -259,7 +255,6 @@ class RejectionCurveDisplay:
         -------
         RejectionCurveDisplay
         """
-        pyplot(f"{cls.__name__}.from_estimator")
         if confidence is None:
             if not hasattr(estimator, "predict_proba"):
                 raise TypeError(
@@ -339,7 +334,7 @@ class RejectionCurveDisplay:
         -------
         self
         """
-        ax = single_axes(ax, f"{type(self).__name__}.plot")
+        ax = single_axes(ax)
         name = self.name if name is None else name
         label = f"{'' if name is None else f'{name}, '}mean {self.area:.3f}"
         kwargs = {"label": label, "drawstyle": "steps-post", **kwargs}

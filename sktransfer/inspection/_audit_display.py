@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from sktransfer.inspection._plotting import grid_axes, put_image, pyplot, shown, text_of
+from sktransfer.inspection._plotting import grid_axes, put_image, shown, text_of
 from sktransfer.io import check_images
 
 _PAIRS_IN_A_ROW = 3
@@ -90,7 +90,6 @@ class AuditDisplay:
         ValueError
             If there are no findings to plot.
         """
-        pyplot(f"{cls.__name__}.from_audit")
         images = check_images(X)
         first = findings.head(n_findings)
         if not len(first):
@@ -132,7 +131,7 @@ class AuditDisplay:
         n = len(self.images)
         n_across = min(_PAIRS_IN_A_ROW, n)
         shape = -(-n // n_across), 2 * n_across
-        self.ax_, self.axes_ = grid_axes(ax, *shape, f"{type(self).__name__}.plot")
+        self.ax_, self.axes_ = grid_axes(ax, *shape)
         self.figure_ = self.ax_.figure
         places = self.axes_.reshape(-1, 2)
         for i, (first, second) in enumerate(places[:n]):

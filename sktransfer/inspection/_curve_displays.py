@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer.inspection._plotting import pyplot, single_axes, text_of
+from sktransfer.inspection._plotting import single_axes, text_of
 
 __all__ = ["DepthCurveDisplay", "HistoryDisplay", "TransferGainDisplay"]
 
@@ -95,7 +95,6 @@ class DepthCurveDisplay:
         ValueError
             If the search does not vary `unfreeze`, or has no such metric.
         """
-        pyplot(f"{cls.__name__}.from_estimator")
         check_is_fitted(search, "cv_results_")
         results = search.cv_results_
         metric = _metric(results, metric or getattr(search, "refit", None))
@@ -129,7 +128,7 @@ class DepthCurveDisplay:
         -------
         self
         """
-        ax = single_axes(ax, f"{type(self).__name__}.plot")
+        ax = single_axes(ax)
         places = np.arange(len(self.depths))
         ax.errorbar(
             places, self.scores, self.scores_std, color=color, marker="o", capsize=3, zorder=3
@@ -250,7 +249,7 @@ class HistoryDisplay:
         -------
         self
         """
-        ax = single_axes(ax, f"{type(self).__name__}.plot")
+        ax = single_axes(ax)
         epochs = np.arange(1, len(self.train_loss) + 1)
         ax.plot(epochs, self.train_loss, marker=".", label="training")
         if self.valid_loss is not None:
@@ -355,7 +354,7 @@ class TransferGainDisplay:
         self
         """
         n = len(self.names)
-        ax = single_axes(ax, f"{type(self).__name__}.plot", (5.6, 1.3 + 0.45 * n))
+        ax = single_axes(ax, (5.6, 1.3 + 0.45 * n))
         gains, ends = np.asarray(self.gains), np.asarray(self.intervals)
         colors = np.where(ends[:, 0] > 0, "C0", np.where(ends[:, 1] < 0, "C3", "0.6"))
         places = np.arange(n)

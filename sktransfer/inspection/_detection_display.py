@@ -12,7 +12,6 @@ from sktransfer.inspection._plotting import (
     grid_axes,
     images_of,
     n_rows_and_cols,
-    pyplot,
     shown,
     text_of,
 )
@@ -96,7 +95,6 @@ class DetectionDisplay:
         -------
         DetectionDisplay
         """
-        pyplot(f"{cls.__name__}.from_estimator")
         images = X[:n_images]
         truth = None if y is None else y[:n_images]
         predicted = estimator.predict(images)
@@ -164,11 +162,12 @@ class DetectionDisplay:
         -------
         self
         """
-        caller = f"{type(self).__name__}.plot"
-        colours = pyplot(caller).get_cmap("tab10").colors
+        import matplotlib.pyplot as plt
+
+        colours = plt.get_cmap("tab10")(range(10))
         colour = {label: colours[i % len(colours)] for i, label in enumerate(self.classes)}
         shape = n_rows_and_cols(len(self.images), n_cols)
-        self.ax_, grid = grid_axes(ax, *shape, caller, n_lines=0)
+        self.ax_, grid = grid_axes(ax, *shape, n_lines=0)
         self.figure_ = self.ax_.figure
         self.axes_ = grid.ravel()[: len(self.images)]
         for i, axes in enumerate(self.axes_):

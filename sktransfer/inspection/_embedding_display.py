@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_consistent_length
 
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
-from sktransfer.inspection._plotting import images_of, pyplot, shown, single_axes, text_of
+from sktransfer.inspection._plotting import images_of, shown, single_axes, text_of
 from sktransfer.io import check_images
 
 __all__ = ["EmbeddingDisplay"]
@@ -102,7 +102,6 @@ class EmbeddingDisplay:
         -------
         EmbeddingDisplay
         """
-        pyplot(f"{cls.__name__}.from_estimator")
         return cls.from_embeddings(
             embed(estimator, X),
             images_of(estimator, X),
@@ -167,7 +166,7 @@ class EmbeddingDisplay:
         -------
         self
         """
-        ax = single_axes(ax, f"{type(self).__name__}.plot", (8, 6))
+        ax = single_axes(ax, (8, 6))
         colors = self._scatter(ax)
         from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 

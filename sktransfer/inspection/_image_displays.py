@@ -15,7 +15,6 @@ from sktransfer.inspection._plotting import (
     images_of,
     n_rows_and_cols,
     put_image,
-    pyplot,
     shown,
     text_of,
 )
@@ -110,7 +109,6 @@ class TopLossesDisplay:
         ValueError
             If `y` holds labels that it does not know.
         """
-        pyplot(f"{cls.__name__}.from_estimator")
         if not hasattr(estimator, "predict_proba"):
             raise TypeError(
                 f"{type(estimator).__name__} has no predict_proba, from which losses are taken. "
@@ -193,7 +191,7 @@ class TopLossesDisplay:
         self
         """
         shape = n_rows_and_cols(len(self.images), n_cols)
-        self.ax_, grid = grid_axes(ax, *shape, f"{type(self).__name__}.plot")
+        self.ax_, grid = grid_axes(ax, *shape)
         self.figure_ = self.ax_.figure
         self.axes_ = grid.ravel()[: len(self.images)]
         for i, axes in enumerate(self.axes_):
@@ -298,7 +296,6 @@ class PrototypeDisplay:
         ValueError
             If there are fewer than `n_neighbors` training images.
         """
-        pyplot(f"{cls.__name__}.from_estimator")
         predictions = estimator.predict(X) if hasattr(estimator, "predict") else None
         return cls.from_embeddings(
             embed(estimator, X),
@@ -381,7 +378,7 @@ class PrototypeDisplay:
         self
         """
         n, k = self.distances.shape
-        self.ax_, self.axes_ = grid_axes(ax, n, 1 + k, f"{type(self).__name__}.plot")
+        self.ax_, self.axes_ = grid_axes(ax, n, 1 + k)
         self.figure_ = self.ax_.figure
         for i, (first, *others) in enumerate(self.axes_):
             put_image(first, self.images[i], ["query", self.titles[i]])

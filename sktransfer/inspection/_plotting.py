@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from sktransfer._optional import load_optional
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
@@ -21,22 +20,17 @@ _MOST_AROUND = 6  # times the pixels of the part that a network saw
 _SIDE = 224  # pixels of the longer side of an image that is shown
 
 
-def pyplot(caller: str) -> Any:
-    """Return `matplotlib.pyplot`; `caller` is named if it is not installed."""
-    return load_optional("matplotlib.pyplot", caller, "'sktransfer[plots]'")
-
-
-def single_axes(ax: Any, caller: str, figsize: tuple[float, float] = (5.6, 4.2)) -> Any:
+def single_axes(ax: Any, figsize: tuple[float, float] = (5.6, 4.2)) -> Any:
     """Return the axes that were given, or those of a new figure."""
-    plt = pyplot(caller)
+    import matplotlib.pyplot as plt
+
     return plt.subplots(figsize=figsize, layout="constrained")[1] if ax is None else ax
 
 
-def grid_axes(
-    ax: Any, n_rows: int, n_cols: int, caller: str, n_lines: int = 2
-) -> tuple[Any, np.ndarray]:
+def grid_axes(ax: Any, n_rows: int, n_cols: int, n_lines: int = 2) -> tuple[Any, np.ndarray]:
     """Return the axes around, of a new figure if none were given, and those in a grid inside."""
-    plt = pyplot(caller)
+    import matplotlib.pyplot as plt
+
     if ax is None:
         size = (n_cols * _CELL, n_rows * (_CELL + n_lines * _LINE))
         ax = plt.figure(figsize=size, layout="constrained").add_subplot()

@@ -24,7 +24,6 @@ from sktransfer.inspection._plotting import (
     n_rows_and_cols,
     put_maps,
     put_title,
-    pyplot,
     surroundings,
     text_of,
 )
@@ -129,12 +128,9 @@ class SaliencyDisplay:
         ValueError
             If a target is no class, or if the block's output has no positions.
         ImportError
-            If matplotlib or grad-cam is not installed.
+            If grad-cam is not installed.
         """
-        pyplot(f"{cls.__name__}.from_estimator")
-        load_optional(
-            "pytorch_grad_cam", f"{cls.__name__}.from_estimator", "'sktransfer[inspection]'"
-        )
+        load_optional("pytorch_grad_cam", f"{cls.__name__}.from_estimator", "'.[inspection]'")
         source = _source(estimator)
         images = estimator.check_images(X)
         columns = _columns(estimator, targets, len(images))
@@ -172,7 +168,7 @@ class SaliencyDisplay:
         self
         """
         shape = n_rows_and_cols(len(self.images), n_cols)
-        self.ax_, grid = grid_axes(ax, *shape, f"{type(self).__name__}.plot", n_lines=1)
+        self.ax_, grid = grid_axes(ax, *shape, n_lines=1)
         self.figure_ = self.ax_.figure
         self.axes_ = grid.ravel()[: len(self.images)]
         colors = {"cmap": cmap, "alpha": alpha, "vmin": 0, "vmax": 1}

@@ -10,7 +10,6 @@ import numpy as np
 from sktransfer._estimators.base import Interval, validate_params
 from sktransfer._estimators.pretrained import embedding_of, extractor_by
 from sktransfer._neighbors import nearest_in_order
-from sktransfer._optional import load_optional
 
 
 @validate_params(
@@ -63,8 +62,6 @@ def find_similar(
     ValueError, TypeError
         For an image that can't be read, naming row, file and reason, or if `X` has fewer than
         `n_neighbors` images.
-    ImportError
-        Without pandas.
 
     See Also
     --------
@@ -74,7 +71,7 @@ def find_similar(
     Notes
     -----
     All distances are computed. Of more than 100,000 images, an index of faiss reads a part of the
-    rows instead, if it is installed (``pip install 'sktransfer[neighbors]'``), and may miss a few.
+    rows instead, if it is installed (``pip install '.[neighbors]'``), and may miss a few.
 
     Examples
     --------
@@ -85,7 +82,8 @@ def find_similar(
     >>> sorted(find_similar([flower], X, n_neighbors=2)["row"].tolist())
     [2, 3]
     """
-    pandas = load_optional("pandas", "find_similar", "pandas")
+    import pandas
+
     extractor = extractor_by(
         "find_similar", backbone=backbone, memory=memory, verbose=verbose, **parameters
     )

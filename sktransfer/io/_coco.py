@@ -168,7 +168,7 @@ def coco_scores(
 ) -> dict[str, Any]:
     """Compute COCO's average precision of predicted boxes, by `pycocotools`.
 
-    Needs ``pip install 'sktransfer[detection]'``.
+    Needs ``pip install '.[detection]'``.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def coco_scores(
     >>> round(coco_scores(y_true, y_pred)["map_50"], 3)
     1.0
     """
-    load_optional("pycocotools", "coco_scores", "'sktransfer[detection]'")
+    load_optional("pycocotools", "coco_scores", "'.[detection]'")
     from pycocotools.cocoeval import COCOeval
 
     if len(y_true) != len(y_pred):

@@ -76,7 +76,7 @@ def _refuse_8_of_16_bits(image: Image.Image) -> None:
 
 
 def _tiff_samples(data: bytes, reserve: Callable[[int], Any]) -> np.ndarray:
-    tifffile = load_optional("tifffile", "Reading channels of TIFF files", "'sktransfer[tiff]'")
+    tifffile = load_optional("tifffile", "Reading channels of TIFF files", "'.[tiff]'")
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = _series_of_image(file)
         page = series[0].keyframe

@@ -26,7 +26,6 @@ from sktransfer._estimators.pretrained import (
 from sktransfer._estimators.recipe import make_classifier
 from sktransfer._memory.memory import check_memory
 from sktransfer._neighbors import nearest
-from sktransfer._optional import load_optional
 from sktransfer._splits import check_groups
 from sktransfer._threads import small_solve
 from sktransfer.io import ImageSequence
@@ -159,8 +158,6 @@ def audit(
     ValueError, TypeError
         For labels, groups or a test part that do not go with the images; not for images that
         can't be read.
-    ImportError
-        Without pandas.
 
     See Also
     --------
@@ -203,7 +200,6 @@ def audit(
     >>> table[table.kind != "label"][["kind", "row", "other_row"]].values.tolist()
     [['duplicate across classes', 16, 3], ['blank', 17, <NA>]]
     """
-    load_optional("pandas", "audit", "pandas")
     extractor = extractor_by(
         "audit", backbone=backbone, memory=memory, verbose=verbose, **parameters
     )
@@ -416,7 +412,8 @@ def _main_directions(features: np.ndarray) -> np.ndarray:
 
 
 def _table(findings: list[_Finding], images: ImageSequence, labels: np.ndarray | None) -> Any:
-    pandas = load_optional("pandas", "audit", "pandas")
+    import pandas
+
     found = sorted(findings, key=lambda one: (KINDS.index(one.kind), -one.score, one.row))
     rows = [one.row for one in found]
     others = [one.other for one in found]

@@ -25,7 +25,6 @@ from sktransfer._bars import tqdm
 from sktransfer._estimators.base import StrOptions, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._estimators.zero_shot import ZeroShotClassifier
-from sktransfer._optional import load_optional
 from sktransfer._splits import Folds, Split, check_groups, class_sizes, name_rare_classes
 from sktransfer._threads import small_solve
 from sktransfer.io import ImageSequence, check_images
@@ -170,7 +169,7 @@ def rank_backbones(
         For an image that can't be read, labels that can't be ranked by, or a network that does
         not exist or can't be cut, naming it.
     OSError, ImportError
-        For weights that could not be downloaded, or whose package is missing; or without pandas.
+        For weights that could not be downloaded, or whose package is missing.
         All networks are loaded once before the first embeds an image.
 
     See Also
@@ -207,7 +206,8 @@ def rank_backbones(
     >>> table.columns[2:8].tolist()
     ['knn', 'knn_std', 'logistic', 'logistic_std', 'logme', 'h_score']
     """
-    pandas = load_optional("pandas", "rank_backbones", "pandas")
+    import pandas
+
     scores = (scoring,) if isinstance(scoring, str) else tuple(scoring)
     sort_by = _check_scores(scores, sort_by)
     channels = next(filter(None, map(_channels_of, backbones or ())), None)

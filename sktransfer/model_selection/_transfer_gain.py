@@ -20,7 +20,6 @@ from tabulate import tabulate
 from sktransfer._bars import tqdm
 from sktransfer._estimators.base import Interval, StrOptions, validate_params
 from sktransfer._estimators.fine_tuning import FineTunedClassifier
-from sktransfer._optional import load_optional
 from sktransfer._splits import Folds, Split, check_groups
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.model_selection._comparison import (
@@ -220,7 +219,8 @@ def transfer_gain(
     >>> print(gain.verdict.partition(":")[0])
     Transfer helps
     """
-    pandas = load_optional("pandas", "transfer_gain", "pandas")
+    import pandas
+
     names = (baselines,) if isinstance(baselines, str) else tuple(baselines)
     if not names or set(names) - set(BASELINES):
         raise ValueError(f"baselines={list(names)!r}: pass some of {', '.join(BASELINES)}.")

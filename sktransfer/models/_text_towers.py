@@ -147,7 +147,7 @@ def load_text_tower(backbone: Any, weights: Any) -> TextTower:
             f"backbone={what}. Pass a CLIP or SigLIP of transformers: a folder with its files, "
             "or a name such as 'hf:google/siglip2-base-patch16-224'."
         )
-    load_optional("transformers", f"backbone={origin.name!r}", "'sktransfer[hub]'")
+    load_optional("transformers", f"backbone={origin.name!r}", "'.[hub]'")
     path = file_of(weights, backbone)
     key = origin, origin.stamp(), file_stamp(path) if path else str(weights)
     with _loading:

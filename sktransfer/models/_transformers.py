@@ -94,11 +94,11 @@ def build_transformers(
     -------
     network, preprocessing, categories
     """
-    found = load_optional("transformers", f"backbone={origin.name!r}", "'sktransfer[hub]'")
+    found = load_optional("transformers", f"backbone={origin.name!r}", "'.[hub]'")
     if int(found.__version__.partition(".")[0]) < _OLDEST:
         raise ImportError(
             f"backbone={origin.name!r} needs transformers {_OLDEST} or newer, not "
-            f"{found.__version__}: pip install 'sktransfer[hub]'"
+            f"{found.__version__}: pip install '.[hub]'"
         )
     is_remote = trust_remote_code and "auto_map" in config
     with silence():
