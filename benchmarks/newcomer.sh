@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The newcomer's first hour: a fresh clone and a fresh environment, both commands of the README, an
-# own folder of images, every command of the command line, a notebook, the docs.
+# The newcomer's first hour: a fresh clone and a fresh environment, the commands of the README, an own
+# folder of images, every command of the command line, a notebook, the docs, the tests.
 #
 #   benchmarks/newcomer.sh                     all steps, in a temporary folder
 #   benchmarks/newcomer.sh own_folder cli      these alone
@@ -11,7 +11,7 @@
 # (default: this one).
 set -uo pipefail
 
-STEPS=(clone environment demo own_folder cli python notebook docs tests)
+STEPS=(clone environment plain own_folder report demo cli python notebook docs tests)
 SOURCE=${SOURCE:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 WORK=${WORK:-$(mktemp -d)}
 CLONE=$WORK/sktransfer
@@ -36,11 +36,19 @@ clone() { git clone --quiet "$SOURCE" "$CLONE"; }
 
 environment() { python3 -m venv "$WORK/venv" && "$PYTHON" -m pip --version; }
 
-demo() { # the README's first command
+plain() { # the README's first command, without any extra
+    cd "$CLONE" && install .
+}
+
+report() { # its second command, on the own folder
+    cd "$WORK" && sktransfer benchmark photos/ --output report/ --skip-unreadable
+}
+
+demo() { # the main job, on the solar cells
     cd "$CLONE" && install ".[demo]" && cd "$WORK" && sktransfer benchmark
 }
 
-tests() { # the README's second command
+tests() { # the README's command for the tests
     cd "$CLONE" && install -e ".[test]" &&
         "$PYTHON" -m pytest -n 2 --dist worksteal
 }
@@ -85,7 +93,7 @@ PYTHON
 }
 
 cli() { # every command; each is tried, and those that fail are counted
-    (cd "$CLONE" && install ".[demo,onnx]") # of `export`
+    (cd "$CLONE" && install ".[demo,onnx,openvino]") # of `export`
     cd "$WORK" && local failed=0 skip=--skip-unreadable
     each() {
         local start=$SECONDS code=0
@@ -98,6 +106,7 @@ cli() { # every command; each is tried, and those that fail are counted
     each predict model.skops photos $skip
     each predict model.skops photos/china --json $skip
     each export model.skops -o model.onnx
+    each export model.skops -o model.xml
     each embed photos -o rows.csv --memory cache $skip
     each similar photos photos/china/00.jpg --html similar.html --memory cache $skip
     each rank photos --backbone efficientnet_lite0 --memory cache $skip
