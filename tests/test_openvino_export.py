@@ -378,10 +378,15 @@ def test_targets_precisions_and_models_that_cannot_be(tiles, tmp_path, monkeypat
     middle = make_pipeline(extractor(), LinearDiscriminantAnalysis(), SVC())
     with pytest.raises(ValueError, match="'lineardiscriminantanalysis'.*classifier in the middle"):
         export_openvino(middle.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
+    wider = make_pipeline(extractor(), StandardScaler()).fit(paths[:4])
+    wider[0].set_params(layer="all")
+    with pytest.raises(ValueError, match="'standardscaler', .* fitted on rows of 16 .* 36 now"):
+        export_openvino(wider, tmp_path / "model.xml")
     for model, message in (
         (make_pipeline(FeatureUnion([("a", extractor())]), SVC()), "joins rows of several steps"),
         (FineTunedDetector(), "FineTunedDetector can't be exported for OpenVINO: to_onnx takes"),
         (make_pipeline(StandardScaler(), SVC()), "takes no images"),
+        (PretrainedFeatureExtractor, "Extractor is a class: pass one of its objects"),
     ):
         with pytest.raises(TypeError, match=message):
             export_openvino(model, tmp_path / "model.xml")
@@ -392,6 +397,9 @@ def test_targets_precisions_and_models_that_cannot_be(tiles, tmp_path, monkeypat
     with pytest.raises(ValueError, match="there is a folder of this name, or with .bin"):
         export_openvino(extractor(), tmp_path / "model.xml")
     (tmp_path / "model.bin").rmdir()
+    if os.path.isdir("/proc/self"):
+        with pytest.raises(OSError, match="nothing can be written into its folder"):
+            export_openvino(extractor(), "/proc/model.xml")
     register_model("small for openvino", lambda weights: Backbone(small(), SIZE))
     skops.io.dump(PretrainedFeatureExtractor("small for openvino"), tmp_path / "model.skops")
     asked = ["export", str(tmp_path / "model.skops"), "-o"]
@@ -439,6 +447,18 @@ def test_a_file_that_says_something_else_is_not_kept(tmp_path):
         export_openvino(PretrainedFeatureExtractor(Otherwise()), tmp_path / "model.xml")
     assert os.listdir(tmp_path) == ["model.xml"]
     assert (tmp_path / "model.xml").read_text() == "older"
+
+
+def test_a_disk_that_is_full(tmp_path):
+    resource = pytest.importorskip("resource", reason="needs limits of files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="model.xml': it can't be written .*is the disk full"):
+            export_openvino(extractor(), tmp_path / "model.xml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.listdir(tmp_path)
 
 
 def test_two_threads_write_one_file(tmp_path):

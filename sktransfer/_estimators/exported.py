@@ -145,11 +145,15 @@ def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
 
 def parameters_of(model: Any) -> list[Any]:
     """Return the values of all parameters, those of estimators inside included."""
-    return list(model.get_params().values()) if hasattr(model, "get_params") else []
+    if isinstance(model, type) or not hasattr(model, "get_params"):
+        return []
+    return list(model.get_params().values())
 
 
 def _why_not(first: Any) -> str:
     kind = type(first).__name__
+    if isinstance(first, type):
+        return f"{first.__name__} is a class: pass one of its objects"
     if kind == "PatchAnomalyDetector":
         return "it looks for neighbours in a bank of patches, which is no part of a network"
     if isinstance(first, FineTunedDetector):
