@@ -376,8 +376,13 @@ def test_targets_precisions_and_models_that_cannot_be(tiles, tmp_path, monkeypat
     with pytest.raises(ValueError, match="'kneighborsclassifier'.* it has several targets"):
         export_openvino(two, tmp_path / "model.xml")
     middle = make_pipeline(extractor(), LinearDiscriminantAnalysis(), SVC())
-    with pytest.raises(ValueError, match="'lineardiscriminantanalysis'.*classifier in the middle"):
+    with pytest.raises(ValueError, match="'lineardiscriminantanalysis'.*in the middle [^:]*$"):
         export_openvino(middle.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
+    ends = make_pipeline(extractor(), LinearDiscriminantAnalysis(), "passthrough")
+    with pytest.raises(ValueError, match="classifier 'linear.*' is followed by 'passthro"):
+        export_openvino(ends.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
+    with pytest.raises(ValueError, match="'normalizer'.* it is not fitted"):
+        export_openvino(make_pipeline(extractor(), Normalizer()), tmp_path / "model.xml")
     wider = make_pipeline(extractor(), StandardScaler()).fit(paths[:4])
     wider[0].set_params(layer="all")
     with pytest.raises(ValueError, match="'standardscaler', .* fitted on rows of 16 .* 36 now"):

@@ -67,6 +67,12 @@ def steps_of(model: Any) -> list[tuple[str, Any]]:
         named += steps_of(step) if isinstance(step, Pipeline) else [(name, step)]
     if not named:
         raise ValueError("The pipeline has no steps: there is nothing to export.")
+    (name, last), end = named[-1], model.steps[-1][1]
+    if (end is None or end == "passthrough") and hasattr(last, "classes_"):
+        raise ValueError(
+            f"The classifier {name!r} is followed by 'passthrough', so the pipeline transforms and "
+            "predicts nothing, which can't be exported: leave the last step out."
+        )
     return named
 
 

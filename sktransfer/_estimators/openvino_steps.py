@@ -330,8 +330,13 @@ def steps_module(steps: list[tuple[str, Any]]) -> nn.Module:
     modules = []
     for number, (name, step) in enumerate(steps, 1):
         check_is_fitted(step, msg=f"Step {name!r}, a %(name)s, is not fitted: call fit first.")
+        if hasattr(step, "classes_") and number < len(steps):
+            raise ValueError(
+                f"Step {name!r}, a {type(step).__name__}, can't be exported for OpenVINO: it is a "
+                "classifier in the middle of a pipeline, and what it transforms is not written."
+            )
         try:
-            modules.append(_checked(step, is_last=number == len(steps)))
+            modules.append(_checked(step))
         except Exception as error:
             raise ValueError(
                 f"Step {name!r}, a {type(step).__name__}, can't be exported for OpenVINO: "
@@ -346,18 +351,18 @@ def method_of(step: Any) -> str:
     return next(name for name in names if hasattr(step, name))
 
 
-def _checked(step: Any, is_last: bool) -> nn.Module:
+def _checked(step: Any) -> nn.Module:
     """Return a step as a module that says what it says, as far as some rows tell."""
     make = _MODULES.get(type(step))
     if make is None:
         raise ValueError(
             "it is none of the steps that are written, which the notes of export_openvino list"
         )
-    if hasattr(step, "classes_") and not is_last:
-        raise ValueError("a classifier in the middle of a pipeline is not written")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of attributes that scikit-learn will drop one day
         module = make(step)
+    if not hasattr(step, "n_features_in_"):  # of steps that need no fit
+        raise ValueError("it is not fitted, which says how many features it takes: call fit first")
     rows = _example_rows(step)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of rows like these
