@@ -24,7 +24,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, Normalizer, StandardScaler
-from sklearn.svm import SVC, LinearSVC
+from sklearn.svm import SVC, LinearSVC, NuSVC
 
 from sktransfer import (
     FineTunedClassifier,
@@ -283,7 +283,6 @@ STEPS = [
     (Normalizer("l1"), 2),
     (Normalizer("max"), 2),
     (PCA(3), 2),
-    (PCA(3, whiten=True), 2),
     (TruncatedSVD(3), 2),
     (LogisticRegression(), 2),
     (LogisticRegression(), 3),
@@ -293,15 +292,14 @@ STEPS = [
     (RidgeClassifier(), 3),
     (SGDClassifier(random_state=0), 3),
     (SGDClassifier(loss="log_loss", random_state=0), 2),
-    (SGDClassifier(loss="log_loss", random_state=0), 3),
+    (SGDClassifier(loss="log_loss", learning_rate="constant", eta0=1e4, random_state=0), 3),
     (SVC(), 2),
     (SVC(), 4),
-    (SVC(kernel="linear"), 2),
     (SVC(kernel="linear", decision_function_shape="ovo"), 4),
     (SVC(kernel="poly", gamma=0.5, coef0=1), 3),
     (SVC(kernel="sigmoid", gamma=0.1), 3),
     (SVC(probability=True, random_state=0), 2),
-    (KNeighborsClassifier(3), 3),
+    (KNeighborsClassifier(3, weights=None, metric="l2"), 3),
     (KNeighborsClassifier(4, weights="distance"), 3),
     (GridSearchCV(SVC(), {"C": [1.0, 3.0]}, cv=2), 3),
     (FrozenEstimator(LogisticRegression()), 2),
@@ -330,11 +328,20 @@ def test_steps_say_what_scikit_learn_says(step, n_classes):
         np.testing.assert_allclose(same, fitted.predict_proba(X), atol=1e-4)
 
 
+def test_steps_of_rows_far_from_noise():
+    X = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    steps_module([("last", PCA(2, whiten=True).fit(3e-5 * X))])
+    rounded = SVC(kernel="linear").fit(X + 3e4, np.arange(40) % 3)  # float32 is too short for it
+    with pytest.raises(ValueError, match="what is written of it computes other numbers"):
+        steps_module([("last", rounded)])
+
+
 @pytest.mark.parametrize(
     "step, reason",
     [
-        (RandomForestClassifier(2), "no operators for it, .*\\. to_onnx takes it"),
+        (RandomForestClassifier(2), "it is none of the steps .*\\. to_onnx takes it"),
         (SVC(probability=True), "probabilities of several classes .* pass probability=False"),
+        (NuSVC(), "was fitted with probability=False: fit it again"),
         (SVC(kernel=linear_kernel), "kernel must be linear, rbf, poly or sigmoid"),
         (KNeighborsClassifier(metric="manhattan"), "metric must be euclidean"),
         (SGDClassifier(loss="modified_huber"), "probabilities with loss='modified_huber'"),
@@ -346,7 +353,10 @@ def test_steps_say_what_scikit_learn_says(step, n_classes):
 def test_steps_that_cannot_be_written(step, reason):
     X = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
     if not isinstance(step, LogisticRegression):
-        step.fit(X, np.arange(24) % 3)
+        n_classes = 2 if isinstance(step, NuSVC) else 3
+        step.fit(X, np.arange(24) % n_classes)
+    if isinstance(step, NuSVC):
+        step.set_params(probability=True)
     with pytest.raises(Exception, match=f"Step 'last', a .*{reason}"):
         steps_module([("last", step)])
 
@@ -367,12 +377,22 @@ def test_targets_precisions_and_models_that_cannot_be(tiles, tmp_path, monkeypat
     with pytest.raises(ValueError, match="'kneighborsclassifier'.* it has several targets"):
         export_openvino(two, tmp_path / "model.xml")
     middle = make_pipeline(extractor(), LinearDiscriminantAnalysis(), SVC())
-    with pytest.raises(ValueError, match="'lineardiscriminantanalysis', a Lin.* can't be exported"):
+    with pytest.raises(ValueError, match="'lineardiscriminantanalysis'.*in the middle [^:]*$"):
         export_openvino(middle.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
+    ends = make_pipeline(extractor(), LinearDiscriminantAnalysis(), "passthrough")
+    with pytest.raises(ValueError, match="classifier 'linear.*' is followed by 'passthro"):
+        export_openvino(ends.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
+    with pytest.raises(ValueError, match="'normalizer'.* it is not fitted"):
+        export_openvino(make_pipeline(extractor(), Normalizer()), tmp_path / "model.xml")
+    wider = make_pipeline(extractor(), StandardScaler()).fit(paths[:4])
+    wider[0].set_params(layer="all")
+    with pytest.raises(ValueError, match="'standardscaler', .* fitted on rows of 16 .* 36 now"):
+        export_openvino(wider, tmp_path / "model.xml")
     for model, message in (
         (make_pipeline(FeatureUnion([("a", extractor())]), SVC()), "joins rows of several steps"),
         (FineTunedDetector(), "FineTunedDetector can't be exported for OpenVINO: to_onnx takes"),
         (make_pipeline(StandardScaler(), SVC()), "takes no images"),
+        (PretrainedFeatureExtractor, "Extractor is a class: pass one of its objects"),
     ):
         with pytest.raises(TypeError, match=message):
             export_openvino(model, tmp_path / "model.xml")
@@ -383,6 +403,9 @@ def test_targets_precisions_and_models_that_cannot_be(tiles, tmp_path, monkeypat
     with pytest.raises(ValueError, match="there is a folder of this name, or with .bin"):
         export_openvino(extractor(), tmp_path / "model.xml")
     (tmp_path / "model.bin").rmdir()
+    if os.path.isdir("/proc/self"):
+        with pytest.raises(OSError, match="nothing can be written into its folder"):
+            export_openvino(extractor(), "/proc/model.xml")
     register_model("small for openvino", lambda weights: Backbone(small(), SIZE))
     skops.io.dump(PretrainedFeatureExtractor("small for openvino"), tmp_path / "model.skops")
     asked = ["export", str(tmp_path / "model.skops"), "-o"]
@@ -430,6 +453,18 @@ def test_a_file_that_says_something_else_is_not_kept(tmp_path):
         export_openvino(PretrainedFeatureExtractor(Otherwise()), tmp_path / "model.xml")
     assert os.listdir(tmp_path) == ["model.xml"]
     assert (tmp_path / "model.xml").read_text() == "older"
+
+
+def test_a_disk_that_is_full(tmp_path):
+    resource = pytest.importorskip("resource", reason="needs limits of files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="model.xml': it can't be written .*is the disk full"):
+            export_openvino(extractor(), tmp_path / "model.xml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.listdir(tmp_path)
 
 
 def test_two_threads_write_one_file(tmp_path):

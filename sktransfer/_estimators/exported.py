@@ -67,6 +67,12 @@ def steps_of(model: Any) -> list[tuple[str, Any]]:
         named += steps_of(step) if isinstance(step, Pipeline) else [(name, step)]
     if not named:
         raise ValueError("The pipeline has no steps: there is nothing to export.")
+    (name, last), end = named[-1], model.steps[-1][1]
+    if (end is None or end == "passthrough") and hasattr(last, "classes_"):
+        raise ValueError(
+            f"The classifier {name!r} is followed by 'passthrough', so the pipeline transforms and "
+            "predicts nothing, which can't be exported: leave the last step out."
+        )
     return named
 
 
@@ -145,11 +151,15 @@ def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
 
 def parameters_of(model: Any) -> list[Any]:
     """Return the values of all parameters, those of estimators inside included."""
-    return list(model.get_params().values()) if hasattr(model, "get_params") else []
+    if isinstance(model, type) or not hasattr(model, "get_params"):
+        return []
+    return list(model.get_params().values())
 
 
 def _why_not(first: Any) -> str:
     kind = type(first).__name__
+    if isinstance(first, type):
+        return f"{first.__name__} is a class: pass one of its objects"
     if kind == "PatchAnomalyDetector":
         return "it looks for neighbours in a bank of patches, which is no part of a network"
     if isinstance(first, FineTunedDetector):

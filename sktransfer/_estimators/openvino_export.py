@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -147,6 +149,8 @@ def _export(model: Any, target: Path, precision: str) -> None:
             "which OpenVINO's files can't hold."
         )
     _check_scaling(network.preprocessing)
+    if len(steps) > 1:
+        _check_width(network, *steps[1])
     make = _in_8_bits if precision == INT8 else _exact
     parts, rows_of = make(network, tail, first)
     facts = {
@@ -187,6 +191,15 @@ def _check_target(path: str | os.PathLike, precision: str) -> Path:
         )
     if target.is_dir() or target.with_suffix(".bin").is_dir():
         raise ValueError(f"path={str(path)!r}: there is a folder of this name, or with .bin.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".sktransfer-", dir=target.parent):
+            pass
+    except OSError as error:  # now, and not after minutes
+        raise OSError(
+            error.errno,
+            f"path={str(path)!r}: nothing can be written into its folder ({error.strerror}); pass "
+            "a path in another one",
+        ) from error
     return target
 
 
@@ -196,11 +209,25 @@ def _check_target(path: str | os.PathLike, precision: str) -> Path:
 def _exact(network: ExportedNetwork, tail: nn.Module, first: Any) -> tuple[list[Any], _RowsOf]:
     """Return models of a network and what follows it, and what has the network's rows."""
 
-    def rows_of(fitted: torch.Tensor) -> torch.Tensor:
-        with network_lock.shared(), float32_by_default():
-            return network.module(fitted)
+    parts = network_parts(nn.Sequential(network.module, tail), network.preprocessing)
+    return parts, functools.partial(_exact_rows, network)
 
-    return network_parts(nn.Sequential(network.module, tail), network.preprocessing), rows_of
+
+def _exact_rows(network: ExportedNetwork, fitted: torch.Tensor) -> torch.Tensor:
+    with network_lock.shared(), float32_by_default():
+        return network.module(fitted)
+
+
+def _check_width(network: ExportedNetwork, name: str, step: Any) -> None:
+    """Raise an error if a step was fitted on rows of another width than the network's."""
+    blank = torch.zeros(1, *network.preprocessing.shape, dtype=torch.uint8, device="cpu")
+    width = _exact_rows(network, blank).shape[1]
+    if step.n_features_in_ != width:
+        raise ValueError(
+            f"Step {name!r}, a {type(step).__name__}, was fitted on rows of "
+            f"{step.n_features_in_} features, and the network gives {width} now: it was changed "
+            "after fit. Fit the pipeline again."
+        )
 
 
 def _in_8_bits(network: ExportedNetwork, tail: nn.Module, first: Any) -> tuple[list[Any], _RowsOf]:

@@ -93,7 +93,10 @@ class _Sigmoid(nn.Module):
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         p = scores.sigmoid()
-        return torch.cat([1 - p, p], 1) if p.shape[1] == 1 else p / p.sum(1, keepdim=True)
+        if p.shape[1] == 1:
+            return torch.cat([1 - p, p], 1)
+        p = torch.where(p.sum(1, keepdim=True) == 0, torch.ones_like(p), p)  # as scikit-learn
+        return p / p.sum(1, keepdim=True)
 
 
 class _Kernel(nn.Module):
@@ -238,7 +241,7 @@ def _pca(step: PCA) -> nn.Module:
     scale = 1.0
     if step.whiten:
         tiny = np.finfo(step.explained_variance_.dtype).eps
-        scale = 1 / np.sqrt(np.maximum(step.explained_variance_, tiny))[:, np.newaxis]
+        scale = 1 / np.maximum(np.sqrt(step.explained_variance_), tiny)[:, np.newaxis]
     return nn.Sequential(_Affine(step.mean_), _Linear(step.components_ * scale))
 
 
@@ -267,6 +270,8 @@ def _svc(step: SVC) -> nn.Module:
         score = nn.Sequential(_Kernel(step), _Linear(step.dual_coef_, step.intercept_))
         if not hasattr(step, "predict_proba"):
             return score
+        if not len(step.probA_):
+            raise ValueError("it was fitted with probability=False: fit it again")
         return nn.Sequential(score, _Platt(float(step.probA_[0]), float(step.probB_[0])))
     if hasattr(step, "predict_proba"):
         raise ValueError(
@@ -286,7 +291,8 @@ def _svc(step: SVC) -> nn.Module:
 
 
 def _neighbors(step: KNeighborsClassifier) -> nn.Module:
-    if step.effective_metric_ != "euclidean" or step.weights not in ("uniform", "distance"):
+    is_euclidean = step.effective_metric_ in ("euclidean", "l2")
+    if not is_euclidean or step.weights not in ("uniform", "distance", None):
         raise ValueError("its metric must be euclidean, and its weights 'uniform' or 'distance'")
     if step.outputs_2d_:
         raise ValueError("it has several targets")
@@ -319,14 +325,18 @@ _MODULES: dict[type, Callable[[Any], nn.Module]] = {
 def steps_module(steps: list[tuple[str, Any]]) -> nn.Module:
     """Return the steps behind a network as one module, which takes and returns float32 rows.
 
-    Each is compared with its step, on rows that are noise; an error names the step that can't be
-    written.
+    Each is compared with its step, on a few rows; an error names the step that can't be written.
     """
     modules = []
     for number, (name, step) in enumerate(steps, 1):
         check_is_fitted(step, msg=f"Step {name!r}, a %(name)s, is not fitted: call fit first.")
+        if hasattr(step, "classes_") and number < len(steps):
+            raise ValueError(
+                f"Step {name!r}, a {type(step).__name__}, can't be exported for OpenVINO: it is a "
+                "classifier in the middle of a pipeline, and what it transforms is not written."
+            )
         try:
-            modules.append(_checked(step, is_last=number == len(steps)))
+            modules.append(_checked(step))
         except Exception as error:
             raise ValueError(
                 f"Step {name!r}, a {type(step).__name__}, can't be exported for OpenVINO: "
@@ -341,24 +351,41 @@ def method_of(step: Any) -> str:
     return next(name for name in names if hasattr(step, name))
 
 
-def _checked(step: Any, is_last: bool) -> nn.Module:
+def _checked(step: Any) -> nn.Module:
     """Return a step as a module that says what it says, as far as some rows tell."""
     make = _MODULES.get(type(step))
-    if make is None or (hasattr(step, "classes_") and not is_last):
-        raise ValueError("OpenVINO has no operators for it, and it is none of those written here")
-    random = np.random.RandomState(0)
+    if make is None:
+        raise ValueError(
+            "it is none of the steps that are written, which the notes of export_openvino list"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of attributes that scikit-learn will drop one day
         module = make(step)
-    noise = random.standard_normal((_N_ROWS, step.n_features_in_)).astype(np.float32)
+    if not hasattr(step, "n_features_in_"):  # of steps that need no fit
+        raise ValueError("it is not fitted, which says how many features it takes: call fit first")
+    rows = _example_rows(step)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of rows that are noise
-        said = np.asarray(getattr(step, method_of(step))(noise)).reshape(_N_ROWS, -1)
-        found = module(torch.from_numpy(noise)).numpy()
+        warnings.simplefilter("ignore")  # of rows like these
+        said = np.asarray(getattr(step, method_of(step))(rows)).reshape(_N_ROWS, -1)
+        # One by one: of neighbours, each takes as much memory as all rows that were fitted.
+        found = torch.cat([module(row) for row in torch.from_numpy(rows).split(1)]).numpy()
     largest = max(np.abs(said).max(), 1e-12)
     if found.shape != said.shape or not np.abs(found - said).max() <= _TOLERANCE * largest:
         raise ValueError("what is written of it computes other numbers than the step itself")
     return module
+
+
+def _example_rows(step: Any) -> np.ndarray:
+    """Return rows by which a step is compared: noise or, of a step that keeps rows, between those.
+
+    Far from them, which are nearest is a matter of rounding, and kernels are 0.
+    """
+    random = np.random.RandomState(0)
+    known = getattr(step, "support_vectors_", getattr(step, "_fit_X", None))
+    if known is None:
+        return random.standard_normal((_N_ROWS, step.n_features_in_)).astype(np.float32)
+    first, second = known[random.randint(len(known), size=(2, _N_ROWS))]
+    return (0.7 * first + 0.3 * second).astype(np.float32)
 
 
 def _other_way(name: str, step: Any) -> str:

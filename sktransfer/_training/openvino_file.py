@@ -172,7 +172,13 @@ def _write(model: Any, path: Path, texts: Mapping[str, Any], check: Callable[[Pa
     with tempfile.TemporaryDirectory(prefix=".sktransfer-", dir=path.parent) as folder:
         graph = Path(folder, "model.xml")
         weights = graph.with_suffix(".bin")
-        openvino.serialize(model, graph, weights)
+        try:
+            openvino.serialize(model, graph, weights)
+        except Exception as error:  # OpenVINO's own: "iostream error"
+            raise OSError(
+                f"path={str(path)!r}: it can't be written ({reason_of(error)}): is the disk full, "
+                "or a quota used up?"
+            ) from error
         check(graph)
         os.replace(weights, path.with_suffix(".bin"))
         os.replace(graph, path)
