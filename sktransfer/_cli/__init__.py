@@ -184,7 +184,7 @@ examples:
         default="0",
         metavar="N|NAME|all|auto",
         help="blocks to unfreeze, from the end; a block's name: from there on; 'auto' searches "
-        "(default 0: the head alone)",
+        "(default 0: the head alone, on all layers)",
     )
     add_network(parser)
     add_training(parser)

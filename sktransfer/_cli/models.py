@@ -30,6 +30,7 @@ from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.model_file import load_model
 from sktransfer._estimators.onnx_export import to_onnx
 from sktransfer._estimators.openvino_export import export_openvino
+from sktransfer._estimators.pretrained import GOOD_FEATURES
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier
 from sktransfer._splits import Split, check_groups, hold_outs, name_rare_classes
 
@@ -46,6 +47,9 @@ def fit(options: argparse.Namespace) -> None:
         random_state=options.seed,
         **common_parameters(options),
     )
+    if model.unfreeze == 0 and model.load_network()[0].block_names:
+        # As `make_classifier`: it is ahead of a head on the last layer.
+        model.set_params(layer=GOOD_FEATURES["layer"], pooling=GOOD_FEATURES["pooling"])
     learnt, held = _split(y, groups, options)
     model.fit(X[learnt], y[learnt], groups=None if groups is None else groups[learnt])
     model.set_params(memory=None, verbose=0)  # of this run, not of those that load it
@@ -156,7 +160,8 @@ def _what_was_fitted(model: FineTunedClassifier, n: int) -> dict[str, Any]:
 
 def _as_lines(model: FineTunedClassifier, n: int) -> str:
     names = model.unfrozen_block_names_
-    blocks = f"{len(names)} of {len(model.block_names_)} blocks" if names else "the head alone"
+    head = "the head alone, on all layers" if model.layer == "all" else "the head alone"
+    blocks = f"{len(names)} of {len(model.block_names_)} blocks" if names else head
     lines = [
         f"trained on {n} images of {len(model.classes_)} classes: {blocks}, "
         f"{model.n_trainable_parameters_:,} parameters"

@@ -26,6 +26,7 @@ from sktransfer._estimators.exported import ExportedNetwork, labels_of, network_
 from sktransfer._estimators.openvino_steps import method_of, steps_module
 from sktransfer._memory.memory import check_memory
 from sktransfer._optional import load_optional
+from sktransfer._threads import renewed_in_forks
 from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.openvino_file import (
     WrongFile,
@@ -54,7 +55,8 @@ _TOLERANCES = {"int8": 0.3, "bfloat16": 1e-2, "float32": 1e-2}
 _SHARE_OF_PIXELS = 0.01  # that may be off by more than 1
 _N_IMAGES = 5  # by which they are compared
 _SHARE_OF_IMAGES = 0.6  # that must agree: of noise, some lies between two classes
-_exporting = threading.Lock()  # files are in two parts; and all threads have one list of warnings
+# Files are in two parts; and all threads have one list of warnings.
+_exporting = renewed_in_forks(threading.Lock())
 
 
 def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "float32") -> Path:
