@@ -72,7 +72,9 @@ def rows_of(text):
 
 def test_fit_says_what_it_made(model):
     path, out = model
-    assert "trained on 32 images of 2 classes: the head alone, on all layers, 12,482 parameters" in out
+    assert (
+        "trained on 32 images of 2 classes: the head alone, on all layers, 12,482 parameters" in out
+    )
     assert "on 8 images that were held out" in out and "macro avg" in out
     assert re.search(r"1 china +\d", out) and max(map(len, out.splitlines())) <= 80 + len(str(path))
     assert f"written: {path}" in out and f"sktransfer predict {path} FOLDER" in out

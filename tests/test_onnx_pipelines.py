@@ -38,6 +38,7 @@ from sktransfer import (
     to_onnx,
 )
 from sktransfer._cli import main
+from sktransfer._engine.openvino_program import core  # one a process
 from sktransfer._estimators.exported import steps_of
 from sktransfer._estimators.onnx_steps import step_models
 from sktransfer._training.onnx_preprocessing import preprocessing_model
@@ -156,9 +157,9 @@ def test_networks_of_the_library_alone(tiles, tmp_path):
     found = outputs(path, map(pixels, files))["probabilities"]
     expected = tuned.predict_proba(files)
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(openvino.Core().read_model(path), "CPU", settings)
+    compiled = core().compile_model(core().read_model(path), "CPU", settings)
     found = [compiled({"images": pixels(file)})["probabilities"] for file in files]
     np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-4)
 

@@ -38,6 +38,7 @@ from sktransfer import (
 )
 from sktransfer._cli import main
 from sktransfer._engine import quantising
+from sktransfer._engine.openvino_program import core  # one a process
 from sktransfer._estimators.exported import steps_of
 from sktransfer._estimators.openvino_steps import steps_module
 from sktransfer._training.openvino_file import rows_part
@@ -53,8 +54,7 @@ PIXELS = 5e-3  # of the largest value: what a pixel in a hundred does that is of
 
 
 def compiled(path, hint="f32"):
-    core = openvino.Core()
-    return core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    return core().compile_model(core().read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
 
 
 def pixels(file):
@@ -69,7 +69,7 @@ def said(path, batches, hint="f32"):
 
 
 def facts(path, name):
-    return openvino.Core().read_model(path).get_rt_info(name).value
+    return core().read_model(path).get_rt_info(name).value
 
 
 def extractor(**options):
@@ -107,7 +107,7 @@ def test_scaling_is_that_of_the_library_in_any_precision(mode, interpolation, ph
     model = openvino.Model([op.result(output)], [images], "scaling")
     for hint in ("f32", "bf16"):
         settings = {"INFERENCE_PRECISION_HINT": hint}
-        program = openvino.Core().compile_model(model, "CPU", settings)
+        program = core().compile_model(model, "CPU", settings)
         n_off = n = 0
         for height, width in [(427, 640), (36, 44), (200, 60), (35, 47), (3, 40), (1, 1)]:
             crop = torch.from_numpy(photos[0][:height, :width].copy()).permute(2, 0, 1)
@@ -317,14 +317,14 @@ def test_steps_say_what_scikit_learn_says(step, n_classes):
     ((_, fitted),) = steps = steps_of(make_pipeline(step))
     model = rows_part(steps_module(steps), 5)
     model.reshape([-1, 5])
-    found = openvino.Core().compile_model(model, "CPU")(X + 0.1)[0]  # by whatever it computes in
+    found = core().compile_model(model, "CPU")(X + 0.1)[0]  # by whatever it computes in
     (name,) = [
         n for n in ("predict_proba", "decision_function", "transform") if hasattr(fitted, n)
     ][:1]
     expected = getattr(fitted, name)(X + 0.1).reshape(36, -1)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     if isinstance(fitted, KNeighborsClassifier):  # at distance 0
-        same = openvino.Core().compile_model(model, "CPU")(X)[0]
+        same = core().compile_model(model, "CPU")(X)[0]
         np.testing.assert_allclose(same, fitted.predict_proba(X), atol=1e-4)
 
 
