@@ -104,6 +104,7 @@ QUICK = {
     "transfer_gain.py": Quick(
         "--tasks digits --baselines pixels majority --every 16 --epochs 1 --cv 2"
     ),
+    "two_checkouts.py": Quick("--jobs one --repeats 1"),
     "words.py": Quick("--tasks digits --every 8 --draws 1 --shots 2 --qualities 0.5"),
 }
 
