@@ -11,6 +11,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ from sktransfer import (
 )
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.text_model import load_text_model
-from sktransfer._threads import WithoutWarnings, _free_cores, small_solve
+from sktransfer._threads import WithoutWarnings, _free_cores, n_stream_threads, small_solve
 from sktransfer._torch_state import network_lock
 from sktransfer._training import heads
 from sktransfer.model_selection import _ranking, rank_backbones
@@ -333,6 +334,17 @@ def test_a_small_solve_that_ends_later_than_another_leaves_no_limit():
         go_on.set()
         running.result(60)
         assert threads_of("blas") == {2}
+
+
+def test_all_cores_have_a_spare_thread_but_a_worker_has_its_share():
+    def count():
+        return [n_stream_threads(n_jobs) for n_jobs in (None, -1, -64, 1, 2, 3)]
+
+    n = joblib.cpu_count()
+    default = n + 1 if n > 1 else 1
+    assert count() == [default, default, 1, 1, 2, 3]
+    with joblib.parallel_config("loky", n_jobs=2, inner_max_num_threads=1):
+        assert joblib.Parallel()([joblib.delayed(count)()]) == [[1, 1, 1, 1, 2, 3]]
 
 
 def test_ranking_and_heads_solve_on_one_core(monkeypatch):

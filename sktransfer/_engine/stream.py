@@ -22,7 +22,7 @@ from sktransfer._bars import tqdm
 from sktransfer._engine.results import Names, Write, why_not_finite
 from sktransfer._engine.runner import Runner
 from sktransfer._memory.memory import ImageMemory
-from sktransfer._threads import n_threads, one_core_threads
+from sktransfer._threads import n_stream_threads, one_core_threads
 
 _LOOKUP = 64  # images looked up, and claimed, at once
 _TASKS = 8  # that load a batch, on a GPU: each takes Python's lock from the others
@@ -79,8 +79,8 @@ class Stream(ABC):
     batch_size : int or "auto"
         Images in flight at once, and on a GPU in a batch.
     n_jobs : int or None
-        Threads that read and decode and, with OpenVINO, run the network; None for all cores, or
-        what joblib leaves to a worker.
+        Threads that read and decode and, with OpenVINO, run the network; None for one a core and
+        a spare one, or what joblib leaves to a worker.
     verbose : bool
         Show a progress bar.
     progress : object with `update(n)`, default=None
@@ -112,7 +112,7 @@ class Stream(ABC):
         self.shared_bar = progress
         self.step = runner.step(batch_size, image_size)  # fewer once the memory did not suffice
         self.in_threads = False  # whether images run by themselves, in the threads that load them
-        self.n_threads = n_threads(n_jobs)
+        self.n_threads = n_stream_threads(n_jobs)
         self.n_computed = 0
         self._is_ready = False
 
