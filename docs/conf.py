@@ -39,8 +39,8 @@ html_theme_options = {
     "pygments_light_style": "tango",
     "pygments_dark_style": "monokai",
 }
-_PAGES = ("guide", "results", "results/*", "scale_out", "security", "contributing")  # wide ones
-html_sidebars = {page: [] for page in _PAGES}
+_PAGES = ("guide", "export", "results", "results/*", "scale_out", "security", "contributing")
+html_sidebars = {page: [] for page in _PAGES}  # wide ones
 html_show_sourcelink = False
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 2

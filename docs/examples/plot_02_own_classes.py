@@ -8,7 +8,7 @@ numbers, and a classifier of scikit-learn learns from the rows. A few images of 
 
 # %%
 # Seven photographs, cut into small pieces. The task: of which photograph is a piece? Pieces to
-# learn from are of the left half of a photograph, pieces to be asked for are of the right half, so
+# learn from are of the left half of a photograph, pieces to test on are of the right half, so
 # that no pixel is in both.
 
 import matplotlib.pyplot as plt
@@ -37,7 +37,7 @@ def pieces(photo, n, random, size=64):
 random, n_each = np.random.default_rng(0), 30
 labels = np.repeat(list(photos), n_each)
 halves = {name: np.array_split(photo, 2, axis=1) for name, photo in photos.items()}
-learnt, asked = (
+train, test = (
     np.concatenate([pieces(halves[name][side], n_each, random) for name in photos])
     for side in (0, 1)
 )
@@ -45,17 +45,17 @@ learnt, asked = (
 figure, axes = plt.subplots(3, 7, figsize=(7.2, 3.4), layout="constrained")
 for column, name in zip(axes.T, photos, strict=True):
     column[0].set_title(name, fontsize=9)
-    for ax, piece in zip(column, asked[labels == name], strict=False):
+    for ax, piece in zip(column, test[labels == name], strict=False):
         ax.imshow(piece)
         ax.set_axis_off()
 plt.show()
 
 # %%
-# ``make_classifier`` is the recipe that did best in our :doc:`measured results </results>`: the
-# features of all layers of a network, scaled, and a logistic regression. It is a pipeline, and
-# searched like any other. ``memory`` keeps the row of each image, so that the network runs once for
-# an image, and not once for each fold and candidate. The extractor learns nothing, so there is
-# nothing that could leak from a test fold.
+# ``make_classifier`` is the one recipe that was among the best on every task that was
+# :doc:`measured </results/features>`: the features of all layers of a network, scaled, and a
+# logistic regression. It is a pipeline, and searched like any other. ``memory`` keeps the row of
+# each image, so that the network runs once for an image, and not once for each fold and candidate.
+# The extractor learns nothing, so there is nothing that could leak from a test fold.
 
 import tempfile
 
@@ -68,8 +68,8 @@ model = make_classifier(image_size=64, memory=memory.name)
 
 folds = StratifiedKFold(5, shuffle=True, random_state=0)
 search = GridSearchCV(model, {"logisticregression__C": [0.001, 0.01, 0.1]}, cv=folds)
-search.fit(learnt, labels)
-print(search.best_params_, f"{search.score(asked, labels):.3f} of the other halves are right")
+search.fit(train, labels)
+print(search.best_params_, f"{search.score(test, labels):.3f} of the other halves are right")
 
 # %%
 # How many labels does it take? The same pipeline, on the first few pieces of each photograph; and
@@ -90,11 +90,11 @@ numbers = [1, 2, 5, 10, 30]
 scores = {"make_classifier": [], "pixels": []}
 for number in numbers:
     few = np.arange(len(labels)) % n_each < number
-    fitted = clone(search.best_estimator_).fit(learnt[few], labels[few])
-    scores["make_classifier"].append(fitted.score(asked, labels))
+    fitted = clone(search.best_estimator_).fit(train[few], labels[few])
+    scores["make_classifier"].append(fitted.score(test, labels))
     plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    plain.fit(pixels(learnt[few]), labels[few])
-    scores["pixels"].append(plain.score(pixels(asked), labels))
+    plain.fit(pixels(train[few]), labels[few])
+    scores["pixels"].append(plain.score(pixels(test), labels))
 
 figure, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
 for name, values in scores.items():
@@ -116,7 +116,7 @@ from sktransfer import PretrainedFeatureExtractor
 from sktransfer.inspection import EmbeddingDisplay
 
 extractor = PretrainedFeatureExtractor(image_size=64, memory=memory.name)
-display = EmbeddingDisplay.from_estimator(extractor, asked, labels, n_thumbnails=60, random_state=0)
+display = EmbeddingDisplay.from_estimator(extractor, test, labels, n_thumbnails=60, random_state=0)
 display.figure_.set_size_inches(7.2, 5)
 display.ax_.legend(loc="best", fontsize=8)
 plt.show()

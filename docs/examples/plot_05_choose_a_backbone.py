@@ -42,9 +42,9 @@ plt.show()
 
 # %%
 # Candidates are names, or pairs of a name and its weights. ``None`` stands for random weights:
-# a network that has learnt nothing is the zero of the ranking. These two are embedded; with
-# internet, add ``"resnet50"``, ``"convnext_tiny"``,
-# ``"timm/vit_small_patch14_dinov2.lvd142m"``.
+# a network that has learnt nothing is the zero of the ranking. The weights of these two are
+# packages (of the second by the extra ``demo``); with internet, add ``"resnet50"``,
+# ``"convnext_tiny"``, ``"timm/vit_small_patch14_dinov2.lvd142m"``.
 
 from sktransfer.model_selection import rank_backbones
 

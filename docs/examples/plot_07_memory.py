@@ -32,8 +32,8 @@ first, *files = sorted(Path(work.name).glob("*.png"))
 extractor = PretrainedFeatureExtractor(image_size=64, memory=f"{work.name}/cache")
 
 # %%
-# The memory is a ``joblib.Memory``, so that it can be asked what is in it. What an image adds
-# is what was computed; what it does not add was found.
+# The memory is a ``joblib.Memory``, whose entries can be counted. An image that adds an entry was
+# computed; one that adds none was found.
 
 
 def n_entries():

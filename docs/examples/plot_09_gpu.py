@@ -41,8 +41,8 @@ for ax, crop in zip(axes.flat, [*crops[:n:2][:6], *crops[n::2][:6]], strict=True
 plt.show()
 
 # %%
-# ``batch_size="auto"`` is as many as a GPU's memory takes, and on a CPU as many as it likes.
-# One that does not fit is halved, with a warning, and the work goes on.
+# ``batch_size="auto"`` is as many images as a GPU's memory takes, and on a CPU 32.
+# A batch that does not fit is halved, with a warning, and the work goes on.
 
 extractor = PretrainedFeatureExtractor(device="auto", batch_size="auto")
 extractor.transform(crops[:1])  # loads the network
@@ -53,9 +53,8 @@ print(f"{len(crops)} images, {len(crops) / (time.perf_counter() - start):.0f} a 
 # %%
 # ``precision="bfloat16"`` is for GPUs, and for CPUs with instructions for it; others get a
 # warning, as nothing gets faster. What does it change? Rows are float32 in any case, and here
-# is how far they are from those that were computed in float32. (By torch, as OpenVINO leaves
-# bfloat16 alone on a CPU without the instructions; and of small images, as torch makes do
-# without.)
+# is how far they are from those that were computed in float32. (By torch, as OpenVINO stays in
+# float32 on a CPU without the instructions; and of small images, as torch is slow there.)
 
 some = crops[::4]
 small = PretrainedFeatureExtractor(image_size=96, runtime="torch")

@@ -48,8 +48,8 @@ plt.show()
 # %%
 # The quick way beside it: one row for a whole image, and any detector of scikit-learn. It is a
 # pipeline, and runs at the speed of the embeddings. It says nothing of where. Which of the two
-# finds more depends on the images. Of more cells of this kind it is the patches, of polycrystalline
-# ones, whose grains differ at every place, the rows: try both.
+# finds more depends on the images. On more cells of this kind the patches do; on polycrystalline
+# ones, whose grains differ at every place, the rows do: try both.
 
 from sklearn.metrics import RocCurveDisplay
 from sklearn.neighbors import LocalOutlierFactor
@@ -70,9 +70,9 @@ plt.show()
 
 # %%
 # Where to put the threshold? ``contamination`` is the share of the images of the training that lie
-# beyond it. Each of them is compared with the patches of the others alone, so about as many new
-# sound images will, if they are of the same series. The sound cells here are of other modules, so
-# more of them do.
+# beyond it. Each of them is compared with the patches of the others alone, so new sound images of
+# the same series have about the same share beyond it. The sound cells here are of other modules,
+# and have a larger one.
 
 shares = [0.02, 0.05, 0.1, 0.2]
 of_training = detector.score_samples(learnt)

@@ -37,8 +37,8 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     """Train a network on images without labels, to serve as a backbone.
 
     Of each picture, two tiles A and B are cut at random and changed. All tiles of a batch go
-    through the network and a projection head; high similarity is asked of A and B of one picture,
-    low similarity of all others. What is fitted is a backbone: pass it as `backbone` to other
+    through the network and a projection head, which learn to make A and B of one picture similar,
+    and all others unlike. What is fitted is a backbone: pass it as `backbone` to other
     estimators of this library.
 
     Parameters
@@ -47,8 +47,8 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         The network to start from; see :class:`PretrainedFeatureExtractor`.
     weights : str, path or None, default="default"
         `"default"` for the best published weights, another published name, a path to a state dict,
-        or None: random weights. Only then do the statistics of batch-norms move. What is no name
-        has weights of its own, which `"default"` and None leave as they are.
+        or None: random weights. Only then do the statistics of batch-norms move. A network or an
+        estimator has weights of its own, which `"default"` and None leave as they are.
     unfreeze : int, str or list of str, default="all"
         What is trained: `"all"`; a number of blocks from the end, at least 1; a block's name or
         prefix; or a list of them. See :class:`FineTunedClassifier`; its `"auto"` compares scores on
@@ -104,9 +104,9 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16"}, default="float32"
-        What the network computes in. Weights are float32 in any case, and kept activations are in
-        half precision. `"auto"` is `"float32"`, but trains in bfloat16 where that is faster; see
-        :class:`FineTunedClassifier`.
+        What the network computes in. Trained weights are float32 in any case, and kept activations
+        are in half precision. `"auto"` is `"float32"`, but trains in bfloat16 where that is faster;
+        see :class:`FineTunedClassifier`.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What frozen blocks and `transform` run on; see :class:`PretrainedFeatureExtractor`.
     n_jobs : int, default=None

@@ -43,8 +43,8 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     weights : str, path or None, default="default"
         `"default"` for the best published weights, another published name, a path to a state dict,
         or None: random weights, to train from scratch. Only then do the statistics of
-        batch-norms move, and is the first phase left out. What is no name has weights of its own,
-        which `"default"` and None leave as they are.
+        batch-norms move, and is the first phase left out. A network or an estimator as `backbone`
+        has weights of its own, which `"default"` and None leave as they are.
     unfreeze : int, str or list of str, default=1
         What is trained besides the head. A number of blocks from the end, 0 for the head alone;
         the name of a block in `block_names_`, or a prefix of several (`"layer4"`): from there to
@@ -54,7 +54,7 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         What turns an embedding into logits: a linear layer; hidden layers of these sizes with
         ReLU, and a linear layer; or a module, which is copied.
     layer : int, str or list of these, default="auto"
-        What the head sees. `"auto"`: what the network's own head does. Else all that
+        What the head sees. `"auto"`: what the network's own head sees. Else all that
         :class:`PretrainedFeatureExtractor` takes, such as `"all"`, every block: the rows of these
         layers side by side. Rows of frozen layers are entries of the memory that both share, and
         run once; the trained blocks learn through rows of their own as well. The last of the
@@ -100,12 +100,12 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes; `"balanced"`: inversely proportional to their numbers.
     early_stopping : bool, default=False
-        Whether to hold out a part of the images, stop when the loss on it has not fallen for some
-        epochs, and take the weights of the best one.
+        Whether to hold out a part of the images, stop when the loss on it no longer falls, and take
+        the weights of the best epoch.
     validation_fraction : float in (0, 1), default=0.1
-        This part; a stratified one.
+        The share of the images that is held out, stratified by class.
     n_iter_no_change : int, default=5
-        These epochs.
+        Epochs without a lower loss after which training stops.
     callbacks : list of skorch.callbacks.Callback, default=None
         For the second phase: skorch's own or yours. `Checkpoint` and `LoadInitState` save and
         resume; one that raises KeyboardInterrupt ends the training.
@@ -122,13 +122,13 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
     device : str or torch.device, default="auto"
         `"auto"` takes a CUDA device if there is one, else the CPU.
     precision : {"auto", "float32", "bfloat16", "int8"}, default="float32"
-        What the network computes in. Weights are float32 in any case, and activations at the cut
-        are kept in half precision. `"auto"` predicts as `"float32"` does and shares its entries of
-        the memory, but computes the training steps of unfrozen blocks in bfloat16 where a CPU has
-        instructions for it (AVX-512 BF16 or AMX): up to twice as fast, of the same accuracy
-        within noise. Elsewhere, and on a GPU, it is `"float32"`. `"int8"`, for ``unfreeze=0``
-        alone, is that of :class:`PretrainedFeatureExtractor`; the head computes in float32, and so
-        does the network that is exported or explained.
+        What the network computes in. Trained weights are float32 in any case, and activations at
+        the cut are kept in half precision. `"auto"` predicts as `"float32"` does and shares its
+        entries of the memory, but trains unfrozen blocks in bfloat16 where a CPU has instructions
+        for it (AVX-512 BF16 or AMX): up to twice as fast, of the same accuracy within noise.
+        Elsewhere, and on a GPU, it is `"float32"`. `"int8"`, for ``unfreeze=0`` alone, is that of
+        :class:`PretrainedFeatureExtractor`; the head computes in float32, and so does the network
+        that is exported or explained.
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What the frozen blocks run on; see :class:`PretrainedFeatureExtractor`. Training is
         torch's.

@@ -1,4 +1,4 @@
-"""The pipeline that is the best of what was compared: features of all layers, and a classifier."""
+"""The recommended pipeline: features of all layers, and a classifier."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def make_classifier(
 ) -> Pipeline:
     """Make a pipeline of the features of all layers of a network, and a classifier.
 
-    It is the best of what was compared on few images, and among the best on hundreds: see "The
-    recipe" in docs/results/features.md.
+    Of what was compared, it alone is among the best on every task, with few images and with
+    hundreds: see "The recipe" in docs/results/features.md.
 
     Parameters
     ----------
