@@ -329,6 +329,19 @@ def test_steps_say_what_scikit_learn_says(step, n_classes):
         np.testing.assert_allclose(same, fitted.predict_proba(X), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_probabilities_of_scores_that_are_far_below_0(dtype):
+    X = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    step = SGDClassifier(loss="log_loss", random_state=0).fit(X.astype(dtype), np.arange(40) % 3)
+    step.coef_[:] = 0
+    for scores in ([-60, -62, -80], [-150, -152, -80], [-150, -152, -155], [-900, -800, -801]):
+        step.intercept_[:] = scores
+        model = rows_part(steps_module([("last", step)]), 8)
+        model.reshape([-1, 8])
+        found = core().compile_model(model, "CPU")(X)[0]
+        np.testing.assert_allclose(found, step.predict_proba(X), atol=1e-4)
+
+
 def test_steps_of_rows_far_from_noise():
     X = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     steps_module([("last", PCA(2, whiten=True).fit(3e-5 * X))])
