@@ -32,6 +32,7 @@ from sktransfer import (
     FineTunedRegressor,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
+    ZeroShotClassifier,
     export_openvino,
     make_classifier,
     register_model,
@@ -190,6 +191,21 @@ def test_networks_of_the_library_alone(tiles, tmp_path):
     assert facts(tmp_path / "tuned.xml", "labels") == "null"  # the file before is replaced
 
 
+def test_a_prediction_over_views_is_that_of_the_file(tiles, tmp_path):
+    _, paths, labels = tiles
+    options = {"augment": "flip", "max_epochs": 2, "lr": 0.1, "random_state": 0}
+    tuned = FineTunedClassifier(Backbone(small(), SIZE), unfreeze=1, **options).fit(paths, labels)
+    alone = tuned.predict_proba(paths)
+    tuned.set_params(predict_views=2)
+    expected = tuned.predict_proba(paths)
+    assert np.abs(expected - alone).max() > 10 * PIXELS
+    _, found = said(export_openvino(tuned, tmp_path / "model.xml"), map(pixels, paths))
+    np.testing.assert_allclose(found, expected, atol=PIXELS)
+    tuned.set_params(augment="auto")
+    with pytest.raises(ValueError, match=r"drawn by chance.* after set_params\(predict_views=1"):
+        export_openvino(tuned, tmp_path / "model.xml")
+
+
 def test_images_of_any_shape_and_of_other_channels(tmp_path):
     path = export_openvino(extractor(), tmp_path / "rows.xml")
     random = np.random.default_rng(0)
@@ -252,19 +268,25 @@ def test_8_bits_say_what_an_extractor_in_8_bits_says(in_8_bits, tiles, tmp_path,
 
 def test_heads_on_a_network_in_8_bits(in_8_bits, tiles, tmp_path):
     _, paths, labels = tiles
-    options = {"max_epochs": 3, "random_state": 0}
+    # Of the size that is cropped, so nothing is scaled.
+    X = np.stack([np.asarray(Image.open(file).resize((44, 36))) for file in paths])
+    int8 = {"precision": "int8"}
     views = PretrainedFeatureExtractor(in_8_bits, augment="flip", pooling="max", layer="body")
+    head = FineTunedClassifier(in_8_bits, unfreeze=0, augment="flip", max_epochs=3, random_state=0)
+    head.fit(X, labels)
     models = {
-        "logits": PretrainedClassifier(in_8_bits),
-        "head": FineTunedClassifier(in_8_bits, unfreeze=0, **options).fit(paths, labels),
-        "views": make_pipeline(views, SVC()).fit(paths, labels),
+        "logits": PretrainedClassifier(in_8_bits, **int8),
+        "head": clone(head).set_params(**int8).fit(X, labels),
+        "head, fitted in float32": head.set_params(predict_views=2, **int8),
+        "views": make_pipeline(views.set_params(**int8), SVC()).fit(X, labels),
     }
     for what, model in models.items():
-        path = export_openvino(model, tmp_path / "model.xml", precision="int8")
-        name, found = said(path, map(pixels, paths[::8]))
+        path = export_openvino(model, tmp_path / "model.xml", **int8)
+        name, found = said(path, [X[::8].transpose(0, 3, 1, 2)])
         method = {"probabilities": "predict_proba", "scores": "decision_function"}[name]
-        expected = getattr(model, method)(paths[::8])
-        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=0.1, err_msg=what)
+        expected = getattr(model, method)(X[::8])
+        assert near(found.reshape(expected.shape), expected, 1e-4), what
+        assert np.ptp(expected, 0).max() > 0.01 * np.abs(expected).max()  # images are told apart
     tuned = FineTunedClassifier(in_8_bits, unfreeze=1, max_epochs=1).fit(paths, labels)
     with pytest.raises(ValueError, match="blocks of this FineTunedClassifier were trained: pass"):
         export_openvino(tuned, tmp_path / "model.xml", precision="int8")
@@ -315,7 +337,8 @@ def test_steps_say_what_scikit_learn_says(step, n_classes):
     step = clone(step)
     getattr(step, "estimator", step).fit(X, y)
     step.fit(X, y)
-    ((_, fitted),) = steps = steps_of(make_pipeline(step))
+    nested = make_pipeline(make_pipeline("passthrough"), make_pipeline(step))
+    ((_, fitted),) = steps = steps_of(nested)
     model = rows_part(steps_module(steps), 5)
     model.reshape([-1, 5])
     found = core().compile_model(model, "CPU")(X + 0.1)[0]  # by whatever it computes in
@@ -393,19 +416,26 @@ def test_targets_precisions_and_models_that_cannot_be(tiles, tmp_path, monkeypat
     middle = make_pipeline(extractor(), LinearDiscriminantAnalysis(), SVC())
     with pytest.raises(ValueError, match="'lineardiscriminantanalysis'.*in the middle [^:]*$"):
         export_openvino(middle.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
-    ends = make_pipeline(extractor(), LinearDiscriminantAnalysis(), "passthrough")
-    with pytest.raises(ValueError, match="classifier 'linear.*' is followed by 'passthro"):
-        export_openvino(ends.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
+    for end in ("passthrough", make_pipeline("passthrough")):
+        ends = make_pipeline(extractor(), LinearDiscriminantAnalysis(), end)
+        with pytest.raises(ValueError, match="classifier 'linear.*' is followed by 'passthro"):
+            export_openvino(ends.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
     with pytest.raises(ValueError, match="'normalizer'.* it is not fitted"):
         export_openvino(make_pipeline(extractor(), Normalizer()), tmp_path / "model.xml")
     wider = make_pipeline(extractor(), StandardScaler()).fit(paths[:4])
     wider[0].set_params(layer="all")
-    with pytest.raises(ValueError, match="'standardscaler', .* fitted on rows of 16 .* 36 now"):
+    with pytest.raises(ValueError, match="'standardscaler', .* of 16 .* the network gives 36 now"):
+        export_openvino(wider, tmp_path / "model.xml")
+    wider = make_pipeline(extractor(), PCA(2), StandardScaler()).fit(paths[:4])
+    wider.steps[1] = ("pca", PCA(1).fit(wider[0].transform(paths[:4])))
+    with pytest.raises(ValueError, match="'standardscaler', .* of 2 .* step 'pca' gives 1 now"):
         export_openvino(wider, tmp_path / "model.xml")
     for model, message in (
         (make_pipeline(FeatureUnion([("a", extractor())]), SVC()), "joins rows of several steps"),
         (FineTunedDetector(), "FineTunedDetector can't be exported for OpenVINO: to_onnx takes"),
         (make_pipeline(StandardScaler(), SVC()), "takes no images"),
+        (ZeroShotClassifier(), "estimators of this kind are not written"),
+        (small(), "it is a network: pass PretrainedFeatureExtractor"),
         (PretrainedFeatureExtractor, "Extractor is a class: pass one of its objects"),
     ):
         with pytest.raises(TypeError, match=message):
