@@ -163,6 +163,8 @@ def test_bfloat16_is_as_near_as_that_of_the_library(files, tmp_path):
         own = clone(exact).set_params(precision="bfloat16").transform(files)
     name, found = said(path, map(pixels, files), "bf16")
     assert name == "rows"
+    if near(own, expected, 1e-4):
+        pytest.skip("this CPU computes bfloat16 in float32")
     assert np.abs(found - expected).max() < 1.3 * np.abs(own - expected).max()
 
 
