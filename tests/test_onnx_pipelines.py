@@ -153,7 +153,12 @@ def test_networks_of_the_library_alone(tiles, tmp_path):
     found = outputs(path, map(pixels, files))["probabilities"]
     np.testing.assert_allclose(found, classifier.predict_proba(files), atol=1e-4)
     tuned = FineTunedClassifier(Backbone(small(), SIZE), unfreeze=1, max_epochs=1, random_state=0)
-    path = to_onnx(tuned.fit(paths, labels), tmp_path / "tuned.onnx")
+    tuned.fit(paths, labels).set_params(augment="flip", predict_views=2)
+    path = to_onnx(tuned, tmp_path / "views.onnx")
+    found = outputs(path, map(pixels, files))["probabilities"]
+    np.testing.assert_allclose(found, tuned.predict_proba(files), atol=1e-4)
+    assert np.abs(found - tuned.set_params(predict_views=1).predict_proba(files)).max() > 1e-3
+    path = to_onnx(tuned, tmp_path / "tuned.onnx")
     found = outputs(path, map(pixels, files))["probabilities"]
     expected = tuned.predict_proba(files)
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -32,6 +32,7 @@ from sktransfer import (
     FineTunedRegressor,
     PretrainedClassifier,
     PretrainedFeatureExtractor,
+    ZeroShotClassifier,
     export_openvino,
     make_classifier,
     register_model,
@@ -96,8 +97,9 @@ def files(photos, tmp_path_factory):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("mode", ["center", "floor", "squash", "border"])
-def test_scaling_is_that_of_the_library_in_any_precision(mode, interpolation, photos):
-    own = Preprocessing((32, 40), (36, 44), mode, interpolation, mean=(0.4, 0.3, 0.6), std=(1,) * 3)
+@pytest.mark.parametrize("resize", [(36, 44), (25, 30), (25, 44)], ids=str)  # some are padded
+def test_scaling_is_that_of_the_library_in_any_precision(resize, mode, interpolation, photos):
+    own = Preprocessing((32, 40), resize, mode, interpolation, mean=(0.4, 0.3, 0.6), std=(1,) * 3)
     images, fitted = scaling(own)
     # With a convolution behind it, OpenVINO would compute all of it in bfloat16.
     op = openvino.opset13
@@ -161,6 +163,8 @@ def test_bfloat16_is_as_near_as_that_of_the_library(files, tmp_path):
         own = clone(exact).set_params(precision="bfloat16").transform(files)
     name, found = said(path, map(pixels, files), "bf16")
     assert name == "rows"
+    if near(own, expected, 1e-4):
+        pytest.skip("this CPU computes bfloat16 in float32")
     assert np.abs(found - expected).max() < 1.3 * np.abs(own - expected).max()
 
 
@@ -187,6 +191,21 @@ def test_networks_of_the_library_alone(tiles, tmp_path):
     name, found = said(export_openvino(regressor, tmp_path / "tuned.xml"), map(pixels, some))
     assert name == "values" and near(found, regressor.predict(some), 2 * PIXELS)
     assert facts(tmp_path / "tuned.xml", "labels") == "null"  # the file before is replaced
+
+
+def test_a_prediction_over_views_is_that_of_the_file(tiles, tmp_path):
+    _, paths, labels = tiles
+    options = {"augment": "flip", "max_epochs": 2, "lr": 0.1, "random_state": 0}
+    tuned = FineTunedClassifier(Backbone(small(), SIZE), unfreeze=1, **options).fit(paths, labels)
+    alone = tuned.predict_proba(paths)
+    tuned.set_params(predict_views=2)
+    expected = tuned.predict_proba(paths)
+    assert np.abs(expected - alone).max() > 10 * PIXELS
+    _, found = said(export_openvino(tuned, tmp_path / "model.xml"), map(pixels, paths))
+    np.testing.assert_allclose(found, expected, atol=PIXELS)
+    tuned.set_params(augment="auto")
+    with pytest.raises(ValueError, match=r"drawn by chance.* after set_params\(predict_views=1"):
+        export_openvino(tuned, tmp_path / "model.xml")
 
 
 def test_images_of_any_shape_and_of_other_channels(tmp_path):
@@ -232,8 +251,8 @@ def test_8_bits_say_what_an_extractor_in_8_bits_says(in_8_bits, tiles, tmp_path,
     model.fit(paths[::2], labels[::2])
     skops.io.dump(model, tmp_path / "model.skops")
     path = tmp_path / "model.xml"
-    asked = ["export", str(tmp_path / "model.skops"), "-o", str(path), "--precision", "int8"]
-    assert main(asked) == 0
+    asked = ["export", str(tmp_path / "model.skops"), "-o", f"{path}/", "--precision", "int8"]
+    assert main(asked) == 0  # as where the path has no slash at its end
     assert f"written: {path}" in capsys.readouterr().out
     assert facts(path, "precision") == "int8"
     for hint in ("f32", "bf16"):
@@ -251,19 +270,25 @@ def test_8_bits_say_what_an_extractor_in_8_bits_says(in_8_bits, tiles, tmp_path,
 
 def test_heads_on_a_network_in_8_bits(in_8_bits, tiles, tmp_path):
     _, paths, labels = tiles
-    options = {"max_epochs": 3, "random_state": 0}
+    # Of the size that is cropped, so nothing is scaled.
+    X = np.stack([np.asarray(Image.open(file).resize((44, 36))) for file in paths])
+    int8 = {"precision": "int8"}
     views = PretrainedFeatureExtractor(in_8_bits, augment="flip", pooling="max", layer="body")
+    head = FineTunedClassifier(in_8_bits, unfreeze=0, augment="flip", max_epochs=3, random_state=0)
+    head.fit(X, labels)
     models = {
-        "logits": PretrainedClassifier(in_8_bits),
-        "head": FineTunedClassifier(in_8_bits, unfreeze=0, **options).fit(paths, labels),
-        "views": make_pipeline(views, SVC()).fit(paths, labels),
+        "logits": PretrainedClassifier(in_8_bits, **int8),
+        "head": clone(head).set_params(**int8).fit(X, labels),
+        "head, fitted in float32": head.set_params(predict_views=2, **int8),
+        "views": make_pipeline(views.set_params(**int8), SVC()).fit(X, labels),
     }
     for what, model in models.items():
-        path = export_openvino(model, tmp_path / "model.xml", precision="int8")
-        name, found = said(path, map(pixels, paths[::8]))
+        path = export_openvino(model, tmp_path / "model.xml", **int8)
+        name, found = said(path, [X[::8].transpose(0, 3, 1, 2)])
         method = {"probabilities": "predict_proba", "scores": "decision_function"}[name]
-        expected = getattr(model, method)(paths[::8])
-        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=0.1, err_msg=what)
+        expected = getattr(model, method)(X[::8])
+        assert near(found.reshape(expected.shape), expected, 1e-4), what
+        assert np.ptp(expected, 0).max() > 0.01 * np.abs(expected).max()  # images are told apart
     tuned = FineTunedClassifier(in_8_bits, unfreeze=1, max_epochs=1).fit(paths, labels)
     with pytest.raises(ValueError, match="blocks of this FineTunedClassifier were trained: pass"):
         export_openvino(tuned, tmp_path / "model.xml", precision="int8")
@@ -314,7 +339,8 @@ def test_steps_say_what_scikit_learn_says(step, n_classes):
     step = clone(step)
     getattr(step, "estimator", step).fit(X, y)
     step.fit(X, y)
-    ((_, fitted),) = steps = steps_of(make_pipeline(step))
+    nested = make_pipeline(make_pipeline("passthrough"), make_pipeline(step))
+    ((_, fitted),) = steps = steps_of(nested)
     model = rows_part(steps_module(steps), 5)
     model.reshape([-1, 5])
     found = core().compile_model(model, "CPU")(X + 0.1)[0]  # by whatever it computes in
@@ -326,6 +352,19 @@ def test_steps_say_what_scikit_learn_says(step, n_classes):
     if isinstance(fitted, KNeighborsClassifier):  # at distance 0
         same = core().compile_model(model, "CPU")(X)[0]
         np.testing.assert_allclose(same, fitted.predict_proba(X), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_probabilities_of_scores_that_are_far_below_0(dtype):
+    X = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    step = SGDClassifier(loss="log_loss", random_state=0).fit(X.astype(dtype), np.arange(40) % 3)
+    step.coef_[:] = 0
+    for scores in ([-60, -62, -80], [-150, -152, -80], [-150, -152, -155], [-900, -800, -801]):
+        step.intercept_[:] = scores
+        model = rows_part(steps_module([("last", step)]), 8)
+        model.reshape([-1, 8])
+        found = core().compile_model(model, "CPU")(X)[0]
+        np.testing.assert_allclose(found, step.predict_proba(X), atol=1e-4)
 
 
 def test_steps_of_rows_far_from_noise():
@@ -379,19 +418,26 @@ def test_targets_precisions_and_models_that_cannot_be(tiles, tmp_path, monkeypat
     middle = make_pipeline(extractor(), LinearDiscriminantAnalysis(), SVC())
     with pytest.raises(ValueError, match="'lineardiscriminantanalysis'.*in the middle [^:]*$"):
         export_openvino(middle.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
-    ends = make_pipeline(extractor(), LinearDiscriminantAnalysis(), "passthrough")
-    with pytest.raises(ValueError, match="classifier 'linear.*' is followed by 'passthro"):
-        export_openvino(ends.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
+    for end in ("passthrough", make_pipeline("passthrough")):
+        ends = make_pipeline(extractor(), LinearDiscriminantAnalysis(), end)
+        with pytest.raises(ValueError, match="classifier 'linear.*' is followed by 'passthro"):
+            export_openvino(ends.fit(paths[::4], labels[::4]), tmp_path / "model.xml")
     with pytest.raises(ValueError, match="'normalizer'.* it is not fitted"):
         export_openvino(make_pipeline(extractor(), Normalizer()), tmp_path / "model.xml")
     wider = make_pipeline(extractor(), StandardScaler()).fit(paths[:4])
     wider[0].set_params(layer="all")
-    with pytest.raises(ValueError, match="'standardscaler', .* fitted on rows of 16 .* 36 now"):
+    with pytest.raises(ValueError, match="'standardscaler', .* of 16 .* the network gives 36 now"):
+        export_openvino(wider, tmp_path / "model.xml")
+    wider = make_pipeline(extractor(), PCA(2), StandardScaler()).fit(paths[:4])
+    wider.steps[1] = ("pca", PCA(1).fit(wider[0].transform(paths[:4])))
+    with pytest.raises(ValueError, match="'standardscaler', .* of 2 .* step 'pca' gives 1 now"):
         export_openvino(wider, tmp_path / "model.xml")
     for model, message in (
         (make_pipeline(FeatureUnion([("a", extractor())]), SVC()), "joins rows of several steps"),
         (FineTunedDetector(), "FineTunedDetector can't be exported for OpenVINO: to_onnx takes"),
         (make_pipeline(StandardScaler(), SVC()), "takes no images"),
+        (ZeroShotClassifier(), "estimators of this kind are not written"),
+        (small(), "it is a network: pass PretrainedFeatureExtractor"),
         (PretrainedFeatureExtractor, "Extractor is a class: pass one of its objects"),
     ):
         with pytest.raises(TypeError, match=message):

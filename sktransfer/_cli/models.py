@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def predict(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _blaming(path: str) -> Iterator[None]:
+def _blaming(path: str, what: str = "predict") -> Iterator[None]:
     """Let errors that have no remedy of their own name the model's file."""
     try:
         yield
@@ -98,7 +99,7 @@ def _blaming(path: str) -> Iterator[None]:
         raise
     except Exception as error:  # attributes that no fit would set raise almost anything
         raise ValueError(
-            f"The model in {path!r} can't predict ({type(error).__name__}: {error}); the file may "
+            f"The model in {path!r} can't {what} ({type(error).__name__}: {error}); the file may "
             "be damaged. Write it again, or fit the model again."
         ) from error
 
@@ -106,8 +107,8 @@ def _blaming(path: str) -> Iterator[None]:
 def export(options: argparse.Namespace) -> None:
     """Write a model from a file as one of ONNX or OpenVINO."""
     model = load_model(options.model)
-    is_openvino = options.output.endswith(".xml")
-    with _blaming(options.model):
+    is_openvino = Path(options.output).suffix == ".xml"
+    with _blaming(options.model, "be exported"):
         try:
             if is_openvino:
                 precision = options.precision or "float32"

@@ -21,11 +21,13 @@ from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, l
 from sktransfer._estimators.supervised import FineTuned
 from sktransfer._training.whole import (
     OUTPUTS,
+    MeanOverViews,
     PowerNormalized,
     RowsNetwork,
     augmentation_of,
     whole_with_preprocessing,
 )
+from sktransfer.models import Backbone
 from sktransfer.models._modules import copy_of
 from sktransfer.transforms import Preprocessing
 
@@ -34,8 +36,9 @@ class Frozen(NamedTuple):
     """What of a frozen network makes its rows, and all that follows them."""
 
     rows: list[Output]
-    augmentation: Augmentation | None  # of whose views rows are the mean
-    behind: nn.Module  # takes the rows, side by side
+    of_view: nn.Module  # takes the rows of one view, side by side
+    augmentation: Augmentation | None  # makes the views of an image; None: the image alone
+    of_mean: nn.Module  # takes the mean over the views of what `of_view` returns
 
 
 class ExportedNetwork(NamedTuple):
@@ -59,21 +62,37 @@ def steps_of(model: Any) -> list[tuple[str, Any]]:
     model = _without_shell(model)
     if not isinstance(model, Pipeline):
         return [(type(model).__name__, model)]
-    named: list[tuple[str, Any]] = []
-    for name, given in model.steps:
-        if given is None or given == "passthrough":
-            continue
-        step = _without_shell(given)
-        named += steps_of(step) if isinstance(step, Pipeline) else [(name, step)]
+    named = _flattened(model)
     if not named:
         raise ValueError("The pipeline has no steps: there is nothing to export.")
-    (name, last), end = named[-1], model.steps[-1][1]
-    if (end is None or end == "passthrough") and hasattr(last, "classes_"):
+    name, last = named[-1]
+    if hasattr(last, "classes_") and _ends_in_passthrough(model):
         raise ValueError(
             f"The classifier {name!r} is followed by 'passthrough', so the pipeline transforms and "
             "predicts nothing, which can't be exported: leave the last step out."
         )
     return named
+
+
+def _flattened(pipeline: Pipeline) -> list[tuple[str, Any]]:
+    """Return the steps of a pipeline that do something, those of pipelines inside included."""
+    named: list[tuple[str, Any]] = []
+    for name, given in pipeline.steps:
+        step = _without_shell(given)
+        if isinstance(step, Pipeline):
+            named += _flattened(step)
+        elif not _does_nothing(step):
+            named.append((name, step))
+    return named
+
+
+def _ends_in_passthrough(pipeline: Pipeline) -> bool:
+    end = _without_shell(pipeline.steps[-1][1])
+    return _ends_in_passthrough(end) if isinstance(end, Pipeline) else _does_nothing(end)
+
+
+def _does_nothing(step: Any) -> bool:
+    return step is None or (isinstance(step, str) and step == "passthrough")
 
 
 def _without_shell(model: Any) -> Any:
@@ -126,27 +145,51 @@ def _of_rows(
     embedding: Rows, output: str, behind: nn.Module, labels: Any = None
 ) -> ExportedNetwork:
     runner, preprocessing = embedding.runner, embedding.preprocessing
-    network = RowsNetwork(embedding, behind)
-    frozen = Frozen(embedding.wanted, augmentation_of(embedding), behind)
-    return ExportedNetwork(preprocessing, output, runner, network, frozen, labels_of(labels))
+    augmentation = augmentation_of(embedding)
+    network = _over_views(RowsNetwork(embedding), augmentation)
+    frozen = Frozen(embedding.wanted, nn.Identity(), augmentation, behind)
+    whole = nn.Sequential(network, behind)
+    return ExportedNetwork(preprocessing, output, runner, whole, frozen, labels_of(labels))
 
 
 def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
     check_is_fitted(model, "plan_")
     trainer, last = model.trainer(), model.last_layer()
+    augmentation = _augmentation_of_predictions(model)
     blocks, part = trainer.frozen, trainer.net.module_
     frozen = None
     if not len(part.blocks):
-        behind = nn.Sequential(copy_of(part.head).cpu(), last).eval().requires_grad_(False)
-        frozen = Frozen(blocks.rows, None, behind)
+        head = nn.Sequential(copy_of(part.head).cpu(), last).eval().requires_grad_(False)
+        frozen = Frozen(blocks.rows, head, augmentation, nn.Identity())
     return ExportedNetwork(
         blocks.preprocessing,
         OUTPUTS[trainer.settings.kind],
         blocks.runner,
-        whole_with_preprocessing(trainer, last),
+        _over_views(whole_with_preprocessing(trainer, last), augmentation),
         frozen,
         labels_of(getattr(model, "classes_", None)),
     )
+
+
+def _augmentation_of_predictions(model: FineTuned) -> Augmentation | None:
+    """Return what makes the views over which a prediction averages; None for the image alone."""
+    predictor = model._predictor()  # with the parameters as they now are
+    settings = predictor.settings
+    n_views = settings.predict_views
+    if n_views == 1:
+        return None
+    augmentation = Augmentation(settings.augment, n_views, predictor.frozen.size)
+    if not augmentation.symmetries:
+        raise ValueError(
+            f"predict_views={n_views} averages over views that are drawn by chance, which no file "
+            "can do: export it after set_params(predict_views=1), or fit it with augment='flip' or "
+            "'dihedral'."
+        )
+    return augmentation
+
+
+def _over_views(network: nn.Module, augmentation: Augmentation | None) -> nn.Module:
+    return network if augmentation is None else MeanOverViews(network, augmentation)
 
 
 def parameters_of(model: Any) -> list[Any]:
@@ -164,6 +207,12 @@ def _why_not(first: Any) -> str:
         return "it looks for neighbours in a bank of patches, which is no part of a network"
     if isinstance(first, FineTunedDetector):
         return "to_onnx writes detectors, and nothing else does"
+    if isinstance(first, (PretrainedClassifier, FineTuned)):
+        return "it predicts, so no step can follow it"
+    if isinstance(first, ImageEstimator):
+        return "estimators of this kind are not written"
+    if isinstance(first, (nn.Module, Backbone)) or hasattr(first, "to_backbone"):
+        return "it is a network: pass PretrainedFeatureExtractor(backbone=...) with it"
     if hasattr(first, "refit"):
         return "it has no best_estimator_: it is not fitted, or refit=False"
     if isinstance(first, FeatureUnion):

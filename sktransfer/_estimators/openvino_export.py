@@ -55,7 +55,7 @@ _TOLERANCES = {"int8": 0.3, "bfloat16": 1e-2, "float32": 1e-2}
 _SHARE_OF_PIXELS = 0.01  # that may be off by more than 1
 _N_IMAGES = 5  # by which they are compared
 _SHARE_OF_IMAGES = 0.6  # that must agree: of noise, some lies between two classes
-# Files are in two parts; and all threads have one list of warnings.
+# One thread exports at a time: a file has two parts, and all threads share the filters of warnings.
 _exporting = renewed_in_forks(threading.Lock())
 
 
@@ -75,10 +75,11 @@ def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "fl
     path : path
         Of the file, `.xml`. The weights are written beside it, `.bin`.
     precision : {"float32", "bfloat16", "int8"}, default="float32"
-        Of the network; what follows its rows computes in float32 in any case. `"int8"`: NNCF brings
-        it to 8 bits, as an extractor with this `precision`. It takes a minute or so, unless the
-        `memory` of the estimator keeps it. `"bfloat16"` is computed on CPUs that have it. It is
-        up to who compiles the file; the file says how.
+        Of the network; what follows its rows computes in float32 in any case. `"int8"`: NNCF
+        quantises the network, as for an extractor with this `precision`. This takes a minute or
+        so, unless the `memory` of the estimator keeps the result. `"bfloat16"`: the file is that of
+        float32 with another hint; whoever compiles it passes the hint, and the CPU needs
+        instructions for bfloat16.
 
     Returns
     -------
@@ -87,8 +88,9 @@ def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "fl
     Raises
     ------
     ValueError, TypeError
-        If a step can't be exported; the message names it and says why. The file is run once before
-        it has its name, on a few images: other results than those of the model are an error.
+        If a step can't be exported; the message names the step and the reason. Before the file gets
+        its name, it is run on a few images: if its results are not those of the model, this is an
+        error, and no file is left.
 
     See Also
     --------
@@ -96,18 +98,22 @@ def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "fl
 
     Notes
     -----
-    The input `images` is uint8 (n, channels, height, width), RGB unless the network takes others,
-    of any size; all images of a call have one size, and of a few networks, such as ConvNeXt in 8
-    bits, n is 1, which the file says under `input`. Scaling, cropping and normalisation are part of
-    the graph. Up to one pixel in a hundred is off by 1 of 255, where rounding decides, and up to
-    one in eight of images that are scaled up; more of those whose sides differ more than
-    sixteenfold. EXIF rotation and transparency are of files, so whoever decodes them sees to that.
+    The input `images` is uint8 (n, channels, height, width) of any size; all images of a call have
+    one size. The channels are RGB, unless the network takes others; of a network with a
+    `value_range`, 0 and 255 stand for its ends. A few networks, such as ConvNeXt in 8 bits, take
+    one image a call; the file says so under `input`. Whoever decodes an image turns it upright, as
+    its EXIF data say, and fills what is transparent.
 
-    The one output is `probabilities` or, of what has none, `scores`, what `decision_function` says:
-    of two classes one column, else one for each; `rows` of what transforms; `values` of a
-    regressor. The file's `rt_info` has the labels of the columns as a JSON list under `labels`, and
-    under `INFERENCE_PRECISION_HINT` what to compile with. Without it, CPUs that have bfloat16
-    compute in it, even what is not in 8 bits.
+    Scaling, cropping and normalisation are part of the graph. Up to one pixel in a hundred differs
+    by 1 of 255 from that of this library, where rounding decides. Of images that are scaled up, it
+    is up to one in eight, and of images whose sides differ more than sixteenfold, even more.
+
+    There is one output. It is called `probabilities`, what `predict_proba` returns; `scores` of a
+    classifier without probabilities, what `decision_function` returns (one column for two
+    classes); `rows` of what transforms; or `values` of a regressor. The file's `rt_info` has the
+    classes as a JSON list under `labels`, and the hint for the compilation under
+    `INFERENCE_PRECISION_HINT`. Without the hint, CPUs that have bfloat16 compute in it, also what
+    of a network in 8 bits is not quantised.
 
     Steps that are written: `StandardScaler`, `MinMaxScaler`, `MaxAbsScaler`, `Normalizer`, `PCA`,
     `TruncatedSVD`, `LogisticRegression`, `LinearDiscriminantAnalysis`, `LinearSVC`,
@@ -135,26 +141,19 @@ def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "fl
 
 
 def _export(model: Any, target: Path, precision: str) -> None:
-    steps = steps_of(model)
-    name, first = steps[0]
+    (name, first), *steps = steps_of(model)
     if isinstance(first, FineTunedDetector):
         raise TypeError("A FineTunedDetector can't be exported for OpenVINO: to_onnx takes it.")
-    network = network_of(name, first, is_last=len(steps) == 1)
-    tail: nn.Module = nn.Identity()
-    output, labels = network.output, network.labels
-    if len(steps) > 1:
-        tail, last = steps_module(steps[1:]), steps[-1][1]
-        output, labels = _OUTPUTS[method_of(last)], labels_of(getattr(last, "classes_", None))
-    if not network.runner.can_be_cut:
-        raise ValueError(
-            f"Backbone {network.name!r} can't be traced, so what it does may depend on the pixels, "
-            "which OpenVINO's files can't hold."
-        )
-    _check_scaling(network.preprocessing)
-    if len(steps) > 1:
-        _check_width(network, *steps[1])
-    make = _in_8_bits if precision == INT8 else _exact
+    network = network_of(name, first, is_last=not steps)
+    tail = steps_module(steps)
+    _check_network(network)
+    _check_widths(network, steps)
+    make = _parts_in_8_bits if precision == INT8 else _parts_in_float32
     parts, rows_of = make(network, tail, first)
+    output, labels = network.output, network.labels
+    if steps:
+        last = steps[-1][1]
+        output, labels = _OUTPUTS[method_of(last)], labels_of(getattr(last, "classes_", None))
     facts = {
         "labels": labels,
         "backbone": network.name,
@@ -165,8 +164,8 @@ def _export(model: Any, target: Path, precision: str) -> None:
     def check(graph: Path) -> None:
         images = _smooth_noise(network.preprocessing.shape[0], network.preprocessing.resize)
         fitted = network.preprocessing.fit_size(images)
-        expected = _said(rows_of(fitted), steps[1:])
-        _check(graph, images, expected, _TOLERANCES[precision])
+        expected = _results_of(steps, rows_of(fitted))
+        _check_file(graph, images, expected, _TOLERANCES[precision])
 
     whole = whole_model(network.preprocessing, parts, output)
     write_model(whole, target, network.preprocessing, facts, check)
@@ -208,32 +207,51 @@ def _check_target(path: str | os.PathLike, precision: str) -> Path:
 # ------------------------------------------------------------------------------ the network
 
 
-def _exact(network: ExportedNetwork, tail: nn.Module, first: Any) -> tuple[list[Any], _RowsOf]:
-    """Return models of a network and what follows it, and what has the network's rows."""
+def _check_network(network: ExportedNetwork) -> None:
+    """Raise an error if a network, or how images are brought to its size, can't be written."""
+    if not network.runner.can_be_cut:
+        raise ValueError(
+            f"Backbone {network.name!r} can't be traced, so what it does may depend on the pixels, "
+            "which OpenVINO's files can't hold."
+        )
+    _check_scaling(network.preprocessing)
 
+
+def _parts_in_float32(
+    network: ExportedNetwork, tail: nn.Module, first: Any
+) -> tuple[list[Any], _RowsOf]:
+    """Return models of OpenVINO of a network and what follows it, and how torch makes its rows."""
     parts = network_parts(nn.Sequential(network.module, tail), network.preprocessing)
-    return parts, functools.partial(_exact_rows, network)
+    return parts, functools.partial(_rows_in_float32, network)
 
 
-def _exact_rows(network: ExportedNetwork, fitted: torch.Tensor) -> torch.Tensor:
+def _rows_in_float32(network: ExportedNetwork, fitted: torch.Tensor) -> torch.Tensor:
     with network_lock.shared(), float32_by_default():
         return network.module(fitted)
 
 
-def _check_width(network: ExportedNetwork, name: str, step: Any) -> None:
-    """Raise an error if a step was fitted on rows of another width than the network's."""
+def _check_widths(network: ExportedNetwork, steps: list[tuple[str, Any]]) -> None:
+    """Raise an error if a step was fitted on rows of another width than it gets."""
     blank = torch.zeros(1, *network.preprocessing.shape, dtype=torch.uint8, device="cpu")
-    width = _exact_rows(network, blank).shape[1]
-    if step.n_features_in_ != width:
-        raise ValueError(
-            f"Step {name!r}, a {type(step).__name__}, was fitted on rows of "
-            f"{step.n_features_in_} features, and the network gives {width} now: it was changed "
-            "after fit. Fit the pipeline again."
-        )
+    rows, source = _rows_in_float32(network, blank).numpy(), "the network"
+    for number, (name, step) in enumerate(steps, 1):
+        if step.n_features_in_ != rows.shape[1]:
+            raise ValueError(
+                f"Step {name!r}, a {type(step).__name__}, was fitted on rows of "
+                f"{step.n_features_in_} features, and {source} gives {rows.shape[1]} now: it was "
+                "changed after fit. Fit the pipeline again."
+            )
+        if number < len(steps):
+            rows, source = np.asarray(step.transform(rows)), f"step {name!r}"
 
 
-def _in_8_bits(network: ExportedNetwork, tail: nn.Module, first: Any) -> tuple[list[Any], _RowsOf]:
-    """Return the same of the network in 8 bits; see `_exact`."""
+def _parts_in_8_bits(
+    network: ExportedNetwork, tail: nn.Module, first: Any
+) -> tuple[list[Any], _RowsOf]:
+    """Return the same as `_parts_in_float32`, of the network in 8 bits.
+
+    The rows are those of the programs by which an extractor with this precision computes.
+    """
     frozen = network.frozen
     if frozen is None:
         raise ValueError(
@@ -253,10 +271,11 @@ def _in_8_bits(network: ExportedNetwork, tail: nn.Module, first: Any) -> tuple[l
         if frozen.augmentation is not None:
             views = fixed_views(frozen.augmentation, fitted)
         rows = [[torch.cat(run(image), 1) for image in view.split(1)] for view in views]
-        return frozen.behind(torch.stack([torch.cat(each) for each in rows]).mean(0))
+        of_views = torch.stack([frozen.of_view(torch.cat(each)) for each in rows])
+        return frozen.of_mean(of_views.mean(0))
 
-    behind = nn.Sequential(frozen.behind, tail)
-    return quantised_parts(quantised, frozen.rows, frozen.augmentation, behind), rows_of
+    behind = frozen.of_view, frozen.augmentation, nn.Sequential(frozen.of_mean, tail)
+    return quantised_parts(quantised, frozen.rows, *behind), rows_of
 
 
 # ------------------------------------------------------------------------------ comparison
@@ -283,18 +302,18 @@ def _check_scaling(preprocessing: Preprocessing) -> None:
         )
 
 
-def _said(rows: torch.Tensor, steps: list[tuple[str, Any]]) -> np.ndarray:
-    """Return what the steps behind a network say of its rows."""
-    said = rows.numpy()
+def _results_of(steps: list[tuple[str, Any]], rows: torch.Tensor) -> np.ndarray:
+    """Return what the steps behind a network make of its rows, by scikit-learn."""
+    results = rows.numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scikit-learn, which the user has heard
         for number, (_, step) in enumerate(steps, 1):
             method = "transform" if number < len(steps) else method_of(step)
-            said = np.asarray(getattr(step, method)(said), np.float32)
-    return said.reshape(len(rows), -1)
+            results = np.asarray(getattr(step, method)(results), np.float32)
+    return results.reshape(len(rows), -1)
 
 
-def _check(graph: Path, images: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
+def _check_file(graph: Path, images: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
     """Raise an error if a file says something else than its model, or other things of a batch."""
     try:
         settings = {"INFERENCE_PRECISION_HINT": "f32"}

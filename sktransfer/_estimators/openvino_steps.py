@@ -37,26 +37,28 @@ _TOLERANCE = 1e-3  # of the largest value
 _SMALLEST_PROBABILITY = 1e-7  # of libsvm
 
 
-class _Affine(nn.Module):
-    """Each feature less something, times something, and more something, within limits."""
+class _Scaled(nn.Module):
+    """Each feature, `(x - center) * factor + shift`, clipped to limits if there are some."""
 
-    less: torch.Tensor
-    times: torch.Tensor
-    more: torch.Tensor
+    center: torch.Tensor
+    factor: torch.Tensor
+    shift: torch.Tensor
 
-    def __init__(self, less: Any = 0, times: Any = 1, more: Any = 0, limits: Any = None) -> None:
+    def __init__(
+        self, center: Any = 0, factor: Any = 1, shift: Any = 0, limits: Any = None
+    ) -> None:
         super().__init__()
-        for name, value in (("less", less), ("times", times), ("more", more)):
+        for name, value in (("center", center), ("factor", factor), ("shift", shift)):
             self.register_buffer(name, _floats(value))
         self._limits = limits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = (x - self.less) * self.times + self.more
+        x = (x - self.center) * self.factor + self.shift
         return x if self._limits is None else x.clamp(*self._limits)
 
 
 class _Normalized(nn.Module):
-    """Rows of one length."""
+    """Each row, divided by its length in this norm."""
 
     def __init__(self, norm: str) -> None:
         super().__init__()
@@ -74,29 +76,49 @@ class _Normalized(nn.Module):
 
 
 class _Linear(nn.Module):
-    """Weighted sums (n, n_outputs) of rows."""
+    """Weighted sums (n, n_outputs) of the features of each row, and a constant for each sum."""
 
     weights: torch.Tensor
-    more: torch.Tensor
+    intercept: torch.Tensor
 
-    def __init__(self, weights: Any, more: Any = 0) -> None:
+    def __init__(self, weights: Any, intercept: Any = 0) -> None:
         super().__init__()
         self.register_buffer("weights", _floats(weights)[None])  # (1, n_outputs, d)
-        self.register_buffer("more", _floats(more))
+        self.register_buffer("intercept", _floats(intercept))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _sums(x[:, None] * self.weights) + self.more
+        return _sums(x[:, None] * self.weights) + self.intercept
 
 
 class _Sigmoid(nn.Module):
-    """Probabilities of two classes, or of each class against all others."""
+    """Probabilities of two classes, from one score."""
+
+    def forward(self, score: torch.Tensor) -> torch.Tensor:
+        p = score.sigmoid()
+        return torch.cat([1 - p, p], 1)
+
+
+class _SigmoidOfEach(nn.Module):
+    """Probabilities of classes from a score of each against all others.
+
+    Each score has a probability, and these are divided by their sum. Where all of them are 0,
+    scikit-learn makes the classes equally probable. It computes in the dtype of the coefficients,
+    which says how small they can be; here, of small ones the logarithms are known.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        Of the coefficients.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        super().__init__()
+        self._smallest = float(np.log(np.finfo(dtype).tiny))
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
-        p = scores.sigmoid()
-        if p.shape[1] == 1:
-            return torch.cat([1 - p, p], 1)
-        p = torch.where(p.sum(1, keepdim=True) == 0, torch.ones_like(p), p)  # as scikit-learn
-        return p / p.sum(1, keepdim=True)
+        logarithms = scores.clamp(max=0) - torch.log1p(torch.exp(-scores.abs()))
+        are_zero = (scores.amax(1, keepdim=True) < self._smallest).float()
+        return are_zero / scores.shape[1] + (1 - are_zero) * logarithms.softmax(1)
 
 
 class _Kernel(nn.Module):
@@ -112,8 +134,8 @@ class _Kernel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._kernel == "rbf":
-            away = x[:, None] - self.vectors
-            return torch.exp(-self._gamma * _sums(away * away))
+            difference = x[:, None] - self.vectors
+            return torch.exp(-self._gamma * _sums(difference * difference))
         product = _sums(x[:, None] * self.vectors)
         if self._kernel == "linear":
             return product
@@ -184,7 +206,7 @@ class _Platt(nn.Module):
 
 
 class _Neighbors(nn.Module):
-    """Shares of the classes among the nearest rows."""
+    """Probabilities of classes: their shares among the nearest of the rows of the fit."""
 
     rows: torch.Tensor
     classes: torch.Tensor
@@ -196,14 +218,15 @@ class _Neighbors(nn.Module):
         self.register_buffer("classes", _floats(np.eye(len(step.classes_))[step._y]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        away = x[:, None] - self.rows
-        squares, nearest = _sums(away * away).topk(self._k, dim=1, largest=False)  # (n, k)
+        difference = x[:, None] - self.rows
+        squares, nearest = _sums(difference * difference).topk(self._k, dim=1, largest=False)
         votes = self.classes[nearest]  # (n, k, n_classes)
         if self._by_distance:
-            is_equal = (squares == 0).float()
+            is_equal = (squares == 0).float()  # (n, k)
             weights = 1 / (squares + is_equal).sqrt()
-            some = is_equal.amax(1, keepdim=True)
-            votes = votes * (some * is_equal + (1 - some) * weights)[:, :, None]
+            any_is_equal = is_equal.amax(1, keepdim=True)  # then only those that are equal count
+            weights = any_is_equal * is_equal + (1 - any_is_equal) * weights
+            votes = votes * weights[:, :, None]
         shares = votes.sum(1)
         return shares / shares.sum(1, keepdim=True)
 
@@ -225,16 +248,16 @@ def _floats(value: Any) -> torch.Tensor:
 
 
 def _standard(step: StandardScaler) -> nn.Module:
-    less = step.mean_ if step.with_mean else 0
-    return _Affine(less, 1 / step.scale_ if step.with_std else 1)
+    center = step.mean_ if step.with_mean else 0
+    return _Scaled(center, 1 / step.scale_ if step.with_std else 1)
 
 
 def _min_max(step: MinMaxScaler) -> nn.Module:
-    return _Affine(0, step.scale_, step.min_, step.feature_range if step.clip else None)
+    return _Scaled(0, step.scale_, step.min_, step.feature_range if step.clip else None)
 
 
 def _max_abs(step: MaxAbsScaler) -> nn.Module:
-    return _Affine(0, 1 / step.scale_, 0, (-1, 1) if getattr(step, "clip", False) else None)
+    return _Scaled(0, 1 / step.scale_, 0, (-1, 1) if getattr(step, "clip", False) else None)
 
 
 def _pca(step: PCA) -> nn.Module:
@@ -242,7 +265,7 @@ def _pca(step: PCA) -> nn.Module:
     if step.whiten:
         tiny = np.finfo(step.explained_variance_.dtype).eps
         scale = 1 / np.maximum(np.sqrt(step.explained_variance_), tiny)[:, np.newaxis]
-    return nn.Sequential(_Affine(step.mean_), _Linear(step.components_ * scale))
+    return nn.Sequential(_Scaled(step.mean_), _Linear(step.components_ * scale))
 
 
 def _scores(step: Any) -> nn.Module:
@@ -259,7 +282,9 @@ def _sgd(step: SGDClassifier) -> nn.Module:
         return _scores(step)
     if step.loss != "log_loss":
         raise ValueError(f"its probabilities with loss={step.loss!r} are not written")
-    return nn.Sequential(_scores(step), _Sigmoid())
+    is_binary = len(step.classes_) == 2
+    last = _Sigmoid() if is_binary else _SigmoidOfEach(step.coef_.dtype)
+    return nn.Sequential(_scores(step), last)
 
 
 def _svc(step: SVC) -> nn.Module:
@@ -346,13 +371,13 @@ def steps_module(steps: list[tuple[str, Any]]) -> nn.Module:
 
 
 def method_of(step: Any) -> str:
-    """Return the method of a last step whose results a file has."""
+    """Return the name of the method whose results a file has if the step is the last one."""
     names = ("predict_proba", "decision_function", "transform")
     return next(name for name in names if hasattr(step, name))
 
 
 def _checked(step: Any) -> nn.Module:
-    """Return a step as a module that says what it says, as far as some rows tell."""
+    """Return a module that computes what a step does; an error if it differs on a few rows."""
     make = _MODULES.get(type(step))
     if make is None:
         raise ValueError(
@@ -366,19 +391,20 @@ def _checked(step: Any) -> nn.Module:
     rows = _example_rows(step)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of rows like these
-        said = np.asarray(getattr(step, method_of(step))(rows)).reshape(_N_ROWS, -1)
+        expected = np.asarray(getattr(step, method_of(step))(rows)).reshape(_N_ROWS, -1)
         # One by one: of neighbours, each takes as much memory as all rows that were fitted.
         found = torch.cat([module(row) for row in torch.from_numpy(rows).split(1)]).numpy()
-    largest = max(np.abs(said).max(), 1e-12)
-    if found.shape != said.shape or not np.abs(found - said).max() <= _TOLERANCE * largest:
+    most = _TOLERANCE * max(np.abs(expected).max(), 1e-12)
+    if found.shape != expected.shape or not np.abs(found - expected).max() <= most:
         raise ValueError("what is written of it computes other numbers than the step itself")
     return module
 
 
 def _example_rows(step: Any) -> np.ndarray:
-    """Return rows by which a step is compared: noise or, of a step that keeps rows, between those.
+    """Return rows on which a module is compared with its step.
 
-    Far from them, which are nearest is a matter of rounding, and kernels are 0.
+    They are noise or, of a step that keeps rows, points between two of those: far from them,
+    rounding decides which is the nearest, and kernels are 0.
     """
     random = np.random.RandomState(0)
     known = getattr(step, "support_vectors_", getattr(step, "_fit_X", None))
@@ -389,7 +415,7 @@ def _example_rows(step: Any) -> np.ndarray:
 
 
 def _other_way(name: str, step: Any) -> str:
-    """Say that `to_onnx` takes a step, if it does."""
+    """Return a sentence that says that `to_onnx` takes a step; empty if it does not."""
     try:
         step_models([(name, step)], "rows")
     except ImportError:

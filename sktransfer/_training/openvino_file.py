@@ -24,7 +24,7 @@ from sktransfer.transforms import Preprocessing
 
 
 class _Views(nn.Module):
-    """The views of images with channels last, one behind the other."""
+    """From images with channels last to their views: first one view of all images, and so on."""
 
     def __init__(self, augmentation: Augmentation) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Views(nn.Module):
 
 
 class _MeanOfViews(nn.Module):
-    """The mean of rows over views, which come one behind the other."""
+    """From rows of views, in the order of `_Views`, to their mean for each image."""
 
     def __init__(self, n_views: int) -> None:
         super().__init__()
@@ -56,18 +56,32 @@ def network_parts(network: nn.Module, preprocessing: Preprocessing) -> list[Any]
 def quantised_parts(
     network: QuantisedNetwork,
     rows: Sequence[Output],
+    of_view: nn.Module,
     augmentation: Augmentation | None,
-    behind: nn.Module,
+    of_mean: nn.Module,
 ) -> list[Any]:
-    """Return a network in 8 bits, and what follows its rows in float32, as models."""
+    """Return a network in 8 bits, and what follows its rows in float32, as models.
+
+    Parameters
+    ----------
+    network : QuantisedNetwork
+    rows : sequence of Output
+    of_view : nn.Module
+        Takes the rows of one view, side by side.
+    augmentation : Augmentation or None
+        Makes the views of an image; None if there is the image alone.
+    of_mean : nn.Module
+        Takes the mean over the views of what `of_view` returns.
+    """
     model = network.rows_model(rows)
     width = model.outputs[0].get_partial_shape()[1].get_length()
-    models = [model]
-    if augmentation is not None:
-        blank = torch.zeros(list(model.inputs[0].get_shape()), dtype=torch.uint8, device="cpu")
-        models.insert(0, _converted(_Views(augmentation), blank.expand(2, -1, -1, -1)))
-        behind = nn.Sequential(_MeanOfViews(augmentation.n_views), behind)
-    return [*models, rows_part(behind, width, 1 if augmentation is None else augmentation.n_views)]
+    if augmentation is None:
+        return [model, rows_part(nn.Sequential(of_view, of_mean), width)]
+    blank = torch.zeros(list(model.inputs[0].get_shape()), dtype=torch.uint8, device="cpu")
+    views = _converted(_Views(augmentation), blank.expand(2, -1, -1, -1))
+    n_views = augmentation.n_views
+    behind = nn.Sequential(of_view, _MeanOfViews(n_views), of_mean)
+    return [views, model, rows_part(behind, width, n_views)]
 
 
 def rows_part(module: nn.Module, width: int, n_views: int = 1) -> Any:

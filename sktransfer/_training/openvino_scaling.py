@@ -38,13 +38,13 @@ def scaling(preprocessing: Preprocessing) -> tuple[Any, Node]:
     lines = [n, _whole([1]), wide, op.multiply(tall, _whole([n_channels]))]
     across = _resized(_shaped(columns, lines), [_whole([1]), scaled_wide], preprocessing)
     across = _shaped(across, [n, scaled_wide, _whole([n_channels]), tall])
-    across, outside_x = _fitted(across, 1, scaled_wide, width, preprocessing.mode)
+    across, outside_x = _fitted(across, scaled_wide, width, preprocessing)
     rows = op.transpose(across, _whole([0, 3, 1, 2]))  # (n, h, width, c)
     lines = [n, tall, _whole([1]), _whole([width * n_channels])]
     down = _resized(_shaped(rows, lines), [scaled_tall, _whole([1])], preprocessing)
     down = _shaped(down, [n, scaled_tall, _whole([width]), _whole([n_channels])])
-    fitted, outside_y = _fitted(down, 1, scaled_tall, height, preprocessing.mode)
-    if outside_x is not None and outside_y is not None:
+    fitted, outside_y = _fitted(down, scaled_tall, height, preprocessing)
+    if preprocessing.mode == "border":
         at_y = op.reshape(outside_y, _whole([1, height, 1, 1]), False)
         at_x = op.reshape(outside_x, _whole([1, 1, width, 1]), False)
         fill = np.array([round(255 * mean) for mean in preprocessing.mean])
@@ -116,8 +116,10 @@ def _rounded_quotient(number: Node, divisor: Node) -> Node:
     return op.subtract(quotient, op.select(is_between, odd, _whole([0])))
 
 
-def _fitted(x: Node, axis: int, length: Node, size: int, mode: str) -> tuple[Node, Node | None]:
-    """Crop an axis to its centre or, of the mode "border", pad it as well.
+def _fitted(
+    x: Node, length: Node, size: int, preprocessing: Preprocessing
+) -> tuple[Node, Node | None]:
+    """Crop the first of the middle axes to its centre, and pad it with black if it is too short.
 
     Returns
     -------
@@ -128,22 +130,24 @@ def _fitted(x: Node, axis: int, length: Node, size: int, mode: str) -> tuple[Nod
     """
     from openvino import opset13 as op
 
+    mode = preprocessing.mode
+    pairs = zip(preprocessing.size, preprocessing.resize, strict=True)
+    is_larger = any(side > scaled for side, scaled in pairs)
     zero, one, two = _whole([0]), _whole([1]), _whole([2])
     over = op.maximum(op.subtract(length, _whole([size])), zero)
     start = op.divide(over, two)
-    if mode != "floor":  # half of an odd number is rounded to an even one
+    if mode != "floor" or is_larger:  # half of an odd number is rounded to an even one
         odd = op.subtract(over, op.multiply(start, two))
         start_is_odd = op.subtract(start, op.multiply(op.divide(start, two), two))
         start = op.add(start, op.multiply(odd, start_is_odd))
-    cropped = op.slice(x, start, op.add(start, _whole([size])), one, _whole([axis]))
-    if mode != "border":
+    cropped = op.slice(x, start, op.add(start, _whole([size])), one, _whole([1]))
+    if mode != "border" and not is_larger:
         return cropped, None
     missing = op.maximum(op.subtract(_whole([size]), length), zero)
     before = op.divide(missing, two)
-    begins, ends = ([zero] * 4 for _ in range(2))
-    begins[axis], ends[axis] = before, op.subtract(missing, before)
-    black = op.constant(np.uint8(0))
-    padded = op.pad(cropped, op.concat(begins, 0), op.concat(ends, 0), "constant", black)
+    begins = op.concat([zero, before, zero, zero], 0)
+    ends = op.concat([zero, op.subtract(missing, before), zero, zero], 0)
+    padded = op.pad(cropped, begins, ends, "constant", op.constant(np.uint8(0)))
     place = op.subtract(_whole(range(size)), before)
     outside = op.logical_or(op.less(place, zero), op.greater_equal(place, length))
     return padded, outside

@@ -98,29 +98,38 @@ def whole_of_runner(runner: Runner, image_size: tuple[int, int]) -> WholeNetwork
 
 
 class RowsNetwork(nn.Module):
-    """From images of the network's size, 0 to 255, to the rows of an extractor.
+    """From images of the network's size, 0 to 255, to the rows of an extractor, of one view."""
 
-    Parameters
-    ----------
-    embedding : Rows
-    behind : nn.Module
-        What becomes of the rows.
-    """
-
-    def __init__(self, embedding: Rows, behind: nn.Module) -> None:
+    def __init__(self, embedding: Rows) -> None:
         super().__init__()
         outputs = Outputs(embedding.runner, embedding.wanted, embedding.preprocessing, None)
         outputs.slices = [(at, copy_of(part).cpu()) for at, part in outputs.slices]
-        self.outputs, self.behind = outputs, behind
+        self.outputs = outputs
         self.parts = nn.ModuleList([part for _, part in outputs.slices])
-        self.__dict__["augmentation"] = augmentation_of(embedding)
         self.eval().requires_grad_(False)
 
     def forward(self, fitted: torch.Tensor) -> torch.Tensor:
-        augmentation = self.__dict__["augmentation"]
-        views = [fitted] if augmentation is None else fixed_views(augmentation, fitted)
-        rows = torch.stack([torch.cat(self.outputs(view), 1) for view in views]).mean(0)
-        return self.behind(rows)
+        return torch.cat(self.outputs(fitted), 1)
+
+
+class MeanOverViews(nn.Module):
+    """What a network makes of images: for each, the mean over its views.
+
+    Parameters
+    ----------
+    network : nn.Module
+    augmentation : Augmentation
+        Makes the views, by symmetries.
+    """
+
+    def __init__(self, network: nn.Module, augmentation: Augmentation) -> None:
+        super().__init__()
+        self.network = network
+        self.__dict__["augmentation"] = augmentation  # not a module
+
+    def forward(self, fitted: torch.Tensor) -> torch.Tensor:
+        views = fixed_views(self.__dict__["augmentation"], fitted)
+        return torch.stack([self.network(view) for view in views]).mean(0)
 
 
 class PowerNormalized(nn.Module):
