@@ -338,7 +338,7 @@ class FineTunedDetector(TrainedDetector):
         self._validate_params()
         images = self._check_images(X, reset=False)
         array = np.empty(len(images), object)
-        for i, objects in enumerate(self._predictor().find(images)):
+        for i, objects in enumerate(self.predictor().find(images)):
             array[i] = {**objects, "labels": self.classes_[objects["labels"]]}
         return array
 

@@ -173,7 +173,7 @@ def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
 
 def _augmentation_of_predictions(model: FineTuned) -> Augmentation | None:
     """Return what makes the views over which a prediction averages; None for the image alone."""
-    predictor = model._predictor()  # with the parameters as they now are
+    predictor = model.predictor()  # with the parameters as they now are
     settings = predictor.settings
     n_views = settings.predict_views
     if n_views == 1:

@@ -207,4 +207,4 @@ class FineTuned(TrainedEstimator):
         """Return what the network says of each view: (n, predict_views, n_outputs)."""
         check_is_fitted(self, "plan_")
         self._validate_params()
-        return self._predictor().outputs(self._check_images(X, reset=False))
+        return self.predictor().outputs(self._check_images(X, reset=False))

@@ -157,7 +157,7 @@ class TrainedEstimator(KeepsTrainer):
             self._network, self._named = network, named
         return self._network
 
-    def _predictor(self) -> Trainer:
+    def predictor(self) -> Trainer:
         """Return the trainer with the parameters as they now are, to predict with.
 
         It is a copy, so that several threads can predict, and a training goes on as it was.

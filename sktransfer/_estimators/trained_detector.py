@@ -166,7 +166,7 @@ class TrainedDetector(KeepsTrainer):
         trainer.history = self.history_
         return trainer
 
-    def _predictor(self) -> DetectorTrainer:
+    def predictor(self) -> DetectorTrainer:
         """Return the trainer with the parameters as they now are, to predict with."""
         trainer = copy.copy(self.trainer())
         trainer.settings = self._settings()
