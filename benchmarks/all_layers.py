@@ -5,20 +5,25 @@
 `--part head`: linear heads on the rows of frozen layers, by how they are regularised and scaled, on
 ELPV (p > 0.5) and scikit-learn's digits as images, with 50, 200 and all labels of five splits.
 
+`--part groups`: this head on all layers, with one strength of regularisation for all columns, or
+with a factor for the columns of each resolution.
+
 `--part fusion`: the linear head on all layers against an attentive fusion of them, on these two and
 on noisy crops of 16 regions of scikit-learn's photographs.
 """
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
 from itertools import product
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from _common import Built, environment, median, say, sides, table, take_turns
+from scipy.special import softmax
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedKFold, train_test_split
@@ -150,6 +155,151 @@ def head(n_splits: int = 5, memory: str | None = None) -> None:
             print(table(rows), "\n", flush=True)
 
 
+# ------------------------------------------------------------------------------ groups of layers
+
+FACTORS = (0.5, 1.0, 2.0)
+SIDES = ("one strength", "by groups")
+
+
+def _stages(extractor: PretrainedFeatureExtractor) -> list[np.ndarray]:
+    """Return the columns of the blocks of each resolution; the last block is a group of its own."""
+    embedding = embedding_of(extractor)
+    last, size = embedding.wanted[-1].position, embedding.preprocessing.size
+    groups: dict[Any, list[np.ndarray]] = {}
+    for row, part in zip(embedding.wanted, embedding.columns, strict=True):
+        resolution = embedding.runner.shape(row.position, size)[1:]
+        group = groups.setdefault((resolution, row.position == last), [])
+        group.append(np.arange(part.start, part.stop))
+    return [np.concatenate(parts) for parts in groups.values()]
+
+
+class _Grouped:
+    """The head on rows of which each group of columns has a factor, solved by their products.
+
+    Rows (n, n) with the same products as the scaled ones (n, width) have the same optimum, and
+    fewer columns. Factors leave the variance of a row as it is.
+
+    Parameters
+    ----------
+    X, y : ndarray
+        What is learnt from.
+    test : ndarray
+        Rows to predict.
+    groups : sequence of ndarray
+        Columns.
+    """
+
+    def __init__(
+        self, X: np.ndarray, y: np.ndarray, test: np.ndarray, groups: Sequence[np.ndarray]
+    ) -> None:
+        mean, scale = X.mean(0), _heads._scale(X.var(0), False)
+        rows, others = (((x - mean) / scale).astype(float) for x in (X, test))
+        self.y, self.width, self.groups = y, X.shape[1], groups
+        self.products = np.stack([rows[:, group] @ rows[:, group].T for group in groups])
+        self.cross = np.stack([others[:, group] @ rows[:, group].T for group in groups])
+        self.variances = self.products.trace(axis1=1, axis2=2)
+
+    def squares(self, factors: Sequence[float]) -> np.ndarray:
+        squares = np.square(factors)
+        return squares * self.variances.sum() / (squares @ self.variances)
+
+    def learnt(self, factors: Sequence[float]) -> _heads.Learnt:
+        products = np.tensordot(self.squares(factors), self.products, 1)
+        products.flat[:: len(products) + 1] += 1e-6 * products.trace() / len(products)
+        rows = np.linalg.cholesky(products).astype(np.float32)
+        return _heads.Learnt(rows, self.y, np.ones(len(rows)), "class", int(self.y.max()) + 1)
+
+    def strength(self, learnt: _heads.Learnt) -> float:
+        """Choose it as the head does, which goes by the width of the rows."""
+        width = _heads._WIDTH
+        try:
+            _heads._WIDTH = width * learnt.rows.shape[1] / self.width
+            return _heads._choose_strength(learnt, 1, None, 0)
+        finally:
+            _heads._WIDTH = width
+
+    def probabilities(self, factors: Sequence[float]) -> np.ndarray:
+        learnt = self.learnt(factors)
+        coef, intercept = _heads._fit(learnt, self.strength(learnt))
+        of_rows = np.linalg.solve(learnt.rows.T.astype(float), coef.T)  # (n, n_outputs)
+        cross = np.tensordot(self.squares(factors), self.cross, 1)  # (n_test, n)
+        return softmax(cross @ of_rows + intercept, axis=1)
+
+    def factors(self) -> tuple[float, ...]:
+        """Choose one factor after the other, twice around, by the loss that chooses the strength.
+
+        The strength is the one without factors.
+        """
+        best = (1.0,) * len(self.groups)
+        strength, folds = self.strength(self.learnt(best)), _heads._folds(self.y, "class", None, 0)
+
+        @cache
+        def loss(factors: tuple[float, ...]) -> float:
+            learnt = self.learnt(factors)
+            fits = [(rest, _heads._fit(learnt.part(part), strength, {})) for part, rest in folds]
+            return sum(_heads._loss(learnt.part(rest), *fitted) for rest, fitted in fits)
+
+        for group in [*range(len(best))] * 2:
+            tried = [(*best[:group], factor, *best[group + 1 :]) for factor in FACTORS]
+            best = min([best, *tried], key=loss)
+        return best
+
+
+def _compare_groups(
+    X: np.ndarray, y: np.ndarray, stages: Sequence[np.ndarray], splits: Iterable
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and seconds (splits, 2, 4) of both heads, and factors (splits, groups)."""
+    scores, chosen = [], []
+    for train, test in splits:
+        head = _Grouped(X[train], y[train], X[test], stages)
+        times = [perf_counter()]
+        found = [head.probabilities([1.0] * len(stages))]
+        times.append(perf_counter())
+        factors = head.factors()
+        found.append(head.probabilities(factors))
+        times.append(perf_counter())
+        both = zip(found, np.diff(times), strict=True)
+        scores.append([(*_scores(y[test], p), seconds) for p, seconds in both])
+        chosen.append(factors)
+        say(f"  {np.round(scores[-1], 4).tolist()}, {factors}")
+    return np.array(scores), np.array(chosen)
+
+
+def _change(changes: Sequence[np.ndarray]) -> dict[str, str]:
+    """Return the means over rows of the changes (splits, 2) in each, ± standard errors."""
+    means = np.mean([change.mean(0) for change in changes], axis=0)
+    variances = [change.var(0, ddof=1) / len(change) for change in changes]
+    errors = np.sqrt(np.sum(variances, axis=0)) / len(changes)
+    cells = [f"{mean:+.4f} ± {error:.4f}" for mean, error in zip(means, errors, strict=True)]
+    return dict(zip(("change of accuracy", "of log-loss"), cells, strict=True))
+
+
+def groups(
+    n_splits: int = 5, memory: str | None = None, labels: Sequence[Any] = LABELS, every: int = 1
+) -> None:
+    """Print scores of both heads, and what the factors change."""
+    print("Accuracy (ROC AUC), log-loss and seconds of linear heads on all layers, mean and")
+    few = min(n_splits, 3)
+    print(f"maximum, and changes ± standard errors: {n_splits} splits 75/25, {few} of all labels\n")
+    rows, changes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for task, images, y in _tasks():
+            extractor = PretrainedFeatureExtractor(memory=memory or folder, **ALL)
+            X, y, stages = extractor.transform(images[::every]), y[::every], _stages(extractor)
+            for n in labels:
+                say(f"{task}, {n} labels, groups of {[len(stage) for stage in stages]} columns")
+                splits = _splits(y, n, few if n == "all" else n_splits)
+                scores, factors = _compare_groups(X, y, stages, splits)
+                row = {"task": task, "labels": n}
+                for name, (accuracy, auc, loss, seconds) in zip(SIDES, scores.mean(0), strict=True):
+                    cell = f"{accuracy:.3f}" + ("" if np.isnan(auc) else f" ({auc:.3f})")
+                    row[name] = f"{cell}, {loss:.3f}, {seconds:.1f} s"
+                changes.append(np.diff(scores, axis=1)[:, 0, [0, 2]])
+                means = " ".join(f"{factor:.2f}" for factor in 2 ** np.log2(factors).mean(0))
+                rows.append(row | _change(changes[-1:]) | {"factors": means})
+    print(table([*rows, {"task": "all rows", **_change(changes)}]), "\n")
+
+
 # ------------------------------------------------------------------------------ attentive fusion
 
 
@@ -259,7 +409,7 @@ def fusion(n_splits: int = 3, memory: str | None = None) -> None:
     print(table(rows))
 
 
-PARTS = {"time": time, "head": head, "fusion": fusion}
+PARTS = {"time": time, "head": head, "groups": groups, "fusion": fusion}
 
 
 def main() -> None:
@@ -269,10 +419,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300, help="of `time`")
     parser.add_argument("--repeats", type=int, default=7, help="of `time`")
     parser.add_argument("--runtimes", nargs="+", default=["openvino", "torch"], help="of `time`")
+    parser.add_argument("--splits", type=int, default=5, help="of `groups`")
+    parser.add_argument("--labels", nargs="+", default=LABELS, help="of `groups`")
+    parser.add_argument(
+        "--every", type=int, default=1, help="of how many images `groups` takes one"
+    )
     options = parser.parse_args()
     for part in options.part or PARTS:
         if part == "time":
             time(options.images, options.repeats, options.runtimes)
+        elif part == "groups":
+            labels = [n if n == "all" else int(n) for n in options.labels]
+            groups(options.splits, options.memory, labels, options.every)
         else:
             PARTS[part](memory=options.memory)
 

@@ -34,7 +34,10 @@ class Quick(NamedTuple):
 
 
 QUICK = {
-    "all_layers.py": Quick("--part time --runtimes torch --images 8 --repeats 1"),
+    "all_layers.py": Quick(
+        "--part time --runtimes torch --images 8 --repeats 1"
+        " --part groups --labels 50 --splits 2 --every 16"
+    ),
     "anomaly.py": Quick("--part defects --tiles 8"),
     "audit.py": Quick("--seeds 1 --draws 1 --every 40"),
     "batch_size.py": Quick("--networks mobilenet_v3_large --sizes 1 4"),
