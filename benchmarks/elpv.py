@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--memory", help="folder that keeps embeddings")
     parser.add_argument("--every", type=int, default=1, help="take every so manieth image only")
     parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the splits of `probabilities`")
     args = parser.parse_args()
     backbones, parts = list(args.backbones), args.part or PARTS
     if args.whole:
@@ -197,7 +198,7 @@ def main() -> None:
             print(table(contiguous(task, backbone, args.memory)), "\n", flush=True)
     if "probabilities" in parts:
         print(f"\n{CONVENTION}: accuracy (ROC AUC) on all layers of {backbones[-1]}\n")
-        splits = _benchmark._splits_of(task, task.targets[CONVENTION], args.splits, 0)
+        splits = _benchmark._splits_of(task, task.targets[CONVENTION], args.splits, args.seed)
         extractor = PretrainedFeatureExtractor(
             backbones[-1], normalize=True, memory=args.memory, **ALL
         )
