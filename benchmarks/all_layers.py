@@ -302,6 +302,8 @@ def groups(
 
 # ------------------------------------------------------------------------------ attentive fusion
 
+FUSION_LABELS = {"ELPV": (50, 200, "all"), "digits": (100, "all"), "regions": (80, "all")}
+
 
 class Fusion(nn.Module):
     """A learnt query attends to one token for each layer and pooling; a linear layer follows.
@@ -382,31 +384,58 @@ def _regions() -> tuple[Any, np.ndarray]:
     return np.stack(crops), np.array(regions)
 
 
-def fusion(n_splits: int = 3, memory: str | None = None) -> None:
-    """Print accuracy, ROC AUC and log-loss of attentive fusion and of the linear head."""
-    rows = []
+def _fusion_tasks(names: Sequence[str]) -> Iterator[tuple[str, Any, np.ndarray]]:
+    for name, images, y in _tasks():
+        if name in names:
+            yield name, images, y
+    if "regions" in names:
+        yield "regions", *_regions()
+
+
+def _compared(
+    X: np.ndarray, y: np.ndarray, n: Any, n_splits: int, widths: list[int]
+) -> dict[str, np.ndarray]:
+    """Return the scores, (n_splits, 3), of either way of learning on `n` labels."""
+    found: dict[str, list[tuple[float, ...]]] = {"linear": [], "fusion": []}
+    for train, test in _splits(y, n, n_splits):
+        linear = _probabilities(X[train], y[train], X[test], "chosen, Pareto")
+        fused = _fusion_probabilities(X[train], y[train], X[test], widths)
+        found["linear"].append(_scores(y[test], linear))
+        found["fusion"].append(_scores(y[test], fused))
+    return {name: np.array(scores) for name, scores in found.items()}
+
+
+def _gain(gains: np.ndarray) -> str:
+    return f"{gains.mean():+.3f} ± {gains.std():.3f}"
+
+
+def fusion(
+    n_splits: int = 3, memory: str | None = None, tasks: Sequence[str] = tuple(FUSION_LABELS)
+) -> None:
+    """Print accuracy, ROC AUC and log-loss of attentive fusion and of the linear head.
+
+    Each row is printed as it comes, and the table of all at the end.
+    """
+    rows, gains = [], []
+    print(f"Accuracy (ROC AUC), log-loss on all layers, mean of {n_splits} splits 75/25;")
+    print("gain: in accuracy, of fusion over the linear head on the same split\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for task, images, y in [*_tasks(), ("regions of photographs", *_regions())]:
+        for task, images, y in _fusion_tasks(tasks):
             extractor = PretrainedFeatureExtractor(memory=memory or folder, **ALL)
             X = extractor.transform(images)
             widths = [part.stop - part.start for part in embedding_of(extractor).columns]
-            sizes = {"ELPV": (50, 200, "all"), "digits": (100, "all")}.get(task, (80, "all"))
-            for n in sizes:
-                found: dict[str, list[tuple[float, ...]]] = {"linear": [], "fusion": []}
-                for train, test in _splits(y, n, n_splits):
-                    linear = _probabilities(X[train], y[train], X[test], "chosen, Pareto")
-                    fused = _fusion_probabilities(X[train], y[train], X[test], widths)
-                    found["linear"].append(_scores(y[test], linear))
-                    found["fusion"].append(_scores(y[test], fused))
-                say(f"  {task}, {n} labels")
+            for n in FUSION_LABELS[task]:
                 row = {"task": task, "labels": n}
+                found = _compared(X, y, n, n_splits, widths)
                 for name, scores in found.items():
-                    accuracy, auc, loss = np.mean(scores, axis=0)
-                    cell = f"{accuracy:.3f} ± {np.std(scores, axis=0)[0]:.3f}"
+                    accuracy, auc, loss = scores.mean(0)
+                    cell = f"{accuracy:.3f} ± {scores[:, 0].std():.3f}"
                     row[name] = f"{cell}{'' if np.isnan(auc) else f' ({auc:.3f})'}, {loss:.2f}"
-                rows.append(row)
-    print(f"Accuracy (ROC AUC), log-loss on all layers, mean of {n_splits} splits 75/25\n")
-    print(table(rows))
+                gains.append(found["fusion"][:, 0] - found["linear"][:, 0])
+                rows.append({**row, "gain": _gain(gains[-1])})
+                print(table(rows[-1:]), flush=True)
+    print(f"\n{table(rows)}\n")
+    print(f"Mean gain over these rows, ± over splits: {_gain(np.mean(gains, 0))}")
 
 
 PARTS = {"time": time, "head": head, "groups": groups, "fusion": fusion}
@@ -424,6 +453,9 @@ def main() -> None:
     parser.add_argument(
         "--every", type=int, default=1, help="of how many images `groups` takes one"
     )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=FUSION_LABELS, default=[*FUSION_LABELS], help="of `fusion`"
+    )
     options = parser.parse_args()
     for part in options.part or PARTS:
         if part == "time":
@@ -431,6 +463,8 @@ def main() -> None:
         elif part == "groups":
             labels = [n if n == "all" else int(n) for n in options.labels]
             groups(options.splits, options.memory, labels, options.every)
+        elif part == "fusion":
+            fusion(memory=options.memory, tasks=options.tasks)
         else:
             PARTS[part](memory=options.memory)
 

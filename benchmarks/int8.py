@@ -139,19 +139,19 @@ def speed(args: argparse.Namespace) -> None:
         say(backbone)
         named = {
             p: (prepared, backbone, p, args.kept, build_ready, backbone, p, args.images)
-            for p in PRECISIONS
+            for p in args.precisions
         }
         with sides(named) as built:
             seconds, processor = measure(built, args.repeats)
             rows = {p: side.notes.get("rows") for p, side in built.items()}
             errors = {p: side.error for p, side in built.items()}
         row = {"network": backbone, "weights": weights_of(backbone) or "random"}
-        for p in PRECISIONS:
+        for p in args.precisions:
             row[p] = f"{args.images / median(seconds[p]):.1f}"
             row[f"{p}, ms of a core"] = f"{1000 * processor[p] / args.images:.1f}"
         row["int8 / float32"] = f"{median(seconds['float32']) / median(seconds['int8']):.2f}"
         row["by processor time"] = f"{processor['float32'] / processor['int8']:.2f}"
-        for p in ("bfloat16", "int8"):
+        for p in args.precisions[1:]:
             both = rows[p], rows["float32"]
             row[f"cosine {p}"] = errors[p] or f"{cosine(*both):.4f}"
         found.append(row)
@@ -195,7 +195,7 @@ def accuracy(args: argparse.Namespace) -> None:
         images, y, splits = tasks(name)
         for backbone in args.networks or LITE:
             exact = None
-            for precision in PRECISIONS:
+            for precision in args.precisions:
                 say(f"{name}, {backbone}, {precision}")
                 X = extractor(backbone, precision, memory=args.memory).transform(images)
                 row = {"task": name, "network": backbone, "precision": precision}
@@ -411,7 +411,9 @@ def main() -> None:
     parser.add_argument("--kept", help="folder of networks in 8 bits, for the next piece")
     parser.add_argument("--n-jobs", type=int, default=1)
     parser.add_argument("--peers", nargs="*", default=["loader", "loader-plain"])
+    parser.add_argument("--without-bfloat16", action="store_true", help="of `speed`, `accuracy`")
     args = parser.parse_args()
+    args.precisions = ("float32", "int8") if args.without_bfloat16 else PRECISIONS
     print(environment("openvino", "nncf"), flush=True)
     globals()[args.piece](args)
 
