@@ -31,6 +31,7 @@ from sktransfer import (
 from sktransfer._cli import main
 from sktransfer._engine import nncf_child, quantising, runner, runtime
 from sktransfer._engine.nncf_child import quantise
+from sktransfer._engine.openvino_program import read_model
 from sktransfer._engine.program_file import ProgramFile
 from sktransfer._engine.quantising import run_apart
 from sktransfer._engine.runner import get_runner
@@ -388,6 +389,30 @@ def test_a_cpu_without_instructions_is_told(monkeypatch):
         warnings.filterwarnings("error", message)
         get_runner(anew(small(3)), "cpu", "int8")
     assert np.isfinite(slow).all()
+
+
+def _largest_weight(made):
+    """Return that of all layers but the first, whose range is always halved."""
+    model = read_model(made.graph, made.weights)
+    weights = [
+        np.abs(node.data.astype(int)).max()
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant" and node.get_element_type().to_string() == "i8"
+    ]
+    return max(weights[1:])
+
+
+def test_weights_have_half_of_their_range_where_sums_overflow(monkeypatch):
+    names = []  # of what the keys of rows and of kept networks hold
+    for seed, (has_int8, largest) in enumerate([(True, 127), (False, 64)]):
+        monkeypatch.setattr(quantising, "has_int8", lambda value=has_int8: value)
+        quantising.versions.cache_clear()
+        found = embedding_of(extractor(residual(30 + seed)))
+        made = found.runner.in_8_bits(found.preprocessing).made
+        assert largest / 2 < _largest_weight(made) <= largest
+        names.append(quantising.versions())
+    quantising.versions.cache_clear()
+    assert names[0] != names[1]
 
 
 def _ask_in_fork(connection, model):

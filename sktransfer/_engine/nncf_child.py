@@ -4,8 +4,8 @@ Run as a script, without this package: NNCF prints, replaces the class of all lo
 report its use over the network. In here, nobody sees or hears of it.
 
 The folder that it is given holds ``network.xml``, whose last result is the embedding and whose
-others are those of the cuts before it, and ``images.npy``. It writes ``quantised.xml`` and
-``report.json``.
+others are those of the cuts before it, ``images.npy`` and ``settings.json``. It writes
+``quantised.xml`` and ``report.json``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def quantise(folder: Path) -> None:
     sources = [result.input_value(0) for result in model.get_results()]
     places = [(source.get_node().get_friendly_name(), source.get_index()) for source in sources]
     network = _ending_at(model, sources[-1])
-    quantised = _quantised(network, images)
+    settings = json.loads((folder / "settings.json").read_text())
+    quantised = _quantised(network, images, **settings)
     openvino.serialize(quantised, folder / "quantised.xml", folder / "quantised.bin")
     # What was written is what is measured: the disk may be full.
     written = openvino.Core().read_model(folder / "quantised.xml")
@@ -48,12 +49,18 @@ def _ending_at(model: Any, source: Any) -> Any:
     return Model([opset13.result(source)], model.get_parameters(), "network")
 
 
-def _quantised(model: Any, images: list[np.ndarray]) -> Any:
+def _quantised(model: Any, images: list[np.ndarray], halves_weights: bool) -> Any:
+    """Return the network in 8 bits.
+
+    With `halves_weights`, weights have half of their range: a CPU without VNNI adds two products in
+    16 bits, where those of the whole range overflow.
+    """
     import nncf
 
     nodes = model.get_ops()
     kinds = {node.get_type_name() for node in nodes}
     depthwise = [node.get_friendly_name() for node in nodes if _is_depthwise(node)]
+    overflow_fix = nncf.OverflowFix.ENABLE if halves_weights else None
     has_attention = bool(kinds & {"Softmax", "ScaledDotProductAttention"})
     return nncf.quantize(
         model,
@@ -62,6 +69,7 @@ def _quantised(model: Any, images: list[np.ndarray]) -> Any:
         model_type=nncf.ModelType.TRANSFORMER if has_attention else None,
         # They lose most of all, and gain least: their few operations wait for memory.
         ignored_scope=nncf.IgnoredScope(names=depthwise),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix),
     )
 
 

@@ -26,6 +26,7 @@ from sktransfer._bars import tqdm
 from sktransfer._engine.openvino_program import converted, reason_of
 from sktransfer._engine.program import ACTIVATION, Output, Outputs
 from sktransfer._engine.program_file import KeptProgram, ProgramFile
+from sktransfer._engine.runtime import has_int8
 from sktransfer._memory.claims import open_claims
 from sktransfer._torch_state import float32_by_default
 from sktransfer.transforms import Preprocessing
@@ -43,10 +44,11 @@ _NAMES = re.compile(rb'(name|names|value)="[^"]*"')  # of nodes, and of those th
 
 @functools.cache
 def versions() -> tuple[str, ...]:
-    """Name the versions, major and minor, that shape the results."""
+    """Name what shapes the results: versions, major and minor, and whether weights are halved."""
     names = ("nncf", "openvino")
     found = (importlib.metadata.version(name).split(".")[:2] for name in names)
-    return (str(_VERSION), *(".".join(version) for version in found))
+    kind = () if has_int8() else ("halved weights",)
+    return (str(_VERSION), *(".".join(version) for version in found), *kind)
 
 
 # ------------------------------------------------------------------------------ calibration
@@ -145,6 +147,8 @@ def _make(runner: Runner, preprocessing: Preprocessing) -> Made:
         except Exception as error:  # OpenVINO's own, of what it can't convert
             raise ValueError(refusal(runner, _with_hint(reason_of(error)))) from error
         np.save(folder / "images.npy", images)
+        settings = {"halves_weights": not has_int8()}
+        (folder / "settings.json").write_text(json.dumps(settings))
         if (failure := run_apart(folder)) is not None:
             raise ValueError(refusal(runner, _with_hint(failure)))
         report = json.loads((folder / "report.json").read_text())
