@@ -41,7 +41,6 @@ from sktransfer._memory.memory import check_memory
 from sktransfer.io import check_images
 
 pytest.importorskip("nncf", reason="needs the extra int8")
-pytestmark = pytest.mark.filterwarnings("ignore:This CPU has no instructions for 8 bits")
 
 SIZE = 32
 

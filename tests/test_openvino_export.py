@@ -48,7 +48,6 @@ from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
 
 openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
-pytestmark = pytest.mark.filterwarnings("ignore:This CPU has no instructions for 8 bits")
 
 SIZE = Preprocessing(size=(32, 40), resize=(36, 44), interpolation="bicubic", std=(0.5,) * 3)
 PIXELS = 5e-3  # of the largest value: what a pixel in a hundred does that is off by 1
