@@ -229,13 +229,27 @@ def test_large_pil_images_wait_for_room_and_for_each_other(monkeypatch):
             assert not any(future.done() for future in waiting)
         for future in waiting:
             np.testing.assert_array_equal(hwc(future.result(60)), SMALL)
-    monkeypatch.setattr(_decoding, "_pillow_locks", [threading.Lock()])  # the same for all
-    images = check_images([Image.open(io.BytesIO(data)) for _ in range(8)] * 2)
+    same = Image.open(io.BytesIO(data))
+    images = check_images([same] * 8 + [Image.open(io.BytesIO(data)) for _ in range(8)])
     encoded = check_images([data] * 8)
     loads = [load for i in range(8) for load in ((images, i), (encoded, i), (images, i + 8))]
     with ThreadPoolExecutor(8) as threads:
         found = threads.map(lambda load: load[0].load(load[1]), loads, timeout=60)
         assert all(np.array_equal(hwc(pixels), SMALL) for pixels in found)
+
+
+def test_a_pil_image_that_is_being_read_holds_up_no_other():
+    data = encode(SMALL, "PNG")
+    opened = [Image.open(io.BytesIO(data)) for _ in range(300)]
+    images = check_images(opened)
+    with ThreadPoolExecutor(2) as threads:
+        with _decoding._turn_of(opened[0]):  # as if its file came slowly
+            waiting = threads.submit(images.load, 0)
+            for i in range(1, 300):
+                assert threads.submit(images.load, i).result(60).shape == (3, 30, 40)
+            assert not waiting.done()
+        assert waiting.result(60).shape == (3, 30, 40)
+    assert len(_decoding._pillow_locks) < len(opened)  # they are gone with their threads
 
 
 def test_large_files_are_read_one_at_a_time(monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from networks import small
+from PIL import Image
 from processes import run_code
 from torchvision.models import resnet18
 
@@ -23,6 +24,7 @@ from sktransfer._engine.device import check_readable, resolve_device
 from sktransfer._memory import store
 from sktransfer._memory.memory import check_memory
 from sktransfer._torch_state import Chance, chance_lock, network_lock
+from sktransfer.io import _decoding, check_images
 from sktransfer.models._graph import _Tracer
 
 pytestmark = [
@@ -90,6 +92,18 @@ def test_a_fork_while_the_network_is_locked():
     extractor().transform(IMAGES)
     with network_lock.shared():
         in_child("fork", strictly, extractor(), "transform", IMAGES)
+
+
+PICTURE = Image.fromarray(IMAGES[0])
+
+
+def _reads():
+    return check_images([PICTURE]).load(0).numpy()
+
+
+def test_a_fork_while_a_pil_image_is_read():
+    with _decoding._turn_of(PICTURE):
+        np.testing.assert_array_equal(in_child("fork", _reads).transpose(1, 2, 0), IMAGES[0])
 
 
 def _draws():
@@ -211,6 +225,7 @@ def test_joblib_with_forked_workers(tmp_path):
 EXITS = """
 import ctypes, os, warnings, numpy as np, torch
 from networks import small
+from PIL import Image
 from sktransfer import PretrainedFeatureExtractor
 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads
 model = PretrainedFeatureExtractor(small(), image_size=64)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Number
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ import xxhash
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sktransfer._config import get_config
-from sktransfer._threads import renewed_in_forks
+from sktransfer._threads import call_in_forks, renewed_in_forks
 from sktransfer.io._bit_depth import UnusableImage
 from sktransfer.io._codecs import (
     Decoded,
@@ -46,9 +47,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "a tensor": (torch.Tensor,),
     "a list": (list, tuple),
 }
-# For PIL images of users, which may be in several rows, or in the hands of several threads. They
-# have no hash, by which a dictionary could hold a lock for each.
-_pillow_locks = [renewed_in_forks(threading.Lock()) for _ in range(256)]
+# The lock of each PIL image that is being read, by its identity: the image may be in several rows,
+# or in the hands of several threads. A lock is gone when the last thread that uses it is done.
+_pillow_locks: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_finding_lock = renewed_in_forks(threading.Lock())
+call_in_forks(_pillow_locks.clear)  # a thread that isn't in the child may have held some
 
 
 class DamagedImageWarning(UserWarning):
@@ -277,7 +280,8 @@ def _samples_of_users_pillow(image: Image.Image) -> Decoded:
 
 @contextmanager
 def _turn_of(image: Image.Image) -> Iterator[None]:
-    lock = _pillow_locks[id(image) // 64 % len(_pillow_locks)]
+    with _finding_lock:
+        lock = _pillow_locks.setdefault(id(image), threading.Lock())
     # In this order: who holds the lock never waits for room, so that it is soon free again.
     with room_for(image.width * image.height), lock:
         yield
