@@ -163,7 +163,6 @@ def _locks():
     kinds = type(threading.Lock()), type(threading.RLock())
     modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("sktransfer.")]
     found = [v for module in modules for _, v in sorted(vars(module).items())]
-    found += [lock for value in found if isinstance(value, list) for lock in value]
     return list({id(lock): lock for lock in found if isinstance(lock, kinds)}.values())
 
 
@@ -193,7 +192,7 @@ def test_a_fork_while_another_thread_holds_every_lock():
             found = in_child("fork", _all_free)
         finally:
             go_on.set()
-    assert len(found) > 256 + 5 and all(found)
+    assert len(found) > 5 and all(found)
 
 
 def _asks_for_the_gpu():
