@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import joblib
@@ -146,10 +146,25 @@ def small_solve(n_values: int) -> Iterator[None]:
     n_values : int
         Rows times features.
     """
-    n_cores = 1 if n_values <= _SMALL else _free_cores()
-    if n_cores is None:
+    if n_values <= _SMALL:
+        with search_in_threads():
+            yield
+    elif (n_cores := _free_cores()) is None:
         yield
-        return
+    else:
+        with _limited(n_cores):
+            yield
+
+
+@contextmanager
+def search_in_threads() -> Iterator[None]:
+    """Let the fits of a search run in threads of this process, each on one core."""
+    with _limited(1), joblib.parallel_config("threading"):
+        yield
+
+
+@contextmanager
+def _limited(n_cores: int) -> Iterator[None]:
     # OpenMP has a limit for each thread, BLAS one for the process. Who comes second leaves that
     # alone: it would restore the limit of the first, maybe after that one is gone.
     is_first = _limiting_blas.acquire(blocking=False)
@@ -160,9 +175,7 @@ def small_solve(n_values: int) -> Iterator[None]:
             if is_first or pool.user_api == "openmp":  # nobody gets more threads than it had
                 most = limits.get(pool.user_api, n_cores)
                 limits[pool.user_api] = min(most, pool.num_threads)
-        is_small = n_values <= _SMALL
-        searches = joblib.parallel_config("threading") if is_small else nullcontext()
-        with pools.limit(limits=limits), searches:
+        with pools.limit(limits=limits):
             yield
     finally:
         if is_first:

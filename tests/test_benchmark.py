@@ -26,8 +26,9 @@ from sktransfer._cli.checks import announcement
 from sktransfer._cli.page import page
 from sktransfer._cli.results import best_of, gains
 from sktransfer._cli.tables import as_json
+from sktransfer._threads import search_in_threads
 from sktransfer.model_selection import _comparison
-from sktransfer.model_selection._comparison import rbf_kernel
+from sktransfer.model_selection._comparison import RowKernel, rbf_kernel
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,27 @@ def test_candidates_of_a_search_share_distances():
     for i in range(10):
         rbf_kernel(X + i, Y, 1)
     assert before <= len(_comparison._distances) == 8
+
+
+@pytest.mark.parametrize("most_paired", [5000, 10])
+def test_a_kernel_of_numbers_is_that_of_their_rows(monkeypatch, most_paired):
+    monkeypatch.setattr(_comparison, "_MOST_PAIRED", most_paired)
+    random = np.random.default_rng(0)
+    X, y = random.normal(size=(60, 5)), np.repeat(["a", "b"], 30)
+    X[30:] += 1
+    kernel = RowKernel(lambda: X)
+    numbers = kernel.numbers()
+    assert numbers.shape == (60, 1)
+    np.testing.assert_allclose(
+        kernel.rbf(numbers[::2], numbers[1:5], 0.3), sklearn_kernel(X[::2], X[1:5], 0.3)
+    )
+    with search_in_threads():
+        expected = _benchmark.classifiers(60)["RBF SVM"].fit(X, y)
+        found = _benchmark.classifiers(60, kernel.rbf)["RBF SVM"].fit(numbers, y)
+    for scores in ("mean_test_score", "rank_test_score"):
+        np.testing.assert_array_equal(found.cv_results_[scores], expected.cv_results_[scores])
+    scores = found.decision_function(numbers[:9]), expected.decision_function(X[:9])
+    np.testing.assert_allclose(*scores, atol=1e-9)
 
 
 def test_each_result_is_told_when_it_is_known_and_never_changed(told):
@@ -360,7 +382,8 @@ def test_the_best_is_tuned_as_in_the_comparison(tiles, tmp_path, classifier):
     (chosen,) = [one for one in candidates if one.name == classifier]
     result = list(_benchmark._results(task, [chosen], bool(depths), 1, 0, 0))
     best, X = _benchmark._fit_best(task, [chosen], result), chosen.rows()
-    plain = clone(chosen.model).fit(X, task.targets[""])
+    with chosen.limited():
+        plain = clone(chosen.model).fit(X, task.targets[""])
     wanted = [task.names[label] for label in plain.predict(X)]
     assert best.model.predict(task.images).tolist() == wanted
     skops.io.dump(best.model, tmp_path / "m.skops")

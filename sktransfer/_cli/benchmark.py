@@ -36,12 +36,13 @@ from sktransfer._estimators.fine_tuning import FineTunedClassifier
 from sktransfer._estimators.pretrained import GOOD_FEATURES, PretrainedFeatureExtractor
 from sktransfer._estimators.recipe import make_classifier
 from sktransfer._splits import Folds, Split, hold_outs
-from sktransfer._threads import small_solve
+from sktransfer._threads import search_in_threads
 from sktransfer._training.cut import find_cut
 from sktransfer.io import check_images
 from sktransfer.model_selection import audit
 from sktransfer.model_selection._comparison import (
     PIXELS,
+    RowKernel,
     embed,
     fit_and_score,
     pixel_svm,
@@ -58,20 +59,24 @@ __all__ = [
     "read_elpv",
 ]
 
+SVM = "RBF SVM"
 
 # ------------------------------------------------------------------------------ classifiers
 
 
-def classifiers(n_images: int) -> dict[str, BaseEstimator]:
-    """Return classifiers of normalised embeddings, each tuned inside its training split."""
+def classifiers(n_images: int, rbf: Callable = rbf_kernel) -> dict[str, BaseEstimator]:
+    """Return classifiers of normalised embeddings, each tuned inside its training split.
+
+    `rbf(X, Y, gamma)` is the kernel of the support vector machine, of whatever it is fitted on.
+    """
     neighbors = [k for k in (1, 5, 10, 20) if k <= n_images // 2]  # 2/3 of 3/4 are fitted at once
     # Matrix products, which take a tenth of the time of the support vector machine's own loops.
-    kernels = [partial(rbf_kernel, gamma=gamma) for gamma in (2, 4, 8)]
+    kernels = [partial(rbf, gamma=gamma) for gamma in (2, 4, 8)]
     grids: dict[str, tuple[Any, dict[str, Sequence[Any]]]] = {
         "k-NN": (KNeighborsClassifier(), {"n_neighbors": neighbors}),
         LOGISTIC: (LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}),
         "linear SVM": (LinearSVC(), {"C": [0.1, 1, 10]}),
-        "RBF SVM": (SVC(), {"C": [3, 10, 30], "kernel": kernels}),
+        SVM: (SVC(), {"C": [3, 10, 30], "kernel": kernels}),
     }
     options = {"cv": Folds(3), "n_jobs": -1}
     return {k: GridSearchCV(model, grid, **options) for k, (model, grid) in grids.items()}
@@ -98,8 +103,8 @@ def compare(
 
     The order is that of a reader's questions, as results are shown while others are computed. Is a
     network worth more than none? The first convention without a network, and on the last layer of
-    the first backbone, whose classifiers take seconds. Does more help? All layers, whose SVM takes
-    a third of the time, then the other backbones. A backbone embeds the images when its turn comes.
+    the first backbone. Does more help? All layers, then the other backbones, of which each embeds
+    the images when its turn comes.
     Is it so under another convention? The others follow, each in the same order.
 
     Parameters
@@ -179,19 +184,27 @@ def _candidates(
     """Return all that is to be compared, in the order in which `compare` says it is."""
     first = networks[0].name if networks else "none"
     candidates = _baselines(task, first, with_pixels=not depths)
+    # Whole groups leave fewer images to tune on.
+    n_images = len(task.images) // (1 if task.groups is None else 2)
     for network in networks:
-        # Whole groups leave fewer images to tune on.
-        models = classifiers(len(task.images) // (1 if task.groups is None else 2))
         for layers, extractor in network.extractors.items():
-            # On wide rows the others take long.
-            asked = {LOGISTIC: make_classifier()[1:]} if layers else models
-            asked = asked | {"RBF SVM": models["RBF SVM"]}
-            asked = {"RBF SVM": models["RBF SVM"]} if depths else asked
-            table = network.name if depths else f"{network.name}{layers}"
             rows = partial(network.rows, layers)
+            kernel = RowKernel(rows)
+            models = classifiers(n_images, kernel.rbf)
+            svm = {SVM: models[SVM]}
+            # On wide rows the others take long.
+            asked = {LOGISTIC: make_classifier()[1:], **svm} if layers else models
+            table = network.name if depths else f"{network.name}{layers}"
             candidates += [
-                _Candidate(table, network.name, f"{k}{layers}", model, rows, extractor=extractor)
-                for k, model in asked.items()
+                _Candidate(
+                    table,
+                    network.name,
+                    f"{name}{layers}",
+                    model,
+                    kernel.numbers if name == SVM else rows,
+                    extractor=extractor,
+                )
+                for name, model in (svm if depths else asked).items()
             ]
         candidates += _depths(network.name, task.images, depths, random_state, options)
     return candidates
@@ -214,7 +227,7 @@ def _results(
             splits = _splits_of(task, y, n_splits, random_state)
             for one in candidates:
                 X = one.rows()
-                with one.limited(X):
+                with one.limited():
                     scored = _score(one.model, X, y, splits, task, progress)
                 scored |= {"tests": [test for _, test in splits], "depth": one.depth}
                 yield Result(convention, one.backbone, one.name, **scored, table=one.table)
@@ -247,9 +260,13 @@ class _Candidate(NamedTuple):
     depth: Any = None
     extractor: PretrainedFeatureExtractor | None = None
 
-    def limited(self, X: np.ndarray) -> AbstractContextManager[None]:
-        """Return the limit of the threads that solve; a network's training has none."""
-        return nullcontext() if self.depth is not None else small_solve(X.size)
+    def limited(self) -> AbstractContextManager[None]:
+        """Return the limit of the threads that solve; a network's training has none.
+
+        On wide rows, too, a logistic regression is no faster with more: see
+        benchmarks/busy_machine.py.
+        """
+        return nullcontext() if self.depth is not None else search_in_threads()
 
 
 def _baselines(task: Task, table: str, *, with_pixels: bool) -> list[_Candidate]:
@@ -331,7 +348,7 @@ def _fit_best(task: Task, candidates: Sequence[_Candidate], results: Sequence[Re
     if chosen.extractor is None:
         model = clone(chosen.model).fit(X, y, groups=task.groups)
     else:
-        with chosen.limited(X):
+        with chosen.limited():
             classifier = _tuned(chosen.model, X, y, task.groups)
         steps = classifier if isinstance(classifier, Pipeline) else [classifier]
         model = make_pipeline(clone(chosen.extractor), *steps).fit(task.images, y)

@@ -100,7 +100,7 @@ def _seconds(n: int, networks: Sequence[str], n_depths: int, options: argparse.N
     """Return roughly how long a comparison takes, by what it took on two idle cores."""
     speeds = [100 if name.startswith("efficientnet_lite") else 15 for name in networks]  # images/s
     n_fits = options.splits * (1 if options.folder or n_depths else 2)
-    fits = n_fits * len(networks) * (1 + 8.5 * (n / 2624) ** 1.5)
+    fits = n_fits * len(networks) * (1 + 5 * (n / 2624) ** 1.5)
     epochs = n_fits * n_depths * _EPOCHS if n_depths else 0
     embedding = sum(n / speed * (1 + epochs) for speed in speeds)
     return 15 + (embedding + fits) * 2 / (os.cpu_count() or 2)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
@@ -29,13 +28,14 @@ from sktransfer._estimators.base import check_y
 from sktransfer._estimators.labels import plain_labels
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._splits import Folds, Split, class_sizes, name_rare_classes
-from sktransfer._threads import renewed_in_forks
+from sktransfer._threads import n_stream_threads, one_core_threads, renewed_in_forks
 from sktransfer._training.depth_search import OnRows
 from sktransfer.io import ImageSequence
 from sktransfer.transforms import Preprocessing
 
 PIXELS = 32  # side of the thumbnails that stand for "no transfer"
 _N_DISTANCES = 8  # two of each fold, and of the refit
+_MOST_PAIRED = 5000  # rows, between all of which the distances take 200 MB
 _distances: dict[tuple[bytes, ...], np.ndarray] = {}  # between rows, by their digests
 _distances_lock = renewed_in_forks(threading.Lock())
 
@@ -61,7 +61,7 @@ def thumbnails(images: ImageSequence) -> np.ndarray:
         small = images.load(row, None, preprocessing.fit_size)  # (3, 32, 32) uint8
         return small.float().mean(0).flatten().numpy() / 255
 
-    with ThreadPoolExecutor() as threads:
+    with one_core_threads(n_stream_threads(None)) as threads:
         return np.stack(list(threads.map(thumbnail, range(len(images)))))
 
 
@@ -84,6 +84,42 @@ def rbf_kernel(X: np.ndarray, Y: np.ndarray, gamma: float) -> np.ndarray:
         while len(_distances) > _N_DISTANCES:
             _distances.pop(next(iter(_distances)))  # the one that was used longest ago
     return np.exp(-gamma * distances)
+
+
+class RowKernel:
+    """A kernel for support vector machines that are fitted on the numbers of rows.
+
+    The distances between all rows are computed once, for all splits, folds and candidates. Of more
+    than 5,000 rows those of a fold are, for all of its candidates.
+
+    Parameters
+    ----------
+    rows : callable
+        Returns the rows, (n, k).
+    """
+
+    def __init__(self, rows: Callable[[], np.ndarray]) -> None:
+        self._rows = rows
+        self._distances: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowKernel:
+        return self  # scikit-learn copies what is a parameter, once for each candidate
+
+    def numbers(self) -> np.ndarray:
+        """Return the numbers of the rows, (n, 1)."""
+        return np.arange(len(self._rows()))[:, None]
+
+    def rbf(self, numbers: np.ndarray, others: np.ndarray, gamma: float) -> np.ndarray:
+        """Return scikit-learn's RBF kernel between the rows of these numbers."""
+        X = self._rows()
+        i, j = (column[:, 0].astype(int) for column in (numbers, others))
+        if len(X) > _MOST_PAIRED:
+            return rbf_kernel(X[i], X[j], gamma)
+        with self._lock:
+            if self._distances is None:
+                self._distances = euclidean_distances(X, squared=True)
+        return np.exp(-gamma * self._distances[np.ix_(i, j)])
 
 
 def check_labels(y: Any, images: ImageSequence, purpose: str) -> np.ndarray:
