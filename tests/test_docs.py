@@ -122,6 +122,25 @@ def test_the_reference_names_every_module():
     ] == []
 
 
+def public_names():
+    """Yield what every public module says that it publishes, as module and name."""
+    public = [name for name in MODULES if "._" not in name]
+    for module in ["sktransfer", *public]:
+        for name in importlib.import_module(module).__all__:
+            yield module, name
+
+
+def test_the_reference_lists_all_that_is_public():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    listed = {f"sktransfer.{entry}" for entry in re.findall(r"^   ([\w.]+)$", page, re.M)}
+    missing = [
+        f"{module}.{name}"
+        for module, name in public_names()
+        if not {f"{module}.{name}", f"sktransfer.{name}"} & listed
+    ]
+    assert missing == []
+
+
 def test_links_lead_somewhere():
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):

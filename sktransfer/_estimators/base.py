@@ -66,8 +66,40 @@ def is_dask(X: Any) -> bool:
 def takes_dask(empty: Callable[[Any], np.ndarray]) -> Callable[[Callable], Callable]:
     """Let a method of images take a dask collection as well, and return a lazy dask array then.
 
-    `empty(estimator)` is what the method returns for no images; see
-    `dask_collections.on_partitions`.
+    It decorates a method ``method(self, X)`` of an :class:`ImageEstimator` that returns an array
+    with an entry for each image.
+
+    Parameters
+    ----------
+    empty : callable
+        ``empty(estimator)`` is what the method returns for no images, of shape (0,) or (0, width).
+        It says the dtype and the width of a result that is not computed yet.
+
+    Returns
+    -------
+    callable
+        The decorator. Of images that are no dask collection, the method returns what it did.
+
+    See Also
+    --------
+    ImageEstimator : The base class of estimators on images.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> import numpy as np
+    >>> from sktransfer import PretrainedFeatureExtractor
+    >>> from sktransfer.base import takes_dask
+    >>> class Extractor(PretrainedFeatureExtractor):
+    ...     @takes_dask(lambda self: np.empty(0, np.float32))
+    ...     def norms(self, X):
+    ...         return np.linalg.norm(self.transform(X), axis=1)
+    >>> images = da.zeros((3, 32, 32, 3), dtype=np.uint8, chunks=(2, -1, -1, -1))
+    >>> norms = Extractor(image_size=32).norms(images)  # lazy
+    >>> norms.chunks, norms.dtype
+    (((2, 1),), dtype('float32'))
+    >>> norms.compute().shape
+    (3,)
     """
 
     def decorate(method: Callable) -> Callable:
@@ -214,7 +246,45 @@ class ImageEstimator(BaseEstimator):
     """Base of the estimators whose `X` is a sequence of images.
 
     It knows how to validate such an `X` and how to get the backbone that its parameters name.
-    Think twice before adding to it: what only some estimators need belongs to them.
+    A subclass has `backbone`, `weights`, `image_shape`, `image_size`, `device`, `precision` and
+    `runtime` as parameters, or as attributes of the class; their meaning is that of
+    :class:`sktransfer.PretrainedFeatureExtractor`. What takes dask collections has `n_jobs`, too.
+
+    See Also
+    --------
+    takes_dask : Let a method take dask collections as well.
+    sktransfer.io.ImageSequence : What `check_images` returns.
+
+    Notes
+    -----
+    Think twice before adding to this class: what only some estimators need belongs to them.
+
+    Examples
+    --------
+    The mean colour of what a network gets to see of each image:
+
+    >>> import numpy as np
+    >>> import torch
+    >>> from sklearn.base import TransformerMixin
+    >>> from sktransfer.base import ImageEstimator
+    >>> class MeanColour(TransformerMixin, ImageEstimator):
+    ...     weights, image_shape, image_size = "default", None, None
+    ...     device, precision, runtime = "cpu", "float32", "torch"
+    ...
+    ...     def __init__(self, backbone="efficientnet_lite0"):
+    ...         self.backbone = backbone
+    ...
+    ...     def fit(self, X, y=None):
+    ...         return self
+    ...
+    ...     def transform(self, X):
+    ...         images = self.check_images(X)
+    ...         _, preprocessing = self.load_network()
+    ...         seen = [preprocessing.fit_size(images.load(i)) for i in range(len(images))]
+    ...         return torch.stack(seen).double().mean((2, 3)).numpy()  # (n, 3)
+    >>> MeanColour().fit_transform([np.full((30, 40, 3), 0.2), np.full((50, 50), 1.0)])
+    array([[ 51.,  51.,  51.],
+           [255., 255., 255.]])
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -292,7 +362,23 @@ class ImageEstimator(BaseEstimator):
         return cloned
 
     def check_images(self, X: Any) -> ImageSequence:
-        """Return `X` as images, as a prediction takes them; for other parts of this library."""
+        """Check images as a prediction takes them.
+
+        Parameters
+        ----------
+        X : sequence of images
+            As in :func:`sktransfer.io.check_images`; flat rows if `image_shape` is set.
+
+        Returns
+        -------
+        ImageSequence
+            The images, which are decoded when they are asked for.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `X` is no sequence of images, or has other columns than in `fit`.
+        """
         return self._check_images(X, reset=False)
 
     def _snapshot(self) -> Self:
@@ -332,9 +418,15 @@ class ImageEstimator(BaseEstimator):
         return self.weights is None and isinstance(self.backbone, str)
 
     def load_network(self) -> tuple[Runner, Preprocessing]:
-        """Return the network that the parameters name, and what it wants images to be.
+        """Load the network that the parameters name, if it is not loaded yet.
 
-        For estimators that are written on this class, and for other parts of this library.
+        Returns
+        -------
+        runner : object
+            The network on its device: `block_names` lists its blocks, and `backbone` is the
+            :class:`sktransfer.models.Backbone`.
+        preprocessing : Preprocessing
+            What the network wants images to be.
         """
         return self._placed(self._backbone(), self.image_size)
 

@@ -51,7 +51,22 @@ _ONE_FILE = ("a path", "encoded bytes", "a PIL image")
 
 
 class ImageSequence:
-    """A sequence of images that are read only when asked for; `check_images` makes it.
+    """A sequence of images that are read only when they are asked for.
+
+    :func:`check_images` makes it; the parameters of the class are for this library alone.
+    ``len(images)`` is their number, and ``images[rows]`` some of them, for a slice, a list of
+    numbers or a mask: errors still name the rows of the whole sequence. Several threads may read
+    from it at once.
+
+    Attributes
+    ----------
+    channels : Channels
+        What the pixels are: ``channels.number`` of them, 3 for RGB.
+
+    See Also
+    --------
+    check_images : Make such a sequence of what a user passes.
+    load_image : Decode a single image.
 
     Examples
     --------
@@ -93,7 +108,18 @@ class ImageSequence:
         return ImageSequence(self._items, self._rows, None, channels)
 
     def file(self, i: int) -> str | None:
-        """Return the path of row `i`; None if it is no file."""
+        """Return the path of an image.
+
+        Parameters
+        ----------
+        i : int
+            Its row.
+
+        Returns
+        -------
+        str or None
+            None if it is no file.
+        """
         item = self._items[self._rows[i]]
         return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
 
@@ -107,10 +133,18 @@ class ImageSequence:
         return open_image(self._items[self._rows[i]], self.where(i), self.channels)
 
     def digest(self, i: int) -> bytes:
-        """Return 16 bytes that stand for the content of row `i`.
+        """Return bytes that stand for the content of an image.
 
-        They depend on a file's bytes, not its name, and on the background if it may be
-        transparent; or on the upright RGB pixels of a PIL image, an array or a tensor.
+        Parameters
+        ----------
+        i : int
+            Its row.
+
+        Returns
+        -------
+        bytes
+            16 of them. They depend on a file's bytes, not its name, and on the background if it may
+            be transparent; or on the upright RGB pixels of a PIL image, an array or a tensor.
         """
         known = self._digests.get((int(self._rows[i]), get_config()["background"]))
         if known is not None:
@@ -133,11 +167,28 @@ class ImageSequence:
         digest: bytes | None = None,
         use: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return row `i` as uint8 (channels, height, width), or raise a `ValueError`.
+        """Read and decode an image.
 
-        The channels are red, green and blue, unless `check_images` got others. It raises one, too,
-        if the row's content has another digest than the given one. With `use` it returns what that
-        makes of the pixels: large images wait for each other until then.
+        Parameters
+        ----------
+        i : int
+            Its row.
+        digest : bytes or None, default=None
+            What `digest` returned for the row, if its content is to be the same still.
+        use : callable, default=None
+            What is made of the pixels: ``use(pixels)`` is returned in their place. The next large
+            image is not decoded before it returns.
+
+        Returns
+        -------
+        torch.Tensor
+            uint8, of shape (channels, height, width): red, green and blue, unless `check_images`
+            got other channels.
+
+        Raises
+        ------
+        ValueError
+            If it can't be read, or if its content has another digest than the given one.
         """
         with reading_turn(self._items[self._rows[i]]):
             image = self.open(i)
