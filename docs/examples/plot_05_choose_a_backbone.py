@@ -79,7 +79,7 @@ ax.legend()
 plt.show()
 
 # %%
-# The other two are formulas, quicker, and can be misled: the H-score compares scatter between
+# The other two are formulas, and can be misled: the H-score compares scatter between
 # classes with scatter as a whole, and of a few hundred points in 1,280 dimensions that is hard to
 # estimate. So take several scores, and a few networks from the top
 # by most of them, and fine-tune those. LEEP (``"leep"``) asks the network's own classes; all
