@@ -83,8 +83,9 @@ _HOMES = {
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     # Threads of OpenMP (GNU) that wait for each other keep their core for milliseconds. Where other
     # programs run, they take it from the thread that they wait for: embeddings by torch then took
-    # ten times as long (`benchmarks/busy_machine.py`). 1,000 rounds are what OpenMP itself takes
-    # with more threads than cores. It is read when torch is loaded, so it is set before.
+    # eight times the processor time (`benchmarks/busy_machine.py`). 1,000 rounds are what OpenMP
+    # itself takes with more threads than cores. It is read when torch is loaded, so it is set
+    # before.
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 

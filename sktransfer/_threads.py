@@ -136,10 +136,10 @@ _limiting_blas = renewed_in_forks(threading.Lock())
 def small_solve(n_values: int) -> Iterator[None]:
     """Let a solve on rows of so many values take one core, if they are few.
 
-    Several threads gain little there. Where other programs run, they cost many times the work, as
-    those that are ready wait for the one that has to wait for a core. Fits of a search on few
-    values run in threads of this process: other processes take longer to start than such fits do.
-    A solve on more values takes only as many cores as other programs leave when it begins.
+    Where other programs run, several threads cost many times the work, as those that are ready
+    wait for the one that has to wait for a core (`benchmarks/busy_machine.py`). Fits of a search on
+    few values run in threads of this process: other processes take longer to start than such fits
+    do. A solve on more values takes only as many cores as other programs leave when it begins.
 
     Parameters
     ----------

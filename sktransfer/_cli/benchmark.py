@@ -70,7 +70,7 @@ def classifiers(n_images: int, rbf: Callable = rbf_kernel) -> dict[str, BaseEsti
     `rbf(X, Y, gamma)` is the kernel of the support vector machine, of whatever it is fitted on.
     """
     neighbors = [k for k in (1, 5, 10, 20) if k <= n_images // 2]  # 2/3 of 3/4 are fitted at once
-    # Matrix products, which take a tenth of the time of the support vector machine's own loops.
+    # Matrix products, which are faster than the support vector machine's own loops.
     kernels = [partial(rbf, gamma=gamma) for gamma in (2, 4, 8)]
     grids: dict[str, tuple[Any, dict[str, Sequence[Any]]]] = {
         "k-NN": (KNeighborsClassifier(), {"n_neighbors": neighbors}),

@@ -62,7 +62,7 @@ def round_to_half(x: torch.Tensor, half: torch.dtype) -> torch.Tensor:
     if x.dtype != torch.float32 or half != torch.float16:
         return x.to(half)
     if x.device.type == "cpu" and x.amax() <= LARGEST and x.amin() >= -LARGEST:
-        return x.to(half)  # twice as fast; a GPU would have to be waited for
+        return x.to(half)  # faster; a GPU would have to be waited for
     return torch.where(x.isinf(), x, x.clamp(-LARGEST, LARGEST)).to(half)
 
 

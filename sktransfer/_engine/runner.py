@@ -436,8 +436,8 @@ class Runner(CutNetwork):
     def _loses_no_more(self) -> bool:
         """Tell whether weights in bfloat16 lose little more than autocast does.
 
-        A transformer is 1.6 times as fast by them, as autocast adds up in float32. But positions
-        that are computed by buffers, for one, can be lost in bfloat16.
+        With such weights nothing has to be cast while the network runs. But positions that are
+        computed by buffers, for one, can be lost in bfloat16.
         """
         if self._has_good_half is None:
             preprocessing = self.backbone.preprocessing

@@ -123,8 +123,8 @@ class PatchAnomalyDetector(OutlierMixin, ImageEstimator):
 
     See Also
     --------
-    PretrainedFeatureExtractor : In front of a scaler and a novelty detector of scikit-learn:
-        quicker, and on some images as good.
+    PretrainedFeatureExtractor : In front of a scaler and a novelty detector of scikit-learn. On
+        polycrystalline solar cells this was slightly better (`benchmarks/anomaly.py`).
     sktransfer.inspection.AnomalyMapDisplay : Shows where images are strange.
 
     Notes

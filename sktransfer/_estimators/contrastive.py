@@ -64,9 +64,9 @@ class ContrastivePretrainer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, T
         Each shows every picture once, in two tiles.
     batch_size : int or "auto", default=64
         Pictures of a training step, at least 2, and images that frozen blocks take at once. Each
-        tile is compared with two tiles of all pictures of its step, so larger is better, and takes
-        more memory. `"auto"`: 64 of a step, and as many as suit the device. Batches are of about
-        one size.
+        tile is compared with two tiles of all pictures of its step: a larger step compares more,
+        and takes more memory. `"auto"`: 64 of a step, and as many as suit the device. Batches are
+        of about one size.
     lr : float, default=1e-3
         Learning rate of the pretrained layers, for AdamW: that of the last unfrozen block. It rises
         over the first tenth of the steps and falls to zero by a cosine.

@@ -125,7 +125,7 @@ class FineTunedClassifier(ClassifierMixin, FineTuned):
         What the network computes in. Trained weights are float32 in any case, and activations at
         the cut are kept in half precision. `"auto"` predicts as `"float32"` does and shares its
         entries of the memory, but trains unfrozen blocks in bfloat16 where a CPU has instructions
-        for it (AVX-512 BF16 or AMX): up to twice as fast, of the same accuracy within noise.
+        for it (AVX-512 BF16 or AMX): up to twice as fast in `benchmarks/depthwise.py`.
         Elsewhere, and on a GPU, it is `"float32"`. `"int8"`, for ``unfreeze=0`` alone, is that of
         :class:`PretrainedFeatureExtractor`; the head computes in float32, and so does the network
         that is exported or explained.

@@ -76,10 +76,10 @@ def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "fl
         Of the file, `.xml`. The weights are written beside it, `.bin`.
     precision : {"float32", "bfloat16", "int8"}, default="float32"
         Of the network; what follows its rows computes in float32 in any case. `"int8"`: NNCF
-        quantises the network, as for an extractor with this `precision`. This takes a minute or
-        so, unless the `memory` of the estimator keeps the result. `"bfloat16"`: the file is that of
-        float32 with another hint; whoever compiles it passes the hint, and the CPU needs
-        instructions for bfloat16.
+        quantises the network, as for an extractor with this `precision`. This takes half a
+        minute for the default network, unless the `memory` of the estimator keeps the result.
+        `"bfloat16"`: the file is that of float32 with another hint; whoever compiles it passes the
+        hint, and the CPU needs instructions for bfloat16.
 
     Returns
     -------

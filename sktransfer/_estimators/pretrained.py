@@ -103,22 +103,24 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         `"auto"` takes a CUDA device if there is one, else the CPU.
     precision : {"float32", "bfloat16", "float16", "int8"}, default="float32"
         What the network computes in. Rows are float32 in any case. `"int8"` needs the extra
-        `int8` and a CPU. NNCF then quantises weights and activations, which takes a minute or
-        so, and OpenVINO computes. It is calibrated on 128 crops of scikit-learn's two
-        photographs, always the same, so a row depends on its image alone. A `memory` keeps the
-        network, for the next process. What lies behind the embedding stays in float32. If the
-        embeddings of the crops differ much from those of float32 (a mean cosine below 0.95), a
-        warning says so; below 0.85 it is an error. The user guide says more, under "8 bits".
+        `int8` and a CPU. NNCF then quantises weights and activations, in half a minute for
+        the default network, and OpenVINO computes. It is calibrated on 128 crops of
+        scikit-learn's two photographs, always the same, so a row depends on its image alone. A
+        `memory` keeps the network, for the next process. What lies behind the embedding stays in
+        float32. If the embeddings of the crops differ much from those of float32 (a mean cosine
+        below 0.95), a warning says so; below 0.85 it is an error. The user guide says more, under
+        "8 bits".
     runtime : {"auto", "torch", "openvino"}, default="auto"
         What computes. `"auto"`: on a CPU OpenVINO, if it is installed (extra `openvino`), unless
-        the network is so small that its images take longer; else torch. In float32, torch also
+        the network has fewer than 100,000 parameters; else torch. In float32, torch also
         computes until there are enough images for OpenVINO to pay off, whose start takes a second
         or more. Their float32 rows agree within 0.001 of the largest value and share the memory's
         entries. A network that OpenVINO can't take runs on torch, with a warning that says why.
     batch_size : int or "auto", default="auto"
         Images in flight at once and, on a GPU, in one batch; `"auto"`: 32, or as many as a GPU's
-        memory takes, up to 256. Torch on a CPU takes 4 of them at a time, about its fastest
-        (`benchmarks/batch_size.py`), and fewer of large ones; OpenVINO one on each core. A batch
+        memory takes, up to 256. Torch on a CPU takes 4 of them at a time, and fewer of
+        large ones; OpenVINO one on each core. 4 are the fastest for two of the three networks of
+        `benchmarks/batch_size.py`, within noise; MobileNetV3 is 1.4 times as fast with 32. A batch
         that does not fit into the memory is halved, with a warning.
     n_jobs : int or None, default=None
         Threads that read and decode images and, with OpenVINO, run the network. None or -1: one a
@@ -152,7 +154,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
     A row does not depend on the other images of its batch: batches have one size, and the last is
     padded. Equal images in one call run through the network once if there is a memory.
 
-    Layers differ in scale, often tenfold. Pass `normalize=True`, or put a `StandardScaler` behind
+    Layers differ in scale. Pass `normalize=True`, or put a `StandardScaler` behind
     several of them, which learns the scales of all features from the training part. In most
     comparisons of docs/results/features.md the first is the better of the two for a support
     vector machine.

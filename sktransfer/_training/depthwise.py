@@ -2,7 +2,7 @@
 
 oneDNN computes them there. For kernels of more than 3 × 3 it has no depthwise code for the gradient
 of the kernels, and in bfloat16, from a stride of two on, none for the gradient of the input. It
-then takes other code, which is up to fifty times as slow; see benchmarks/depthwise.py.
+then takes other code, which is slower; see benchmarks/depthwise.py.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def scaling(preprocessing: Preprocessing) -> tuple[Any, Node]:
     n, _, tall, wide = (op.gather(shape, _whole([i]), _whole(0)) for i in range(4))
     scaled_tall, scaled_wide = _scaled_size(preprocessing, tall, wide)
     # First across, then down, as torch does. OpenVINO scales all channels of a place at once: what
-    # lies on the other axis is made a part of them, which is ten times as fast.
+    # lies on the other axis is made a part of them, which is faster.
     columns = op.transpose(images, _whole([0, 3, 1, 2]))  # (n, w, c, h)
     lines = [n, _whole([1]), wide, op.multiply(tall, _whole([n_channels]))]
     across = _resized(_shaped(columns, lines), [_whole([1]), scaled_wide], preprocessing)

@@ -237,7 +237,7 @@ def turned(pixels: np.ndarray, orientation: Any) -> np.ndarray:
     if pixels.ndim == 2:
         return np.ascontiguousarray(pixels)
     copied = np.empty(pixels.shape, pixels.dtype)
-    for channel in range(pixels.shape[2]):  # five times as fast as all at once
+    for channel in range(pixels.shape[2]):  # faster than all at once
         copied[..., channel] = pixels[..., channel]
     return copied
 

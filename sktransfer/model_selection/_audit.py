@@ -171,7 +171,7 @@ def audit(
 
     Labels are judged by confident learning, on the out-of-fold probabilities of
     :func:`sktransfer.make_classifier` in five folds, in which copies stay together; it sees the 256
-    main directions of the features, which is quicker, and as good. A class is credible for an image
+    main directions of the features, not all of them. A class is credible for an image
     if its probability is at least its mean probability for its own images; if the most probable of
     the credible classes is not the given one, the label is listed, and so it is if another class is
     at least three times as probable as the given one. If these are fewer than 15, the labels that
@@ -399,7 +399,7 @@ def _labels(
 def _main_directions(features: np.ndarray) -> np.ndarray:
     """Return standardised features along the directions in which a sample varies most.
 
-    Thousands of columns take several times as long to fit, and say no more of labels.
+    They leave at most 256 columns to fit on, in place of thousands.
     """
     rows = StandardScaler().set_output(transform="default").fit_transform(features)
     sample = rows[np.unique(np.linspace(0, len(rows) - 1, _SAMPLE).astype(int))]

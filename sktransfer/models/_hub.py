@@ -49,7 +49,7 @@ def downloading(name: str, url: str, remedy: str) -> Iterator[None]:
 def check_hub(repository: str, endings: tuple[str, ...] = _WEIGHTS) -> None:
     """Raise OSError at once if the hub can't be reached, and no such file of a repository is kept.
 
-    The hub's own client would try for half a minute, with a message for each try. What is kept
+    The hub's own client would try several times, with a message for each try. What is kept
     on disk it finds without a connection.
     """
     if constants.HF_HUB_OFFLINE:  # then it does not try

@@ -29,7 +29,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     if tensor.element_size() == 1:  # torch can't compare floats of 8 bits
         tensor = tensor.float()
-    # Both are NaN if any value is. Of a flat tensor they come ten times faster.
+    # Both are NaN if any value is. Of a flat tensor they come faster.
     return all(bool(end.isfinite()) for end in tensor.detach().reshape(-1).aminmax())
 
 
