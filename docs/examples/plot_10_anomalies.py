@@ -46,7 +46,7 @@ AnomalyMapDisplay.from_estimator(detector, [*worst, *sound[-5:]], n_cols=5)
 plt.show()
 
 # %%
-# The quick way beside it: one row for a whole image, and any detector of scikit-learn. It is a
+# The simple way beside it: one row for a whole image, and any detector of scikit-learn. It is a
 # pipeline, and runs at the speed of the embeddings. It says nothing of where. Which of the two
 # finds more depends on the images. On more cells of this kind the patches do; on polycrystalline
 # ones, whose grains differ at every place, the rows do: try both.
