@@ -255,10 +255,6 @@ class ImageEstimator(BaseEstimator):
     takes_dask : Let a method take dask collections as well.
     sktransfer.io.ImageSequence : What `check_images` returns.
 
-    Notes
-    -----
-    Think twice before adding to this class: what only some estimators need belongs to them.
-
     Examples
     --------
     The mean colour of what a network gets to see of each image:
@@ -286,6 +282,8 @@ class ImageEstimator(BaseEstimator):
     array([[ 51.,  51.,  51.],
            [255., 255., 255.]])
     """
+
+    # Think twice before adding to it: what only some estimators need belongs to them.
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         # That of torch.export is refused by `get_model`, which says what to pass.
