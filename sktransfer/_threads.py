@@ -19,6 +19,7 @@ import joblib
 from threadpoolctl import ThreadpoolController
 
 _Lock = TypeVar("_Lock")
+_T = TypeVar("_T")
 
 
 def n_threads(n_jobs: int | None) -> int:
@@ -94,6 +95,21 @@ def renewed_in_forks(lock: _Lock) -> _Lock:
     """
     call_in_forks(lock._at_fork_reinit)  # type: ignore[attr-defined]
     return lock
+
+
+def called_once(function: Callable[[], _T]) -> Callable[[], _T]:
+    """Return a function that keeps its result, and that several threads may be the first to call.
+
+    `functools.cache` alone lets each of them call, and keeps one of the results.
+    """
+    lock, cached = renewed_in_forks(threading.RLock()), functools.cache(function)
+
+    @functools.wraps(function)
+    def call() -> _T:
+        with lock:
+            return cached()
+
+    return call
 
 
 class WithoutWarnings:

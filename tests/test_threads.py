@@ -29,7 +29,13 @@ from sktransfer import (
 )
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.text_model import load_text_model
-from sktransfer._threads import WithoutWarnings, _free_cores, n_stream_threads, small_solve
+from sktransfer._threads import (
+    WithoutWarnings,
+    _free_cores,
+    called_once,
+    n_stream_threads,
+    small_solve,
+)
 from sktransfer._torch_state import network_lock
 from sktransfer._training import heads
 from sktransfer.model_selection import _ranking, rank_backbones
@@ -278,6 +284,22 @@ def test_warnings_hidden_by_two_threads_at_once_are_shown_again():
     assert warnings.filters == before
     with pytest.warns(RuntimeWarning, match="shown"):
         warnings.warn("shown", RuntimeWarning, stacklevel=1)
+
+
+def test_several_threads_that_come_first_call_once():
+    together = threading.Barrier(4, timeout=300)
+
+    @called_once
+    def make():
+        time.sleep(0.05)
+        return object()
+
+    def come(_):
+        together.wait()
+        return make()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len({*threads.map(come, range(4))}) == 1
 
 
 # ------------------------------------------------------------------------------ small solves
