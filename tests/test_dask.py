@@ -32,7 +32,7 @@ from sktransfer import FineTunedClassifier, FineTunedRegressor, PretrainedFeatur
 from sktransfer._threads import n_threads
 from sktransfer.transforms import Preprocessing
 
-TIMEOUT = 120
+TIMEOUT = 600
 COPIES = "SKTRANSFER_TEST_COPIES"  # how often a network was copied in this process
 
 

@@ -216,7 +216,7 @@ def test_threads_that_share_an_estimator_go_on(tmp_path, is_claimed):
             others = [threads.submit(model.transform, images) for _ in range(2)]
             CtrlC(40 * n + 150).during(model.transform, images)
             for other in others:
-                np.testing.assert_array_equal(other.result(60), extractor().transform(images))
+                np.testing.assert_array_equal(other.result(300), extractor().transform(images))
     assert not is_claimed(tmp_path)
 
 
@@ -243,7 +243,7 @@ def trace():
 def take_all():
     """Take every lock, as another thread would."""
     network_lock.alone(bool)
-    assert chance_lock.acquire(timeout=60)
+    assert chance_lock.acquire(timeout=300)
     chance_lock.release()
 
 
@@ -251,10 +251,10 @@ def assert_back():
     """Nothing is locked, and torch makes what its user has asked for."""
     for thread in threading.enumerate():
         if thread.name.endswith("(_leave_after)"):
-            thread.join(60)
+            thread.join(300)
     other = threading.Thread(target=take_all, daemon=True)
     other.start()
-    other.join(60)
+    other.join(300)
     assert not other.is_alive()
     assert torch.get_default_dtype() == torch.float64
 

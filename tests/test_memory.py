@@ -71,7 +71,7 @@ def forked(function, *args):
 
 def join(*children):
     for child in children:
-        child.join(50)
+        child.join(300)
         assert child.exitcode == 0
 
 
@@ -644,11 +644,16 @@ def test_claims_between_processes(any_memory, holder):
         any_memory.wait(FUNC, KEYS[0], ME)
     any_memory.release("other", KEYS[:2], ME)
     any_memory.release(FUNC, KEYS, ME)
-    start = time.monotonic()
-    threading.Timer(0.3, connection.send, ["release"]).start()
+    released = threading.Event()
+
+    def release():
+        released.set()
+        connection.send("release")
+
+    threading.Timer(0.3, release).start()
     any_memory.wait(FUNC, KEYS[0], ME)
     any_memory.wait(FUNC, KEYS[1], ME)
-    assert 0.2 < time.monotonic() - start < 10
+    assert released.is_set()
     assert any_memory.claim(FUNC, KEYS[:2], ME) == [True, True]
     any_memory.release_all(ME)
 
@@ -693,7 +698,7 @@ def test_claims_between_owners(memory):
     releaser = threading.Thread(target=memory.release_all, args=(ME,))
     releaser.start()
     releaser.join()
-    waiter.join(60)
+    waiter.join(300)
     assert not waiter.is_alive()
     with pytest.raises(RuntimeError, match="Release your claims"):
         memory.wait(FUNC, KEYS[0], you)

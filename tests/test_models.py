@@ -36,7 +36,7 @@ from sktransfer import (
 from sktransfer._engine.runner import get_runner
 from sktransfer._engine.text_model import load_text_model
 from sktransfer._training.detector_networks import load_detector
-from sktransfer.models import _registry
+from sktransfer.models import _hub, _registry
 from sktransfer.models._builders import published_weights
 from sktransfer.models._hub import check_connection
 from sktransfer.models._registry import Backbone, unique_labels
@@ -97,7 +97,7 @@ def test_what_nobody_uses_is_freed():
     gc.collect()
     assert [copied() is None for copied in copies] == [False, True, True] + 4 * [False]
     del model
-    for _ in range(100):  # threads that decoded images may be about to end
+    for _ in range(2000):  # threads that decoded images may be about to end
         gc.collect()
         if copies[0]() is None:
             break
@@ -273,6 +273,7 @@ def test_what_the_hub_gave_before_needs_no_connection(no_connection, caplog):
 
 
 def test_a_server_that_listens_is_reached(monkeypatch):
+    monkeypatch.setattr(_hub, "_SECONDS", 300)
     monkeypatch.setenv("no_proxy", "localhost")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
