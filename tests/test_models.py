@@ -5,9 +5,11 @@ import os
 import pickle
 import socket
 import sys
+import threading
 import time
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,27 @@ def test_one_copy_per_process():
     network = small()
     assert get_model(network) is get_model(copy.deepcopy(network))
     assert get_model(network).network is not network
+
+
+def test_who_uses_a_loaded_network_does_not_wait_while_another_is_built():
+    building, go_on, network = threading.Event(), threading.Event(), small()
+    loaded = get_model(network)
+
+    def build(weights):
+        building.set()
+        assert go_on.wait(600)  # as a download takes its time
+        return Backbone(small(12))
+
+    register_model("test_slow", build)
+    with ThreadPoolExecutor(3) as threads:
+        slow = [threads.submit(get_model, "test_slow") for _ in range(2)]
+        try:
+            assert building.wait(300)
+            assert threads.submit(get_model, network).result(300) is loaded
+            assert not any(one.done() for one in slow)
+        finally:
+            go_on.set()
+        assert slow[0].result(300) is slow[1].result(300)  # built once
 
 
 def fitted_on(network):
