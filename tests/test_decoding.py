@@ -246,7 +246,7 @@ def test_a_pil_image_that_is_being_read_holds_up_no_other():
     opened = [Image.open(io.BytesIO(data)) for _ in range(300)]
     images = check_images(opened)
     with ThreadPoolExecutor(2) as threads:
-        with _decoding._turn_of(opened[0]):  # as if its file came slowly
+        with _decoding._lock_of(opened[0]):  # as if its file came slowly
             waiting = threads.submit(images.load, 0)
             for i in range(1, 300):
                 assert threads.submit(images.load, i).result(300).shape == (3, 30, 40)

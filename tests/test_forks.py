@@ -102,7 +102,7 @@ def _reads():
 
 
 def test_a_fork_while_a_pil_image_is_read():
-    with _decoding._turn_of(PICTURE):
+    with _decoding._lock_of(PICTURE):
         np.testing.assert_array_equal(in_child("fork", _reads).transpose(1, 2, 0), IMAGES[0])
 
 
