@@ -343,6 +343,20 @@ def test_threads(memory):
     assert read(memory, range(400)).all()
 
 
+def test_threads_that_write_leave_warnings_as_they_were(tmp_path):
+    filters, show = list(warnings.filters), warnings._showwarnmsg_impl
+    memories = [check_memory(joblib.Memory(tmp_path / name, verbose=0)) for name in "abc"]
+
+    def work(memory):
+        for i in range(60):
+            write(memory, [i])
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(work, memories))
+    assert warnings.filters == filters and warnings._showwarnmsg_impl is show
+    assert all(read(memory, range(60)).all() for memory in memories)
+
+
 def test_pickle(memory):
     write(memory, range(5))
     again = pickle.loads(pickle.dumps(memory))
