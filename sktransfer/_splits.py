@@ -25,7 +25,7 @@ from sktransfer._threads import WithoutWarnings
 
 Split = tuple[np.ndarray, np.ndarray]  # rows to learn from, and rows to score on
 # What scikit-learn says of images; here groups count, and who asks for folds says so.
-_small_classes = WithoutWarnings(UserWarning, "The least populated class")
+without_words_on_small_classes = WithoutWarnings(UserWarning, "The least populated class")
 
 
 class UndividedWarning(UserWarning):
@@ -192,7 +192,7 @@ class Folds(BaseCrossValidator):
             if self.kind == "class":
                 shuffled = {"shuffle": chance is not None, "random_state": chance}
                 splitter = StratifiedGroupKFold(n_folds, **shuffled)
-            with _small_classes:
+            with without_words_on_small_classes:
                 splits = list(splitter.split(y, y, groups))
             if all(self._can_be_learnt(y, groups, split) for split in splits):
                 return splits

@@ -96,6 +96,23 @@ def renewed_in_forks(lock: _Lock) -> _Lock:
     return lock
 
 
+def called_once(function: Callable[[], Any]) -> Any:
+    """Return a function that keeps its result, and that several threads may be the first to call.
+
+    `functools.cache` alone lets each of them call, and keeps one of the results. `cache_info` tells
+    of it as there.
+    """
+    lock, cached = renewed_in_forks(threading.RLock()), functools.cache(function)
+
+    @functools.wraps(function)
+    def call() -> Any:
+        with lock:
+            return cached()
+
+    call.cache_info = cached.cache_info  # type: ignore[attr-defined]
+    return call
+
+
 class WithoutWarnings:
     """A context that hides a category of warnings, and that several threads may enter at once.
 

@@ -1,6 +1,6 @@
 """What torch keeps for the whole process: its defaults, its random numbers, what traces networks.
 
-A thread that takes several locks takes them in this order: that of the loaded networks,
+A thread that takes several locks takes them in this order: that of who builds a network,
 that of the programs, `chance_lock`, `network_lock`.
 """
 

@@ -28,7 +28,7 @@ def start_code(code, *args, folder="."):
     return process, Path(out), Path(err)
 
 
-def run_code(code, *args, folder=".", timeout=120):
+def run_code(code, *args, folder=".", timeout=600):
     """Run Python code in a new process that must not fail, and return what it prints."""
     process, *files = start_code(code, *args, folder=folder)
     process.join(timeout)

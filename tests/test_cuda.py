@@ -389,8 +389,8 @@ def test_a_fork_is_told_how_to_use_a_gpu(make, y):
     # What it gets is not pickled, as for a pool.
     child = fork.Process(target=words_of_a_fork, args=(model, words), daemon=True)
     child.start()
-    said, rows = words.get(timeout=60)
-    child.join(60)
+    said, rows = words.get(timeout=300)
+    child.join(300)
     assert child.exitcode == 0 and len(said) == 4
     assert all("start processes by 'spawn' or 'forkserver'" in text for text in said)
     np.testing.assert_allclose(rows, expected, atol=1e-4)

@@ -2,8 +2,10 @@
 
 import os
 import re
+import threading
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask
@@ -29,10 +31,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
 
 from sktransfer import FineTunedClassifier, FineTunedRegressor, PretrainedFeatureExtractor
+from sktransfer._estimators.dask_collections import _Shipped
 from sktransfer._threads import n_threads
 from sktransfer.transforms import Preprocessing
 
-TIMEOUT = 120
+TIMEOUT = 600
 COPIES = "SKTRANSFER_TEST_COPIES"  # how often a network was copied in this process
 
 
@@ -312,6 +315,30 @@ def test_threads_of_a_worker_share_one_estimator(tiles, monkeypatch):
         assert 1 < int(os.environ[COPIES]) <= 3
         assert client.submit(torch.get_num_threads).result(TIMEOUT) >= 4
     torch.set_num_threads(n_threads_before)
+
+
+class Late(PretrainedFeatureExtractor):
+    """Its network comes late, as one that is downloaded."""
+
+    begun, go_on = threading.Event(), threading.Event()
+
+    def prepare(self):
+        self.begun.set()
+        assert self.go_on.wait(600)
+        return super().prepare()
+
+
+def test_an_estimator_that_is_ready_does_not_wait_for_another():
+    ready, late = (_Shipped(model) for model in (extractor(), Late(small(), image_size=32)))
+    expected = ready.estimator()
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(late.estimator) for _ in range(2)]
+        try:
+            assert Late.begun.wait(300)
+            assert threads.submit(ready.estimator).result(300) is expected
+        finally:
+            Late.go_on.set()
+        assert waiting[0].result(300) is waiting[1].result(300)
 
 
 def test_threads_are_those_of_the_worker(client):

@@ -176,30 +176,32 @@ def test_command_line_takes_the_settings(tmp_path, damaged_jpeg, capfd):
 def test_large_images_are_decoded_and_used_one_at_a_time(monkeypatch):
     monkeypatch.setattr(_files, "_FREE_PIXELS", 1000)
     monkeypatch.setattr(_files, "_PIXELS_IN_FLIGHT", 2 * SMALL.shape[0] * SMALL.shape[1])
-    at_once, most, lock = 0, 0, threading.Lock()
+    monkeypatch.setattr(_files, "_LONGEST_WAIT", 600)
 
-    def use(pixels):
-        nonlocal at_once, most
-        with lock:
-            at_once += 1
-            most = max(most, at_once)
-        time.sleep(0.01)
-        with lock:
-            at_once -= 1
-        return pixels
+    def most_at_once(images, expected):
+        at_once, most, changed = 0, 0, threading.Condition()
 
-    def most_at_once(images):
-        nonlocal most
-        most = 0
+        def use(pixels):
+            nonlocal at_once, most
+            with changed:
+                at_once += 1
+                most = max(most, at_once)
+                changed.notify_all()
+                changed.wait_for(lambda: most >= expected, 300)
+            time.sleep(0.01)  # in which one too many may come
+            with changed:
+                at_once -= 1
+            return pixels
+
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(lambda i: images.load(i, None, use), range(len(images))))
         return most
 
-    assert most_at_once(check_images([encode(SMALL, "PNG")] * 12)) == 2
+    assert most_at_once(check_images([encode(SMALL, "PNG")] * 12), 2) == 2
     larger = Image.fromarray(SMALL).resize((60, 60))
-    assert most_at_once(check_images([encode(larger, "PNG")] * 12)) == 1
+    assert most_at_once(check_images([encode(larger, "PNG")] * 12), 1) == 1
     small = Image.fromarray(SMALL).resize((8, 8))
-    assert most_at_once(check_images([encode(small, "PNG")] * 16)) > 2
+    assert most_at_once(check_images([encode(small, "PNG")] * 16), 3) > 2
     broken = check_images([encode(SMALL, "PNG")[:300]] * 3)
     for i in range(3):  # what failed has given its room back
         with pytest.raises(ValueError, match="decoded"):
@@ -216,6 +218,7 @@ def test_room_that_nobody_gives_back_holds_up_nobody(monkeypatch):
 
 
 def test_large_pil_images_wait_for_room_and_for_each_other(monkeypatch):
+    monkeypatch.setattr(_files, "_LONGEST_WAIT", 600)
     monkeypatch.setattr(_files, "_FREE_PIXELS", 1000)
     monkeypatch.setattr(_files, "_PIXELS_IN_FLIGHT", 2 * SMALL.shape[0] * SMALL.shape[1])
     data = encode(SMALL, "PNG")
@@ -224,17 +227,17 @@ def test_large_pil_images_wait_for_room_and_for_each_other(monkeypatch):
     with ThreadPoolExecutor(4) as threads:
         with _files.room_for(2 * SMALL.shape[0] * SMALL.shape[1]):
             waiting = [threads.submit(check_images([lazy]).load, 0) for _ in range(3)]
-            assert threads.submit(check_images([small]).load, 0).result(60).shape == (3, 8, 8)
+            assert threads.submit(check_images([small]).load, 0).result(300).shape == (3, 8, 8)
             time.sleep(0.05)
             assert not any(future.done() for future in waiting)
         for future in waiting:
-            np.testing.assert_array_equal(hwc(future.result(60)), SMALL)
+            np.testing.assert_array_equal(hwc(future.result(300)), SMALL)
     same = Image.open(io.BytesIO(data))
     images = check_images([same] * 8 + [Image.open(io.BytesIO(data)) for _ in range(8)])
     encoded = check_images([data] * 8)
     loads = [load for i in range(8) for load in ((images, i), (encoded, i), (images, i + 8))]
     with ThreadPoolExecutor(8) as threads:
-        found = threads.map(lambda load: load[0].load(load[1]), loads, timeout=60)
+        found = threads.map(lambda load: load[0].load(load[1]), loads, timeout=300)
         assert all(np.array_equal(hwc(pixels), SMALL) for pixels in found)
 
 
@@ -243,12 +246,12 @@ def test_a_pil_image_that_is_being_read_holds_up_no_other():
     opened = [Image.open(io.BytesIO(data)) for _ in range(300)]
     images = check_images(opened)
     with ThreadPoolExecutor(2) as threads:
-        with _decoding._turn_of(opened[0]):  # as if its file came slowly
+        with _decoding._lock_of(opened[0]):  # as if its file came slowly
             waiting = threads.submit(images.load, 0)
             for i in range(1, 300):
-                assert threads.submit(images.load, i).result(60).shape == (3, 30, 40)
+                assert threads.submit(images.load, i).result(300).shape == (3, 30, 40)
             assert not waiting.done()
-        assert waiting.result(60).shape == (3, 30, 40)
+        assert waiting.result(300).shape == (3, 30, 40)
     assert len(_decoding._pillow_locks) < len(opened)  # they are gone with their threads
 
 

@@ -856,7 +856,7 @@ class Held(io.BytesIO):
     def read(self, *args):
         if self.is_armed:
             self.arrived.set()
-            assert self.until.wait(60)
+            assert self.until.wait(300)
         return super().read(*args)
 
 
@@ -899,7 +899,7 @@ def test_maps_are_handed_on_as_values(unfreeze, scenes):
         barrier, found = threading.Barrier(2), {}
 
         def wait(*_):  # both are behind the backbone, and have not looked at its maps yet
-            barrier.wait(60)
+            barrier.wait(300)
 
         part.detector.head.register_forward_pre_hook(wait)
 

@@ -43,7 +43,7 @@ def extractor(**options):
 def in_child(method, function, *args):
     """Call a function in a worker of a pool; fail if it hangs."""
     with multiprocessing.get_context(method).Pool(1) as pool:
-        return pool.apply_async(function, args).get(100)
+        return pool.apply_async(function, args).get(300)
 
 
 def strictly(model, method, X):
@@ -102,7 +102,7 @@ def _reads():
 
 
 def test_a_fork_while_a_pil_image_is_read():
-    with _decoding._turn_of(PICTURE):
+    with _decoding._lock_of(PICTURE):
         np.testing.assert_array_equal(in_child("fork", _reads).transpose(1, 2, 0), IMAGES[0])
 
 
@@ -118,7 +118,7 @@ def test_a_fork_while_another_thread_is_busy(busy):
 
     def work():
         held.set()
-        assert go_on.wait(100)
+        assert go_on.wait(600)
 
     def trace():
         _Tracer().trace(torch.nn.Sequential(OrderedDict(a=Calls(work))))
@@ -136,7 +136,7 @@ def test_a_fork_while_another_thread_is_busy(busy):
     torch.manual_seed(3)
     with ThreadPoolExecutor(1) as threads:
         holding = threads.submit(hold)
-        assert held.wait(60)
+        assert held.wait(300)
         try:
             found = in_child("fork", _draws)
         finally:
@@ -183,11 +183,11 @@ def test_a_fork_while_another_thread_holds_every_lock():
                     stack.enter_context(lock)
             stack.enter_context(network_lock.shared())
             held.set()
-            go_on.wait(100)
+            go_on.wait(600)
 
     with ThreadPoolExecutor(1) as threads:
         threads.submit(hold)
-        assert held.wait(60)
+        assert held.wait(300)
         try:
             found = in_child("fork", _all_free)
         finally:

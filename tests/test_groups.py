@@ -597,8 +597,9 @@ def test_groups_by_composed_and_decomposed_letters(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs the alarm of POSIX")
 def test_an_expression_that_never_ends_is_given_up(monkeypatch):
-    monkeypatch.setattr(groups_option, "_SECONDS", 0.1)
-    with pytest.raises(ValueError, match=r"\(a\+\)\+\$' was given up after .*'\(a\+\)', or pass a"):
+    message = r"\(a\+\)\+\$' was given up after .*'\(a\+\)', or pass a"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+        patch.setattr(groups_option, "_SECONDS", 0.1)
         groups_by("(a+)+$", "photos", ["a" * 60 + "!.jpg"])
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

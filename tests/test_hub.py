@@ -23,6 +23,7 @@ from sktransfer import (
     model_summary,
     to_onnx,
 )
+from sktransfer.models import _hub, _origins
 from sktransfer.models._blocks import TracedNetwork
 from sktransfer.transforms import Preprocessing
 
@@ -602,6 +603,8 @@ class _Busy(http.server.BaseHTTPRequestHandler):
 
 
 def test_what_a_hub_answers_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(_hub, "_SECONDS", 300)
+    monkeypatch.setattr(_origins, "_SOON", 600)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Busy)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()

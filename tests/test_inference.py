@@ -218,13 +218,19 @@ def test_a_block_is_of_the_digests_it_was_asked_for():
 
 
 SCRIPT = """
-import sys, time
+import itertools, signal, sys, threading, time
 from networks import small
 from sktransfer import PretrainedFeatureExtractor
 import sktransfer._engine.embedding as embedding
-pixels = embedding.Embedding._load
+pixels, numbers, interrupted = embedding.Embedding._load, itertools.count(), threading.Event()
+def interrupt(*args):
+    interrupted.set()
+    raise KeyboardInterrupt
+signal.signal(signal.SIGINT, interrupt)
 def slow(self, *args):          # one image takes long enough for a person to press Ctrl-C
     time.sleep(0.1)
+    if next(numbers) >= 24:     # however late that is
+        interrupted.wait(600)
     return pixels(self, *args)
 embedding.Embedding._load = slow
 model = PretrainedFeatureExtractor(small(), image_size=32, memory=sys.argv[1], batch_size=2)
@@ -237,11 +243,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiles, tmp_path, run_log, s
     _, paths, _ = tiles
     memory = str(tmp_path / "m")
     child, _, errors = start_code(SCRIPT, memory, *paths)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(run_log()) < 10 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child.pid, sent)
-    child.join(60)
+    child.join(300)
     assert child.exitcode == (-sent if sent == signal.SIGKILL else 1)
     assert ("KeyboardInterrupt" in errors.read_text()) == (sent == signal.SIGINT)
     before = len(run_log())

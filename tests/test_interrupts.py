@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from networks import small
+from PIL import Image
 
 from sktransfer import PretrainedFeatureExtractor, _torch_state
 from sktransfer._engine import stream as _stream
@@ -29,6 +30,7 @@ from sktransfer._torch_state import (
     network_lock,
     ready_to_train,
 )
+from sktransfer.io import _decoding, load_image
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -216,8 +218,25 @@ def test_threads_that_share_an_estimator_go_on(tmp_path, is_claimed):
             others = [threads.submit(model.transform, images) for _ in range(2)]
             CtrlC(40 * n + 150).during(model.transform, images)
             for other in others:
-                np.testing.assert_array_equal(other.result(60), extractor().transform(images))
+                np.testing.assert_array_equal(other.result(300), extractor().transform(images))
     assert not is_claimed(tmp_path)
+
+
+# PIL images ---------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_no_pil_image_locked():
+    files = {_decoding.__file__, contextlib.__file__}
+    image = Image.fromarray(pictures(1)[0])
+    load_image(image)  # the first time comes by more places
+    seen = CtrlC(files=files)
+    seen.during(load_image, image)
+    assert seen.n_places > 30
+    for n in range(1, seen.n_places):
+        ctrl_c, image = CtrlC(n, files=files), Image.fromarray(pictures(1)[0])
+        ctrl_c.during(load_image, image)
+        assert ctrl_c.where
+        assert not _decoding._lock_of(image).locked(), ctrl_c.where
 
 
 # The lock of the networks, and torch's default ----------------------------------------------------
@@ -243,7 +262,7 @@ def trace():
 def take_all():
     """Take every lock, as another thread would."""
     network_lock.alone(bool)
-    assert chance_lock.acquire(timeout=60)
+    assert chance_lock.acquire(timeout=300)
     chance_lock.release()
 
 
@@ -251,10 +270,10 @@ def assert_back():
     """Nothing is locked, and torch makes what its user has asked for."""
     for thread in threading.enumerate():
         if thread.name.endswith("(_leave_after)"):
-            thread.join(60)
+            thread.join(300)
     other = threading.Thread(target=take_all, daemon=True)
     other.start()
-    other.join(60)
+    other.join(300)
     assert not other.is_alive()
     assert torch.get_default_dtype() == torch.float64
 

@@ -5,9 +5,11 @@ import os
 import pickle
 import socket
 import sys
+import threading
 import time
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ from sktransfer import (
 from sktransfer._engine.runner import get_runner
 from sktransfer._engine.text_model import load_text_model
 from sktransfer._training.detector_networks import load_detector
-from sktransfer.models import _registry
+from sktransfer.models import _hub, _registry
 from sktransfer.models._builders import published_weights
 from sktransfer.models._hub import check_connection
 from sktransfer.models._registry import Backbone, unique_labels
@@ -74,6 +76,27 @@ def test_one_copy_per_process():
     assert get_model(network).network is not network
 
 
+def test_who_uses_a_loaded_network_does_not_wait_while_another_is_built():
+    building, go_on, network = threading.Event(), threading.Event(), small()
+    loaded = get_model(network)
+
+    def build(weights):
+        building.set()
+        assert go_on.wait(600)  # as a download takes its time
+        return Backbone(small(12))
+
+    register_model("test_slow", build)
+    with ThreadPoolExecutor(3) as threads:
+        slow = [threads.submit(get_model, "test_slow") for _ in range(2)]
+        try:
+            assert building.wait(300)
+            assert threads.submit(get_model, network).result(300) is loaded
+            assert not any(one.done() for one in slow)
+        finally:
+            go_on.set()
+        assert slow[0].result(300) is slow[1].result(300)  # built once
+
+
 def fitted_on(network):
     X = np.zeros((2, 32, 32, 3), np.uint8)
     return FineTunedClassifier(network, unfreeze=0, image_size=32, max_epochs=1).fit(X, [0, 1])
@@ -97,7 +120,7 @@ def test_what_nobody_uses_is_freed():
     gc.collect()
     assert [copied() is None for copied in copies] == [False, True, True] + 4 * [False]
     del model
-    for _ in range(100):  # threads that decoded images may be about to end
+    for _ in range(2000):  # threads that decoded images may be about to end
         gc.collect()
         if copies[0]() is None:
             break
@@ -273,6 +296,7 @@ def test_what_the_hub_gave_before_needs_no_connection(no_connection, caplog):
 
 
 def test_a_server_that_listens_is_reached(monkeypatch):
+    monkeypatch.setattr(_hub, "_SECONDS", 300)
     monkeypatch.setenv("no_proxy", "localhost")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"

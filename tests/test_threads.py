@@ -29,7 +29,13 @@ from sktransfer import (
 )
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.text_model import load_text_model
-from sktransfer._threads import WithoutWarnings, _free_cores, n_stream_threads, small_solve
+from sktransfer._threads import (
+    WithoutWarnings,
+    _free_cores,
+    called_once,
+    n_stream_threads,
+    small_solve,
+)
 from sktransfer._torch_state import network_lock
 from sktransfer._training import heads
 from sktransfer.model_selection import _ranking, rank_backbones
@@ -61,18 +67,18 @@ def paused(function, *args):
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(run)
         try:
-            assert started.wait(60)
+            assert started.wait(300)
             yield running
         finally:
             go_on.set()
-        running.result(60)
+        running.result(300)
 
 
 def in_thread(function, *args):
     """Call a function in a thread; TimeoutError if it does not come back."""
     threads = ThreadPoolExecutor(1)
     try:
-        return threads.submit(function, *args).result(20)
+        return threads.submit(function, *args).result(300)
     finally:
         threads.shutdown(wait=False)
 
@@ -106,7 +112,7 @@ def test_a_head_does_not_run_while_a_network_is_traced():
 
     def trace():
         Telling.is_traced = True
-        go_on.wait(60)
+        go_on.wait(600)
         Telling.is_traced = False
 
     model = FineTunedClassifier(NETWORK, unfreeze="all", head=Telling(16, 2), **OPTIONS)
@@ -120,7 +126,7 @@ def test_a_head_does_not_run_while_a_network_is_traced():
         with contextlib.suppress(TimeoutError):
             fitting.result(0.5)
         go_on.set()
-        tracing.result(20), fitting.result(20)
+        tracing.result(300), fitting.result(300)
     assert Telling.notes and not any(Telling.notes)
 
 
@@ -152,7 +158,7 @@ def company():
         finally:
             stop.set()
         for thread in found:
-            thread.result(60)
+            thread.result(300)
 
 
 def classifier(**options):
@@ -280,6 +286,22 @@ def test_warnings_hidden_by_two_threads_at_once_are_shown_again():
         warnings.warn("shown", RuntimeWarning, stacklevel=1)
 
 
+def test_several_threads_that_come_first_call_once():
+    together = threading.Barrier(4, timeout=300)
+
+    @called_once
+    def make():
+        time.sleep(0.05)
+        return object()
+
+    def come(_):
+        together.wait()
+        return make()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len({*threads.map(come, range(4))}) == 1
+
+
 # ------------------------------------------------------------------------------ small solves
 
 
@@ -303,7 +325,7 @@ def test_large_solves_leave_the_cores_to_other_programs():
     busy = [sys.executable, "-S", "-c", "while True: pass"]
     others = [subprocess.Popen(busy) for _ in range(os.cpu_count())]
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while _free_cores() != 1 and time.monotonic() < deadline:
             pass  # until they have started
         with threadpool_limits(2):
@@ -324,15 +346,15 @@ def test_a_small_solve_that_ends_later_than_another_leaves_no_limit():
     def solve():
         with small_solve(1000):
             inside.set()
-            assert go_on.wait(60)
+            assert go_on.wait(600)
 
     with threadpool_limits(2, user_api="blas"), ThreadPoolExecutor(1) as threads:
         with small_solve(1000):
             running = threads.submit(solve)
-            assert inside.wait(60) and threads_of("blas") == {1}
+            assert inside.wait(300) and threads_of("blas") == {1}
         assert threads_of("blas") == {2}
         go_on.set()
-        running.result(60)
+        running.result(300)
         assert threads_of("blas") == {2}
 
 

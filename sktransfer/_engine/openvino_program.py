@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from sktransfer._engine.program_file import KeptProgram, ProgramFile
+from sktransfer._threads import called_once
 from sktransfer._torch_state import network_lock
 
 # Largest difference to torch, as a share of the largest value; more means that it is not the same.
@@ -22,7 +22,7 @@ _SMALLEST_COSINE = 0.5  # to torch's results, of one image in 8 bits; its loss i
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")  # OpenVINO's names of what only passes on
 
 
-@functools.cache
+@called_once
 def core() -> Any:
     # One a process: the end of one of several made Ctrl-C a segmentation fault.
     import openvino

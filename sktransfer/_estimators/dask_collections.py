@@ -30,8 +30,10 @@ from sktransfer._threads import dask_worker, renewed_in_forks
 
 _KEPT = 2  # estimators that a process keeps ready
 _ready: OrderedDict[str, Any] = OrderedDict()
-# Of `_ready`: several threads of a worker get one estimator.
+# Of `_ready`, for moments.
 _lock = renewed_in_forks(threading.Lock())
+# Held by who prepares an estimator: several threads of a worker get one.
+_preparing = renewed_in_forks(threading.Lock())
 
 
 def on_partitions(
@@ -127,17 +129,28 @@ class _Shipped:
 
     def estimator(self) -> Any:
         """Return this process's one copy, its network loaded."""
+        if (estimator := self._ready_one()) is None:
+            with _preparing:
+                if (estimator := self._ready_one()) is None:  # nobody else has prepared it
+                    estimator = self._prepared()
+        return estimator
+
+    def _ready_one(self) -> Any:
         with _lock:
-            if self.token not in _ready:
-                estimator = pickle.loads(self.data)
-                estimator.prepare()
-                if estimator.n_jobs is None or estimator.n_jobs < 0:
-                    estimator.n_jobs = 1  # as many partitions run at once as there are cores
-                _ready[self.token] = estimator
-                while len(_ready) > _KEPT:
-                    _ready.popitem(last=False)
-            _ready.move_to_end(self.token)
-            return _ready[self.token]
+            if self.token in _ready:
+                _ready.move_to_end(self.token)
+            return _ready.get(self.token)
+
+    def _prepared(self) -> Any:
+        estimator = pickle.loads(self.data)
+        estimator.prepare()
+        if estimator.n_jobs is None or estimator.n_jobs < 0:
+            estimator.n_jobs = 1  # as many partitions run at once as there are cores
+        with _lock:
+            _ready[self.token] = estimator
+            while len(_ready) > _KEPT:
+                _ready.popitem(last=False)
+        return estimator
 
 
 def _run(shipped: _Shipped, part: Any, number: int, *, method: str, empty: np.ndarray) -> Any:

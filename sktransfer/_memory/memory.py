@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,10 @@ from sktransfer._memory.store_backend import (
     n_companion_bytes,
 )
 from sktransfer._memory.store_format import row_keys
+from sktransfer._threads import WithoutWarnings, renewed_in_forks
+
+_unwritten = WithoutWarnings(CacheWarning)  # of joblib, for each item; once is enough
+_asking_why = renewed_in_forks(threading.Lock())
 
 
 def check_memory(memory: None | str | os.PathLike | joblib.Memory) -> ImageMemory | None:
@@ -134,20 +139,31 @@ class ImageMemory:
         if hasattr(self._backend, "dump_items"):
             self._backend.dump_items(func_id, pairs, text)
             return
-        # joblib warns for each item that it cannot write; once is enough
-        with warnings.catch_warnings(record=True) as caught:
+        for digest, row in pairs:
+            call_id = [func_id, digest.hex()]
+            with _unwritten:
+                self._backend.dump_item(call_id, row, verbose=self._verbose)
+            if not self._backend.contains_item(call_id) and (why := self._why_not(call_id, row)):
+                complain(self._backend.location, cannot("written", why))
+                break
+
+    def _why_not(self, call_id: list[str], row: np.ndarray) -> str:
+        """Write a row once more, and return what joblib says of it; nothing if it says nothing.
+
+        Only here, by one thread at a time: the filters of warnings are those of all threads.
+        """
+        with _asking_why, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CacheWarning)
-            for digest, row in pairs:
-                self._backend.dump_item([func_id, digest.hex()], row, verbose=self._verbose)
-                if any(issubclass(w.category, CacheWarning) for w in caught):
-                    break
+            self._backend.dump_item(call_id, row, verbose=self._verbose)
+        why = ""
         for warning in caught:
             if issubclass(warning.category, CacheWarning):
-                complain(self._backend.location, cannot("written", warning.message))
+                why = str(warning.message)
             else:
                 warnings.warn_explicit(
                     warning.message, warning.category, warning.filename, warning.lineno
                 )
+        return why
 
     @property
     def _verbose(self) -> int:

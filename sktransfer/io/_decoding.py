@@ -7,8 +7,8 @@ import os
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Number
@@ -269,22 +269,25 @@ def _came_through_pillow(error: Exception) -> bool:
 
 def _from_users_pillow(image: Image.Image) -> Decoded:
     """Decode an image that other threads may hold: Pillow reads its file when it is first used."""
-    with _turn_of(image):
+    # In this order: who holds the lock never waits for room, so that it is soon free again.
+    with _room_for(image), _lock_of(image):
         return decode_pillow(image, get_config()["background"])
 
 
 def _samples_of_users_pillow(image: Image.Image) -> Decoded:
-    with _turn_of(image):
+    with _room_for(image), _lock_of(image):
         return samples_of_pillow(image)
 
 
-@contextmanager
-def _turn_of(image: Image.Image) -> Iterator[None]:
+def _room_for(image: Image.Image) -> AbstractContextManager[None]:
+    return room_for(image.width * image.height)
+
+
+def _lock_of(image: Image.Image) -> Any:
+    """Return the lock of an image, Python's own: Ctrl-C could leave one of ours locked."""
     with _finding_lock:
         lock = _pillow_locks.setdefault(id(image), threading.Lock())
-    # In this order: who holds the lock never waits for room, so that it is soon free again.
-    with room_for(image.width * image.height), lock:
-        yield
+    return lock
 
 
 def shape_of(item: Any, where: str) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from sktransfer._threads import called_once
+
 # Pillow logs errors of TIFF files, which Python would print where no handler is set.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -88,7 +90,7 @@ def libtiff_messages() -> Iterator[list[str]]:
         _said.lines = None
 
 
-@functools.cache
+@called_once
 def _set_libtiff_handler() -> Any:
     """Set a handler that collects libtiff's messages; other threads' are printed as before."""
     library = ctypes.CDLL(Image.core.__file__)
@@ -111,4 +113,4 @@ def _set_libtiff_handler() -> Any:
 
     handler = kind(take)
     printed = set_handler(handler)
-    return handler  # kept, as libtiff calls it
+    return handler  # kept, as libtiff calls it: a second one would let the first go

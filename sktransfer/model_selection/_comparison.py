@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -27,7 +26,13 @@ from sklearn.utils.validation import check_consistent_length
 from sktransfer._estimators.base import check_y
 from sktransfer._estimators.labels import plain_labels
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
-from sktransfer._splits import Folds, Split, class_sizes, name_rare_classes
+from sktransfer._splits import (
+    Folds,
+    Split,
+    class_sizes,
+    name_rare_classes,
+    without_words_on_small_classes,
+)
 from sktransfer._threads import n_stream_threads, one_core_threads, renewed_in_forks
 from sktransfer._training.depth_search import OnRows
 from sktransfer.io import ImageSequence
@@ -144,7 +149,7 @@ def stratified_folds(
     """Return the folds of a splitter; of a number `cv` of them, say which classes are too small."""
     if isinstance(cv, Integral):
         _check_folds(int(cv), y, groups)
-    with without_words_on_small_classes():
+    with without_words_on_small_classes:
         splits = list(check_cv(splitter, y, classifier=True).split(np.zeros(len(y)), y, groups))
     if isinstance(cv, Integral):
         n_folds = len(splits) * len(y) // sum(len(test) for _, test in splits)
@@ -226,11 +231,3 @@ def fit_and_score(
     )
     of_split = {name: values[0] for name, values in results.items()}
     return of_split | {"estimator": of_split["estimator"].fitted_}
-
-
-@contextmanager
-def without_words_on_small_classes() -> Iterator[None]:
-    """Hide scikit-learn's warning of classes smaller than the number of folds."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        yield

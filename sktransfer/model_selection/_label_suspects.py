@@ -9,8 +9,8 @@ from sklearn.base import clone
 from sklearn.model_selection import StratifiedGroupKFold
 
 from sktransfer._bars import tqdm
+from sktransfer._splits import without_words_on_small_classes
 from sktransfer._threads import small_solve
-from sktransfer.model_selection._comparison import without_words_on_small_classes
 
 N_FOLDS = 5
 _CLEAR = 3  # times as probable as the label is another class that need not be credible
@@ -122,7 +122,7 @@ def out_of_fold(
     if n_folds < 2:
         return probabilities
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=random_state)
-    with without_words_on_small_classes():
+    with without_words_on_small_classes:
         folds = list(splitter.split(features, codes, groups))
     for train, test in tqdm(folds, "folds", disable=not verbose):
         if len(test) == 0 or len(np.unique(codes[train])) < 2:

@@ -25,7 +25,14 @@ from sktransfer._bars import tqdm
 from sktransfer._estimators.base import StrOptions, validate_params
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._estimators.zero_shot import ZeroShotClassifier
-from sktransfer._splits import Folds, Split, check_groups, class_sizes, name_rare_classes
+from sktransfer._splits import (
+    Folds,
+    Split,
+    check_groups,
+    class_sizes,
+    name_rare_classes,
+    without_words_on_small_classes,
+)
 from sktransfer._threads import small_solve
 from sktransfer.io import ImageSequence, check_images
 from sktransfer.metrics import h_score, leep_score, log_me_score
@@ -34,7 +41,6 @@ from sktransfer.model_selection._comparison import (
     embed,
     fit_and_score,
     stratified_folds,
-    without_words_on_small_classes,
 )
 from sktransfer.model_selection._transfer_gain import TransferGain, transfer_gain
 from sktransfer.models._builders import RECOMMENDED
@@ -288,7 +294,7 @@ class _Folds:
     seed: int
 
     def score(self, model: Any, X: Any) -> np.ndarray:
-        with without_words_on_small_classes():
+        with without_words_on_small_classes:
             results = [
                 fit_and_score(model, X, self.y, split, self.metric, self.groups)
                 for split in self.splits

@@ -59,8 +59,11 @@ _LARGE = 50e6  # bytes of weights whose memory is to be free at once
 _SEED = 0  # of the random weights that weights=None asks for where nobody has a random_state
 _loaded: WeakValueDictionary[Any, Backbone] = WeakValueDictionary()  # all that somebody uses
 _recent: OrderedDict[Any, Backbone] = OrderedDict()
-# Of these two.
+# Of these two, for moments: who uses a loaded network does not wait for the download of another.
 _lock = renewed_in_forks(threading.RLock())
+# Held by who builds a network, downloads it included: one at a time, as other libraries replace
+# what is that of the whole process meanwhile.
+_building = renewed_in_forks(threading.RLock())
 # Of `weights` and the seed of random ones.
 _builders: dict[str, Callable[[Any, int], Backbone]] = {}
 
@@ -165,7 +168,7 @@ def register_model(name: str, builder: Callable[[Any], Backbone]) -> None:
         return call_seeded(seed, lambda: builder(weights)) if weights is None else builder(weights)
 
     _builders[name] = build
-    with _lock:
+    with _building, _lock:
         for key in [key for key in _loaded if key[0] == name]:
             del _loaded[key]
             _recent.pop(key, None)
@@ -278,8 +281,7 @@ def seeded_model(
 def loaded_model(backbone: Any, weights: Any, seed: int = _SEED) -> Backbone | None:
     """Return what `seeded_model` would, if it is loaded: for those that only want to look."""
     key = _key(_unwrapped(backbone), weights, seed)  # it may restore an estimator, digest a network
-    with _lock:
-        return _loaded.get((*key, False) if isinstance(backbone, str) else key)
+    return _known((*key, False) if isinstance(backbone, str) else key)
 
 
 def channels_of(backbone: Any, load: Callable[[], Backbone]) -> Channels:
@@ -396,10 +398,14 @@ def _is_copied_as_is(network: nn.Module) -> bool:
 
 def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
     """Return the loaded backbone of `key`, or build it; of those out of use, drop the oldest."""
+    if (kept := _known(key)) is None:
+        with _building:
+            if (kept := _known(key)) is None:  # nobody else has built it meanwhile
+                with ready_to_train(_building):  # tensors of inference mode could never be trained
+                    kept = _ready(build())
+                with _lock:
+                    _loaded[key] = kept
     with _lock:
-        if (kept := _loaded.get(key)) is None:
-            with ready_to_train(_lock):  # tensors of inference mode could never be trained
-                kept = _loaded[key] = _ready(build())
         _recent[key] = kept
         _recent.move_to_end(key)
         dropped = _recent.popitem(last=False)[1] if len(_recent) > _KEPT else None
@@ -409,6 +415,11 @@ def _keep(key: Any, build: Callable[[], Backbone]) -> Backbone:
         if n_bytes > _LARGE:
             gc.collect()  # what runs a network refers to it, and it to that
     return kept
+
+
+def _known(key: Any) -> Backbone | None:
+    with _lock:
+        return _loaded.get(key)
 
 
 def _ready(backbone: Backbone) -> Backbone:

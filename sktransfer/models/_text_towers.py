@@ -150,6 +150,8 @@ def load_text_tower(backbone: Any, weights: Any) -> TextTower:
     load_optional("transformers", f"backbone={origin.name!r}", "'.[hub]'")
     path = file_of(weights, backbone)
     key = origin, origin.stamp(), file_stamp(path) if path else str(weights)
+    if (loaded := _loaded.get(key)) is not None:  # without waiting for who loads another one
+        return loaded
     with _loading:
         if key not in _loaded:
             tower = _load(origin, path or weights)
