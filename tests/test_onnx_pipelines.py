@@ -373,6 +373,13 @@ def test_a_step_that_cannot_be_exported_is_named(tiles, tmp_path):
     unfitted = make_pipeline(extractor(), LogisticRegression())
     with pytest.raises(ValueError, match="Step 'logisticregression', a LogisticRegr.* not fitted"):
         to_onnx(unfitted, target)
+    unfitted = make_pipeline(extractor(), StandardScaler(), LogisticRegression())
+    with pytest.raises(ValueError, match="Step 'standardscaler', a StandardScaler, is not fitted"):
+        to_onnx(unfitted, target)
+    wider = make_pipeline(extractor(), StandardScaler(), SVC()).fit(paths[::4], labels[::4])
+    wider[0].set_params(layer="all")
+    with pytest.raises(ValueError, match="'standardscaler', .* of 16 .* the network gives 36 now"):
+        to_onnx(wider, target)
     assert not list(tmp_path.iterdir())
 
 

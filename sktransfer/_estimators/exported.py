@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -210,8 +211,10 @@ def example_rows(network: ExportedNetwork) -> np.ndarray:
 
 
 def check_widths(rows: np.ndarray, steps: list[tuple[str, Any]]) -> None:
-    """Raise an error if a step was fitted on rows of another width than it gets."""
-    rows, source = rows[:1], "the network"
+    """Raise an error if a step is not fitted, or was on rows of another width than it gets."""
+    for name, step in steps:
+        check_is_fitted(step, msg=f"Step {name!r}, a %(name)s, is not fitted: call fit first.")
+    source = "the network"
     for number, (name, step) in enumerate(steps, 1):
         width = getattr(step, "n_features_in_", rows.shape[1])
         if width != rows.shape[1]:
@@ -221,10 +224,18 @@ def check_widths(rows: np.ndarray, steps: list[tuple[str, Any]]) -> None:
                 "pipeline again."
             )
         if number < len(steps):
-            transformed = step.transform(rows)
-            is_sparse = issparse(transformed)
-            rows = transformed.toarray() if is_sparse else np.asarray(transformed)
-            source = f"step {name!r}"
+            try:
+                rows, source = transformed(step, rows), f"step {name!r}"
+            except Exception:  # not all steps take rows like these
+                return
+
+
+def transformed(step: Any, rows: np.ndarray) -> np.ndarray:
+    """Return what a step makes of rows, dense and in float32, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rows that are of no photograph
+        found = step.transform(rows)
+    return np.asarray(found.toarray() if issparse(found) else found, np.float32)
 
 
 def _augmentation_of_predictions(model: FineTuned) -> Augmentation | None:

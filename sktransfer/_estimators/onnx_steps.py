@@ -16,7 +16,7 @@ from sklearn.ensemble import VotingClassifier
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.utils.validation import check_is_fitted
 
-from sktransfer._estimators.exported import parameters_of
+from sktransfer._estimators.exported import parameters_of, transformed
 from sktransfer._optional import load_optional
 from sktransfer._training.onnx_file import OPSET, OPSET_ML
 
@@ -77,11 +77,8 @@ def _transformed(step: Any, samples: list[np.ndarray]) -> list[np.ndarray]:
     """Return what a step makes of rows; those that it does not take are left out."""
     found = []
     for rows in samples:
-        with warnings.catch_warnings(), suppress(Exception):
-            warnings.simplefilter("ignore")  # of rows that are noise
-            rows = step.transform(rows)
-            rows = rows.toarray() if issparse(rows) else rows
-            found.append(np.asarray(rows, np.float32))
+        with suppress(Exception):
+            found.append(transformed(step, rows))
     return found
 
 
