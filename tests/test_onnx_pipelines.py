@@ -10,16 +10,18 @@ from networks import small
 from PIL import Image
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.cluster import KMeans
 from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import StackingClassifier
+from sklearn.ensemble import StackingClassifier, VotingClassifier
 from sklearn.frozen import FrozenEstimator
 from sklearn.gaussian_process import GaussianProcessClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -238,6 +240,9 @@ STEPS = [
     (LinearSVC(), 2, "scores"),
     (SGDClassifier(random_state=0), 2, "scores"),
     (SVC(), 3, "scores"),
+    (SVC(decision_function_shape="ovo"), 3, "scores"),
+    (SVC(decision_function_shape="ovo"), 4, "scores"),
+    (SVC(decision_function_shape="ovo"), 2, "scores"),
     (GridSearchCV(RidgeClassifier(), {"alpha": [1, 10]}, cv=2), 2, "scores"),
     (CalibratedClassifierCV(LinearSVC(), cv=2), 3, "probabilities"),
     (StackingClassifier([("a", LogisticRegression())], cv=2), 3, "probabilities"),
@@ -264,9 +269,50 @@ def test_steps_say_what_scikit_learn_says(step, n_classes, output):
     np.testing.assert_allclose(found[output], expected.reshape(24, -1), atol=1e-4)
 
 
+@pytest.mark.parametrize("voting", ["hard", "soft"])
+@pytest.mark.parametrize("labels", [["é", "a, b", "c"], [10, -3, 7], [False, True]], ids=str)
+@pytest.mark.parametrize("weights", [None, [3, 1, 2, 9]], ids=str)
+def test_a_vote_on_labels_that_are_no_numbers_from_0(voting, labels, weights, tiles, tmp_path):
+    pytest.importorskip("skl2onnx")
+    _, paths, _ = tiles
+    members = [("a", LogisticRegression()), ("b", KNeighborsClassifier(3)), ("c", GaussianNB())]
+    vote = VotingClassifier([*members, ("d", "drop")], voting=voting, weights=weights)
+    X = extractor().transform(paths)
+    y = np.array(labels)[np.argsort(np.argsort(X[:, 0])) * len(labels) // len(X)]
+    rows = StandardScaler().fit_transform(X)
+    vote.fit(rows, y)
+    (model,) = step_models([("vote", vote)], "rows")
+    session = session_of(model.SerializeToString())
+    names = [output.name for output in session.get_outputs()]
+    assert names == (["label"] if voting == "hard" else ["label", "probabilities"])
+    found = dict(zip(names, session.run(None, {"rows": rows}), strict=True))
+    expected = vote.predict(rows)
+    assert len(set(expected)) == len(labels)
+    np.testing.assert_array_equal(found["label"], expected)
+    if voting == "soft":
+        np.testing.assert_allclose(found["probabilities"], vote.predict_proba(rows), atol=1e-4)
+    assert vote.flatten_transform and vote.weights is weights  # left as it was
+
+
+def test_distances_to_clusters_in_front_of_a_classifier(tiles, tmp_path):
+    """Of a step in the middle, only what it transforms is written."""
+    pytest.importorskip("skl2onnx")
+    _, paths, labels = tiles
+    model = make_pipeline(extractor(), KMeans(3, random_state=0), LogisticRegression())
+    model.fit(paths, labels)
+    found = outputs(to_onnx(model, tmp_path / "model.onnx"), map(pixels, paths[::8]))
+    expected = model.predict_proba(paths[::8])
+    np.testing.assert_allclose(found["probabilities"], expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "step, reason",
     [
+        (KNeighborsClassifier(3, weights="distance"), "Pass weights='uniform'; export_openvino"),
+        (
+            StackingClassifier([("a", LogisticRegression()), ("b", SVC())], cv=2),
+            "ONNX Runtime can't run what skl2onnx writes",
+        ),
         (OneVsRestClassifier(LinearSVC()), "computes other numbers than the step itself"),
         (CalibratedClassifierCV(LinearSVC(), method="isotonic", cv=2), "Pass method='sigmoid'"),
         (GaussianProcessClassifier(), r"operators of \['com.microsoft'\]"),
@@ -279,6 +325,21 @@ def test_steps_that_skl2onnx_writes_wrongly_or_not_at_all(step, reason):
     X = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
     with pytest.raises(ValueError, match=f"Step 'last', a .*can't be exported: .*{reason}"):
         step_models([("last", step.fit(X, np.arange(24) % 2))], "rows")
+
+
+@pytest.mark.parametrize("solver", ["full", "randomized"])
+def test_components_that_are_rounding_are_not_whitened(solver):
+    """Of doubled images: 6 different ones have 5 components."""
+    pytest.importorskip("skl2onnx")
+    X = np.random.default_rng(0).normal(3, 1, (6, 12)).astype(np.float32)
+    X = np.concatenate([X] * 30)
+    step = PCA(8, whiten=True, svd_solver=solver, random_state=0).fit(X)
+    with pytest.raises(ValueError, match=r"'pca', .* of 3 of its 8 .*n_components=5 or whiten="):
+        step_models([("pca", step)], "rows")
+    for step in (PCA(5, whiten=True, svd_solver=solver, random_state=0), PCA(8)):
+        (model,) = step_models([("pca", step.fit(X))], "rows")
+        (found,) = session_of(model.SerializeToString()).run(None, {"rows": X})
+        np.testing.assert_allclose(found, step.transform(X), atol=1e-4)
 
 
 def test_labels_of_several_targets(tmp_path):
@@ -312,6 +373,13 @@ def test_a_step_that_cannot_be_exported_is_named(tiles, tmp_path):
     unfitted = make_pipeline(extractor(), LogisticRegression())
     with pytest.raises(ValueError, match="Step 'logisticregression', a LogisticRegr.* not fitted"):
         to_onnx(unfitted, target)
+    unfitted = make_pipeline(extractor(), StandardScaler(), LogisticRegression())
+    with pytest.raises(ValueError, match="Step 'standardscaler', a StandardScaler, is not fitted"):
+        to_onnx(unfitted, target)
+    wider = make_pipeline(extractor(), StandardScaler(), SVC()).fit(paths[::4], labels[::4])
+    wider[0].set_params(layer="all")
+    with pytest.raises(ValueError, match="'standardscaler', .* of 16 .* the network gives 36 now"):
+        to_onnx(wider, target)
     assert not list(tmp_path.iterdir())
 
 

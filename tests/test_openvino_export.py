@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.base import clone
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier, VotingClassifier
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.metrics.pairwise import linear_kernel
@@ -40,9 +40,15 @@ from sktransfer import (
 from sktransfer._cli import main
 from sktransfer._engine import quantising
 from sktransfer._engine.openvino_program import core  # one a process
-from sktransfer._estimators.exported import steps_of
+from sktransfer._estimators.exported import (
+    network_of,
+    rows_in_float32,
+    smooth_noise,
+    steps_of,
+)
+from sktransfer._estimators.openvino_check import Case, check_file
 from sktransfer._estimators.openvino_steps import steps_module
-from sktransfer._training.openvino_file import rows_part
+from sktransfer._training.openvino_file import WrongFile, rows_part
 from sktransfer._training.openvino_scaling import scaling
 from sktransfer.models import Backbone
 from sktransfer.transforms import Preprocessing
@@ -288,9 +294,25 @@ def test_heads_on_a_network_in_8_bits(in_8_bits, tiles, tmp_path):
         expected = getattr(model, method)(X[::8])
         assert near(found.reshape(expected.shape), expected, 1e-4), what
         assert np.ptp(expected, 0).max() > 0.01 * np.abs(expected).max()  # images are told apart
-    tuned = FineTunedClassifier(in_8_bits, unfreeze=1, max_epochs=1).fit(paths, labels)
-    with pytest.raises(ValueError, match="blocks of this FineTunedClassifier were trained: pass"):
-        export_openvino(tuned, tmp_path / "model.xml", precision="int8")
+
+
+def test_trained_blocks_in_8_bits(in_8_bits, tiles, tmp_path):
+    """The file is the network in 8 bits with its trained blocks, and the trained head."""
+    _, paths, labels = tiles
+    X = np.stack([np.asarray(Image.open(file).resize((44, 36))) for file in paths])
+    options = {"max_epochs": 4, "lr": 0.03, "random_state": 0}
+    tuned = FineTunedClassifier(in_8_bits, unfreeze=1, **options).fit(X, labels)
+    path = export_openvino(tuned, tmp_path / "model.xml", precision="int8")
+    _, found = said(path, [X[::8].transpose(0, 3, 1, 2)])
+    first = tuned.to_feature_extractor().set_params(precision="int8")
+    with torch.inference_mode():
+        rows = torch.from_numpy(first.transform(X[::8]))
+        expected = tuned.net_.module_.head(rows).softmax(1).numpy()
+    assert near(found, expected, 1e-4)
+    assert near(found, tuned.predict_proba(X[::8]), 0.1)
+    start = PretrainedFeatureExtractor(in_8_bits, precision="int8")
+    assert not near(rows.numpy(), start.transform(X[::8]), 0.1)  # its blocks are other ones
+    assert path.read_text().count("FakeQuantize") > 3
 
 
 # ------------------------------------------------------------------------------ steps
@@ -320,6 +342,8 @@ STEPS = [
     (SVC(), 2),
     (SVC(), 4),
     (SVC(kernel="linear", decision_function_shape="ovo"), 4),
+    (SVC(decision_function_shape="ovo"), 3),
+    (SVC(decision_function_shape="ovo"), 2),
     (SVC(kernel="poly", gamma=0.5, coef0=1), 3),
     (SVC(kernel="sigmoid", gamma=0.1), 3),
     (SVC(probability=True, random_state=0), 2),
@@ -377,19 +401,23 @@ def test_steps_of_rows_far_from_noise():
 @pytest.mark.parametrize(
     "step, reason",
     [
-        (RandomForestClassifier(2), "it is none of the steps .*\\. to_onnx takes it"),
+        (RandomForestClassifier(2), "it is none of the steps .*\\. to_onnx may take it"),
         (SVC(probability=True), "probabilities of several classes .* pass probability=False"),
         (NuSVC(), "was fitted with probability=False: fit it again"),
         (SVC(kernel=linear_kernel), "kernel must be linear, rbf, poly or sigmoid"),
         (KNeighborsClassifier(metric="manhattan"), "metric must be euclidean"),
         (SGDClassifier(loss="modified_huber"), "probabilities with loss='modified_huber'"),
         (LogisticRegression(), "not fitted: call fit first"),
+        (PCA(whiten=True), "of 1 of its 5 components .* Fit it with n_components=4 or whiten=Fal"),
+        (VotingClassifier([("a", LogisticRegression())]), "none of the steps .* to_onnx may take"),
     ],
     ids=lambda value: str(value).partition(" at 0x")[0][:45],  # nor addresses
 )
 @pytest.mark.filterwarnings("ignore:The `probability` parameter:FutureWarning")
 def test_steps_that_cannot_be_written(step, reason):
     X = np.random.default_rng(0).normal(size=(24, 5)).astype(np.float32)
+    if isinstance(step, PCA):
+        X[:, 4] = X[:, 3]
     if not isinstance(step, LogisticRegression):
         n_classes = 2 if isinstance(step, NuSVC) else 3
         step.fit(X, np.arange(24) % n_classes)
@@ -491,13 +519,63 @@ class Otherwise(torch.nn.Module):
 def test_a_file_that_says_something_else_is_not_kept(tmp_path):
     shifted = Shifted(size=(32, 32), resize=(32, 32))
     model = PretrainedFeatureExtractor(Backbone(small(), shifted))
-    (tmp_path / "model.xml").write_text("older")
+    for name in ("model.xml", "model.bin"):
+        (tmp_path / name).write_text("older")
     with pytest.raises(ValueError, match="The Shifted of this network brings images to its size"):
         export_openvino(model, tmp_path / "model.xml")
-    with pytest.raises(ValueError, match="The file says something else than the model"):
+    message = r"The rows .* test image \d .*column \d+ is .*, expected .*; to_onnx may take this"
+    with pytest.raises(ValueError, match=message):
         export_openvino(PretrainedFeatureExtractor(Otherwise()), tmp_path / "model.xml")
-    assert os.listdir(tmp_path) == ["model.xml"]
-    assert (tmp_path / "model.xml").read_text() == "older"
+    assert sorted(os.listdir(tmp_path)) == ["model.bin", "model.xml"]
+    assert {(tmp_path / name).read_text() for name in os.listdir(tmp_path)} == {"older"}
+
+
+def case_of(first, steps, **options):
+    network = network_of("first", first, is_last=not steps)
+    images = smooth_noise(network.preprocessing.shape[0], network.preprocessing.resize)
+    rows = rows_in_float32(network, network.preprocessing.fit_size(images)).numpy()
+    return Case(images, rows, steps, **{"is_in_8_bits": False, **options})
+
+
+def test_each_image_of_the_check_must_agree(tiles, tmp_path):
+    """One image of five that is off by more than the tolerance is an error, in each precision."""
+    _, paths, labels = tiles
+    model = make_pipeline(extractor(), StandardScaler(), KNeighborsClassifier(3))
+    model.fit(paths, labels)
+    path = export_openvino(model, tmp_path / "model.xml")
+    case = case_of(model[0], model.steps[1:])
+    check_file(path, case)
+    rows = case.rows.copy()
+    rows[3, 5] += 0.05 * np.abs(rows).max()
+    with pytest.raises(WrongFile, match=r"The rows .* by the model: of test image 3 .* column 5"):
+        check_file(path, case._replace(rows=rows))
+    check_file(path, case._replace(rows=rows, is_in_8_bits=True))
+    rows[3, 5] += 0.1 * np.abs(rows).max()
+    with pytest.raises(WrongFile, match="of test image 3"):
+        check_file(path, case._replace(rows=rows, is_in_8_bits=True))
+    other = KNeighborsClassifier(3).fit(model[:2].transform(paths), labels[::-1])
+    with pytest.raises(WrongFile, match="The results of the file are others than by the model"):
+        check_file(path, case._replace(steps=[model.steps[1], ("other", other)]))
+    with pytest.raises(WrongFile, match=r"have the shape \(5, 2\), and \(5, 3\) by the model"):
+        check_file(path, case._replace(rows=np.zeros((5, 3), np.float32), steps=[]))
+
+
+def test_a_batch_must_say_what_its_images_say_alone(tmp_path):
+    """The file adds the number of images to what it says of each."""
+    op = openvino.opset13
+    images = op.parameter(openvino.PartialShape([-1, 3, -1, -1]), np.uint8, name="images")
+    means = op.reduce_mean(op.convert(images, "f32"), np.array([2, 3]), False)
+    n_images = op.convert(op.gather(op.shape_of(images), np.array([0]), np.array(0)), "f32")
+    model = openvino.Model([op.result(op.add(means, n_images))], [images], "of_batches")
+    model.inputs[0].get_tensor().set_names({"images"})
+    openvino.serialize(model, tmp_path / "model.xml")
+    noise = smooth_noise(3, (8, 9))
+    case = Case(noise, noise.float().mean((2, 3)).numpy() + 1, [], is_in_8_bits=False)
+    with pytest.raises(WrongFile, match="In a batch, the rows .* than by each image alone"):
+        check_file(tmp_path / "model.xml", case)
+    model.reshape([1, 3, -1, -1])
+    openvino.serialize(model, tmp_path / "one.xml")
+    check_file(tmp_path / "one.xml", case)
 
 
 def test_a_disk_that_is_full(tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from scipy.sparse import issparse
 from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
+from torch.nn.functional import interpolate
 
 from sktransfer._engine.augmentation import Augmentation
 from sktransfer._engine.embedding import Rows
@@ -19,6 +24,7 @@ from sktransfer._estimators.detection import FineTunedDetector
 from sktransfer._estimators.pretrained import PretrainedFeatureExtractor, embedding_of
 from sktransfer._estimators.pretrained_classifier import PretrainedClassifier, logits_of
 from sktransfer._estimators.supervised import FineTuned
+from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.whole import (
     OUTPUTS,
     MeanOverViews,
@@ -31,6 +37,8 @@ from sktransfer.models import Backbone
 from sktransfer.models._modules import copy_of
 from sktransfer.transforms import Preprocessing
 
+N_IMAGES = 5  # by which files are compared with their models
+
 
 class Frozen(NamedTuple):
     """What of a frozen network makes its rows, and all that follows them."""
@@ -39,6 +47,7 @@ class Frozen(NamedTuple):
     of_view: nn.Module  # takes the rows of one view, side by side
     augmentation: Augmentation | None  # makes the views of an image; None: the image alone
     of_mean: nn.Module  # takes the mean over the views of what `of_view` returns
+    backbone: Backbone  # that the rows are those of
 
 
 class ExportedNetwork(NamedTuple):
@@ -147,7 +156,7 @@ def _of_rows(
     runner, preprocessing = embedding.runner, embedding.preprocessing
     augmentation = augmentation_of(embedding)
     network = _over_views(RowsNetwork(embedding), augmentation)
-    frozen = Frozen(embedding.wanted, nn.Identity(), augmentation, behind)
+    frozen = Frozen(embedding.wanted, nn.Identity(), augmentation, behind, runner.backbone)
     whole = nn.Sequential(network, behind)
     return ExportedNetwork(preprocessing, output, runner, whole, frozen, labels_of(labels))
 
@@ -156,11 +165,10 @@ def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
     check_is_fitted(model, "plan_")
     trainer, last = model.trainer(), model.last_layer()
     augmentation = _augmentation_of_predictions(model)
-    blocks, part = trainer.frozen, trainer.net.module_
+    blocks = trainer.frozen
     frozen = None
-    if not len(part.blocks):
-        head = nn.Sequential(copy_of(part.head).cpu(), last).eval().requires_grad_(False)
-        frozen = Frozen(blocks.rows, head, augmentation, nn.Identity())
+    if not len(trainer.net.module_.blocks):
+        frozen = _with_head(model, blocks.rows, blocks.runner.backbone)
     return ExportedNetwork(
         blocks.preprocessing,
         OUTPUTS[trainer.settings.kind],
@@ -169,6 +177,65 @@ def _of_fine_tuned(model: FineTuned) -> ExportedNetwork:
         frozen,
         labels_of(getattr(model, "classes_", None)),
     )
+
+
+def frozen_again(model: FineTuned) -> Frozen:
+    """Return a fine-tuned network with its trained blocks as they are now, and its head."""
+    embedding = embedding_of(model.to_feature_extractor())
+    return _with_head(model, embedding.wanted, embedding.runner.backbone)
+
+
+def _with_head(model: FineTuned, rows: list[Output], backbone: Backbone) -> Frozen:
+    head = nn.Sequential(copy_of(model.trainer().net.module_.head).cpu(), model.last_layer())
+    head = head.eval().requires_grad_(False)
+    return Frozen(rows, head, _augmentation_of_predictions(model), nn.Identity(), backbone)
+
+
+def smooth_noise(n_channels: int, sides: tuple[int, int]) -> torch.Tensor:
+    """Return uint8 images (n, c, height, width)."""
+    random = np.random.RandomState(0)
+    noise = random.randint(256, size=(N_IMAGES, n_channels, 9, 9)).astype(np.float32)
+    return interpolate(torch.from_numpy(noise), sides, mode="bilinear").to(torch.uint8)
+
+
+def rows_in_float32(network: ExportedNetwork, fitted: torch.Tensor) -> torch.Tensor:
+    """Return what torch makes of images of the network's size, 0 to 255."""
+    with network_lock.shared(), float32_by_default():
+        return network.module(fitted)
+
+
+def example_rows(network: ExportedNetwork) -> np.ndarray:
+    """Return rows that a network makes of images that are noise."""
+    images = smooth_noise(network.preprocessing.shape[0], network.preprocessing.size)
+    return rows_in_float32(network, images).numpy()
+
+
+def check_widths(rows: np.ndarray, steps: list[tuple[str, Any]]) -> None:
+    """Raise an error if a step is not fitted, or was on rows of another width than it gets."""
+    for name, step in steps:
+        check_is_fitted(step, msg=f"Step {name!r}, a %(name)s, is not fitted: call fit first.")
+    source = "the network"
+    for number, (name, step) in enumerate(steps, 1):
+        width = getattr(step, "n_features_in_", rows.shape[1])
+        if width != rows.shape[1]:
+            raise ValueError(
+                f"Step {name!r}, a {type(step).__name__}, was fitted on rows of {width} features, "
+                f"and {source} gives {rows.shape[1]} now: it was changed after fit. Fit the "
+                "pipeline again."
+            )
+        if number < len(steps):
+            try:
+                rows, source = transformed(step, rows), f"step {name!r}"
+            except Exception:  # not all steps take rows like these
+                return
+
+
+def transformed(step: Any, rows: np.ndarray) -> np.ndarray:
+    """Return what a step makes of rows, dense and in float32, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rows that are of no photograph
+        found = step.transform(rows)
+    return np.asarray(found.toarray() if issparse(found) else found, np.float32)
 
 
 def _augmentation_of_predictions(model: FineTuned) -> Augmentation | None:

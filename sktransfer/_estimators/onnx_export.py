@@ -9,7 +9,13 @@ from typing import Any
 from sklearn.utils.validation import check_is_fitted
 
 from sktransfer._estimators.detection import FineTunedDetector
-from sktransfer._estimators.exported import labels_of, network_of, steps_of
+from sktransfer._estimators.exported import (
+    check_widths,
+    example_rows,
+    labels_of,
+    network_of,
+    steps_of,
+)
 from sktransfer._estimators.onnx_steps import step_models
 from sktransfer._training.onnx_detector import detector_models
 from sktransfer._training.onnx_file import OPSET, rows_model, write_onnx
@@ -43,8 +49,8 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     ------
     ValueError, TypeError
         If a step can't be exported; the message names it and says why. Each step of scikit-learn
-        is compared with what skl2onnx writes of it, on some rows, by ONNX Runtime where that is
-        installed: other numbers are an error.
+        is compared with what skl2onnx writes of it, on noise and on rows that the network makes, by
+        ONNX Runtime where that is installed: other numbers are an error.
 
     See Also
     --------
@@ -61,7 +67,8 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
 
     The outputs are `label` and `probabilities` of a classifier of scikit-learn, or `scores` if it
     has no probabilities, what `decision_function` says: of two classes one column, else one for
-    each. Of truth values, `label` is 0 or 1. There is `variable` of other last steps;
+    each; `label` alone if it has neither, such as a `VotingClassifier` with `voting="hard"`. Of
+    truth values, `label` is 0 or 1. There is `variable` of other last steps;
     `probabilities` or `values` of a network of this library; `rows` of an extractor alone. The
     metadata have the labels of the columns as a JSON list under `labels`.
 
@@ -90,7 +97,9 @@ def to_onnx(model: Any, path: str | os.PathLike) -> Path:
     tails: list[Any] = []
     labels = network.labels
     if len(steps) > 1:
-        tails = step_models(steps[1:], network.output)
+        rows = example_rows(network)
+        check_widths(rows, steps[1:])
+        tails = step_models(steps[1:], network.output, rows)
         labels = labels_of(getattr(steps[-1][1], "classes_", None))
     model = rows_model(network.module, network.preprocessing, network.output)
     metadata = {"labels": labels, "backbone": network.name}

@@ -6,32 +6,39 @@ import functools
 import os
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.functional import interpolate
 
 from sktransfer._engine.augmentation import fixed_views
 from sktransfer._engine.device import INT8
-from sktransfer._engine.openvino_program import core, reason_of
+from sktransfer._engine.openvino_program import core
 from sktransfer._engine.runner import get_runner
 from sktransfer._engine.runtime import why_not_after_fork
 from sktransfer._estimators.detection import FineTunedDetector
-from sktransfer._estimators.exported import ExportedNetwork, labels_of, network_of, steps_of
+from sktransfer._estimators.exported import (
+    ExportedNetwork,
+    check_widths,
+    example_rows,
+    frozen_again,
+    labels_of,
+    network_of,
+    rows_in_float32,
+    smooth_noise,
+    steps_of,
+)
+from sktransfer._estimators.openvino_check import Case, check_file
 from sktransfer._estimators.openvino_steps import method_of, steps_module
 from sktransfer._memory.memory import check_memory
 from sktransfer._optional import load_optional
 from sktransfer._threads import renewed_in_forks
-from sktransfer._torch_state import float32_by_default, network_lock
 from sktransfer._training.openvino_file import (
-    WrongFile,
     network_parts,
     quantised_parts,
+    rows_part,
     scaling_model,
     whole_model,
     write_model,
@@ -49,12 +56,7 @@ _OUTPUTS = {
     "decision_function": "scores",
     "transform": "rows",
 }
-# By how much, as a share of the largest value, a file may differ from its model, of images that are
-# not scaled. What is written wrongly is far off.
-_TOLERANCES = {"int8": 0.3, "bfloat16": 1e-2, "float32": 1e-2}
 _SHARE_OF_PIXELS = 0.01  # that may be off by more than 1
-_N_IMAGES = 5  # by which they are compared
-_SHARE_OF_IMAGES = 0.6  # that must agree: of noise, some lies between two classes
 # One thread exports at a time: a file has two parts, and all threads share the filters of warnings.
 _exporting = renewed_in_forks(threading.Lock())
 
@@ -89,8 +91,10 @@ def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "fl
     ------
     ValueError, TypeError
         If a step can't be exported; the message names the step and the reason. Before the file gets
-        its name, it is run on a few images: if its results are not those of the model, this is an
-        error, and no file is left.
+        its name, it is run on five images, one by one and all at once. Of each of them, the rows of
+        the network must be those of the model to 0.001 of the largest value, in 8 bits to 0.1; and
+        what follows them must be what scikit-learn makes of the file's rows, to 0.001. If not, the
+        message names the image and the numbers, and a file that has this name stays as it is.
 
     See Also
     --------
@@ -121,7 +125,9 @@ def export_openvino(model: Any, path: str | os.PathLike, *, precision: str = "fl
     `KNeighborsClassifier`. The last two compare each image with all support vectors or training
     rows, which takes `4 * n_images * n_rows * n_features` bytes.
 
-    Of a fine-tuned network, 8 bits are for `unfreeze=0`, a head on the frozen network.
+    Of a fine-tuned network whose blocks were trained, 8 bits take the blocks as they are now, and
+    the head that was trained on their rows in float32: compare the predictions of the file with
+    those of the model on images of your own.
 
     Examples
     --------
@@ -147,9 +153,9 @@ def _export(model: Any, target: Path, precision: str) -> None:
     network = network_of(name, first, is_last=not steps)
     tail = steps_module(steps)
     _check_network(network)
-    _check_widths(network, steps)
+    check_widths(example_rows(network), steps)
     make = _parts_in_8_bits if precision == INT8 else _parts_in_float32
-    parts, rows_of = make(network, tail, first)
+    parts, rows_of = make(network, first)
     output, labels = network.output, network.labels
     if steps:
         last = steps[-1][1]
@@ -161,14 +167,14 @@ def _export(model: Any, target: Path, precision: str) -> None:
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
     }
 
-    def check(graph: Path) -> None:
-        images = _smooth_noise(network.preprocessing.shape[0], network.preprocessing.resize)
-        fitted = network.preprocessing.fit_size(images)
-        expected = _results_of(steps, rows_of(fitted))
-        _check_file(graph, images, expected, _TOLERANCES[precision])
-
-    whole = whole_model(network.preprocessing, parts, output)
-    write_model(whole, target, network.preprocessing, facts, check)
+    images = smooth_noise(network.preprocessing.shape[0], network.preprocessing.resize)
+    rows = rows_of(network.preprocessing.fit_size(images)).numpy()
+    case = Case(images, rows, steps, precision == INT8)
+    behind = rows_part(tail, rows.shape[1]) if steps else None
+    whole = whole_model(network.preprocessing, parts, behind, output)
+    write_model(
+        whole, target, network.preprocessing, facts, functools.partial(check_file, case=case)
+    )
 
 
 def _check_precision(precision: Any) -> None:
@@ -217,50 +223,19 @@ def _check_network(network: ExportedNetwork) -> None:
     _check_scaling(network.preprocessing)
 
 
-def _parts_in_float32(
-    network: ExportedNetwork, tail: nn.Module, first: Any
-) -> tuple[list[Any], _RowsOf]:
-    """Return models of OpenVINO of a network and what follows it, and how torch makes its rows."""
-    parts = network_parts(nn.Sequential(network.module, tail), network.preprocessing)
-    return parts, functools.partial(_rows_in_float32, network)
+def _parts_in_float32(network: ExportedNetwork, first: Any) -> tuple[list[Any], _RowsOf]:
+    """Return models of OpenVINO of a network, and how torch makes its rows."""
+    parts = network_parts(network.module, network.preprocessing)
+    return parts, functools.partial(rows_in_float32, network)
 
 
-def _rows_in_float32(network: ExportedNetwork, fitted: torch.Tensor) -> torch.Tensor:
-    with network_lock.shared(), float32_by_default():
-        return network.module(fitted)
-
-
-def _check_widths(network: ExportedNetwork, steps: list[tuple[str, Any]]) -> None:
-    """Raise an error if a step was fitted on rows of another width than it gets."""
-    blank = torch.zeros(1, *network.preprocessing.shape, dtype=torch.uint8, device="cpu")
-    rows, source = _rows_in_float32(network, blank).numpy(), "the network"
-    for number, (name, step) in enumerate(steps, 1):
-        if step.n_features_in_ != rows.shape[1]:
-            raise ValueError(
-                f"Step {name!r}, a {type(step).__name__}, was fitted on rows of "
-                f"{step.n_features_in_} features, and {source} gives {rows.shape[1]} now: it was "
-                "changed after fit. Fit the pipeline again."
-            )
-        if number < len(steps):
-            rows, source = np.asarray(step.transform(rows)), f"step {name!r}"
-
-
-def _parts_in_8_bits(
-    network: ExportedNetwork, tail: nn.Module, first: Any
-) -> tuple[list[Any], _RowsOf]:
+def _parts_in_8_bits(network: ExportedNetwork, first: Any) -> tuple[list[Any], _RowsOf]:
     """Return the same as `_parts_in_float32`, of the network in 8 bits.
 
     The rows are those of the programs by which an extractor with this precision computes.
     """
-    frozen = network.frozen
-    if frozen is None:
-        raise ValueError(
-            f"precision='int8' is for frozen networks, and some blocks of this "
-            f"{type(first).__name__} were trained: pass precision='float32' or 'bfloat16', or fit "
-            "it with unfreeze=0."
-        )
-    given, preprocessing = network.runner.backbone, network.preprocessing
-    runner = get_runner(given, "cpu", INT8, "openvino", image_size=preprocessing.size)
+    frozen, preprocessing = network.frozen or frozen_again(first), network.preprocessing
+    runner = get_runner(frozen.backbone, "cpu", INT8, "openvino", image_size=preprocessing.size)
     memory = check_memory(first.memory)
     folder = None if memory is None else memory.companions
     quantised = runner.in_8_bits(preprocessing, folder, bool(first.verbose))
@@ -274,24 +249,17 @@ def _parts_in_8_bits(
         of_views = torch.stack([frozen.of_view(torch.cat(each)) for each in rows])
         return frozen.of_mean(of_views.mean(0))
 
-    behind = frozen.of_view, frozen.augmentation, nn.Sequential(frozen.of_mean, tail)
+    behind = frozen.of_view, frozen.augmentation, frozen.of_mean
     return quantised_parts(quantised, frozen.rows, *behind), rows_of
 
 
 # ------------------------------------------------------------------------------ comparison
 
 
-def _smooth_noise(n_channels: int, sides: tuple[int, int]) -> torch.Tensor:
-    """Return uint8 images (n, c, height, width)."""
-    random = np.random.RandomState(0)
-    noise = random.randint(256, size=(_N_IMAGES, n_channels, 9, 9)).astype(np.float32)
-    return interpolate(torch.from_numpy(noise), sides, mode="bilinear").to(torch.uint8)
-
-
 def _check_scaling(preprocessing: Preprocessing) -> None:
     """Raise an error if a preprocessing does something else than what its settings say."""
     height, width = preprocessing.resize
-    images = _smooth_noise(preprocessing.shape[0], (height * 5 // 4 + 3, width * 4 // 3 + 5))
+    images = smooth_noise(preprocessing.shape[0], (height * 5 // 4 + 3, width * 4 // 3 + 5))
     program = core().compile_model(scaling_model(preprocessing), "CPU")
     found = program({"images": images.numpy()})[0].transpose(0, 3, 1, 2)
     off = np.abs(found.astype(int) - preprocessing.fit_size(images).numpy())
@@ -300,34 +268,3 @@ def _check_scaling(preprocessing: Preprocessing) -> None:
             f"The {type(preprocessing).__name__} of this network brings images to its size by "
             "other ways than Preprocessing, which can't be written."
         )
-
-
-def _results_of(steps: list[tuple[str, Any]], rows: torch.Tensor) -> np.ndarray:
-    """Return what the steps behind a network make of its rows, by scikit-learn."""
-    results = rows.numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scikit-learn, which the user has heard
-        for number, (_, step) in enumerate(steps, 1):
-            method = "transform" if number < len(steps) else method_of(step)
-            results = np.asarray(getattr(step, method)(results), np.float32)
-    return results.reshape(len(rows), -1)
-
-
-def _check_file(graph: Path, images: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
-    """Raise an error if a file says something else than its model, or other things of a batch."""
-    try:
-        settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        compiled = core().compile_model(core().read_model(graph), "CPU", settings)
-        found = [np.concatenate([compiled({"images": x.numpy()})[0] for x in images.split(1)])]
-        if compiled.inputs[0].get_partial_shape()[0].is_dynamic:  # it takes several at once
-            found.append(compiled({"images": images.numpy()})[0])
-    except Exception as error:  # OpenVINO's own, of what it can't compile
-        raise WrongFile(f"OpenVINO can't run what is written: {reason_of(error)}") from error
-    most = tolerance * max(np.abs(expected).max(), 1e-12)
-    for each in found:
-        has_shape = each.shape == expected.shape
-        if not has_shape or (np.abs(each - expected).max(1) <= most).mean() < _SHARE_OF_IMAGES:
-            raise WrongFile(
-                "The file says something else than the model, so it is not kept. to_onnx may take "
-                "this model."
-            )

@@ -30,7 +30,7 @@ from sklearn.svm import SVC, LinearSVC, NuSVC
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sktransfer._estimators.onnx_steps import step_models
+from sktransfer._estimators.onnx_steps import check_whitening, noise, rows_between, step_models
 
 _N_ROWS = 16  # by which a module is compared with its step
 _TOLERANCE = 1e-3  # of the largest value
@@ -262,6 +262,7 @@ def _max_abs(step: MaxAbsScaler) -> nn.Module:
 
 def _pca(step: PCA) -> nn.Module:
     scale = 1.0
+    check_whitening(step)
     if step.whiten:
         tiny = np.finfo(step.explained_variance_.dtype).eps
         scale = 1 / np.maximum(np.sqrt(step.explained_variance_), tiny)[:, np.newaxis]
@@ -388,7 +389,8 @@ def _checked(step: Any) -> nn.Module:
         module = make(step)
     if not hasattr(step, "n_features_in_"):  # of steps that need no fit
         raise ValueError("it is not fitted, which says how many features it takes: call fit first")
-    rows = _example_rows(step)
+    rows = rows_between(step, _N_ROWS)
+    rows = noise(step, _N_ROWS) if rows is None else rows
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of rows like these
         expected = np.asarray(getattr(step, method_of(step))(rows)).reshape(_N_ROWS, -1)
@@ -400,26 +402,12 @@ def _checked(step: Any) -> nn.Module:
     return module
 
 
-def _example_rows(step: Any) -> np.ndarray:
-    """Return rows on which a module is compared with its step.
-
-    They are noise or, of a step that keeps rows, points between two of those: far from them,
-    rounding decides which is the nearest, and kernels are 0.
-    """
-    random = np.random.RandomState(0)
-    known = getattr(step, "support_vectors_", getattr(step, "_fit_X", None))
-    if known is None:
-        return random.standard_normal((_N_ROWS, step.n_features_in_)).astype(np.float32)
-    first, second = known[random.randint(len(known), size=(2, _N_ROWS))]
-    return (0.7 * first + 0.3 * second).astype(np.float32)
-
-
 def _other_way(name: str, step: Any) -> str:
-    """Return a sentence that says that `to_onnx` takes a step; empty if it does not."""
+    """Return a sentence that says that `to_onnx` may take a step; empty if it does not."""
     try:
         step_models([(name, step)], "rows")
     except ImportError:
         return " to_onnx takes more steps."
     except Exception:  # whatever skl2onnx says of a step that it can't write either
         return ""
-    return " to_onnx takes it."
+    return " to_onnx may take it."

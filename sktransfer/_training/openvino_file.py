@@ -22,6 +22,8 @@ from sktransfer._training.openvino_scaling import scaling
 from sktransfer._training.whole import facts_of, text_of
 from sktransfer.transforms import Preprocessing
 
+_ROWS = "sktransfer/rows/"  # what makes the rows of the network is called so in a file
+
 
 class _Views(nn.Module):
     """From images with channels last to their views: first one view of all images, and so on."""
@@ -97,30 +99,50 @@ def _converted(module: nn.Module, example: torch.Tensor) -> Any:
         raise ValueError(f"OpenVINO can't take this network: {reason_of(error)}") from error
 
 
-def whole_model(preprocessing: Preprocessing, models: Sequence[Any], output: str) -> Any:
+def whole_model(
+    preprocessing: Preprocessing, network: Sequence[Any], behind: Any, output: str
+) -> Any:
     """Return one model from images of any size.
 
     Parameters
     ----------
     preprocessing : Preprocessing
-    models : sequence of openvino.Model
+    network : sequence of openvino.Model
         Each takes what the one before it returns, the first one uint8 images (n, h, w, c).
+    behind : openvino.Model or None
+        Takes the rows of the network; None if these are the results.
     output : str
         What the output is called.
     """
     from openvino import Model, opset13
 
-    images, source = scaling(preprocessing)
-    source = source.output(0)
-    for model in models:
-        given = model.inputs[0]
-        shape = given.get_partial_shape()
-        shape[0] = -1
-        model.reshape({given: shape})
-        for use in model.get_parameters()[0].output(0).get_target_inputs():
-            use.replace_source_output(source)
-        source = model.get_results()[0].input_value(0)
+    images, fitted = scaling(preprocessing)
+    source = fitted.output(0)
+    for model in network:
+        source = _continued(source, model)
+    if behind is not None:
+        source.get_node().set_friendly_name(f"{_ROWS}{source.get_index()}")
+        source = _continued(source, behind)
     return _named(Model([opset13.result(source)], [images], "sktransfer"), output)
+
+
+def _continued(source: Any, model: Any) -> Any:
+    """Return what a model makes of a source, for any number of images."""
+    given = model.inputs[0]
+    shape = given.get_partial_shape()
+    shape[0] = -1
+    model.reshape({given: shape})
+    for use in model.get_parameters()[0].output(0).get_target_inputs():
+        use.replace_source_output(source)
+    return model.get_results()[0].input_value(0)
+
+
+def add_rows(model: Any) -> Any:
+    """Return a copy of a `whole_model` whose second output are the rows of the network."""
+    copied = model.clone()
+    (node,) = [op for op in copied.get_ops() if op.get_friendly_name().startswith(_ROWS)]
+    copied.add_outputs(node.output(int(node.get_friendly_name().removeprefix(_ROWS))))
+    return copied
 
 
 def scaling_model(preprocessing: Preprocessing) -> Any:
