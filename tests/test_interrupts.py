@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import fcntl
+import gc
 import multiprocessing
 import os
 import signal
@@ -30,7 +31,7 @@ from sktransfer._torch_state import (
     network_lock,
     ready_to_train,
 )
-from sktransfer.io import _decoding, load_image
+from sktransfer.io import _decoding, _messages, load_image
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -237,6 +238,9 @@ def test_ctrl_c_leaves_no_pil_image_locked():
         ctrl_c.during(load_image, image)
         assert ctrl_c.where
         assert not _decoding._lock_of(image).locked(), ctrl_c.where
+    del ctrl_c
+    gc.collect()  # of what decoded nothing is left, so nothing is said of it any more
+    assert _messages._current("where") is _messages._current("warnings") is None
 
 
 # The lock of the networks, and torch's default ----------------------------------------------------

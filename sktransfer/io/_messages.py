@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,34 @@ from sktransfer._threads import called_once
 # Pillow logs errors of TIFF files, which Python would print where no handler is set.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-_said = threading.local()  # by libtiff and Pillow, in this thread
+# What this thread decodes, and what libtiff and Pillow say of it. Each is a weak reference: Ctrl-C
+# may cut off what would take it away, and then it is gone with what decoded.
+_said = threading.local()
+
+
+class _Where(str):
+    """A row and its file."""
+
+
+class _Lines(list[str]):
+    """What was said."""
+
+
+def _current(name: str) -> Any:
+    """Return what `_said` refers to by a name, or None."""
+    reference = getattr(_said, name, None)
+    return None if reference is None else reference()
+
+
+@contextmanager
+def _refers_to(name: str, value: Any) -> Iterator[None]:
+    """Let `_said` refer to a value by a name."""
+    before = getattr(_said, name, None)
+    try:
+        setattr(_said, name, weakref.ref(value))
+        yield
+    finally:
+        setattr(_said, name, before)
 
 
 class _ThreadsWarnings:
@@ -31,7 +59,7 @@ class _ThreadsWarnings:
     """
 
     def warn(self, message: Any, category: Any = UserWarning, stacklevel: int = 1) -> None:
-        said, where = getattr(_said, "warnings", None), getattr(_said, "where", None)
+        said, where = _current("warnings"), _current("where")
         is_of_size = category is Image.DecompressionBombWarning
         if said is not None and not is_of_size:
             said.append(str(message))
@@ -50,25 +78,18 @@ class _ThreadsWarnings:
 @contextmanager
 def speaking_of(where: str) -> Iterator[None]:
     """Say in this thread of which row and file Pillow warns."""
-    before = getattr(_said, "where", None)
-    _said.where = where
-    try:
+    words = _Where(where)
+    with _refers_to("where", words):
         yield
-    finally:
-        _said.where = before
 
 
 @contextmanager
 def pillow_warnings() -> Iterator[list[str]]:
     """Collect what Pillow warns of in this thread."""
     _listen_to_pillow()
-    before = getattr(_said, "warnings", None)
-    said: list[str] = []
-    _said.warnings = said
-    try:
+    said = _Lines()
+    with _refers_to("warnings", said):
         yield said
-    finally:
-        _said.warnings = before
 
 
 @functools.cache
@@ -83,11 +104,9 @@ def _listen_to_pillow() -> None:
 def libtiff_messages() -> Iterator[list[str]]:
     """Collect what libtiff says in this thread, and would print."""
     _set_libtiff_handler()
-    _said.lines = []
-    try:
-        yield _said.lines
-    finally:
-        _said.lines = None
+    lines = _Lines()
+    with _refers_to("lines", lines):
+        yield lines
 
 
 @called_once
@@ -103,7 +122,7 @@ def _set_libtiff_handler() -> Any:
     format_text.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p]
 
     def take(module: bytes | None, text: bytes, values: int | None) -> None:
-        lines = getattr(_said, "lines", None)
+        lines = _current("lines")
         if lines is None:
             printed(module, text, values)
             return
