@@ -10,6 +10,7 @@ those that follow each other; processor time is that of all turns.
 
     files, resnet50, torch  embeddings of JPEG files, no memory: EfficientNet-Lite0 and ResNet50 by
                             OpenVINO, EfficientNet-Lite0 by torch
+    layers, int8            EfficientNet-Lite0 by OpenVINO: mean and maximum of all layers; 8 bits
     one                     ten images one by one, from paths
     cold, warm              embeddings of small files into an empty memory, and out of a full one
     head                    a fit of the head on features that the memory has
@@ -60,8 +61,8 @@ def extractor(backbone: str, **options: Any) -> PretrainedFeatureExtractor:
     return PretrainedFeatureExtractor(backbone, weights=weights_of(backbone), **options)
 
 
-def embed(backbone: str, runtime: str, files: list[str], folder: str) -> Callable[[], Any]:
-    return partial(extractor(backbone, runtime=runtime).transform, files)
+def embed(backbone: str, files: list[str], folder: str, **options: Any) -> Callable[[], Any]:
+    return partial(extractor(backbone, **options).transform, files)
 
 
 def embed_one_by_one(files: list[str], folder: str) -> Callable[[], Any]:
@@ -111,9 +112,11 @@ def labels(files: list[str]) -> list[str]:
 
 
 JOBS = {
-    "files": Job(partial(embed, "efficientnet_lite0", "openvino"), 96),
-    "resnet50": Job(partial(embed, "resnet50", "openvino"), 24),
-    "torch": Job(partial(embed, "efficientnet_lite0", "torch"), 24),
+    "files": Job(partial(embed, "efficientnet_lite0"), 96),
+    "resnet50": Job(partial(embed, "resnet50"), 24),
+    "torch": Job(partial(embed, "efficientnet_lite0", runtime="torch"), 24),
+    "layers": Job(partial(embed, "efficientnet_lite0", layer="all", pooling=("avg", "max")), 96),
+    "int8": Job(partial(embed, "efficientnet_lite0", precision="int8"), 96),
     "one": Job(embed_one_by_one, 10),
     "cold": Job(fill_memory, 200, SMALL),
     "warm": Job(read_memory, 500, SMALL),

@@ -113,7 +113,7 @@ class _Fetched:
 
 def fetch(x: torch.Tensor) -> Any:
     """Return a tensor as an array, or as what becomes one while the GPU goes on."""
-    return _Fetched(x) if x.device.type == "cuda" else x.cpu().numpy()
+    return _Fetched(x) if x.is_cuda else x.cpu().numpy()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

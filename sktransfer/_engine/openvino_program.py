@@ -98,6 +98,7 @@ class OpenVinoProgram:
         # What computes nothing is not worth a call of OpenVINO, whose result would be its input.
         self._pass_on: Callable[[torch.Tensor], Any] | None = None
         self._idle: list[Any] = []  # requests, each with buffers of its own
+        self._joined: dict[int, int] = {}  # widths of rows that are one result, by their places
         inputs = [example, (example / 2).to(example.dtype)]
         if file is None or not self._read(file, inputs):
             self._make(make_module(), inputs, file)
@@ -109,10 +110,11 @@ class OpenVinoProgram:
         found = [[torch.from_numpy(y) for y in results] for results in kept.expected]
         expected, mine = found[: len(inputs)], found[len(inputs) :]
         try:
+            self._joined = _row_widths(expected[0])
             self._compiled = core().import_model(kept.blob, "CPU", self._settings)
             # It was compared whole before it was written.
             self._check(inputs, expected, n_inputs=1, mine=mine)
-        except Exception:  # OpenVINO's own, of what it can't import
+        except Exception:  # OpenVINO's own, of what it can't import, among them
             file.remove()
             self._idle = []
             return False
@@ -124,6 +126,7 @@ class OpenVinoProgram:
         with network_lock.shared(), torch.inference_mode():
             results = [module(x) for x in inputs]
         expected = [list(y) if isinstance(y, tuple) else [y] for y in results]
+        self._joined = _row_widths(expected[0])
         try:
             self._compile(module, inputs[0])
             self._check(inputs, expected)
@@ -147,7 +150,7 @@ class OpenVinoProgram:
         self._idle = []
         make_model = getattr(module, "openvino_model", None)
         if make_model is not None:
-            self._compiled = core().compile_model(make_model(), "CPU", self._settings)
+            self._compile_model(make_model())
             return
         # The rest takes longer, and nobody has to wait for it who wants to trace a network.
         with network_lock.shared():
@@ -156,7 +159,11 @@ class OpenVinoProgram:
         # A call of the traced graph does not meet torch.fx, which may trace in another thread.
         self._pass_on = traced.forward if _only_moves(model) else None
         if self._pass_on is None:
-            self._compiled = core().compile_model(model, "CPU", self._settings)
+            self._compile_model(model)
+
+    def _compile_model(self, model: Any) -> None:
+        model = _with_joined_rows(model) if self._joined else model
+        self._compiled = core().compile_model(model, "CPU", self._settings)
 
     def _compile_again(
         self,
@@ -190,8 +197,9 @@ class OpenVinoProgram:
 
         # Named, to live until the results are copied: they may lie in it.
         shared = _channels_last(x).numpy()
-        request.infer({0: openvino.Tensor(shared, shared_memory=True)})
-        return _maps_first([torch.from_numpy(t.data.copy()) for t in request.output_tensors])
+        request.infer({0: openvino.Tensor(shared, shared_memory=True)}, share_outputs=True)
+        results = [torch.from_numpy(t.data.copy()) for t in request.output_tensors]
+        return _maps_first(_apart(results, self._joined) if self._joined else results)
 
     def _idle_request(self) -> Any:
         try:
@@ -245,6 +253,35 @@ class OpenVinoProgram:
             if self._precision not in TOLERANCE:
                 _compare(results, known.setdefault(i, results), "exact", what)
         self._idle = requests
+
+
+def _row_widths(results: Sequence[torch.Tensor]) -> dict[int, int]:
+    """Return the widths of the rows among results, by their places; nothing if it is one row."""
+    widths = {place: y.shape[1] for place, y in enumerate(results) if y.ndim == 2}
+    return widths if len(widths) > 1 else {}
+
+
+def _with_joined_rows(model: Any) -> Any:
+    """Return a model of OpenVINO whose rows come side by side, as its first result.
+
+    Each result takes time of its own at every call, and all layers have dozens.
+    """
+    from openvino import Model, opset13
+
+    sources = [result.input_value(0) for result in model.get_results()]
+    ranks = [source.get_partial_shape().rank.get_length() for source in sources]
+    rows = [source for source, rank in zip(sources, ranks, strict=True) if rank == 2]
+    others = [source for source, rank in zip(sources, ranks, strict=True) if rank != 2]
+    results = [opset13.result(opset13.concat(rows, 1)), *map(opset13.result, others)]
+    return Model(results, model.get_parameters(), model.get_friendly_name())
+
+
+def _apart(results: list[torch.Tensor], widths: dict[int, int]) -> list[torch.Tensor]:
+    """Return the results of a model in their places, of which the first is the joined rows."""
+    rows = dict(zip(widths, results[0].split(list(widths.values()), 1), strict=True))
+    others = iter(results[1:])
+    n = len(rows) + len(results) - 1
+    return [rows[place] if place in rows else next(others) for place in range(n)]
 
 
 def _maps_first(results: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -218,7 +218,8 @@ class Program:
     def results(self, batch: torch.Tensor, n: int) -> list[torch.Tensor]:
         """Return the first `n` results for each output, on the device."""
         self.n_images += len(batch)
-        return [x[:n] for x in self._run(to_device(batch, self.device))]
+        results = self._run(to_device(batch, self.device))
+        return results if n == len(batch) else [x[:n] for x in results]
 
 
 def to_device(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -239,6 +240,8 @@ def _batch(
     images: Sequence[torch.Tensor | OfBlock], step: int, device: torch.device
 ) -> torch.Tensor:
     """Return a batch (step, 3, h, w) that repeats its first image; channels last, as they lie."""
+    if len(images) == step == 1 and isinstance(images[0], torch.Tensor):
+        return images[0][None]
     parts: list[torch.Tensor] = []  # (n, h, w, 3)
     for block, group in groupby(images, _block_of):
         if block is None:

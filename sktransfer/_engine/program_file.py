@@ -19,7 +19,7 @@ import torch
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 _HEAD = struct.Struct("<8s16sQ")  # what it is, a digest of what follows, bytes of the results
-_MAGIC = b"skt-prg2"
+_MAGIC = b"skt-prg3"
 _SHARE_OF_DISK = 0.1  # of what is free, that a new file may take
 
 

@@ -27,8 +27,8 @@ from sktransfer.transforms import Preprocessing
 if TYPE_CHECKING:
     from sktransfer._engine.runner import Runner
 
-# The embedding, and the means of what costs nothing there. The other rows. Whole activations.
-_KINDS = ("main", "rows", "whole")
+# Programs, by what they have. Other results in that of the embedding would make it slower.
+_KINDS = ("embedding", "rows", "activations")
 
 
 class _FixedOutputs(nn.Module):
@@ -100,24 +100,21 @@ class QuantisedNetwork:
         model = read_model(self.made.graph, self.made.weights)
         nodes = {node.get_friendly_name(): node for node in model.get_ops()}
         found: dict[str, list[Output]] = {kind: [] for kind in _KINDS}
-        found["main"].append(Output(self.runner.embedding, ACTIVATION))
+        found["embedding"].append(Output(self.runner.embedding, ACTIVATION))
         for position in range(1, self.runner.embedding):
-            name, index = self.made.places[position]
-            if name not in nodes:
+            if self.made.places[position][0] not in nodes:
                 continue
-            is_free = _costs_nothing(nodes[name].output(index))
             for form in ("avg", "max", "token"):
                 if self.runner.can_pool(position, form, self.preprocessing.size):
-                    kind = "main" if is_free and form != "max" else "rows"
-                    found[kind].append(Output(position, form))
-            found["whole"].append(Output(position, ACTIVATION))
+                    found["rows"].append(Output(position, form))
+            found["activations"].append(Output(position, ACTIVATION))
         return found
 
     def _needed(self, output: Output) -> tuple[str, Output]:
         """Return the one program that has what an output takes, and what this is in there."""
         embedding = self.runner.embedding
         if output.position in (None, embedding):
-            return "main", Output(embedding, ACTIVATION)
+            return "embedding", Output(embedding, ACTIVATION)
         wanted = Output(output.position, ACTIVATION) if output.form == "flatten" else output
         for kind in _KINDS:
             if wanted in self._outputs[kind]:
@@ -242,15 +239,6 @@ def _as_it_goes_on(source: Any) -> Any:
     """
     rounded = sorted(_uses(source, "FakeQuantize"), key=lambda node: node.get_friendly_name())
     return rounded[0].output(0) if rounded else source
-
-
-def _costs_nothing(source: Any) -> bool:
-    """Tell whether another use of an activation leaves the others as they are.
-
-    OpenVINO adds a residual as a part of a convolution, unless that residual has another use.
-    """
-    rounded = _uses(source, "FakeQuantize")
-    return not any(_uses(node.output(0), "Add") for node in rounded)
 
 
 class QuantisedNetworks:

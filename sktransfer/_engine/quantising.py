@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sktransfer._engine.runner import Runner
 
 _OTHERS = "Use precision='bfloat16' or 'float32'."
-_VERSION = 1  # of what is done here and in `nncf_child`; another one makes other rows
+_VERSION = 2  # of what is done here and in `nncf_child`; another one makes other rows
 _N_CROPS = 128
 _SMALLEST_CROP = 64  # pixels
 _WARN_BELOW, _REFUSE_BELOW = 0.95, 0.85  # mean cosines of embeddings to those of float32
