@@ -47,10 +47,10 @@ def _share_of_worker() -> float:
 def n_stream_threads(n_jobs: int | None) -> int:
     """Return how many threads take images from files to results, for the `n_jobs` of an estimator.
 
-    With all cores there is one more, so that no core is idle where a thread can't go on.
+    With all cores there are two more, so that no core is idle where threads can't go on.
     """
     n = n_threads(n_jobs)
-    return n + 1 if n > 1 and n_jobs in (None, -1) else n
+    return n + 2 if n > 1 and n_jobs in (None, -1) else n
 
 
 def dask_worker() -> Any:

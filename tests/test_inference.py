@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from networks import small
+from PIL import Image
 from processes import start_code
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -183,6 +184,23 @@ def test_what_was_computed_before_a_bad_image_is_kept(tiles, tmp_path, run_log):
     assert before >= 16
     model.transform(paths)
     assert len(run_log()) == len(paths)
+
+
+def test_a_bad_image_loses_no_other_of_its_task(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3)).astype(np.uint8)
+    paths = [tmp_path / f"{number}.png" for number in range(48)]
+    for path, each in zip(paths, pixels, strict=True):
+        Image.fromarray(each).save(path)
+    paths[17].write_bytes(b"not an image")
+    model = extractor(tmp_path / "m", runtime="openvino", n_jobs=2)
+    with pytest.raises(ValueError, match=r"row 17 .*17\.png"):
+        model.transform(paths)
+    others = [paths[16], paths[18], paths[19]]  # which the same thread loads and runs
+    embedding = embedding_of(model)
+    rows = embedding(check_images(others))
+    assert embedding.n_computed == 0
+    expected = extractor(None, runtime="openvino").transform(others)
+    np.testing.assert_array_equal(rows, expected)
 
 
 def test_an_array_gives_the_rows_of_its_images(tmp_path, run_log):

@@ -363,7 +363,7 @@ def test_all_cores_have_a_spare_thread_but_a_worker_has_its_share():
         return [n_stream_threads(n_jobs) for n_jobs in (None, -1, -64, 1, 2, 3)]
 
     n = joblib.cpu_count()
-    default = n + 1 if n > 1 else 1
+    default = n + 2 if n > 1 else 1
     assert count() == [default, default, 1, 1, 2, 3]
     with joblib.parallel_config("loky", n_jobs=2, inner_max_num_threads=1):
         assert joblib.Parallel()([joblib.delayed(count)()]) == [[1, 1, 1, 1, 2, 3]]

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -195,10 +196,12 @@ class OpenVinoProgram:
     def _infer(self, x: torch.Tensor, request: Any) -> list[torch.Tensor]:
         import openvino
 
-        # Named, to live until the results are copied: they may lie in it.
-        shared = _channels_last(x).numpy()
-        request.infer({0: openvino.Tensor(shared, shared_memory=True)}, share_outputs=True)
-        results = [torch.from_numpy(t.data.copy()) for t in request.output_tensors]
+        # By NumPy: each operation of torch costs more, and lets another thread in between. Named,
+        # to live until the results are copied: they may lie in it.
+        shared = x.numpy()
+        shared = np.ascontiguousarray(shared.transpose(0, 2, 3, 1) if x.ndim == 4 else shared)
+        found = request.infer(openvino.Tensor(shared, shared_memory=True), share_outputs=True)
+        results = [torch.from_numpy(y.copy()) for y in found.to_tuple()]
         return _maps_first(_apart(results, self._joined) if self._joined else results)
 
     def _idle_request(self) -> Any:

@@ -124,7 +124,7 @@ class PretrainedFeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMix
         that does not fit into the memory is halved, with a warning.
     n_jobs : int or None, default=None
         Threads that read and decode images and, with OpenVINO, run the network. None or -1: one a
-        core and a spare one, or what joblib leaves to a worker process.
+        core and two spare ones, or what joblib leaves to a worker process.
     verbose : int, default=0
         1 shows a progress bar.
 
