@@ -14,7 +14,8 @@ conversion is.
 `accuracy`: ELPV, p > 0.5, the five 75/25 splits of `elpv.py`, and scikit-learn's digits, five-fold;
 an SVM (C=10) and a logistic regression (C=0.01) on standardised features, trained and tested in
 one precision. `files`: the sides of `throughput.py`; the bare forward pass in 8 bits is NNCF's
-network without any layer but the last, one image at a time in a stream on each core. `exported`:
+network without any layer but the last, one image at a time in a stream on each core; "decoding and
+bare" is the simplest program that does both: each thread decodes an image and runs it. `exported`:
 photographs of 500 × 375 pixels that are decoded already; files of `export_openvino` scale them too,
 one at a time in a stream on each core, as `transform` does. "off" is the largest difference of rows
 to those of `transform` in that precision, as a share of the largest value.
@@ -28,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,22 @@ from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit, cro
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
-from throughput import Case, Job, build_decoding, build_embetter, build_img2vec, build_loader
+from throughput import (
+    Case,
+    Job,
+    build_decoding,
+    build_embetter,
+    build_img2vec,
+    build_loader,
+    decode_and_resize,
+)
 from torch import nn
 
 from sktransfer import PretrainedFeatureExtractor, export_openvino, get_model
 from sktransfer._cli import benchmark as _benchmark
 from sktransfer._engine.quantising import calibration_images
 from sktransfer._engine.runner import get_runner
+from sktransfer._threads import one_core_threads
 from sktransfer.models import Backbone
 
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -219,8 +228,8 @@ def build_files(backbone: str, precision: str, files: list[str]) -> Built:
     return Built(lambda: model.transform(files), {"images": len(files)})
 
 
-def build_bare(backbone: str, n: int) -> Built:
-    """Build a side whose turn is OpenVINO's forward pass in 8 bits, and nothing else."""
+def build_bare(backbone: str, n: int, files: list[str] | None = None) -> Built:
+    """Build a side whose turn is OpenVINO's forward pass in 8 bits, behind decoding if at all."""
     import openvino
     from openvino import opset13
 
@@ -239,11 +248,17 @@ def build_bare(backbone: str, n: int) -> Built:
     compiled = core.compile_model(model, "CPU", settings)
     crops = calibration_images(loaded.preprocessing)
     requests = [compiled.create_infer_request() for _ in range(n_cores)]
-    threads = ThreadPoolExecutor(n_cores)
+    threads = one_core_threads(n_cores)
+
+    def image(k: int) -> np.ndarray:
+        if files is None:
+            return crops[k % len(crops)]
+        decoded = decode_and_resize(files[k], loaded.preprocessing, "torchvision")
+        return np.ascontiguousarray(decoded.transpose(1, 2, 0))
 
     def part(i: int) -> None:
         for k in range(i, n, n_cores):
-            requests[i].infer({0: crops[k % len(crops)][None]})
+            requests[i].infer({0: image(k)[None]})
 
     def run() -> None:
         list(threads.map(part, range(n_cores)))
@@ -265,6 +280,7 @@ def files(args: argparse.Namespace) -> None:
                 bare = backbone, "openvino", p, args.images, 32, (1,), False
                 named[f"bare {p}"] = (build_forward, *bare)
             named["bare int8"] = build_bare, backbone, args.images
+            named["decoding and bare int8"] = build_bare, backbone, args.images, paths
             named = {
                 n: (prepared, backbone, n.split()[-1], args.kept, *build)
                 for n, build in named.items()

@@ -379,6 +379,24 @@ def damages(whole):
         yield whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
 
 
+REPORTS = """
+import sys, threading
+import numpy as np
+from sktransfer import PretrainedFeatureExtractor
+X = np.zeros((2, 32, 32, 3), np.uint8)
+PretrainedFeatureExtractor(image_size=32, runtime="openvino").transform(X)
+assert "openvino" in sys.modules
+found = [name for name in sys.modules if name.startswith("openvino_telemetry")]
+import openvino_telemetry  # whoever wants it gets it
+print(found, [thread.name for thread in threading.enumerate() if "Pool" in thread.name])
+"""
+
+
+def test_openvino_is_imported_without_its_reports():
+    pytest.importorskip("openvino_telemetry")
+    assert run_code(REPORTS).stdout == "[] []\n"
+
+
 def test_a_damaged_file_is_compiled_anew(tmp_path):
     x, network = torch.rand(1, 3, 32, 32), Wide()
     expected = kept_program(tmp_path, network)(x)[0]

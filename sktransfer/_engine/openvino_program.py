@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,9 +28,26 @@ _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")  # OpenVINO's names of
 @called_once
 def core() -> Any:
     # One a process: the end of one of several made Ctrl-C a segmentation fault.
-    import openvino
+    openvino = _imported()
+    made = openvino.Core()
+    # What this knows of NumPy it finds out at its first array: two threads with the first ones
+    # could wait for each other forever.
+    _ = openvino.Tensor(np.zeros(1, np.float32)).data
+    return made
 
-    return openvino.Core()
+
+def _imported() -> Any:
+    """Import OpenVINO, unless it is, without the part that reports its import over the network.
+
+    That part forks the process while others of its threads hold locks.
+    """
+    if "openvino" in sys.modules or "openvino_telemetry" in sys.modules:
+        return importlib.import_module("openvino")
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        sys.modules.pop("openvino_telemetry", None)
 
 
 def reason_of(error: Exception) -> str:

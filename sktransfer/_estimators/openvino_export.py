@@ -17,7 +17,7 @@ from sktransfer._engine.augmentation import fixed_views
 from sktransfer._engine.device import INT8
 from sktransfer._engine.openvino_program import core
 from sktransfer._engine.runner import get_runner
-from sktransfer._engine.runtime import why_not_after_fork
+from sktransfer._engine.runtime import why_not_after_fork, why_not_imported
 from sktransfer._estimators.detection import FineTunedDetector
 from sktransfer._estimators.exported import (
     ExportedNetwork,
@@ -189,6 +189,7 @@ def _check_target(path: str | os.PathLike, precision: str) -> Path:
         raise RuntimeError(
             f"export_openvino runs what it writes, which can't be done here: {reason}."
         )
+    why_not_imported()  # imports it, without its reports, if it is there
     load_optional("openvino", "export_openvino", extra)
     target = path_in_folder(path)
     if target.suffix != ".xml":
