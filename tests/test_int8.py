@@ -380,7 +380,7 @@ def test_a_full_disk():
 
 def test_a_cpu_without_instructions_is_told(monkeypatch):
     monkeypatch.setattr(runtime, "has_int8", lambda: False)
-    message = r"no instructions for 8 bits \(VNNI\): precision='int8' makes little faster"
+    message = r"no instructions for 8 bits \(VNNI\): precision='int8' gains less here"
     with pytest.warns(UserWarning, match=message):
         slow = extractor(get_model(small(3))).transform(pictures())  # and works
     monkeypatch.setattr(runtime, "has_int8", lambda: True)

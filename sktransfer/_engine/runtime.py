@@ -170,8 +170,8 @@ def warn_without_instructions(precision: str, device: torch.device) -> None:
     """Warn if a CPU computes in `bfloat16` or `int8` but has no instructions for it."""
     if precision == "int8" and device.type == "cpu" and not has_int8():
         warnings.warn(
-            "This CPU has no instructions for 8 bits (VNNI): precision='int8' makes little faster "
-            "here. precision='float32' is more exact.",
+            "This CPU has no instructions for 8 bits (VNNI): precision='int8' gains less "
+            "here than on others. precision='float32' is more exact.",
             UserWarning,
             stacklevel=2,
         )

@@ -315,8 +315,8 @@ class Stream(ABC):
             return
         self._ensure_ready()
         if self.in_threads:
-            most, n = min(_TOGETHER, self.batch_size), len(self._images) // 4
-            size = min(most, min(n, len(rows)) // self.n_threads)
+            for_each = min(len(rows), len(self._images) // 4) // self.n_threads  # some tasks each
+            size = min(_TOGETHER, self.batch_size, for_each)
         else:  # threads that only load take Python's lock from each other: so few tasks for a batch
             n_tasks = 2 * self.n_threads
             size = min(self.batch_size // min(_TASKS, n_tasks), len(self._images) // n_tasks)
