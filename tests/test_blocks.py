@@ -9,6 +9,7 @@ import torchvision
 from packaging.version import Version
 from timm.models import register_notrace_module
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
@@ -482,6 +483,22 @@ def test_own_network():
     assert [traced.shape(i) for i in (1, 3, 4, 5)] == [(8, 9, 14), (8, 9, 14), (8,), (5,)]
 
 
+class ByKeyword(nn.Module):
+    """Names the arguments of functions that are skipped where only shapes are wanted."""
+
+    def forward(self, x):
+        x = F.layer_norm(input=x, normalized_shape=x.shape[1:])
+        return F.batch_norm(
+            input=F.gelu(input=x), running_mean=torch.zeros(8), running_var=torch.ones(8)
+        )
+
+
+def test_a_network_that_names_arguments_of_functions():
+    network = small()
+    network.blocks.insert(1, ByKeyword())
+    check_slices(network, (20, 30))
+
+
 @register_notrace_module
 class AsksForDevice(nn.Module):
     """Computes in float32, as timm's EfficientViT does, with tensors made where it runs."""
@@ -698,6 +715,10 @@ def test_a_norm_still_refuses_sizes_that_are_not_its_own():
     assert norm in blocks._values[32, 32].overwritten  # by what follows
     with pytest.raises(TracingError, match="running_mean should contain"):
         TracedNetwork(network, (40, 40))
+    over_maps = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 30, 30]), nn.ReLU())
+    assert TracedNetwork(over_maps, (32, 32)).shape(1) == (4, 30, 30)
+    with pytest.raises(TracingError, match="normalized_shape"):
+        TracedNetwork(over_maps, (40, 40))
 
 
 # ------------------------------------------------------------------------------ control flow

@@ -20,6 +20,7 @@ from sktransfer._engine.runner import get_runner
 from sktransfer._estimators.pretrained import embedding_of
 from sktransfer._memory.memory import check_memory
 from sktransfer.models import Backbone
+from sktransfer.models._sources import Sources
 from sktransfer.models._weights import fingerprint
 from sktransfer.transforms import Preprocessing
 
@@ -198,6 +199,12 @@ def test_preprocessing_of_another_class_is_another_function():
     Inverted.normalize = lambda self, batch: batch / 2
     keys = {key, runner.key(1, "avg", plain), runner.key(1, "avg", other)}
     assert len(keys) == 3
+
+
+def test_sources_are_read_of_what_no_version_tells():
+    sources = Sources()
+    assert [sources.digest(name) for name in ("torch.nn", "torchvision", "numpy")] == [None] * 3
+    assert sources.digest("timm.layers")
 
 
 # ------------------------------------------------------------------------------ rows

@@ -7,6 +7,7 @@ never change, and each result comes from one of them alone, whatever else is ask
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,18 +90,21 @@ class QuantisedNetwork:
         check_loss(runner, made)
         self.runner, self.preprocessing, self.made = runner, preprocessing, made
         self._n_cores = n_cores
-        self._kinds: dict[Output, str] = {}
-        self._outputs = self._fixed_outputs()
         self._programs: dict[tuple[str, int], OpenVinoProgram] = {}
 
     # ------------------------------------------------------------------------ fixed outputs
 
-    def _fixed_outputs(self) -> dict[str, list[Output]]:
-        """Return what each program has, which depends on the network alone."""
+    def _outputs(self, kind: str) -> list[Output]:
+        """Return what a program has, which depends on the network alone."""
+        if kind == "embedding":
+            return [Output(self.runner.embedding, ACTIVATION)]
+        return self._of_layers[kind]
+
+    @functools.cached_property
+    def _of_layers(self) -> dict[str, list[Output]]:
         model = read_model(self.made.graph, self.made.weights)
-        nodes = {node.get_friendly_name(): node for node in model.get_ops()}
-        found: dict[str, list[Output]] = {kind: [] for kind in _KINDS}
-        found["embedding"].append(Output(self.runner.embedding, ACTIVATION))
+        nodes = {node.get_friendly_name() for node in model.get_ops()}
+        found: dict[str, list[Output]] = {"rows": [], "activations": []}
         for position in range(1, self.runner.embedding):
             if self.made.places[position][0] not in nodes:
                 continue
@@ -117,7 +121,7 @@ class QuantisedNetwork:
             return "embedding", Output(embedding, ACTIVATION)
         wanted = Output(output.position, ACTIVATION) if output.form == "flatten" else output
         for kind in _KINDS:
-            if wanted in self._outputs[kind]:
+            if wanted in self._outputs(kind):
                 return kind, wanted
         raise ValueError(refusal(self.runner, f"it has no {output.form!r} at that layer"))
 
@@ -188,7 +192,7 @@ class QuantisedNetwork:
             with torch.inference_mode():
                 found: dict[tuple[str, Output], torch.Tensor] = {}
                 for kind, program in programs.items():
-                    values = zip(self._outputs[kind], program(batch), strict=True)
+                    values = zip(self._outputs(kind), program(batch), strict=True)
                     found |= {(kind, output): value for output, value in values}
                 return [self._row(found[needed[output]], output, head) for output in outputs]
 
@@ -204,7 +208,7 @@ class QuantisedNetwork:
             settings = INT8, self._n_cores, n_streams, file
             try:
                 program = OpenVinoProgram(
-                    lambda: _FixedOutputs(self, self._outputs[kind]), example, *settings
+                    lambda: _FixedOutputs(self, self._outputs(kind)), example, *settings
                 )
             except Exception as error:  # OpenVINO's own, of what it can't compile
                 raise ValueError(refusal(self.runner, reason_of(error))) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.resources
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from sktransfer._bars import tqdm
@@ -74,12 +76,9 @@ def calibration_images(preprocessing: Preprocessing, n: int | None = None) -> np
         )
     # The numbers of this older generator never change.
     random = np.random.RandomState(0)
-    from sklearn.datasets import load_sample_images  # here, as it imports readers of all formats
-
-    photos = load_sample_images().images
     images = []
     for i in range(_N_CROPS if n is None else n):
-        photo = photos[i % 2]
+        photo = _photograph(("china.jpg", "flower.jpg")[i % 2])
         side = random.randint(_SMALLEST_CROP, min(photo.shape[:2]) + 1)
         top, left = (random.randint(0, length - side + 1) for length in photo.shape[:2])
         crop = photo[top : top + side, left : left + side]
@@ -88,6 +87,14 @@ def calibration_images(preprocessing: Preprocessing, n: int | None = None) -> np
         pixels = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
         images.append(preprocessing.fit_size(pixels).permute(1, 2, 0).numpy())
     return np.stack(images)
+
+
+@functools.lru_cache(2)
+def _photograph(name: str) -> np.ndarray:
+    """Return one of scikit-learn's photographs, without an import of all of its data sets."""
+    file = importlib.resources.files("sklearn") / "datasets" / "images" / name
+    with file.open("rb") as content, Image.open(content) as image:
+        return np.asarray(image)
 
 
 def _grey(image: np.ndarray) -> np.ndarray:

@@ -189,16 +189,18 @@ class _ShapesOnly(TorchFunctionMode):
     On the meta device, torch takes them apart in Python, which made up most of the propagation.
     """
 
-    _SKIPPED = (F.hardtanh, F.relu6, F.hardswish, F.silu, F.gelu)
+    _SKIPPED = (F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish, F.silu, F.gelu)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in self._SKIPPED and args[0].is_floating_point():
+        if func in self._SKIPPED and args and args[0].is_floating_point():
             # A tensor counts how often it is changed in place.
             return args[0].zero_() if kwargs.get("inplace") else torch.empty_like(args[0])
         if func is F.batch_norm and not kwargs["training"] and _fits(*args):
+            return torch.empty_like(args[0])
+        if func is F.layer_norm and tuple(args[0].shape[-len(args[1]) :]) == tuple(args[1]):
             return torch.empty_like(args[0])
         return func(*args, **kwargs)
 

@@ -56,14 +56,16 @@ class Sources:
     def digest(self, module: str) -> str | None:
         """Return the digest of a module; None if its files may not be what is loaded, or are none.
 
-        This is so of what is not installed, and of what was changed since this process began.
+        This is so of what is not installed, of what was changed since this process began, and of
+        what is known by its version.
         """
         if module not in self._known:
             self._known[module] = self._find(module)
         return self._known[module]
 
     def _find(self, module: str) -> str | None:
-        if not any(site in (file_of(module) or "") for site in _SITES):
+        file = file_of(module) or ""
+        if is_known_by_version(module, file) or not any(site in file for site in _SITES):
             return None
         digest = xxhash.xxh3_128()
         for name in sorted(_modules_used_by(module)):
