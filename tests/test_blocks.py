@@ -58,13 +58,10 @@ COUNTS = {
 }
 N_BLOCKS = {name: count for count, names in COUNTS.items() for name in names.split()}
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
-# Others of a family differ in how many blocks of which width they have. All of them take a minute.
+# Others of a family differ in how many blocks of which width they have, and small networks of each
+# are looked at below. All of them take a minute.
 ALL = "SKTRANSFER_TEST_ALL" in os.environ
-OF_A_FAMILY = set(
-    "convnext_tiny densenet121 efficientnet_b1 efficientnet_v2_s maxvit_t mnasnet0_75 "
-    "regnet_x_400mf regnet_y_800mf resnext50_32x4d shufflenet_v2_x1_0 swin_s swin_v2_t vgg13_bn "
-    "vit_b_32 wide_resnet50_2".split()
-)
+OF_A_FAMILY = set("convnext_tiny efficientnet_b1 resnext50_32x4d shufflenet_v2_x1_0".split())
 
 
 def small_vgg(norm):
@@ -111,37 +108,44 @@ FAMILIES = {
 }
 
 VIT = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+OF_64 = {"img_size": 64}
+# Before timm 1.0.31, two tensors led from one unit to the next: there was nothing to cut at.
+DPN = 23 if Version(timm.__version__) >= Version("1.0.31") else 2
 # name -> number of blocks, image size, what makes the network take such small images, and what
-# makes a small network of the family, whose slices are run
+# makes a small network of the family, whose slices are run, with its number of blocks
 TIMM = {
-    "resnet50": (17, 64, {}, {"layers": (1, 1, 1, 1)}),
-    "convnextv2_tiny": (22, 64, {}, {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}),
-    "vit_small_patch14_dinov2": (13, 56, {"img_size": 56}, VIT),
-    "vit_small_patch16_dinov3": (13, 64, {"img_size": 64}, VIT),
-    "vit_base_patch16_clip_224": (13, 64, {"img_size": 64}, VIT),
-    "vit_base_patch16_siglip_224": (13, 64, {"img_size": 64}, VIT),
-    "deit3_small_patch16_224": (13, 64, {"img_size": 64}, VIT),
-    "deit_small_distilled_patch16_224": (13, 64, {"img_size": 64}, VIT),
+    "resnet50": (17, 64, {}, {"layers": (1, 1, 1, 1)}, 5),
+    "convnextv2_tiny": (22, 64, {}, {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}, 7),
+    "vit_small_patch14_dinov2": (13, 56, {"img_size": 56}, VIT, 3),
+    "vit_small_patch16_dinov3": (13, 64, OF_64, VIT, 3),
+    "vit_base_patch16_clip_224": (13, 64, OF_64, VIT, 3),
+    "vit_base_patch16_siglip_224": (13, 64, OF_64, VIT, 3),
+    "deit3_small_patch16_224": (13, 64, OF_64, VIT, 3),
+    "deit_small_distilled_patch16_224": (13, 64, OF_64, VIT, 3),
     "swin_tiny_patch4_window7_224": (
         16,
         112,
         {"img_size": 112},
         {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16},
+        6,
     ),
-    "eva02_small_patch14_336": (13, 56, {"img_size": 56}, VIT),
-    "mobilenetv4_conv_small": (19, 64, {}, {}),
-    "efficientvit_b1": (17, 64, {}, {"depths": (1, 1, 2, 2)}),
-    "regnety_016": (28, 64, {}, {}),
-    "nfnet_l0": (17, 64, {}, {}),
-    "maxvit_tiny_tf_224": (13, 64, {"img_size": 64}, {"depths": (1, 1, 1, 1)}),
-    "coatnet_0_rw_224": (15, 64, {"img_size": 64}, {"depths": (1, 1, 1, 1)}),
-    "hiera_tiny_224": (13, 64, {"img_size": 64}, {"embed_dim": 16, "stages": (1, 1, 2, 1)}),
-    "caformer_s18": (23, 64, {}, {}),
-    "tf_efficientnet_lite0": (18, 64, {}, {}),
-    # Before timm 1.0.31, two tensors led from one unit to the next: there was nothing to cut at.
-    "dpn68": (23 if Version(timm.__version__) >= Version("1.0.31") else 2, 64, {}, {}),
-    "hrnet_w18_small": (5, 64, {}, {}),
+    "eva02_small_patch14_336": (13, 56, {"img_size": 56}, VIT, 3),
+    "mobilenetv4_conv_small": (19, 64, {}, {}, 19),
+    "efficientvit_b1": (17, 64, {}, {"depths": (1, 1, 2, 2)}, 9),
+    "regnety_002": (14, 64, {}, {}, 14),
+    "test_nfnet": (9, 64, {}, {}, 9),
+    "maxvit_tiny_tf_224": (13, 64, OF_64, {"depths": (1, 1), "embed_dim": (32, 32)}, 4),
+    "coatnet_0_rw_224": (15, 64, OF_64, {"depths": (1, 1, 1, 1)}, 5),
+    "hiera_tiny_224": (13, 64, OF_64, {"embed_dim": 16, "stages": (1, 1, 2, 1)}, 6),
+    "caformer_s18": (23, 64, {}, {}, 23),
+    "tf_efficientnet_lite0": (18, 64, {}, {}, 18),
+    "dpn68": (DPN, 64, {}, {}, DPN),
+    "hrnet_w18_small": (5, 64, {}, {}, 5),
 }
+# Of these, large ones have more blocks than the small one, which are of the same kinds.
+TIMM_WITHOUT_WEIGHTS = "efficientvit_b1 resnet50 vit_small_patch14_dinov2".split()
+if ALL:
+    TIMM_WITHOUT_WEIGHTS = [name for name, (*_, small, _) in TIMM.items() if small]
 
 
 class WithoutWeights(TorchFunctionMode):
@@ -162,7 +166,7 @@ def torchvision_network(name):
 
 
 def timm_network(name, **options):
-    _, _, at_that_size, _ = TIMM[name]
+    _, _, at_that_size, *_ = TIMM[name]
     return timm.create_model(name, pretrained=False, **at_that_size, **options).eval()
 
 
@@ -244,15 +248,12 @@ def test_torchvision_without_weights(name):
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name):
     torch.manual_seed(0)
-    n_blocks, size, _, small = TIMM[name]
+    _, size, _, small, n_blocks = TIMM[name]
     traced = check_slices(draw(timm_network(name, **small)), (size, size))
-    if small:
-        assert len(traced.names) < n_blocks
-    else:
-        assert len(traced.names) == n_blocks
+    assert len(traced.names) == n_blocks
 
 
-@pytest.mark.parametrize("name", [name for name, (*_, small) in TIMM.items() if small])
+@pytest.mark.parametrize("name", TIMM_WITHOUT_WEIGHTS)
 def test_timm_without_weights(name):
     traced = trace_timm_without_weights(name)
     assert len(traced.names) == TIMM[name][0]

@@ -173,12 +173,13 @@ def test_predict_numbers(several, tmp_path, capsys):
 
 
 def test_fit_searches_for_the_depth(tiles, tmp_path, capsys):
-    root, files, _ = tiles
+    root, files = tmp_path / "photos", tiles[1]
+    shutil.copytree(tiles[0], root, ignore=shutil.ignore_patterns("1?.jpg"))
     path, memory = tmp_path / "model.skops", tmp_path / "memory"
     arguments = ["--depth", "auto", "--max-epochs", 1, "--memory", memory, "--test-size", 0]
     out = run(capsys, "fit", root, "-o", path, "--image-size", 32, *arguments)
     assert "accuracy in the search" in out and "--depth auto took " in out
-    assert "held out" not in out and "trained on 40 images" in out
+    assert "held out" not in out and "trained on 20 images" in out
     assert len(rows_of(run(capsys, "predict", path, files[0], "--csv"))) == 1
 
 
@@ -376,7 +377,7 @@ def test_the_commands_of_the_guide(tiles, tmp_path, monkeypatch, capsys):
         words = line.partition("#")[0].split()[1:]
         if words[0] in ("fit", "embed", "rank", "classify", "benchmark"):
             words += ["--image-size", "32"]  # for speed
-        fewer = {"fit": "--max-epochs 1", "rank": "--cv 2", "benchmark": "--splits 1"}
+        fewer = {"fit": "--max-epochs 1", "rank": "--cv 2", "benchmark": "--splits 1 --depths 0"}
         words += fewer.get(words[0], "").split()
         run(capsys, *words)
 
@@ -630,23 +631,23 @@ def test_an_argument_is_quoted_without_escape_sequences(capsys):
 
 def test_unreadable_images_are_skipped_and_listed(tiles, place, model, tmp_path, capsys):
     root, bad, skip = tmp_path / "photos", tmp_path / "photos" / "china" / "bad.jpg", []
-    shutil.copytree(tiles[0], root)
+    shutil.copytree(tiles[0], root, ignore=shutil.ignore_patterns("1?.jpg"))
     data = bytearray(Path(tiles[1][0]).read_bytes())
     bad.write_bytes(data[:300])  # the header of a file, which shows its damage when it is decoded
     skip = ["--skip-unreadable", *SMALL]
     path, rows = tmp_path / "m.skops", tmp_path / "rows.csv"
     out = run(capsys, "fit", root, "-o", path, *skip)
     assert "skipped, as they can't be read" in out and "bad.jpg" in out
-    assert "trained on 32 images" in out
+    assert "trained on 16 images" in out
     found = rows_of(run(capsys, "predict", path, root, "--csv", "--skip-unreadable"))
-    assert len(found) == 41 and found[-1]["path"] == str(bad)
+    assert len(found) == 21 and found[-1]["path"] == str(bad)
     assert found[-1]["label"] == found[-1]["probability"] == ""
     assert found[-1]["skipped"].endswith("or remove it.")  # in words of the command line
     assert {row["skipped"] for row in found[:-1]} == {""}
     found = json.loads(run(capsys, "predict", path, root, "--json", "--skip-unreadable"))
-    assert len(found["images"]) == 40 and [r["path"] for r in found["skipped"]] == [str(bad)]
+    assert len(found["images"]) == 20 and [r["path"] for r in found["skipped"]] == [str(bad)]
     out = run(capsys, "embed", root, "-o", rows, *skip)
-    assert f"written: {rows} (40 images" in out and "bad.jpg" in out
+    assert f"written: {rows} (20 images" in out and "bad.jpg" in out
     table = pandas.read_csv(rows)
     assert table["path"].iloc[-1] == str(bad) and table["skipped"].notna().sum() == 1
     assert table["skipped"].iloc[-1].endswith("or remove it.")

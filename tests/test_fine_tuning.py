@@ -170,7 +170,7 @@ def test_check_estimator_whole(kind):
 
 def search(paths, labels, memory, n_jobs=None, **grid):
     model = classifier(backbone=compact(), max_epochs=1, memory=memory)
-    return GridSearchCV(model, grid, cv=3, n_jobs=n_jobs, error_score="raise").fit(paths, labels)
+    return GridSearchCV(model, grid, cv=2, n_jobs=n_jobs, error_score="raise").fit(paths, labels)
 
 
 @pytest.mark.parametrize("depths", [[0, 1, 2], [2, 1, 0]])
@@ -211,7 +211,8 @@ def test_calibration_runs_frozen_blocks_once_an_image(tiles, tmp_path, run_log):
 def test_thresholds(tiles, tmp_path):
     _, paths, labels = tiles
     model = classifier(backbone=compact(), max_epochs=1, memory=tmp_path, class_weight="balanced")
-    tuned = TunedThresholdClassifierCV(model, scoring=make_scorer(recall_score, pos_label="flower"))
+    recall = make_scorer(recall_score, pos_label="flower")
+    tuned = TunedThresholdClassifierCV(model, scoring=recall, cv=2)
     tuned.fit(paths[:30], labels[:30])
     assert 0 <= tuned.best_threshold_ < 0.5  # all flowers are found where it is low
     assert recall_score(labels, tuned.predict(paths), pos_label="flower") == 1

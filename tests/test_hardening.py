@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import sys
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -185,6 +186,17 @@ def test_fingerprints_are_the_same_in_every_process(capsys):
     other_seed, *others = run_code(SCRIPT).stdout.splitlines()
     assert seed != other_seed or "PYTHONHASHSEED" in os.environ
     assert prints == others and len(prints) == 3 and prints[-1].endswith(" True")
+
+
+def test_what_is_imported_of_torch_changes_no_fingerprint(monkeypatch):
+    network = small()  # a function of it names torch
+    expected = fingerprint(network)
+    late = types.ModuleType("torch.late")
+    late.__file__ = torch.__file__
+    late.Class = type("Class", (), {"__module__": "torch.late"})
+    monkeypatch.setitem(sys.modules, "torch.late", late)
+    monkeypatch.setattr(torch, "Class", late.Class, raising=False)
+    assert fingerprint(network) == expected
 
 
 class Inverted(Preprocessing):
