@@ -113,7 +113,8 @@ class Describer:
             yield from map(self, value)
         elif isinstance(value, types.ModuleType):
             yield value.__name__
-            yield self._sources.digest(value.__name__) or ""
+            if not is_known_by_version(value.__name__, file_of(value.__name__)):
+                yield self._sources.digest(value.__name__) or ""
         elif isinstance(value, types.CodeType):
             yield value.co_code
             yield from map(self, (value.co_consts, value.co_names, value.co_varnames))
