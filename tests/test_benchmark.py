@@ -344,7 +344,7 @@ def test_the_announcement_counts_what_may_be_an_image_of_a_class(tmp_path):
 
 
 def test_several_classes_and_backbones_on_the_command_line(many_classes, tmp_path, capsys):
-    arguments = ["benchmark", str(many_classes), "--splits", "1", "--image-size", "64"]
+    arguments = ["benchmark", str(many_classes), "--splits", "1", "--image-size", "32"]
     arguments += ["--backbone", "efficientnet_lite0", "--backbone", "efficientnet_lite1"]
     best = tmp_path / "best.skops"
     assert main([*arguments, "--output", str(tmp_path), "--save-best", str(best)]) == 0
@@ -420,7 +420,7 @@ def test_bad_input_ends_with_one_line_and_code_2(tiles, capsys, arguments, messa
 
 def test_the_freezing_depth_on_the_command_line(tiles, tmp_path, capsys):
     root, _, _ = tiles
-    options = ["--image-size", "64", "--splits", "2", "--output", str(tmp_path)]
+    options = ["--image-size", "32", "--splits", "1", "--output", str(tmp_path)]
     assert main(["benchmark", str(root), "--depths", "0,1,blocks.6", *options]) == 0
     out = capsys.readouterr().out
     for depth, trained in (("0", "2,562"), ("1", "414,722"), ("blocks.6", "1,020,162")):

@@ -32,7 +32,7 @@ tr = pytest.importorskip("transformers")
 SIDE = {"size": {"height": 32, "width": 32}}
 TINY = {
     "hidden_size": 32,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 64,
     "image_size": 32,
@@ -70,36 +70,36 @@ def convnext():
 BIT = {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}}
 ALL = "SKTRANSFER_TEST_ALL" in os.environ  # families that differ in little, too
 MODELS = {  # model, its image processor, what of its output counts, blocks, values in the embedding
-    "vit": (vit, lambda: tr.ViTImageProcessor(**SIDE), "logits", 4, 32),
+    "vit": (vit, lambda: tr.ViTImageProcessor(**SIDE), "logits", 3, 32),
     "vit without a head": (
         lambda: tr.ViTModel(tr.ViTConfig(**TINY), add_pooling_layer=False),
         lambda: tr.ViTImageProcessor(**SIDE),
         "last_hidden_state",
-        4,
+        3,
         32,
     ),
     "dinov2": (
         lambda: tr.Dinov2Model(tr.Dinov2Config(**DINO)),
         lambda: tr.BitImageProcessor(**BIT),
         "pooler_output",
-        4,
+        3,
         32,
     ),
     "dinov3": (
         lambda: tr.DINOv3ViTModel(tr.DINOv3ViTConfig(**TINY, num_register_tokens=2)),
         lambda: tr.DINOv3ViTImageProcessor(**SIDE),
         "pooler_output",
-        4,
+        3,
         32,
     ),
-    "siglip": (siglip_model, lambda: tr.SiglipImageProcessor(**SIDE), "pooler_output", 4, 32),
+    "siglip": (siglip_model, lambda: tr.SiglipImageProcessor(**SIDE), "pooler_output", 3, 32),
     "clip": (
         clip_model,
         lambda: tr.CLIPImageProcessor(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
         ),
         "image_embeds",
-        4,
+        3,
         32,
     ),
     "convnext": (
@@ -262,7 +262,7 @@ def test_categories(folders, folder, photos):
     assert set(model.predict(photos)) <= {"cat", "dog", "eel"}
     assert get_model(f"hf:{folders / 'swin'}").categories is None  # LABEL_0 and LABEL_1
     assert get_model(str(folder), None).categories is None  # random weights
-    assert "layers.2" in str(model_summary(f"hf:{folders / 'vit'}"))
+    assert "layers.1" in str(model_summary(f"hf:{folders / 'vit'}"))
 
 
 def test_shards_and_half_precision(folder):
@@ -453,7 +453,7 @@ def of_timm(tmp_path_factory):
     """A folder that timm wrote for its hub."""
     folder = tmp_path_factory.mktemp("timm") / "net"
     torch.manual_seed(0)
-    model = timm.create_model("test_vit2", num_classes=3)
+    model = timm.create_model("test_vit", num_classes=3)
     names = {"label_names": ["a", "b", "c"]}
     timm.models.save_for_hf(model, folder, model_config=names, safe_serialization="both")
     config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]

@@ -43,13 +43,13 @@ def test_a_search_runs_every_image_once(tiles, tmp_path, run_log, n_jobs):
     pipeline = make_pipeline(extractor(tmp_path / "m"), StandardScaler(), SVC())
 
     def search(grid, X, y):
-        GridSearchCV(pipeline, grid, cv=3, n_jobs=n_jobs, error_score="raise").fit(X, y)
+        GridSearchCV(pipeline, grid, cv=2, n_jobs=n_jobs, error_score="raise").fit(X, y)
 
-    grid = {"svc__C": [0.1, 10], "svc__kernel": ["rbf", "linear"]}
+    grid = {"svc__C": [0.1, 10]}
     search(grid, paths[:-1], labels[:-1])
     runs = Counter(run_log())
     assert len(runs) == len(paths) - 1 and set(runs.values()) == {1}
-    search({"svc__C": [2, 3]}, paths[:-1], labels[:-1])
+    search({"svc__C": [2]}, paths[:-1], labels[:-1])
     search(grid, *shuffle(paths[:-1], labels[:-1], random_state=0))
     assert len(run_log()) == len(paths) - 1
     search(grid, paths, labels)  # one image more: one run more

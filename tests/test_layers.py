@@ -67,6 +67,10 @@ def vit(depth=8):
     return VisionTransformer(32, 8, embed_dim=12, depth=depth, num_heads=2, num_classes=3)
 
 
+def short_vit():
+    return vit(4)
+
+
 def swin():
     return SwinTransformer([4, 4], 8, [2, 2], [1, 2], [2, 2], num_classes=3)
 
@@ -355,11 +359,11 @@ def test_a_head_on_all_layers_takes_the_rows_of_an_extractor(tmp_path, run_log):
     "network, layer, pooling, unfreeze",
     [
         (vgg_like, ["auto", "output", 0], ("max", "avg"), 0),
-        (vit, "stages", ("avg", "token"), 0),
+        (short_vit, "stages", ("avg", "token"), 0),
         (swin, ["output", "all"], "max", 0),
         (Untraceable, "output", "avg", 0),
         (vgg_like, ["auto", 0, -3], ("max", "avg"), 2),
-        (vit, "stages", ("avg", "token"), 3),
+        (short_vit, "stages", ("avg", "token"), 3),
         (swin, "all", "max", "all"),
     ],
 )

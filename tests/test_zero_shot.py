@@ -62,8 +62,8 @@ def tokenizer(kind):
     )
 
 
-def network(kind):
-    both = {"text_config": TEXTS, "vision_config": IMAGES}
+def network(kind, images=IMAGES):
+    both = {"text_config": TEXTS, "vision_config": images}
     if kind == "clip":
         return tr.CLIPModel(tr.CLIPConfig(**both, projection_dim=24, logit_scale_init_value=4.0))
     model = tr.SiglipModel(tr.SiglipConfig(**both))
@@ -293,9 +293,13 @@ def test_what_is_fitted_belongs_to_its_network(folders, images, tmp_path, monkey
 
 @pytest.mark.filterwarnings("ignore:.*outside.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:The brightest pixel:UserWarning")
-def test_check_estimator_whole(folders):
-    options = {"image_shape": (1, -1), "image_size": 8, "batch_size": 256}
-    results = check_estimator(zero_shot(folders / "clip", None, **options), on_fail=None)
+def test_check_estimator_whole(folders, tmp_path):
+    torch.manual_seed(1)
+    few = IMAGES | {"image_size": 8, "num_hidden_layers": 1}
+    sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    for part in (network("clip", few), tr.CLIPImageProcessor(**sizes), tokenizer("clip")):
+        part.save_pretrained(tmp_path)
+    results = check_estimator(zero_shot(tmp_path, None, image_shape=(1, -1)), on_fail=None)
     assert len(results) > 50
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] != "passed"}
     assert failed == {}

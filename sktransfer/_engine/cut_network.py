@@ -91,6 +91,7 @@ class CutNetwork:
         self._traced: TracedNetwork | None = None
         self._why_whole = ""  # why it can't be cut, at the last of the sizes
         self._shapes: dict[Any, tuple[int, ...]] = {}
+        self._widths: dict[Any, int] = {}
         self._flops: dict[tuple[int, int], list[int]] = {}
 
     def lay_out_for_torch(self) -> None:
@@ -271,6 +272,12 @@ class CutNetwork:
 
     def width(self, position: int | None, pooling: str, image_size: tuple[int, int]) -> int:
         """Return the number of features of one image; ValueError if `pooling` can't apply."""
+        key = position, pooling, image_size
+        if key not in self._widths:
+            self._widths[key] = self._find_width(*key)
+        return self._widths[key]
+
+    def _find_width(self, position: int | None, pooling: str, image_size: tuple[int, int]) -> int:
         shape, layout = self.shape(position, image_size), self.layout(position, image_size)
         if not self.can_pool(position, pooling, image_size):
             lack = "neither a map nor tokens" if layout == "other" else "no class token"
