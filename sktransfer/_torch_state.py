@@ -233,8 +233,7 @@ def as_on(device: torch.device) -> AbstractContextManager[Any]:
     In this thread the network then makes tensors, if it names no device, on that of the user's
     two where it runs: torch's own default, the CPU, or its device.
     """
-    # `torch.get_default_device` of torch 2.6 fails after `torch.set_default_device(None)`.
-    default = torch.empty(0).device.type
+    default = torch.get_default_device().type
     return contextlib.nullcontext() if default in ("cpu", device.type) else device
 
 

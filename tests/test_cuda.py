@@ -68,12 +68,12 @@ def test_tf32_is_read_by_either_kind_of_settings(tf32):
     assert allows_tf32()
     tf32(False)
     assert not allows_tf32()
-    if (conv := getattr(torch.backends.cudnn, "conv", None)) is not None:  # from torch 2.9 on
-        before = conv.fp32_precision
-        for precision in ("tf32", "ieee"):
-            conv.fp32_precision = precision
-            assert allows_tf32() == (precision == "tf32")
-        conv.fp32_precision = before
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    for precision in ("tf32", "ieee"):
+        conv.fp32_precision = precision
+        assert allows_tf32() == (precision == "tf32")
+    conv.fp32_precision = before
 
 
 # ------------------------------------------------------------------------------ features

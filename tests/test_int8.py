@@ -325,6 +325,12 @@ def test_a_failure_of_nncf_is_told(monkeypatch):
         extractor(residual(19)).transform(pictures())
 
 
+def test_an_nncf_that_can_not_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(ImportError, match="NNCF can't be imported .*pip install --upgrade nncf"):
+        nncf_child._quantised(None, [], halves_weights=False)
+
+
 def test_a_loss_warns_and_a_large_one_is_an_error(monkeypatch, tmp_path):
     network = residual(20)
     monkeypatch.setattr(quantising, "_WARN_BELOW", 1.1)

@@ -65,10 +65,9 @@ def _rounds_to_tf32(device: torch.device) -> bool:
 
 def allows_tf32() -> bool:
     """Return whether torch may use TF32, by either of its two kinds of settings."""
-    conv, matmul = getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul
-    if conv is None:  # before torch 2.9
-        return torch.backends.cudnn.allow_tf32 or matmul.allow_tf32
-    # The older settings can't be read any more where the newer ones were set.
+    # The older kind can't be read any more where the newer one was set.
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    matmul = torch.backends.cuda.matmul
     return "tf32" in (conv.fp32_precision, matmul.fp32_precision)
 
 

@@ -55,8 +55,12 @@ def _quantised(model: Any, images: list[np.ndarray], halves_weights: bool) -> An
     With `halves_weights`, weights have half of their range: a CPU without VNNI adds two products in
     16 bits, where those of the whole range overflow.
     """
-    import nncf
-
+    try:
+        import nncf
+    except Exception as error:  # it and OpenVINO may be of versions that don't fit
+        raise ImportError(
+            f"NNCF can't be imported ({error}); pip install --upgrade nncf openvino"
+        ) from error
     nodes = model.get_ops()
     kinds = {node.get_type_name() for node in nodes}
     depthwise = [node.get_friendly_name() for node in nodes if _is_depthwise(node)]
