@@ -629,6 +629,15 @@ def test_other_names_of_what_is_changed_in_place():
     check_slices(InPlace().eval(), (16, 16))
 
 
+def test_a_missing_key_is_named_as_one():
+    class Keyed(Small):
+        def forward(self, x):
+            return {}["features"]
+
+    with pytest.raises(TracingError, match="into blocks: KeyError: 'features'."):
+        TracedNetwork(Keyed(), (16, 16))
+
+
 class DataDependent(nn.Module):
     def __init__(self):
         super().__init__()
