@@ -583,6 +583,61 @@ def test_slices_leave_their_input_alone(in_place):
     assert torch.equal(activation, before)
 
 
+class Viewing(Small):
+    """Takes views of maps; if it `writes`, what it writes to a view is in the map as well."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self.writes = writes
+
+    def forward(self, x):
+        x = self.stem(x)
+        rows = x.view(x.size(0), -1)
+        if self.writes:
+            rows *= 2
+        bits = x.view(torch.int32).view(torch.float32)
+        return self.fc(self.blocks(x + rows.view(x.shape) + bits).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_views_of_maps_in_any_memory_format():
+    check_slices(Viewing(writes=True).eval(), (16, 16))
+    network = Viewing(writes=False).eval()
+    traced = check_slices(network, (16, 16))
+    images = torch.rand(2, 3, 16, 16)
+    expected = network(images)
+    network.to(memory_format=torch.channels_last)
+    assert_same(traced.slice(0, traced.output)(images), expected)
+
+
+class InPlace(Small):
+    """Changes its input and numbers that have other names, too."""
+
+    def forward(self, x):
+        x = given = self.stem(x)
+        n = n_rows = x.shape[2]
+        x *= 2
+        n += 1
+        x = self.blocks(x + given) * n
+        x /= n_rows
+        shifted = x
+        shifted -= 1
+        return self.fc(x.mean((2, 3)))
+
+
+def test_other_names_of_what_is_changed_in_place():
+    check_slices(InPlace().eval(), (16, 16))
+
+
+def test_a_missing_key_is_named_as_one():
+    class Keyed(Small):
+        def forward(self, x):
+            return {}["features"]
+
+    with pytest.raises(TracingError, match="into blocks: KeyError: 'features'."):
+        TracedNetwork(Keyed(), (16, 16))
+
+
 class DataDependent(nn.Module):
     def __init__(self):
         super().__init__()

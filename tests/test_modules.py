@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -457,6 +458,57 @@ def test_models_of_transformers(n_labels, n_tensors):
     else:
         with pytest.raises(TypeError, match="last_hidden_state and pooler_output, not one tensor"):
             embed(transformers.ViTModel(config), layer="output")
+
+
+# ------------------------------------------------------------------------------ memory formats
+
+
+class Flat(nn.Module):
+    """Takes a view of its maps, as networks of many tutorials do: they lie channels first."""
+
+    def __init__(self, loops=False):
+        super().__init__()
+        self.loops = loops
+        self.conv, self.pool = nn.Conv2d(3, 6, 3, padding=1), nn.MaxPool2d(4)
+        self.hidden, self.head = nn.Linear(6 * 8 * 8, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.pool(self.conv(x).relu())
+        n = math.prod(list(x.shape[1:])) if self.loops else 384  # which can't be traced
+        return self.head(self.hidden(x.view(-1, n)).relu())
+
+
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize("unfreeze", [0, "all"])
+def test_maps_may_be_viewed(loops, unfreeze):
+    torch.manual_seed(0)
+    network = Flat(loops).eval()
+    assert_close(embed(network, layer="output"), network(batch()))
+    assert get_model(network) is get_model(network)  # one network for both runtimes
+    assert_close(embed(network, layer="output", runtime="torch"), network(batch()))
+    assert_close(embed(network, layer="output"), network(batch()))
+    if not loops:
+        assert_close(
+            embed(network, layer=0), network.pool(network.conv(batch()).relu()).mean((2, 3))
+        )
+    model = tuned(network, unfreeze=unfreeze)
+    trained = model.to_backbone().network
+    expected = model.to_feature_extractor().set_params(layer="output").transform(X)
+    assert_close(expected, trained(batch()))
+    assert model.predict(X).shape == (6,)
+
+
+def test_frames_may_be_convolved():
+    class Frames(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.over_time, self.head = nn.Conv3d(3, 4, (1, 4, 4), (1, 4, 4)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.over_time(x.unsqueeze(2)).mean((2, 3, 4)))
+
+    assert_close(embed(network := Frames()), network.over_time(batch()[:, :, None]).mean((2, 3, 4)))
+    assert tuned(network, unfreeze=1).predict(X).shape == (6,)
 
 
 def test_the_kept_copy_is_not_the_users_network():

@@ -96,7 +96,8 @@ class CutNetwork:
 
     def lay_out_for_torch(self) -> None:
         """Let weights lie as torch runs them fastest; this reads all of them."""
-        self.network.to(memory_format=torch.channels_last)
+        of_maps = torch.channels_last  # torch has none for videos
+        self.network._apply(lambda x: x.to(memory_format=of_maps) if x.ndim == 4 else x)
 
     def add_size(self, image_size: tuple[int, int]) -> None:
         """Look for blocks at this size, too, if the backbone's own size shows none.

@@ -147,8 +147,6 @@ class Runner(CutNetwork):
         waits_for_work: bool = False,
     ) -> None:
         super().__init__(backbone, device)
-        if precision != INT8:  # of which torch runs at most the head
-            self.lay_out_for_torch()
         self.precision, self.runtime, self.half = precision, runtime, half_of(precision)
         self._waits_for_work = waits_for_work
         # As many cores as torch may use here, which joblib limits in its workers.
@@ -157,6 +155,12 @@ class Runner(CutNetwork):
         self._has_good_half: bool | None = None  # see `_loses_no_more`
         self._quantised = QuantisedNetworks(self, self._n_cores)
         _all_runners.add(self)
+
+    def _find_blocks(self) -> None:
+        super()._find_blocks()
+        # One that can't be cut may take views of its maps, which have none with channels last.
+        if self._traced is not None and self.precision != INT8:  # of which torch runs the head
+            self.lay_out_for_torch()
 
     # ------------------------------------------------------------------------ how many at once
 

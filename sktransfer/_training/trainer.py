@@ -389,7 +389,8 @@ class Trainer:
         blocks = self.net.module_.blocks
         if not self.frozen.runner.can_be_cut:
             return copy_of(blocks[0].network if blocks else self.frozen.runner.network).cpu()
-        network = copy_of(self.frozen.runner.network).cpu()
+        network = copy_of(self.frozen.runner.network)
+        network.to("cpu", memory_format=torch.contiguous_format)  # it may take views of maps
         state = network.state_dict()
         for block in blocks:
             state.update({k: v for k, v in block.state_dict().items() if k in state})

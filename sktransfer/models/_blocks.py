@@ -238,7 +238,10 @@ class TracedNetwork:
 
 def _reason(error: Exception) -> str:
     lines = re.sub(r" ?\(Proxy\(\w+\)\)", "", str(error).strip()).splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    kind = type(error).__name__
+    if isinstance(error, KeyError):  # its message is the key alone
+        return f"{kind}: {error}"
+    return lines[0].rstrip(".") if lines else kind
 
 
 def _count_prefix_tokens(network: nn.Module) -> int:

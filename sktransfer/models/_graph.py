@@ -37,6 +37,25 @@ class Cut(NamedTuple):
 # --- Tracing -------------------------------------------------------------------------------------
 
 
+# x += y changes what other names stand for, too, where x is a tensor; not so x = x + y.
+_OUT_OF_PLACE: dict[Any, Any] = {
+    getattr(operator, f"i{name.strip('_')}"): getattr(operator, name)
+    for name in "add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift".split()
+}
+
+
+class _Proxy(fx.Proxy):
+    """Stands for a value, and records what changes it in place; torch.fx has only copies."""
+
+
+def _recorded(change: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", change, (self, other), {})
+
+
+for _change in _OUT_OF_PLACE:
+    setattr(_Proxy, f"__{_change.__name__}__", _recorded(_change))
+
+
 class _Tracer(fx.Tracer):
     """Traces a network as a function of its first argument; the others keep their defaults.
 
@@ -59,6 +78,9 @@ class _Tracer(fx.Tracer):
         # Not root_fn, the forward of the class: the user may have replaced that of the instance.
         image = self.create_proxy("placeholder", "image", (), {})
         return (lambda root, image: root.forward(image)), [self.root, image]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer whether images are of the type of a weight: a network converts them if not."""
@@ -375,10 +397,26 @@ class Slicer:
         else:
             args = fx.node.map_aggregate(node.args, self._argument)
             kwargs = fx.node.map_aggregate(node.kwargs, self._argument)
-            copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
+            copied = self.graph.create_node(node.op, self._target(node), args, kwargs, node.name)
             copied.meta = dict(node.meta)
         self.copies[node] = copied
         return copied
+
+    def _target(self, node: fx.Node) -> Any:
+        """Return what a node calls; a number, of which torch.fx has one name, gets a new one."""
+        if self._may_copy(node):
+            return "reshape"
+        is_number = node.op == "call_function" and node in self.values.sizes
+        return _OUT_OF_PLACE.get(node.target, node.target) if is_number else node.target
+
+    def _may_copy(self, node: fx.Node) -> bool:
+        """Tell whether a view can be a copy: a map with its channels last has none of its rows."""
+        if (node.op, node.target) != ("call_method", "view"):
+            return False
+        arguments = (*node.args, *node.kwargs.values())
+        known = [self.values.sizes.get(a, a) if isinstance(a, fx.Node) else a for a in arguments]
+        is_changed = not self.values.overwritten.isdisjoint((node, node.args[0]))  # through it
+        return not is_changed and not any(isinstance(value, torch.dtype) for value in known)
 
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, fx.Node):

@@ -208,4 +208,5 @@ class Whole(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Turn images (n, 3, height, width) into the tensor that stands for the output."""
-        return one_tensor(self.network(images), torch.Tensor, lambda part: part.ndim == 4)
+        output = self.network(images.contiguous())  # it may take views of maps, channels first
+        return one_tensor(output, torch.Tensor, lambda part: part.ndim == 4)
