@@ -6,11 +6,13 @@ import os
 import sys
 import threading
 import types
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from networks import small
 from processes import run_code
 from torch import nn
@@ -68,9 +70,9 @@ def hooked(factor):
     return network
 
 
-def from_notebook(expression):
+def from_notebook(expression, **names):
     """A network whose class is always called __main__.Net."""
-    scope = {"nn": nn, "torch": torch, "__name__": "__main__", "half": lambda x: x / 2}
+    scope = {"nn": nn, "torch": torch, "__name__": "__main__", "half": lambda x: x / 2, **names}
     exec(
         "class Net(nn.Module):\n"
         "    def __init__(self):\n"
@@ -80,6 +82,40 @@ def from_notebook(expression):
         f"    def forward(self, x): return ({expression}).mean((2, 3))\n",
         scope,
     )
+    return scope["Net"]()
+
+
+def module_with(factor):
+    module = types.ModuleType("helper")
+    module.scaled = times(factor)
+    return module
+
+
+def calling_module(expression, factor):
+    return from_notebook(expression, helper=module_with(factor))
+
+
+def of_class(base=object, **members):
+    return having(type("Member", (base,), members)())
+
+
+def with_module(factor):
+    return of_class(helper=module_with(factor))
+
+
+def with_function(factor):
+    def function(x):
+        return x * function.factor
+
+    function.factor = factor
+    return having(function)
+
+
+def executed(factor):
+    """A network whose class seems to be one of Python's own: its code was run without a name."""
+    scope = {"nn": nn}
+    code = "    def scaled(self, x): return x * self.factor\n    def forward(self, x): pass\n"
+    exec(f"class Net(nn.Module):\n    factor = {factor}\n{code}", scope)
     return scope["Net"]()
 
 
@@ -134,6 +170,38 @@ PAIRS = {
         lambda: torch.fx.symbolic_trace(from_notebook("self.conv(x * 3)")),
     ),
     "set": (lambda: having({"a", "b"}), lambda: having({"a", "c"})),
+    "module in a comprehension": (
+        lambda: calling_module("sum([helper.scaled(self.conv(x)) for i in (1, 2)])", 2),
+        lambda: calling_module("sum([helper.scaled(self.conv(x)) for i in (1, 2)])", 3),
+    ),
+    "name of a function as text": (
+        lambda: calling_module("getattr(helper, 'scaled')(self.conv(x))", 2),
+        lambda: calling_module("getattr(helper, 'scaled')(self.conv(x))", 3),
+    ),
+    "module on a class": (lambda: with_module(2), lambda: with_module(3)),
+    "cached function": (
+        lambda: having(functools.cache(lambda x: x * 2)),
+        lambda: having(functools.cache(lambda x: x * 3)),
+    ),
+    "cached property": (
+        lambda: of_class(factor=functools.cached_property(lambda self: 2)),
+        lambda: of_class(factor=functools.cached_property(lambda self: 3)),
+    ),
+    "single dispatch": (
+        lambda: of_class(scaled=functools.singledispatchmethod(times(2))),
+        lambda: of_class(scaled=functools.singledispatchmethod(times(3))),
+    ),
+    "method of a dict": (
+        lambda: of_class(dict, __missing__=lambda self, key: 2),
+        lambda: of_class(dict, __missing__=lambda self, key: 3),
+    ),
+    "default of a dict": (
+        lambda: having(defaultdict(functools.partial(int, "2"))),
+        lambda: having(defaultdict(functools.partial(int, "3"))),
+    ),
+    "method in C": (lambda: having({"a": 2}.get), lambda: having({"a": 3}.get)),
+    "attribute of a function": (lambda: with_function(2), lambda: with_function(3)),
+    "class without a module": (lambda: executed(2), lambda: executed(3)),
 }
 
 
@@ -151,6 +219,113 @@ def test_what_a_forward_calls_counts():
         return made
 
     assert fingerprint(network(2)) == fingerprint(network(2)) != fingerprint(network(3))
+
+
+IMPORTING = """
+class Net(nn.Module):
+    def forward(self, x):
+        from helper_of_a_test.inner import scaled
+        return scaled(x)
+"""
+
+
+def test_what_a_forward_imports_counts(tmp_path, monkeypatch):
+    def print_of(factor):
+        (folder / "constants.py").write_text(f"FACTOR = {factor}")
+        exec(IMPORTING, scope := {"nn": nn, "__name__": "__main__"})
+        return fingerprint(scope["Net"]())
+
+    folder = tmp_path / "helper_of_a_test"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise AssertionError('not to be run')")
+    code = "from . import constants\ndef scaled(x): return x * constants.FACTOR"
+    (folder / "inner.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert print_of(2) == print_of(2) != print_of(3)
+
+
+@pytest.mark.parametrize(
+    "make, cls, method",
+    [
+        (lambda: torchvision.models.squeezenet1_1(), torchvision.models.SqueezeNet, "forward"),
+        (small, nn.Conv2d, "_conv_forward"),
+        (small, nn.BatchNorm2d, "_check_input_dim"),
+    ],
+)
+def test_a_method_replaced_on_a_class_of_torch_counts(monkeypatch, make, cls, method):
+    with torch.random.fork_rng():
+        network = make()
+    original = fingerprint(network)
+    monkeypatch.setattr(cls, method, times(2))
+    replaced = fingerprint(network)
+    monkeypatch.setattr(cls, method, times(3))
+    assert len({original, replaced, fingerprint(network)}) == 3
+    monkeypatch.undo()
+    assert fingerprint(network) == original
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.number, self.tensor = float(factor), torch.tensor(factor)
+
+    def forward(self, x):
+        return x * self.number
+
+
+class ScaledByTensor(Scaled):
+    def forward(self, x):
+        return x * self.tensor
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+@pytest.mark.parametrize("kind", [Scaled, ScaledByTensor])
+def test_attributes_of_a_scripted_network_count(kind):
+    def print_of(factor):
+        return fingerprint(torch.jit.script(nn.Sequential(kind(factor))))
+
+    assert print_of(2) == print_of(2) != print_of(3)
+
+
+def test_a_script_has_two_names():
+    scopes = [{"nn": nn, "__name__": name} for name in ("__main__", "__mp_main__")]
+    for scope in scopes:
+        exec("class Net(nn.Module):\n    def forward(self, x): return x", scope)
+    assert len({fingerprint(scope["Net"]()) for scope in scopes}) == 1
+
+
+@functools.singledispatch
+def dispatched(x):
+    return x
+
+
+class Decorated(nn.Module):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        return dispatched(x)
+
+
+def test_running_and_compiling_a_network_changes_no_fingerprint():
+    network = nn.Sequential(nn.Identity(), Decorated())
+    expected = fingerprint(network)
+    network(torch.zeros(1))
+    assert fingerprint(network) == expected
+    network[0] = torch.compile(network[0])
+    network.compile(backend="eager")
+    assert fingerprint(network) == expected
+
+
+def test_a_compiled_function_is_known_by_what_it_does():
+    def print_of(factor):
+        compiled = torch.compile(times(factor), backend="eager")
+        first = fingerprint(having(compiled))
+        compiled(torch.zeros(1))
+        assert fingerprint(having(compiled)) == first
+        return first
+
+    assert print_of(2) == print_of(2) != print_of(3)
 
 
 def test_a_class_defined_anew_in_a_notebook_is_computed_anew(tmp_path):
@@ -210,7 +385,8 @@ def test_preprocessing_of_another_class_is_another_function():
     key = runner.key(1, "avg", other)
     Inverted.normalize = lambda self, batch: batch / 2
     keys = {key, runner.key(1, "avg", plain), runner.key(1, "avg", other)}
-    assert len(keys) == 3
+    vars(other)["gamma"] = 2  # no field, so it is not printed
+    assert len(keys | {runner.key(1, "avg", other)}) == 4
 
 
 def test_sources_are_read_of_what_no_version_tells():

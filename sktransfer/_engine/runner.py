@@ -251,7 +251,7 @@ class Runner(CutNetwork):
         if get_config()["damaged"] == "error":  # what "warn" let pass is not taken from the memory
             parts += ("whole files",)
         if type(preprocessing) is not Preprocessing:  # its settings do not tell what it does
-            parts += (Describer()(type(preprocessing)),)
+            parts += (Describer()([type(preprocessing), vars(preprocessing)]),)
         readable = self.name.rpartition("/")[2]
         return f"{readable}-{xxhash.xxh3_128_hexdigest(repr(parts).encode())}"
 

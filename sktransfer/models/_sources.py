@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import functools
+import importlib.machinery
+import importlib.util
 import os
 import sys
 import sysconfig
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +43,7 @@ def is_known_by_version(module: str, file: str | None) -> bool:
 
 def file_of(module: str) -> str | None:
     """Return the file of a module that is loaded, if it has one: a notebook's cells have none."""
-    if module == "__main__":
+    if module in ("__main__", "__mp_main__"):
         return None
     return getattr(sys.modules.get(module), "__file__", None)
 
@@ -52,6 +57,7 @@ class Sources:
 
     def __init__(self) -> None:
         self._known: dict[str, str | None] = {}
+        self._imported: dict[str, str | None] = {}
 
     def digest(self, module: str) -> str | None:
         """Return the digest of a module; None if its files may not be what is loaded, or are none.
@@ -62,6 +68,16 @@ class Sources:
         if module not in self._known:
             self._known[module] = self._find(module)
         return self._known[module]
+
+    def imported(self, module: str) -> str | None:
+        """Return the digest of a module that a function imports; it may not be loaded yet.
+
+        It covers the modules that this one imports, if they are not installed either. None if one
+        is loaded that may not be what is in its file.
+        """
+        if module not in self._imported:
+            self._imported[module] = _import_digest(module)
+        return self._imported[module]
 
     def _find(self, module: str) -> str | None:
         file = file_of(module) or ""
@@ -102,6 +118,63 @@ def _modules_named_in(module: types.ModuleType) -> Iterator[str]:
             name = value.__name__
         if isinstance(name, str):
             yield name
+
+
+# ------------------------------------------------------------------------------ imports
+
+
+def imports_of(code: types.CodeType, scope: Mapping[str, Any]) -> set[str]:
+    """Return the names of modules that code imports, and what of their names may be modules.
+
+    `scope` has `__package__`, to which relative names refer.
+    """
+    names: set[str] = set()
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        if step.opname == "IMPORT_NAME":
+            level, wanted = steps[i - 2].argval, steps[i - 1].argval or ()
+            with contextlib.suppress(ImportError):  # relative, and of no package
+                relative = "." * level + step.argval
+                name = importlib.util.resolve_name(relative, scope.get("__package__"))
+                names |= {name, *(f"{name}.{part}" for part in wanted)}
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return names.union(*(imports_of(part, scope) for part in inner))
+
+
+def _import_digest(module: str) -> str | None:
+    digest = xxhash.xxh3_128()
+    found: set[str] = set()
+    names = [module]
+    while names:
+        name = names.pop(0)
+        if name in found or (spec := _own_spec(name)) is None:
+            continue
+        found.add(name)
+        if name in sys.modules and _content_digest(spec.origin) is None:
+            return None
+        with contextlib.suppress(ImportError, SyntaxError, AttributeError):
+            source: str = spec.loader.get_source(name) or ""  # type: ignore[union-attr]
+            digest.update(f"{name} {len(source)} {source}".encode())
+            names += sorted(imports_of(compile(source, name, "exec"), {"__package__": spec.parent}))
+    return digest.hexdigest()
+
+
+def _own_spec(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Return where a module lies that is not installed; neither it nor its packages are run."""
+    spec = None
+    name, _, rest = module.partition(".")
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name)
+    while spec is not None and rest:
+        part, _, rest = rest.partition(".")
+        name, folders = f"{name}.{part}", spec.submodule_search_locations or []
+        spec = importlib.machinery.PathFinder.find_spec(name, folders)
+    if spec is None or is_known_by_version(module, spec.origin):
+        return None
+    return None if any(site in (spec.origin or "") for site in _SITES) else spec
+
+
+# ------------------------------------------------------------------------------ files
 
 
 def _content_digest(file: str | None) -> str | None:

@@ -10,6 +10,8 @@ import logging
 import re
 import sys
 import types
+import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,8 +21,13 @@ import xxhash
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from sktransfer.models._modules import computed_attributes, load_script, script_bytes
-from sktransfer.models._sources import Sources, file_of, is_known_by_version
+from sktransfer.models._modules import (
+    computed_attributes,
+    load_script,
+    script_bytes,
+    without_wrapper,
+)
+from sktransfer.models._sources import Sources, file_of, imports_of, is_known_by_version
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -69,6 +76,7 @@ class Describer:
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, str]] = {}  # holds the values: their ids must stay theirs
         self._open: dict[int, int] = {}  # values that are being described, and their depth
+        self._replaced: dict[type, list[tuple[str, Any]]] = {}  # methods of classes of torch
         self._sources = Sources()
 
     def __call__(self, value: Any) -> str:
@@ -90,6 +98,7 @@ class Describer:
         return self._known[id(value)][1]
 
     def _parts(self, value: Any) -> Iterator[str | bytes]:
+        value = _without_compiler(value)
         if isinstance(value, torch.jit.ScriptModule):
             yield from self._script_parts(value)
             return
@@ -98,6 +107,8 @@ class Describer:
             yield from ("Logger", value.name)
             return
         yield type(value).__qualname__
+        if type(value) not in _PLAIN and isinstance(value, _CONTAINERS):
+            yield from self._container_parts(value)
         if isinstance(value, torch.Tensor):
             yield from _tensor_parts(value)
         elif isinstance(value, np.ndarray) and value.dtype != object:
@@ -105,6 +116,8 @@ class Describer:
             yield value.tobytes()
         elif isinstance(value, nn.Module):
             yield from self._module_parts(value)
+        elif isinstance(value, _CACHES):
+            return  # what they hold depends on what ran before
         elif isinstance(value, Mapping):
             yield from (self(part) for item in value.items() for part in item)
         elif isinstance(value, (set, frozenset)):
@@ -112,8 +125,7 @@ class Describer:
         elif isinstance(value, (list, tuple)):
             yield from map(self, value)
         elif isinstance(value, types.ModuleType):
-            yield value.__name__
-            yield self._sources.digest(value.__name__) or ""
+            yield from self._imported_parts(value)
         elif isinstance(value, types.CodeType):
             yield value.co_code
             yield from map(self, (value.co_consts, value.co_names, value.co_varnames))
@@ -127,17 +139,25 @@ class Describer:
             yield self(value.fget)
         elif isinstance(value, types.FunctionType):
             yield from self._function_parts(value)
-        elif inspect.isroutine(value):  # written in C
-            yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}"
-        elif isinstance(value, (fx.Graph, torch.jit.ScriptFunction)):
-            yield str(value if isinstance(value, fx.Graph) else value.inlined_graph)
+        elif isinstance(value, _WRITTEN_IN_C):
+            yield f"{getattr(value, '__module__', '')}.{value.__qualname__}"
+            of = getattr(value, "__self__", None)
+            if not isinstance(of, (type, types.ModuleType)):
+                yield self(of)
+        elif isinstance(value, torch.autocast):  # which keeps what was before it
+            yield self({k: v for k, v in vars(value).items() if not k.startswith("prev")})
+        elif isinstance(value, fx.Graph):
+            yield str(value)
+        elif isinstance(value, torch.jit.ScriptFunction):
+            yield _graph_text(value.inlined_graph)
         else:
             yield from self._object_parts(value)
 
     def _module_parts(self, module: nn.Module) -> Iterator[str | bytes]:
         yield self(type(module))
         # By itself, too: somebody may have replaced it on the class of a package.
-        yield self(getattr(type(module), "forward", None))
+        classes = type(module).__mro__
+        yield self(next((vars(c)["forward"] for c in classes if "forward" in vars(c)), None))
         tensors = {**module._parameters, **module._buffers}
         yield from (self(part) for item in sorted(tensors.items()) for part in item)
         computed = computed_attributes(module)
@@ -157,18 +177,50 @@ class Describer:
         What was not read from one has other names in its graph than what was.
         """
         yield from (self(part) for item in sorted(module.state_dict().items()) for part in item)
-        graph: Any = load_script(script_bytes(module)).inlined_graph
+        loaded = load_script(script_bytes(module))
+        graph: Any = loaded.inlined_graph
+        names = {node.s("name") for node in graph.findAllNodes("prim::GetAttr")}
+        for path, part in loaded.named_modules():
+            own: Any = part._c
+            kept = {**part._parameters, **part._buffers, **part._modules}
+            for name in sorted(filter(own.hasattr, names - kept.keys())):
+                yield from (f"{path}.{name}", self(own.getattr(name)))
         constants = [node for node in graph.findAllNodes("prim::Constant") if node.hasAttributes()]
         for node in constants:
             if node.kindOf("value") == "t":
                 yield self(node.t("value"))
-        text = str(torch._C._jit_pass_canonicalize(graph))
-        yield re.sub(r"___torch_mangle_\d+\.|\s*#.*|prim::Constant\[value=.* ]]", "", text)
+        yield _graph_text(torch._C._jit_pass_canonicalize(graph))
+
+    def _container_parts(self, value: Any) -> Iterator[str]:
+        """Parts of a subclass of a container beside what it contains."""
+        if isinstance(value, defaultdict):
+            yield self(value.default_factory)
+        if not self._is_of_a_package(type(value)):
+            yield from (self(type(value)), self(getattr(value, "__dict__", None)))
+
+    def _imported_parts(self, module: types.ModuleType) -> Iterator[str]:
+        """Parts of a module that somebody may use any name of."""
+        yield module.__name__
+        yield self._sources.digest(module.__name__) or ""
+        if not self._is_of_a_package(module):
+            names = [name for name in vars(module) if not name.startswith("__")]
+            yield from (part for name in sorted(names) for part in (name, self(vars(module)[name])))
+
+    def _is_of_a_package(self, value: type | types.ModuleType) -> bool:
+        """Return whether a version, or the source files of a package, tell what it does."""
+        name = value.__module__ if isinstance(value, type) else value.__name__
+        is_known = is_known_by_version(name, file_of(name))
+        return is_known or self._sources.digest(name) is not None
 
     def _class_parts(self, cls: type) -> Iterator[str]:
         for base in cls.__mro__:
-            yield f"{base.__module__}.{base.__qualname__}"
-            if is_known_by_version(base.__module__, file_of(base.__module__)):
+            yield f"{_MAIN.get(base.__module__, base.__module__)}.{base.__qualname__}"
+            if _is_class_known_by_version(base):
+                if base not in self._replaced:
+                    self._replaced[base] = _replaced_methods(base)
+                yield from (
+                    part for key, value in self._replaced[base] for part in (key, self(value))
+                )
                 continue
             source = self._sources.digest(base.__module__)
             yield source or ""
@@ -179,7 +231,7 @@ class Describer:
                     yield from (key, self(value))
 
     def _function_parts(self, function: types.FunctionType) -> Iterator[str]:
-        yield f"{function.__module__}.{function.__qualname__}"
+        yield f"{_MAIN.get(function.__module__, function.__module__)}.{function.__qualname__}"
         yield from map(self, (function.__defaults__, function.__kwdefaults__))
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # an empty cell
@@ -188,18 +240,25 @@ class Describer:
         if is_known_by_version(module, code.co_filename):
             return
         source = None if _is_from_elsewhere(function, module) else self._sources.digest(module)
+        if attributes := {k: v for k, v in vars(function).items() if not k.startswith("_")}:
+            yield self(attributes)
         yield source or self(code)
+        names = _names(code)
         for name in sorted(_global_names(code) & function.__globals__.keys()):
             value = function.__globals__[name]
             if source is None or _is_of_another_package(value, module):
-                yield self._global(value, set(code.co_names))
+                yield self._global(value, names)
+        for name in sorted(imports_of(code, function.__globals__) if source is None else ()):
+            if (digest := self._sources.imported(name)) is None:
+                digest = self._global(sys.modules[name], names)
+            yield digest
 
     def _global(self, value: Any, names: set[str]) -> str:
         """Describe what a function calls: of a module, what it may use by these names."""
-        if not isinstance(value, types.ModuleType) or is_known_by_version(
-            value.__name__, file_of(value.__name__)
-        ):
+        if not isinstance(value, types.ModuleType):
             return self(value)
+        if is_known_by_version(value.__name__, file_of(value.__name__)):
+            return value.__name__
         used = sorted(names & vars(value).keys())
         return self([self._global(vars(value)[name], names - {name}) for name in used])
 
@@ -218,7 +277,28 @@ class Describer:
         yield self(getattr(value, "__dict__", None) or None)
 
 
-_MODULE_STATE = {"training", *vars(nn.Module())}  # what every module has, weights included
+_MAIN = {"__mp_main__": "__main__"}  # as a process that was spawned calls the script
+_CACHES = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
+_CONTAINERS = (torch.Tensor, np.ndarray, Mapping, set, frozenset, list, tuple)
+_PLAIN = {torch.Tensor, nn.Parameter, np.ndarray, dict, set, frozenset, list, tuple}
+_WRITTEN_IN_C = (
+    types.BuiltinFunctionType,
+    types.MethodWrapperType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+)
+# What every module has, weights included, and what `torch.compile` leaves on one.
+_MODULE_STATE = {"training", "_compiled_call_impl", "_is_torch_compile", *vars(nn.Module())}
+
+
+def _without_compiler(value: Any) -> Any:
+    """Return what `torch.compile` wraps, a function or a network; anything else as it is."""
+    if isinstance(value, nn.Module):
+        return without_wrapper(value)
+    while isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
+        value = value._torchdynamo_orig_callable
+    return value
 
 
 def _is_from_elsewhere(member: Any, module: str) -> bool:
@@ -230,6 +310,34 @@ def _is_from_elsewhere(member: Any, module: str) -> bool:
     return of is None or function.__globals__ is not vars(of)
 
 
+def _is_class_known_by_version(cls: type) -> bool:
+    """Return whether a class is torch's, torchvision's, NumPy's, Python's or this library's."""
+    name = cls.__module__
+    if name in ("builtins", "types") and "__module__" in vars(cls):
+        return False  # what `exec` and `types.new_class` make seems to be of these modules
+    return is_known_by_version(name, file_of(name))
+
+
+def _replaced_methods(cls: type) -> list[tuple[str, Any]]:
+    """Return the methods of a class that is known by version which are the user's, or a package's.
+
+    Other packages add methods to `nn.Module` that nothing here calls.
+    """
+    members = {} if cls in (object, nn.Module) else vars(cls)
+    return sorted(
+        (key, member)
+        for key, member in members.items()
+        if _is_from_elsewhere(member, cls.__module__) and not _is_of_known_module(member)
+    )
+
+
+def _is_of_known_module(member: Any) -> bool:
+    function = getattr(member, "__func__", getattr(member, "fget", member))
+    module = str(function.__globals__.get("__name__"))
+    is_known = is_known_by_version(module, file_of(module))
+    return is_known and not _is_from_elsewhere(function, module)
+
+
 def _is_of_another_package(value: Any, module: str) -> bool:
     """Return whether a function or a class is not that of the package of a module."""
     if not isinstance(value, (type, types.FunctionType, types.ModuleType)):
@@ -238,10 +346,25 @@ def _is_of_another_package(value: Any, module: str) -> bool:
     return name.partition(".")[0] != module.partition(".")[0]
 
 
+def _names(code: types.CodeType) -> set[str]:
+    """Return what code may get from a module: all names in it, and texts, as for `getattr`."""
+    texts = (const for const in code.co_consts if isinstance(const, str))
+    return {*code.co_names, *texts}.union(*map(_names, _inner_codes(code)))
+
+
+def _inner_codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    return (const for const in code.co_consts if isinstance(const, types.CodeType))
+
+
 def _global_names(code: types.CodeType) -> set[str]:
     loads = (step for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return {step.argval for step in loads}.union(*map(_global_names, inner))
+    return {step.argval for step in loads}.union(*map(_global_names, _inner_codes(code)))
+
+
+def _graph_text(graph: Any) -> str:
+    """Return a graph of torch.jit without tensors, places in files and numbers of classes."""
+    pattern = r"___torch_mangle_\d+\.|\s*#.*|prim::Constant\[value=.* ]]"
+    return re.sub(pattern, "", str(graph))
 
 
 def _tensor_parts(tensor: torch.Tensor) -> Iterator[str | bytes]:
