@@ -629,6 +629,14 @@ def test_other_names_of_what_is_changed_in_place():
     check_slices(InPlace().eval(), (16, 16))
 
 
+@torch.no_grad()
+def test_hooks_of_the_network_itself_are_called():
+    network = Small().eval()
+    network.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    network.register_forward_hook(lambda module, inputs, output: output + 1)
+    check_slices(network, (16, 16))
+
+
 def test_a_missing_key_is_named_as_one():
     class Keyed(Small):
         def forward(self, x):

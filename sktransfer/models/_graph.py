@@ -75,9 +75,10 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        # Not root_fn, the forward of the class: the user may have replaced that of the instance.
+        # Not root_fn, the forward of the class: the user may have replaced that of the instance,
+        # and the network may have hooks.
         image = self.create_proxy("placeholder", "image", (), {})
-        return (lambda root, image: root.forward(image)), [self.root, image]
+        return (lambda root, image: root._call_impl(image)), [self.root, image]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
