@@ -349,7 +349,8 @@ def _tree(n: int, duplicates: Duplicates) -> Iterator[tuple[int, int, float, int
     """
     places = {(i, j): k for k, (i, j) in enumerate(duplicates.pairs.tolist())}
     weights = duplicates.distances + (duplicates.kinds == EMBEDDING) + 1e-9  # 0 would be no edge
-    graph = coo_array((weights, tuple(duplicates.pairs.T)), shape=(n, n)).tocsr()
+    ends = tuple(duplicates.pairs.T.astype(np.int32))  # some versions of SciPy's trees want these
+    graph = coo_array((weights, ends), shape=(n, n)).tocsr()
     tree = minimum_spanning_tree(graph)
     numbers = components(n, duplicates.pairs)
     counts = np.bincount(numbers, minlength=n)
