@@ -2,12 +2,14 @@
 
 import copy
 import functools
+import importlib
 import os
 import sys
 import threading
 import types
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -242,6 +244,22 @@ def test_what_a_forward_imports_counts(tmp_path, monkeypatch):
     (folder / "inner.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     assert print_of(2) == print_of(2) != print_of(3)
+
+
+def test_imports_of_long_modules_and_of_edited_ones(tmp_path, monkeypatch):
+    folder = tmp_path / "helper_of_a_test"
+    folder.mkdir()
+    names = "\n".join(f"name_{i} = {i}" for i in range(300))  # more than a byte counts
+    inner = "from . import edited_of_a_test\nfrom json import dumps\ndef scaled(x): return x"
+    (folder / "inner.py").write_text(f"{names}\n{inner}")
+    (folder / "edited_of_a_test.py").write_text("FACTOR = 2")  # later than this process began
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(IMPORTING, scope := {"nn": nn, "__name__": "__main__"})
+    network = scope["Net"]()
+    before = fingerprint(network)
+    with patch.dict(sys.modules):  # which are forgotten afterwards
+        importlib.import_module("helper_of_a_test.edited_of_a_test")
+        assert fingerprint(network) == fingerprint(network) != before
 
 
 @pytest.mark.parametrize(

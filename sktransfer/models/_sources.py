@@ -129,7 +129,7 @@ def imports_of(code: types.CodeType, scope: Mapping[str, Any]) -> set[str]:
     `scope` has `__package__`, to which relative names refer.
     """
     names: set[str] = set()
-    steps = list(dis.get_instructions(code))
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     for i, step in enumerate(steps):
         if step.opname == "IMPORT_NAME":
             level, wanted = steps[i - 2].argval, steps[i - 1].argval or ()
@@ -151,7 +151,8 @@ def _import_digest(module: str) -> str | None:
             continue
         found.add(name)
         if name in sys.modules and _content_digest(spec.origin) is None:
-            return None
+            # What it uses was edited meanwhile: no other process knows what this one has loaded.
+            return None if module in sys.modules else str(_START_OF_PROCESS)
         with contextlib.suppress(ImportError, SyntaxError, AttributeError):
             source: str = spec.loader.get_source(name) or ""  # type: ignore[union-attr]
             digest.update(f"{name} {len(source)} {source}".encode())
