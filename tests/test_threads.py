@@ -397,3 +397,30 @@ def test_threads_that_wait_give_their_core_away_unless_the_user_says_otherwise(m
             importlib.reload(sktransfer)
             expected = {None: "1000", "OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "5"}[name]
             assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+WHILE_LIBRARIES_ARE_LOADED = """
+import ctypes, shutil, sys, threading
+from pathlib import Path
+import torch, xxhash._xxhash as extension
+from sktransfer._threads import _thread_pools, one_core_threads
+
+def load():
+    for i in range(100):
+        copied = Path(sys.argv[1], f"{i}_" + Path(extension.__file__).name)
+        ctypes.CDLL(str(shutil.copy(extension.__file__, copied)))
+    loaded.set()
+
+loaded = threading.Event()
+threading.Thread(target=load).start()
+while not loaded.is_set():
+    _thread_pools.cache_clear()
+    with one_core_threads(1) as threads:
+        threads.submit(int).result()
+"""
+
+
+def test_threads_start_while_another_thread_loads_libraries(tmp_path):
+    # Before threadpoolctl 3.7, each of them could wait for what the other held.
+    command = [sys.executable, "-c", WHILE_LIBRARIES_ARE_LOADED, str(tmp_path)]
+    subprocess.run(command, check=True, timeout=120)
