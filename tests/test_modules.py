@@ -460,6 +460,69 @@ def test_models_of_transformers(n_labels, n_tensors):
             embed(transformers.ViTModel(config), layer="output")
 
 
+# ------------------------------------------------------------------------------ tried out
+
+
+class Tried(Small):
+    """Its forward does something between its parts that no graph shows, or no row should hold."""
+
+    def __init__(self, way, is_cut=True):
+        super().__init__()
+        self.way, self.is_cut = way, is_cut
+        self.register_buffer("seen", torch.zeros(()))
+        self.bare_norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x):
+        x = self.stem(x)
+        if not self.is_cut and float(x.abs().max()) < 0:  # which can't be traced
+            x = x * 2
+        if self.way == "type" and isinstance(x, torch.Tensor):
+            x = x * 2
+        if self.way == "random":
+            x = nn.functional.dropout(x)
+        if self.way == "batch":
+            x = self.bare_norm(x)
+        if self.way == "past":
+            self.seen.add_(x.detach().mean())
+            x = x + self.seen
+        if self.way == "counted":
+            self.seen.add_(1)
+        return self.head(self.pool(self.body(x)).flatten(1))
+
+
+def test_a_network_whose_graph_computes_something_else_is_run_whole():
+    network = Tried("type").eval()
+    assert_close(embed(network, layer="output"), network(batch()))
+    with pytest.raises(
+        ValueError, match=r"computes something else. Its code asks .*layer='output'"
+    ):
+        embed(network)
+    with pytest.raises(ValueError, match="unfreeze"):
+        tuned(network, unfreeze=1)
+    assert tuned(network, unfreeze="all").predict(X).shape == (6,)
+
+
+@pytest.mark.parametrize(
+    "way, message",
+    [
+        ("random", "'Tried' gives the same image other features each time"),
+        ("batch", "'Tried' gives an image other features beside other images"),
+        ("past", "'Tried' changes its buffers while it runs"),
+    ],
+)
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_rows_that_are_not_of_one_image_are_warned_of(way, message, is_cut):
+    network = Tried(way, is_cut).eval()
+    with pytest.warns(UserWarning, match=message):
+        embed(network, layer="output")
+    assert network.seen == 0
+
+
+def test_what_a_forward_counts_is_no_fault():
+    network = Tried("counted").eval()
+    assert_close(embed(network), network.pool(network.body(network.stem(batch()))).flatten(1))
+
+
 # ------------------------------------------------------------------------------ memory formats
 
 

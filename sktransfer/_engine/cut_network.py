@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from sktransfer.models import Backbone
 from sktransfer.models._blocks import TracedNetwork, TracingError
 from sktransfer.models._graph import counted_flops
 from sktransfer.models._modules import OutputError, Whole, copy_of
+from sktransfer.models._trial import OTHER_GRAPH, find_fault, needs_trial
 
 POOLINGS = ("avg", "max", "token", "flatten")
 _UNKNOWN = 4  # images at once of a network whose tensors are not known
@@ -126,17 +128,34 @@ class CutNetwork:
         return self._traced
 
     def _find_blocks(self) -> None:
-        why = ""
+        if self._traced is not None or self._why_whole:
+            return  # by now another thread has found them, or that there are none
+        traced, why, size = None, "", self._image_size
         for size in self._sizes:
-            if self._traced is not None or self._why_whole:
-                return  # by now another thread has found them, or that there are none
             try:
                 with self._plain():
-                    self._traced = TracedNetwork(self.network, size, self._n_channels)
+                    traced = TracedNetwork(self.network, size, self._n_channels)
+                break
             except TracingError as error:
                 why = self._advice(size, error)
-        if self._traced is None:
-            self._why_whole = why
+        if needs_trial(self.network):
+            with self._plain():
+                traced, why = self._try_out(traced, why, size)
+        self._traced, self._why_whole = traced, why
+
+    def _try_out(
+        self, traced: TracedNetwork | None, why: str, size: tuple[int, int]
+    ) -> tuple[TracedNetwork | None, str]:
+        """Take the network whole if its graph is not what it computes; warn of unsound rows."""
+        trial = self.network, (self._n_channels, *size), self.device
+        fault = find_fault(*trial, None if traced is None else traced.slice(0, traced.output))
+        if fault == OTHER_GRAPH:
+            name = type(self.network).__name__
+            error = TracingError(f"{name} cannot be cut into blocks: {fault}.")
+            traced, why, fault = None, self._advice(size, error), find_fault(*trial)
+        if fault is not None:
+            warnings.warn(f"Backbone {self.name!r} {fault}.", UserWarning, stacklevel=2)
+        return traced, why
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
