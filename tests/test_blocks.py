@@ -2,12 +2,16 @@ import copy
 import functools
 import os
 
+import einops
 import pytest
 import timm
 import torch
 import torchvision
 from packaging.version import Version
 from timm.models import register_notrace_module
+from timm.models.cait import Cait
+from timm.models.convit import ConVit
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
@@ -321,14 +325,70 @@ def test_shapes_inside():
 )
 def test_tokens_stay_together(name, n_prefix_tokens, last):
     traced = trace_timm_without_weights(name)
-    assert traced.n_prefix_tokens == n_prefix_tokens
+    assert traced.n_prefix_tokens(len(traced.names)) == n_prefix_tokens
     assert traced.shape(len(traced.names)) == last
     assert traced.names == ("patch_embed", *(f"blocks.{i}" for i in range(12)))
 
 
 def test_class_token_of_torchvision():
-    assert trace_without_weights("vit_b_32").n_prefix_tokens == 1
-    assert trace_without_weights("resnet18").n_prefix_tokens == 0
+    assert trace_without_weights("vit_b_32").n_prefix_tokens(1) == 1
+    assert trace_without_weights("resnet18").n_prefix_tokens(1) == 0
+
+
+@pytest.mark.parametrize(
+    "build, counts",
+    [
+        (lambda: Cait(64, depth=2), {"blocks.1": 0, "blocks_token_only": 1}),
+        (lambda: ConVit(64, depth=2, local_up_to_layer=1), {"patch_embed": 0, "blocks.1": 1}),
+        (
+            lambda: MultiScaleVit(MultiScaleVitCfg(depths=(1, 1), use_cls_token=True), img_size=64),
+            {"stages.0": 1, "stages.1": 1},
+        ),
+    ],
+    ids=["later", "in the middle", "while others go"],
+)
+def test_class_tokens_that_come_later_or_stay_while_others_go(build, counts):
+    with WithoutWeights():
+        network = build().eval()
+    traced = TracedNetwork(network, (64, 64))
+    for block, n_prefix_tokens in counts.items():
+        assert traced.n_prefix_tokens(traced.position(block)) == n_prefix_tokens
+
+
+class OfEinops(nn.Module):
+    """A transformer as tutorials write it, with a class token and functions of einops."""
+
+    def __init__(self, goes=False):
+        super().__init__()
+        self.goes = goes
+        self.to_tokens = nn.Linear(48, 16)
+        self.cls_token = nn.Parameter(torch.randn(2, 16))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32) for _ in range(2))
+        self.last, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, image):
+        x = einops.rearrange(image, "n c (h a) (w b) -> n (h w) (a b c)", a=4, b=4)
+        x = self.to_tokens(x)
+        tokens = einops.repeat(self.cls_token, "t c -> n t c", n=image.shape[0])
+        x = torch.cat((tokens, x), dim=1)
+        for layer in self.layers:
+            x = x + layer(x.transpose(0, 1)).transpose(0, 1)
+        if self.goes:
+            x = self.last(x[:, 2:])
+        return self.head(einops.reduce(x, "n t c -> n c", "mean"))
+
+
+def test_functions_of_einops_and_tokens_of_ones_own():
+    x = torch.rand(2, 3, 16, 16)
+    for goes, names in ((False, ()), (True, ("last",))):
+        network = OfEinops(goes).eval()
+        traced = TracedNetwork(network, (16, 16))
+        assert traced.names == ("to_tokens", "layers.0", "layers.1", *names)
+        assert [traced.n_prefix_tokens(i) for i in range(5)] == [0, 2, 2, 2, 0]
+        with torch.no_grad():
+            for cut in range(traced.output + 1):
+                part = traced.slice(cut, traced.output)(traced.slice(0, cut)(x))
+                torch.testing.assert_close(part, network(x))
 
 
 def test_without_head():

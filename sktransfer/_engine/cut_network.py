@@ -281,7 +281,7 @@ class CutNetwork:
 
     def n_prefix(self, position: int | None) -> int:
         """Return the number of class and register tokens in front of the patch tokens."""
-        return 0 if position is None else self.trace.n_prefix_tokens
+        return 0 if position is None else self.trace.n_prefix_tokens(position)
 
     def can_pool(self, position: int | None, pooling: str, image_size: tuple[int, int]) -> bool:
         """Tell whether `pooling` is defined for the activation at a position."""

@@ -63,7 +63,7 @@ _BATCH = 32  # of images in flight
 _GPU_BATCH = 256  # at most
 _GPU_SHARE = 0.1  # of the free memory that the largest tensor may take; a few are alive at once
 # Of the computation; a change that alters results makes old entries unreachable.
-_VERSION = 4
+_VERSION = 5
 TORCH_VERSIONS = [".".join(m.__version__.split(".")[:2]) for m in (torch, torchvision)]
 _T = TypeVar("_T")
 _runners_lock = renewed_in_forks(threading.Lock())

@@ -22,6 +22,7 @@ from sktransfer.models._graph import (
     choose_output,
     count_flops,
     find_cuts,
+    find_prefixes,
     module_path,
     propagate,
     refresh,
@@ -56,8 +57,6 @@ class TracedNetwork:
         As given.
     names : tuple of str
         The blocks in order, each named after its module; the head is not one.
-    n_prefix_tokens : int
-        Number of class and register tokens in front of the patch tokens.
 
     Raises
     ------
@@ -73,7 +72,6 @@ class TracedNetwork:
     ) -> None:
         self.network, self.n_channels = network, n_channels
         self.image_size = (int(image_size[0]), int(image_size[1]))
-        self.n_prefix_tokens = _count_prefix_tokens(network)
         self._slices: dict[tuple[int, int, tuple[int, int]], fx.GraphModule] = {}
         try:
             self._graph, self._constants = trace(network)
@@ -101,6 +99,7 @@ class TracedNetwork:
         before_head = [cut for cut in cuts if cut.at < outline.end][-1]
         self.names = tuple(name or type(self.network).__name__ for name in block_names(groups))
         self._cuts = [cuts[0], *ends, before_head, cuts[-1]]
+        self._prefixes = find_prefixes(self._nodes, values)
 
     @property
     def embedding(self) -> int:
@@ -165,6 +164,18 @@ class TracedNetwork:
     def shape(self, position: int, image_size: tuple[int, int] | None = None) -> tuple[int, ...]:
         """Shape of one image's activation at a position, without the axis of the batch."""
         return self._values_at(image_size).shapes[self._cut(position).node]
+
+    def n_prefix_tokens(self, position: int) -> int:
+        """Number of class and register tokens in front of the patch tokens at a position."""
+        cut = self._cut(position)
+        n_tokens, *_ = self._values_at(None).shapes[cut.node]
+        so_far = [prefix for prefix in reversed(self._prefixes) if prefix.at <= cut.at]
+        if self._prefixes and not so_far:
+            return 0
+        for prefix in so_far:
+            if n_tokens in (prefix.n_tokens, prefix.n_tokens - prefix.n):
+                return prefix.n if n_tokens == prefix.n_tokens else 0
+        return _known_prefix(self.network)  # a module put them there that can't be looked into
 
     def largest(self, start: int, stop: int, image_size: tuple[int, int] | None = None) -> int:
         """Number of values of one image in the largest tensor between two positions."""
@@ -244,12 +255,10 @@ def _reason(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else kind
 
 
-def _count_prefix_tokens(network: nn.Module) -> int:
-    for module in network.modules():
-        tokens = getattr(module, "num_prefix_tokens", None)
-        if isinstance(tokens, int):
-            return tokens
-    return int(any(name.endswith("class_token") for name, _ in network.named_parameters()))
+def _known_prefix(network: nn.Module) -> int:
+    """Return how many tokens a network says are in front of those of the image; timm's do."""
+    counts = (getattr(module, "num_prefix_tokens", None) for module in network.modules())
+    return next((count for count in counts if isinstance(count, int)), 0)
 
 
 def blocks_named(names: Sequence[str], name: str) -> range:

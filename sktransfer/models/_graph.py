@@ -34,6 +34,17 @@ class Cut(NamedTuple):
     node: fx.Node
 
 
+class Prefix(NamedTuple):
+    """From the graph's node number `at` on, `n` of `n_tokens` tokens are not of the image."""
+
+    at: int
+    n_tokens: int
+    n: int
+
+
+_JOINING = (torch.cat, torch.concat, torch.concatenate)
+
+
 # --- Tracing -------------------------------------------------------------------------------------
 
 
@@ -69,8 +80,10 @@ class _Tracer(fx.Tracer):
 
             functions = tuple(get_notrace_functions())
             self.leaves = (*whole, *get_notrace_modules())
-        modules: Any = (math, torchvision.ops)
-        super().__init__(autowrap_modules=modules, autowrap_functions=functions)
+        modules: Any = [math, torchvision.ops]
+        if "einops" in sys.modules:
+            modules.append(sys.modules["einops"])
+        super().__init__(autowrap_modules=tuple(modules), autowrap_functions=functions)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -362,6 +375,29 @@ def find_cuts(nodes: list[fx.Node], values: Values) -> list[Cut]:
     if not cuts or cuts[-1].node is not result:
         raise ValueError("its result has no row of real numbers for each image")
     return cuts
+
+
+def find_prefixes(nodes: list[fx.Node], values: Values) -> list[Prefix]:
+    """All places where class or register tokens are put in front of the tokens of an image."""
+    return [
+        Prefix(i, values.shapes[node][0], n)
+        for i, node in enumerate(nodes)
+        if node.target in _JOINING
+        and len(values.shapes.get(node, ())) == 2
+        and (n := _count_in_front(node, values))
+    ]
+
+
+def _count_in_front(node: fx.Node, values: Values) -> int:
+    """Return how many of the tokens that a node joins lie in front of those of the image."""
+    parts = node.args[0] if node.args else node.kwargs.get("tensors")
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis"))
+    if axis not in (1, -2) or not isinstance(parts, (tuple, list)):
+        return 0
+    numbers = [i for i, part in enumerate(parts) if part in values.data]
+    in_front = parts[: numbers[0]] if numbers else ()
+    shapes = [values.shapes.get(part, ()) for part in in_front if isinstance(part, fx.Node)]
+    return sum(shape[0] for shape in shapes if len(shape) == 2)
 
 
 # --- Slices --------------------------------------------------------------------------------------
