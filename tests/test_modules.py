@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -359,11 +360,16 @@ class Outputs:
     loss: None = None
 
 
+class Named(NamedTuple):
+    logits: torch.Tensor
+
+
 WAYS = {
     "dict": lambda y: {"logits": y},
     "tuple": lambda y: (y,),
     "nested": lambda y: {"out": [y]},
     "data class": lambda y: Outputs(y),
+    "named tuple": lambda y: Named(y),
     "list of maps": lambda y: [y.unflatten(1, (4, 1, 1)).repeat(1, 1, 8, 8), y[:, :, None, None]],
     "pair": lambda y: (y, y),
     "list": lambda y: [y, y],
@@ -385,12 +391,14 @@ class Wrapped(nn.Module):
         return WAYS[self.way](self.network(x))
 
 
-@pytest.mark.parametrize("way", ["dict", "tuple", "nested", "data class", "list of maps"])
+@pytest.mark.parametrize(
+    "way", ["dict", "tuple", "nested", "data class", "named tuple", "list of maps"]
+)
 @pytest.mark.parametrize("is_traceable", [True, False])
 def test_the_only_tensor_of_an_output_is_taken(way, is_traceable):
     network = Wrapped(way, is_traceable)
     assert_close(embed(network, layer="output"), plain()(batch()))
-    if is_traceable and way != "data class":
+    if is_traceable:
         assert PretrainedFeatureExtractor(network, image_size=SIZE).fit(X).block_names_
         assert_close(embed(network, layer="network.0"), plain()[:2](batch()).mean((2, 3)))
     model = tuned(network, unfreeze="all")

@@ -6,6 +6,7 @@ needs to know of the image.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import sys
@@ -129,6 +130,7 @@ def trace(network: nn.Module) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     try:
         set_eval(network)
         graph = _trace_around(network)
+        _open_output(graph)
     finally:
         # The tracer leaves the tensors that it met on the way as attributes of the network, and
         # hooks that compute weights leave what stands for them in the graph.
@@ -156,6 +158,20 @@ def _trace_around(network: nn.Module) -> fx.Graph:
             if not path or innermost is None or innermost in whole:
                 raise
             whole = (*whole, innermost)
+
+
+def _open_output(graph: fx.Graph) -> None:
+    """Let the graph return the parts of a named tuple or data class, which it has as one node."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    (result,) = output.args
+    made_by: Any = result.target if isinstance(result, fx.Node) else None
+    names: Any
+    if dataclasses.is_dataclass(made_by):
+        names = [field.name for field in dataclasses.fields(made_by)]
+    elif (names := getattr(made_by, "_fields", None)) is None:
+        return
+    output.args = ({**dict(zip(names, result.args, strict=False)), **result.kwargs},)
+    graph.erase_node(result)
 
 
 def choose_output(graph: fx.Graph, values: Values) -> None:
