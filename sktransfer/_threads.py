@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import joblib
@@ -66,14 +66,19 @@ def dask_worker() -> Any:
 
 def one_core_threads(n: int) -> ThreadPoolExecutor:
     """Return a pool of threads in which torch's operations take one core each."""
-    return ThreadPoolExecutor(n, initializer=_limit_to_one_core)
+    return ThreadPoolExecutor(n, initializer=limit_to_one_core)
 
 
-def _limit_to_one_core() -> None:
+def limit_to_one_core() -> AbstractContextManager[Any]:
+    """Let torch's operations take one core each in this thread; until the end of a `with`, if any.
+
+    For a few images several cost more: on a busy machine, those that are ready wait for the others.
+    """
     import torch  # here, as dask's scheduler imports this module
 
     torch.get_num_threads()  # sets this thread's number, which is then replaced
-    _thread_pools().limit(limits=1, user_api="openmp")
+    limits: AbstractContextManager[Any] = _thread_pools().limit(limits=1, user_api="openmp")
+    return limits
 
 
 @functools.cache

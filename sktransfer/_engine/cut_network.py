@@ -14,6 +14,7 @@ from torch import nn
 
 from sktransfer._engine.device import first_line, is_out_of_memory
 from sktransfer._engine.folding import fold_batch_norms
+from sktransfer._threads import limit_to_one_core
 from sktransfer._torch_state import as_on, float32_by_default, network_lock
 from sktransfer.models import Backbone
 from sktransfer.models._blocks import TracedNetwork, TracingError
@@ -139,7 +140,7 @@ class CutNetwork:
             except TracingError as error:
                 why = self._advice(size, error)
         if needs_trial(self.network):
-            with self._plain():
+            with self._plain(), limit_to_one_core():
                 traced, why = self._try_out(traced, why, size)
         self._traced, self._why_whole = traced, why
 
