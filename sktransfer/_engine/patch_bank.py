@@ -18,6 +18,7 @@ from sktransfer._neighbors import nearest
 
 _MOST = 1_000  # patches of a bank whose size is a share
 _CANDIDATES = 50_000  # patches among which those of a bank are chosen
+_TRIED = 8  # of the nearest patches, among which one of another image is looked for
 
 
 def choose_bank(
@@ -78,16 +79,19 @@ def distances_to(
     owners_of_patches : ndarray of int, shape (n,)
         The number of each image, -1 for a new one.
     """
-    distances = np.empty(patches.shape[:2])
-    for owner in np.unique(owners_of_patches):
-        rows, others = owners_of_patches == owner, owners != owner
-        found, _ = nearest(
-            bank[others] if others.any() else bank,
-            *(np.concatenate(patches[rows]), 1),
-            metric="euclidean",
-        )
-        distances[rows] = found.reshape(-1, patches.shape[1])
-    return distances
+    asked = np.concatenate(patches)
+    asking = np.repeat(owners_of_patches, patches.shape[1])
+    is_own = np.isin(owners_of_patches, owners).any()
+    n_tried = min(_TRIED, len(bank)) if is_own else 1
+    found, indices = nearest(bank, asked, n_tried, metric="euclidean")
+    is_other = owners[indices] != asking[:, None]
+    distances = found[np.arange(len(asked)), is_other.argmax(1)].astype(float)
+    is_open = ~is_other.any(1)  # all that were nearest are the image's own
+    for owner in np.unique(asking[is_open]):
+        rows, others = is_open & (asking == owner), owners != owner
+        known = bank[others] if others.any() else bank
+        distances[rows] = nearest(known, asked[rows], 1, metric="euclidean")[0][:, 0]
+    return distances.reshape(patches.shape[:2])
 
 
 def usual(distances: np.ndarray) -> float:
