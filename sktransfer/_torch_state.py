@@ -1,7 +1,7 @@
 """What torch keeps for the whole process: its defaults, its random numbers, what traces networks.
 
 A thread that takes several locks takes them in this order: that of who builds a network,
-that of the programs, `chance_lock`, `network_lock`.
+that of the programs, that of who looks for blocks, `chance_lock`, `network_lock`.
 """
 
 from __future__ import annotations

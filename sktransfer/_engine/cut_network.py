@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import nn
 
 from sktransfer._engine.device import first_line, is_out_of_memory
 from sktransfer._engine.folding import fold_batch_norms
-from sktransfer._threads import limit_to_one_core
+from sktransfer._threads import limit_to_one_core, renewed_in_forks
 from sktransfer._torch_state import as_on, float32_by_default, network_lock
 from sktransfer.models import Backbone
 from sktransfer.models._blocks import TracedNetwork, TracingError
@@ -24,6 +25,7 @@ from sktransfer.models._trial import OTHER_GRAPH, find_fault, needs_trial
 
 POOLINGS = ("avg", "max", "token", "flatten")
 _UNKNOWN = 4  # images at once of a network whose tensors are not known
+_looking = renewed_in_forks(threading.RLock())  # held by who looks for blocks
 
 
 def layout_of(shape: Sequence[int], image_size: tuple[int, int]) -> str:
@@ -108,14 +110,11 @@ class CutNetwork:
         A network of the user's own may take images of one size, which only the user knows.
         """
         if self._traced is None and image_size not in self._sizes:
-            network_lock.alone(lambda: self._add_size(image_size))
-
-    def _add_size(self, image_size: tuple[int, int]) -> None:
-        # Looked at right away: who runs this network must not find that it is to be traced again.
-        was_traced, self._why_whole = bool(self._why_whole), ""
-        self._sizes.append(image_size)
-        if was_traced:
-            self._find_blocks()
+            with _looking:
+                self._sizes.append(image_size)
+                # Right away: who runs this network must not find that it is to be traced again.
+                if self._traced is None and self._why_whole:
+                    self._find_blocks()
 
     # ------------------------------------------------------------------------ blocks
 
@@ -123,26 +122,41 @@ class CutNetwork:
     def trace(self) -> TracedNetwork:
         """The network as a list of blocks; raises TracingError if it can't be cut."""
         if self._traced is None and not self._why_whole:
-            network_lock.alone(self._find_blocks)
+            if network_lock.is_held():
+                raise RuntimeError("A thread that runs a network can't ask for its blocks.")
+            with _looking:
+                if self._traced is None and not self._why_whole:
+                    self._find_blocks()
         if self._traced is None:
             raise TracingError(self._why_whole)
         return self._traced
 
     def _find_blocks(self) -> None:
-        if self._traced is not None or self._why_whole:
-            return  # by now another thread has found them, or that there are none
+        """Trace the network, for which this thread is alone, and try it out, beside others."""
         traced, why, size = None, "", self._image_size
         for size in self._sizes:
             try:
-                with self._plain():
-                    traced = TracedNetwork(self.network, size, self._n_channels)
+                traced = self._traced_at(size)
                 break
             except TracingError as error:
-                why = self._advice(size, error)
+                with network_lock.shared():
+                    why = self._advice(size, error)
         if needs_trial(self.network):
-            with self._plain(), limit_to_one_core():
+            with network_lock.shared(), self._plain(), limit_to_one_core():
                 traced, why = self._try_out(traced, why, size)
+        if traced is not None:
+            self._prepare()
         self._traced, self._why_whole = traced, why
+
+    def _traced_at(self, size: tuple[int, int]) -> TracedNetwork:
+        def trace() -> TracedNetwork:
+            with self._plain():
+                return TracedNetwork(self.network, size, self._n_channels)
+
+        return network_lock.alone(trace)
+
+    def _prepare(self) -> None:
+        """Change what a network that can be cut needs, before anybody runs it."""
 
     def _try_out(
         self, traced: TracedNetwork | None, why: str, size: tuple[int, int]

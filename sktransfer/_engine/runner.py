@@ -156,11 +156,10 @@ class Runner(CutNetwork):
         self._quantised = QuantisedNetworks(self, self._n_cores)
         _all_runners.add(self)
 
-    def _find_blocks(self) -> None:
-        super()._find_blocks()
+    def _prepare(self) -> None:
         # One that can't be cut may take views of its maps, which have none with channels last.
-        if self._traced is not None and self.precision != INT8:  # of which torch runs the head
-            self.lay_out_for_torch()
+        if self.precision != INT8:  # of which torch runs the head
+            network_lock.alone(self.lay_out_for_torch)
 
     # ------------------------------------------------------------------------ how many at once
 
