@@ -63,7 +63,7 @@ class Untraceable(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
 
     def forward(self, x):
-        if x.sum() > 0:
+        if x.isnan().any():
             x = x + 1
         return self.conv(x).mean((2, 3))
 

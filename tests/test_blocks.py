@@ -1,6 +1,8 @@
 import copy
 import functools
 import os
+import subprocess
+import sys
 
 import einops
 import pytest
@@ -389,6 +391,120 @@ def test_functions_of_einops_and_tokens_of_ones_own():
             for cut in range(traced.output + 1):
                 part = traced.slice(cut, traced.output)(traced.slice(0, cut)(x))
                 torch.testing.assert_close(part, network(x))
+
+
+class OfTokens(nn.Module):
+    """Its class token of its own is joined to the others in one of many ways."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.join = join
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.registers = nn.Parameter(torch.randn(1, 2, 8))
+        self.layer, self.last, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = self.join(x, self.cls_token, self.registers.expand(x.shape[0], -1, -1))
+        return self.head(self.last(self.layer(x)).mean(1))
+
+
+def with_registers(x, token, registers):
+    x = torch.cat((token.expand(x.shape[0], -1, -1), x), dim=1)
+    return torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
+
+
+def split_and_joined(x, token, registers):
+    token, registers, x = with_registers(x, token, registers).split([1, 2, x.shape[1]], dim=1)
+    return torch.cat((token, x * 2), dim=1)
+
+
+def gated(x, token, registers):
+    x = torch.cat((registers, x), dim=1)
+    return (x[..., :4] * x[..., 4:].sigmoid()).repeat(1, 1, 2)
+
+
+def beside_memory(x, token, registers):
+    keys = torch.cat((registers, x), dim=1)
+    return x + F.scaled_dot_product_attention(x, keys, keys)
+
+
+class InOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.class_token = nn.Parameter(torch.randn(8))
+
+    def forward(self, x, *_):
+        if len(x.shape) != 3 or x.shape[2] != 8:  # so that it is not looked into
+            raise ValueError
+        return torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)
+
+
+@pytest.mark.parametrize(
+    "join, n_prefix_tokens",
+    [
+        (lambda x, token, _: torch.cat((token.expand_as(x[:, :1]), x), dim=1), 1),
+        (lambda x, token, _: torch.cat((token.repeat(x.shape[0], 1, 1).to(x), x), dim=1), 1),
+        (lambda x, token, _: torch.cat((x.new_zeros(x.shape[0], 1, 8) + token, x), dim=1), 1),
+        (lambda x, token, _: torch.hstack((token.expand(x.shape[0], -1, -1), x)), 1),
+        (lambda x, _, registers: einops.pack([registers, x], "n * c")[0], 2),
+        (lambda x, _, registers: torch.cat((registers, x), dim=1)[:, 1:6], 1),
+        (lambda x, token, _: torch.cat((x, token.expand(x.shape[0], -1, -1)), dim=1), 0),
+        (with_registers, 3),
+        (split_and_joined, 1),
+        (gated, 2),
+        (beside_memory, 0),
+        (InOne(), 1),
+    ],
+    ids="like to zeros hstack pack sliced behind registers split gated memory whole".split(),
+)
+def test_tokens_are_counted_however_they_are_joined(join, n_prefix_tokens):
+    traced = TracedNetwork(OfTokens(join).eval(), (16, 16))
+    assert traced.n_prefix_tokens(traced.position("layer")) == n_prefix_tokens
+    assert traced.n_prefix_tokens(traced.embedding) == 0
+
+
+def test_where_only_tokens_of_ones_own_are_left_none_is_in_front():
+    network = OfTokens(lambda x, _, registers: torch.cat((registers, x), dim=1)[:, :2])
+    traced = TracedNetwork(network.eval(), (16, 16))
+    assert traced.shape(traced.position("layer")) == (2, 8)
+    assert traced.n_prefix_tokens(traced.position("layer")) == 0
+
+
+class OneNumber(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x)).mean((1, 2, 3))
+
+
+def test_a_single_number_has_no_tokens():
+    traced = TracedNetwork(OneNumber().eval(), (16, 16))
+    assert traced.n_prefix_tokens(traced.embedding) == 0
+
+
+def test_einops_is_imported_by_a_forward(tmp_path):
+    code = """
+import sys, torch
+from torch import nn
+from sktransfer.models._blocks import TracedNetwork
+
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        from einops import rearrange
+        return self.head(self.last(rearrange(self.first(x), "n c h w -> n (h w) c")).mean(1))
+
+assert "einops" not in sys.modules
+assert TracedNetwork(Late().eval(), (8, 8)).names == ("first", "last")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=dict(os.environ))
 
 
 def test_without_head():

@@ -481,6 +481,8 @@ class Tried(Small):
         self.bare_norm = nn.BatchNorm2d(8, track_running_stats=False)
 
     def forward(self, x):
+        if self.way == "mean":
+            x = (x - x.mean()) / x.std()
         x = self.stem(x)
         if not self.is_cut and float(x.abs().max()) < 0:  # which can't be traced
             x = x * 2
@@ -515,6 +517,7 @@ def test_a_network_whose_graph_computes_something_else_is_run_whole():
     [
         ("random", "'Tried' gives the same image other features each time"),
         ("batch", "'Tried' gives an image other features beside other images"),
+        ("mean", "'Tried' gives an image other features beside other images"),
         ("past", "'Tried' changes its buffers while it runs"),
     ],
 )
@@ -529,6 +532,44 @@ def test_rows_that_are_not_of_one_image_are_warned_of(way, message, is_cut):
 def test_what_a_forward_counts_is_no_fault():
     network = Tried("counted").eval()
     assert_close(embed(network), network.pool(network.body(network.stem(batch()))).flatten(1))
+
+
+class Measured(Small):
+    """What it takes grows with the square of the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = [0]
+
+    def __deepcopy__(self, memo):
+        copied = Measured()
+        copied.most = self.most
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+    def forward(self, x):
+        if type(x) is torch.Tensor and x.device.type != "meta":
+            self.most[0] = max(self.most[0], x.shape[-1])
+        return super().forward(x)
+
+
+def test_networks_are_tried_out_on_the_size_of_the_images_to_come():
+    network = Measured().eval()
+    embed(network)
+    assert network.most == [SIZE]
+
+
+class Refusing(Small):
+    """It refuses what is not traced."""
+
+    def forward(self, x):
+        if type(x) is torch.Tensor:
+            raise ValueError("not this")
+        return super().forward(x)
+
+
+def test_a_network_that_fails_alone_and_beside_others_is_not_said_to_be_of_a_batch():
+    assert embed(Refusing().eval()).shape[0] == 6  # and its graph does not
 
 
 # ------------------------------------------------------------------------------ memory formats

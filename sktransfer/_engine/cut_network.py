@@ -133,7 +133,7 @@ class CutNetwork:
 
     def _find_blocks(self) -> None:
         """Trace the network, for which this thread is alone, and try it out, beside others."""
-        traced, why, size = None, "", self._image_size
+        traced, why = None, ""
         for size in self._sizes:
             try:
                 traced = self._traced_at(size)
@@ -143,7 +143,7 @@ class CutNetwork:
                     why = self._advice(size, error)
         if needs_trial(self.network):
             with network_lock.shared(), self._plain(), limit_to_one_core():
-                traced, why = self._try_out(traced, why, size)
+                traced, why = self._try_out(traced, why)
         if traced is not None:
             self._prepare()
         self._traced, self._why_whole = traced, why
@@ -158,12 +158,17 @@ class CutNetwork:
     def _prepare(self) -> None:
         """Change what a network that can be cut needs, before anybody runs it."""
 
-    def _try_out(
-        self, traced: TracedNetwork | None, why: str, size: tuple[int, int]
-    ) -> tuple[TracedNetwork | None, str]:
+    def _try_out(self, traced: TracedNetwork | None, why: str) -> tuple[TracedNetwork | None, str]:
         """Take the network whole if its graph is not what it computes; warn of unsound rows."""
+        size, graph = self._sizes[-1], None  # of the images to come: another may cost far more
+        if traced is not None:
+            try:
+                graph = traced.slice(0, traced.output, size)
+            except ValueError:
+                size = traced.image_size
+                graph = traced.slice(0, traced.output)
         trial = self.network, (self._n_channels, *size), self.device
-        fault = find_fault(*trial, None if traced is None else traced.slice(0, traced.output))
+        fault = find_fault(*trial, graph)
         if fault == OTHER_GRAPH:
             name = type(self.network).__name__
             error = TracingError(f"{name} cannot be cut into blocks: {fault}.")

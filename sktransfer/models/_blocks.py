@@ -99,7 +99,7 @@ class TracedNetwork:
         before_head = [cut for cut in cuts if cut.at < outline.end][-1]
         self.names = tuple(name or type(self.network).__name__ for name in block_names(groups))
         self._cuts = [cuts[0], *ends, before_head, cuts[-1]]
-        self._prefixes = find_prefixes(self._nodes, values)
+        self._prefixes = find_prefixes(self._nodes, values, self._lookup)
 
     @property
     def embedding(self) -> int:
@@ -167,14 +167,12 @@ class TracedNetwork:
 
     def n_prefix_tokens(self, position: int) -> int:
         """Number of class and register tokens in front of the patch tokens at a position."""
-        cut = self._cut(position)
-        n_tokens, *_ = self._values_at(None).shapes[cut.node]
-        so_far = [prefix for prefix in reversed(self._prefixes) if prefix.at <= cut.at]
-        if self._prefixes and not so_far:
+        node = self._cut(position).node
+        shape = self._values_at(None).shapes[node]
+        if len(shape) != 2:
             return 0
-        for prefix in so_far:
-            if n_tokens in (prefix.n_tokens, prefix.n_tokens - prefix.n):
-                return prefix.n if n_tokens == prefix.n_tokens else 0
+        if any(self._prefixes.values()):  # behind the last patch token, there is no front
+            return self._prefixes[node] % shape[0]
         return _known_prefix(self.network)  # a module put them there that can't be looked into
 
     def largest(self, start: int, stop: int, image_size: tuple[int, int] | None = None) -> int:

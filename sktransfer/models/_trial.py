@@ -14,7 +14,8 @@ _LIBRARIES = ("torch", "torchvision", "timm")  # whose networks are sound, and a
 # What may be wrong. The first is no fault of the network.
 OTHER_GRAPH = (
     "written as a graph, it computes something else. Its code asks what a value is, as "
-    "`isinstance(x, torch.Tensor)` does, and has another answer while it is traced"
+    "`isinstance(x, torch.Tensor)` does, and has another answer while it is traced, or computes in "
+    "another type, as within `torch.autocast`, which no graph shows"
 )
 RANDOM = (
     "gives the same image other features each time, although it is in evaluation mode: its code "
@@ -44,8 +45,15 @@ def needs_trial(network: nn.Module) -> bool:
 
 
 def noise(shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the two images of a shape by which networks are tried out."""
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    """Return the two images of a shape by which networks are tried out.
+
+    The second is brighter and has more contrast: as it differs in its mean and its deviation, they
+    are seen where they are taken over the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *shape, generator=generator, dtype=torch.float32, device="cpu")
+    images[1].mul_(1.5).add_(0.5)
+    return images
 
 
 def find_fault(
@@ -71,15 +79,23 @@ def find_fault(
     both = noise(shape).to(device)
     run = _copied(network)
     try:
-        found = (run if graph is None else _copied(graph))(both)
+        # Not by its call, which prints where it fails.
+        found = run(both) if graph is None else _copied(graph).network.forward(both)
+        return _compare(run, both, found) if _has_rows(found) else None
     except Exception:  # it says so, and why, where it runs
         return None
-    if found.ndim == 0 or len(found) != 2 or found.is_complex():  # which is refused there
-        return None
+
+
+def _has_rows(output: torch.Tensor) -> bool:
+    return output.ndim > 0 and len(output) == 2 and not output.is_complex()
+
+
+def _compare(run: nn.Module, both: torch.Tensor, found: torch.Tensor) -> str | None:
     before = _versions(run)
     try:
         alone = run(both[:1])
     except Exception:
+        run(both)  # which fails, too, if that is not for want of a second image
         return OF_BATCH
     is_changed = _versions(run) != before
     if _agree(found[:1], alone) and not is_changed:
@@ -92,7 +108,7 @@ def find_fault(
     return None if _agree(expected[:1], alone) else OF_BATCH
 
 
-def _copied(network: nn.Module) -> nn.Module:
+def _copied(network: nn.Module) -> Whole:
     try:
         network = copy_of(network, {id(weight): weight for weight in network.parameters()})
     except Exception:  # it holds what can't be copied
