@@ -96,6 +96,15 @@ def test_nobody_waits_for_a_fit(unfreeze):
         assert not running.done()
 
 
+def test_nobody_waits_while_a_network_is_tried_out():
+    extractor = PretrainedFeatureExtractor(OTHER, image_size=32, runtime="torch")
+    rows = extractor.transform(X)
+    new = PretrainedFeatureExtractor(Pausing(), image_size=32)
+    with paused(new.fit, X) as running:  # which only looks for its blocks
+        np.testing.assert_array_equal(in_thread(extractor.transform, X), rows)
+        assert not running.done()
+
+
 class Telling(torch.nn.Linear):
     """A head that notes, when it runs, whether a network is traced just then."""
 

@@ -209,7 +209,7 @@ class Branches(MakesTensors):
     """Can't be traced: what it does depends on the pixels."""
 
     def forward(self, x):
-        return super().forward(x if x.sum() > 0 else x + 1)
+        return super().forward(x if x.isfinite().all() else x.nan_to_num())
 
 
 @contextlib.contextmanager
