@@ -192,11 +192,11 @@ def _limited(n_cores: int) -> Iterator[None]:
     is_first = _limiting_blas.acquire(blocking=False)
     try:
         pools = ThreadpoolController()  # of the libraries that are loaded by now
+        if not is_first:  # before threadpoolctl 3.8, pools without a limit are restored as well
+            pools = pools.select(user_api="openmp")
         limits: dict[str, int] = {}
-        for pool in pools.lib_controllers:
-            if is_first or pool.user_api == "openmp":  # nobody gets more threads than it had
-                most = limits.get(pool.user_api, n_cores)
-                limits[pool.user_api] = min(most, pool.num_threads)
+        for pool in pools.lib_controllers:  # nobody gets more threads than it had
+            limits[pool.user_api] = min(limits.get(pool.user_api, n_cores), pool.num_threads)
         with pools.limit(limits=limits):
             yield
     finally:

@@ -22,6 +22,7 @@ import zarr
 from distributed import Client, LocalCluster, get_worker, wait
 from distributed.utils import get_mp_context
 from networks import LOG, STRIKE, Deadly, Small, small
+from packaging.version import Version
 from PIL import Image
 from processes import import_in_server
 from sklearn.base import clone
@@ -34,6 +35,9 @@ from sktransfer import FineTunedClassifier, FineTunedRegressor, PretrainedFeatur
 from sktransfer._estimators.dask_collections import _Shipped
 from sktransfer._threads import n_threads
 from sktransfer.transforms import Preprocessing
+
+if Version(joblib.__version__) < Version("1.6"):  # whose own part for dask does what it deprecates
+    pytestmark = pytest.mark.filterwarnings("ignore:`apply_async` is deprecated:DeprecationWarning")
 
 TIMEOUT = 600
 COPIES = "SKTRANSFER_TEST_COPIES"  # how often a network was copied in this process

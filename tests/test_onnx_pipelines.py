@@ -7,6 +7,7 @@ import pytest
 import skops.io
 import torch
 from networks import small
+from packaging.version import Version
 from PIL import Image
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
@@ -223,6 +224,9 @@ def test_mlflow_keeps_a_model_as_a_skops_file(tmp_path, monkeypatch):
     np.testing.assert_allclose(loaded.predict_proba(X), model.predict_proba(X), atol=1e-6)
 
 
+# Of a linear classifier's coefficients; an earlier one computes with what lies behind them.
+RUNTIME_LOOKS_AT_SIZES = Version(onnxruntime.__version__) >= Version("1.26")
+
 STEPS = [
     (SVC(), 2, "scores"),
     (LinearSVC(), 2, "scores"),
@@ -291,7 +295,9 @@ def test_a_vote_on_labels_that_are_no_numbers_from_0(voting, labels, weights, ti
         (KNeighborsClassifier(3, weights="distance"), "Pass weights='uniform'; export_openvino"),
         (
             StackingClassifier([("a", LogisticRegression()), ("b", SVC())], cv=2),
-            "ONNX Runtime can't run what skl2onnx writes",
+            "ONNX Runtime can't run what skl2onnx writes"
+            if RUNTIME_LOOKS_AT_SIZES
+            else "computes other numbers than the step itself",
         ),
         (OneVsRestClassifier(LinearSVC()), "computes other numbers than the step itself"),
         (CalibratedClassifierCV(LinearSVC(), method="isotonic", cv=2), "Pass method='sigmoid'"),

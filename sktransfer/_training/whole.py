@@ -241,7 +241,12 @@ def whole_with_preprocessing(trainer: Trainer, last: nn.Module) -> nn.Module:
 def onnx_program(
     network: nn.Module, blank: torch.Tensor, given: str, output: str, opset: int | None = None
 ) -> Any:
-    """Write a network as torch's ONNX program, for any number of images like `blank`."""
+    """Write a network as torch's ONNX program, for any number of images like `blank`.
+
+    The weights of the network are laid out anew. With channels last, torch writes pooling with
+    operators that OpenVINO can't convert all of, with onnxscript before 0.7.2.
+    """
+    network.to(memory_format=torch.contiguous_format)
     return call_exporter(
         lambda: torch.onnx.export(
             network,

@@ -15,7 +15,7 @@ from PIL import Image, TiffImagePlugin
 _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, CHANNELS = 256, 258, 259, 262, 277
 _LARGEST, _PLANES, _PREDICTOR, _SAMPLES = 281, 284, 317, 339
 _NUMBERS = {1: "unsigned integers", 2: "signed integers", 3: "floats", 6: "complex numbers"}
-_UNCOMPRESSED, _PACKBITS = 1, 32773
+_UNCOMPRESSED, _PACKBITS, _YCBCR = 1, 32773, 6
 
 _REMEDY = "read it with tifffile, divide by the largest possible value, and pass the arrays"
 _CAMERAS = (8, 10, 12, 14)  # bits that are often stored in 16
@@ -105,6 +105,11 @@ def refuse_misread(image: Image.Image) -> None:
     predicted = compression == _PACKBITS and tags.get(_PREDICTOR, 1) != 1
     if swapped or planes or predicted or (bits == 8 and sample == 2):
         raise UnusableImage(f"it is {kind_of_tiff(tags)}, which Pillow misreads; {_REMEDY}")
+    if tags.get(_PHOTOMETRIC) == _YCBCR and not is_compressed and image.mode == "RGB":
+        raise UnusableImage(
+            "it is an uncompressed TIFF in YCbCr, which Pillow misreads before version 13; update "
+            "Pillow"
+        )
 
 
 def refuse_unreadable(data: bytes) -> None:

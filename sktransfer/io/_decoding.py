@@ -411,7 +411,8 @@ def quantise(array: np.ndarray) -> np.ndarray:
         return array * np.uint8(255)
     if array.dtype.kind == "f":
         return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
-    return np.clip(array, 0, 255).astype(np.uint8)
+    top = min(255, np.iinfo(array.dtype).max)  # NumPy 2.0 takes no limit that int8 can't hold
+    return np.clip(array, 0, top).astype(np.uint8)
 
 
 def check_dtype(dtype: np.dtype, where: str, value_range: Any = None) -> None:
