@@ -76,8 +76,8 @@ def embed(options: argparse.Namespace) -> None:
     table.insert(0, "label", pandas.Series(labels, dtype=object))
     table.insert(0, "path", pandas.Series(paths, dtype=object))
     if suffix == ".parquet":
-        with open(options.output, "wb") as file:  # pyarrow opens no path that is not UTF-8
-            map_text(table, escape).to_parquet(file, index=False)
+        # Not by its path: pyarrow opens none that is not UTF-8.
+        Path(options.output).write_bytes(map_text(table, escape).to_parquet(index=False))
     else:
         map_text(table, csv_cell).to_csv(options.output, index=False)
     document = {"written": options.output, "n_images": len(files), "n_features": rows.shape[1]}
