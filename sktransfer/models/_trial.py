@@ -19,8 +19,8 @@ OTHER_GRAPH = (
 )
 RANDOM = (
     "gives the same image other features each time, although it is in evaluation mode: its code "
-    "draws random numbers, as `F.dropout(x)` does without `training=self.training`. What is "
-    "computed from its features is random, too"
+    "draws random numbers, as `F.dropout(x)` does without `training=self.training`, or keeps "
+    "something of earlier images. What is computed from its features is different each time, too"
 )
 OF_BATCH = (
     "gives an image other features beside other images: its code computes over the axis of the "
