@@ -22,13 +22,13 @@ from sktransfer.models._graph import (
     choose_output,
     count_flops,
     find_cuts,
-    find_prefixes,
     module_path,
     propagate,
     refresh,
     trace,
 )
 from sktransfer.models._outline import Outline, block_names, end_of_block, merge
+from sktransfer.models._tokens import find_prefixes
 
 
 class TracingError(ValueError):
