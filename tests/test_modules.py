@@ -572,6 +572,49 @@ def test_a_network_that_fails_alone_and_beside_others_is_not_said_to_be_of_a_bat
     assert embed(Refusing().eval()).shape[0] == 6  # and its graph does not
 
 
+# ------------------------------------------------------------------------------ shared weights
+
+
+class Tied(nn.Module):
+    """Two of its blocks have one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+        self.last.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(self.last(self.first(self.stem(x)).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("unfreeze", [2, "all"])
+def test_blocks_that_share_a_weight_are_trained_together(unfreeze):
+    network = Tied()
+    before = network.first.weight.clone()
+    model = tuned(network, unfreeze=unfreeze)
+    trained = model.to_backbone().network
+    assert torch.equal(network.first.weight, before)  # the user's own is not touched
+    assert trained.first.weight is trained.last.weight
+    assert not torch.equal(trained.first.weight, before)
+    copied = pickle.loads(pickle.dumps(model))
+    np.testing.assert_allclose(copied.predict_proba(X), model.predict_proba(X), atol=1e-6)
+    rows = model.to_feature_extractor().set_params(layer="output").transform(X)
+    assert_close(rows, trained(batch()))
+
+
+@pytest.mark.parametrize("unfreeze, trained", [(1, "last"), (["first"], "first")])
+def test_a_weight_that_a_frozen_block_has_too_stands_still(unfreeze, trained):
+    network = Tied()
+    before = copy.deepcopy(network.state_dict())
+    model = tuned(network, unfreeze=unfreeze)
+    after = model.to_backbone().network.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {f"{trained}.bias"}
+    rows = model.to_feature_extractor().set_params(layer="output").transform(X)
+    assert_close(rows, model.to_backbone().network(batch()))
+
+
 # ------------------------------------------------------------------------------ memory formats
 
 

@@ -284,14 +284,16 @@ def parameter_groups(
     Parameters
     ----------
     parts : iterable of (parameters, learning rate)
-        What is frozen of them is left out.
+        What is frozen of them is left out. What several parts share has the rate of the first.
     weight_decay : float
     only_matrices_decay : bool, default=True
         Whether biases, and the scales of norms, do not decay.
     """
     groups = []
+    known: set[nn.Parameter] = set()
     for parameters, lr in parts:
-        trained = [p for p in parameters if p.requires_grad]
+        trained = [p for p in parameters if p.requires_grad and p not in known]
+        known.update(trained)
         decaying = [p for p in trained if p.ndim > 1 or not only_matrices_decay]
         others = [p for p in trained if p.ndim <= 1 and only_matrices_decay]
         for group, decay in ((decaying, weight_decay), (others, 0.0)):

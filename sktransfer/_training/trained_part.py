@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,16 +65,28 @@ class TrainedPart(nn.Module):
         self.program: Program | None = None  # from the images to the cut, see `get_ready`
         self.__dict__["frozen"] = frozen  # not a part of this module: neither saved nor trained
         numbers = range(unfrozen.cut, frozen.embedding)
-        self.blocks = copy_of(
-            nn.ModuleList([frozen.runner.segment(i, frozen.size) for i in numbers])
-        )
+        segments = [frozen.runner.segment(i, frozen.size) for i in numbers]
+        self.blocks = copy_of(nn.ModuleList(segments))
         self.precision = precision if len(self.blocks) else None  # a head alone gains nothing
         self.is_trained = [unfrozen.trains(i) for i in numbers]
-        for block, is_trained in zip(self.blocks, self.is_trained, strict=True):
-            for parameter in block.parameters():
-                parameter.requires_grad_(is_trained and parameter.is_floating_point())
+        standing = self._standing(segments)
+        for i, segment in enumerate(segments):
+            pairs = zip(self.blocks[i].parameters(), segment.parameters(), strict=True)
+            for parameter, original in pairs:
+                is_free = self.is_trained[i] and original not in standing
+                parameter.requires_grad_(is_free and parameter.is_floating_point())
         self.head = head
         self.to(frozen.runner.device)
+
+    def _standing(self, segments: Sequence[nn.Module]) -> set[nn.Parameter]:
+        """Return the weights of the frozen blocks, some of which trained ones may have as well."""
+        standing = set[nn.Parameter]()
+        if any(self.is_trained):
+            before = [self.frozen.runner.segment(i, self.frozen.size) for i in range(self.cut)]
+            pairs = zip(segments, self.is_trained, strict=True)
+            frozen = [*before, *(segment for segment, is_trained in pairs if not is_trained)]
+            standing.update(weight for segment in frozen for weight in segment.parameters())
+        return standing
 
     def forward(
         self,
