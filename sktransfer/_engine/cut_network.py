@@ -111,6 +111,8 @@ class CutNetwork:
         """
         if self._traced is None and image_size not in self._sizes:
             with _looking:
+                if image_size in self._sizes:  # by now another thread has looked
+                    return
                 self._sizes.append(image_size)
                 # Right away: who runs this network must not find that it is to be traced again.
                 if self._traced is None and self._why_whole:
