@@ -11,7 +11,7 @@ import xxhash
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from sktransfer._torch_state import Chance, chance_lock, cpu_by_default
+from sktransfer._torch_state import Chance, chance_lock, cpu_by_default, network_lock
 from sktransfer.io import ImageSequence
 from sktransfer.models._weights import Describer
 from sktransfer.transforms import Preprocessing
@@ -134,7 +134,7 @@ def seeded(
     transform: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, seed: int
 ) -> torch.Tensor:
     """Call a random transform of one image with a seed of its own."""
-    with chance_lock, Chance(seed).in_torch(), cpu_by_default():
+    with chance_lock, network_lock.shared(), Chance(seed).in_torch(), cpu_by_default():
         return transform(image)
 
 
